@@ -1,0 +1,15 @@
+"""The Flower ServerApp."""
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from slora_flwr.server.run import run
+
+# Flower ServerApp
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run what the run config says."""
+    run(grid, context.run_config, context.run_id)

@@ -1,0 +1,121 @@
+"""From a final state to files that stock PEFT and transformers load."""
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from slora_flwr.adapters.head import State
+from slora_flwr.models.backbone import Backbone
+from slora_flwr.models.base_patch import BasePatch
+
+PATCH_FILE = "base_patch.safetensors"
+
+
+def export_adapter(
+    folder: Path,
+    backbone: Backbone,
+    state: State,
+    rank: int,
+    alpha: float,
+    patch: BasePatch | None,
+) -> None:
+    """Write a low-rank state in PEFT's format, with a patch of the base if it has one.
+
+    Where the base subtracts s·B_0·A_0 (`residual`), the adapter is written with twice
+    the rank: [B, -B_0]·[A; A_0], as PEFT does for PiSSA. Then the base differs from the
+    checkpoint by the sparse phase's values alone, which `base_patch.safetensors` holds.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if need be.
+    backbone : Backbone
+        With W_0 resident and nothing attached; it is used up.
+    state : State
+        Of the low-rank adapter.
+    rank, alpha : int, float
+        The adapter's.
+    patch : BasePatch or None
+        The base.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    doubled = 2 if patch is not None and patch.a else 1
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=doubled * rank,
+        lora_alpha=doubled * alpha,  # type: ignore[arg-type]
+        target_modules=list(backbone.targets),
+        modules_to_save=_head_modules(backbone),
+        init_lora_weights=False,
+    )
+    with torch.no_grad():
+        for name, parameter in backbone.head.items():
+            parameter.copy_(state[name])
+    model = get_peft_model(backbone.model, config)
+    with torch.no_grad():
+        for name in backbone.targets:
+            a, b = state[f"{name}.lora_A"], state[f"{name}.lora_B"]
+            if patch is not None and patch.a:
+                a = torch.cat([a, patch.a[name]])
+                b = torch.cat([b, -patch.b[name]], dim=1)
+            layer = model.get_submodule(f"base_model.model.{name}")
+            layer.lora_A["default"].weight.copy_(a)  # type: ignore[index,union-attr]
+            layer.lora_B["default"].weight.copy_(b)  # type: ignore[index,union-attr]
+    model.save_pretrained(str(folder))
+    if patch is not None:
+        arrays: dict[str, Tensor] = {}
+        for name, positions in patch.positions.items():
+            arrays[f"{name}.weight.positions"] = torch.from_numpy(positions)
+            arrays[f"{name}.weight.values"] = patch.values[name].contiguous()
+        save_file(arrays, folder / PATCH_FILE, {"base": backbone.digest})
+
+
+def export_model(folder: Path, backbone: Backbone) -> None:
+    """Write the whole model as it computes now, in transformers' format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone.model.save_pretrained(str(folder))
+    backbone.tokenizer.save_pretrained(str(folder))
+
+
+def export_classes(folder: Path, classes: list[str]) -> None:
+    """Write the label names, in the order of class ids."""
+    (folder / "classes.json").write_text(json.dumps(classes, indent=1) + "\n")
+
+
+def apply_base_patch(model: nn.Module, path: Path) -> None:
+    """Turn a checkpoint's weights into the base that an exported adapter is for.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The checkpoint, loaded by transformers, before PEFT wraps it.
+    path : Path
+        `base_patch.safetensors`.
+    """
+    with safe_open(path, "pt") as file, torch.no_grad():
+        names = {key.rsplit(".", 1)[0] for key in file.keys()}  # noqa: SIM118
+        for name in names:
+            weight = model.get_parameter(name)
+            positions = file.get_tensor(f"{name}.positions")
+            values = file.get_tensor(f"{name}.values").to(weight.dtype)
+            weight.view(-1).index_copy_(0, positions, values)
+
+
+def _head_modules(backbone: Backbone) -> list[str]:
+    """Name the modules that hold the head: whole ones where all of one is head."""
+    modules = set()
+    for parameter in backbone.head:
+        top = parameter.split(".", 1)[0]
+        inside = [n for n, _ in backbone.model.named_parameters() if _is_in(n, top)]
+        whole = all(name in backbone.head for name in inside)
+        modules.add(top if whole else parameter.rsplit(".", 1)[0])
+    return sorted(modules)
+
+
+def _is_in(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")

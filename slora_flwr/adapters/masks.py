@@ -1,0 +1,103 @@
+"""Masks: which entries of each target matrix a sparse phase trains.
+
+A mask is a pure function of (seed, round, matrix name, shape, density, structure). It
+is drawn from the raw stream of NumPy's Philox bit generator, which NEP 19 keeps stable
+over NumPy versions, unlike the methods of `Generator`.
+"""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def key(*parts: object) -> int:
+    """Hash parts to a 128-bit key for `numpy.random.Philox`.
+
+    The parts are told apart: `key("a", "b")` is not `key("ab")`.
+    """
+    joined = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
+    return int.from_bytes(hashlib.blake2b(joined.encode(), digest_size=16).digest())
+
+
+def draw_distinct(stream: np.random.Philox, count: int, size: int) -> NDArray[np.int64]:
+    """Draw the first `count` distinct numbers below `size` of a raw stream, sorted.
+
+    Parameters
+    ----------
+    stream : numpy.random.Philox
+        The bit generator; how many words of it are read is left open.
+    count, size : int
+        How many numbers, out of how many; `count <= size`.
+
+    Returns
+    -------
+    NDArray[np.int64]
+        Shape (count,), ascending. Every subset is equally likely.
+    """
+    if 2 * count > size:
+        left_out = draw_distinct(stream, size - count, size)
+        return np.delete(np.arange(size, dtype=np.int64), left_out)
+    # A 64-bit word modulo size is uniform once the words above the last whole multiple
+    # of size are refused.
+    limit = np.uint64((2**64 // size) * size - 1)
+    drawn = np.empty(0, dtype=np.int64)
+    while True:
+        words = np.atleast_1d(stream.random_raw(count + count // 4 + 16))
+        words = words[words <= limit] % np.uint64(size)
+        drawn = np.concatenate([drawn, words.astype(np.int64)])
+        distinct, first = np.unique(drawn, return_index=True)
+        if len(distinct) >= count:
+            return np.sort(drawn[np.sort(first)[:count]])
+
+
+def make_mask(
+    seed: int,
+    name: str,
+    shape: tuple[int, int],
+    density: float,
+    structure: str = "unstructured",
+    server_round: int = 0,
+) -> NDArray[np.int64]:
+    """Choose the trained entries of one target matrix.
+
+    Parameters
+    ----------
+    seed : int
+        The run's seed.
+    name : str
+        The matrix's name in the backbone.
+    shape : tuple of int
+        (output features, input features).
+    density : float
+        Share of the entries; `round(density * m * n)` are chosen, at least one.
+    structure : str
+        `unstructured`.
+    server_round : int
+        0 for a mask that is fixed over the phase.
+
+    Returns
+    -------
+    NDArray[np.int64]
+        Row-major positions of the entries, distinct and ascending.
+    """
+    if structure != "unstructured":
+        raise ValueError(f"mask structure is {structure!r}; allowed: unstructured")
+    size = shape[0] * shape[1]
+    stream = np.random.Philox(key=key(seed, server_round, name, *shape, structure))
+    return draw_distinct(stream, max(1, round(density * size)), size)
+
+
+def fingerprint(masks: dict[str, NDArray[np.int64]]) -> str:
+    """Digest masks by name, so that two machines can tell whether theirs agree.
+
+    Returns
+    -------
+    str
+        BLAKE2b of the names and of the positions as little-endian int64, 32 hex digits.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, positions in masks.items():
+        digest.update(f"{name}\x1f{len(positions)}\x1f".encode())
+        digest.update(positions.astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,154 @@
+"""Priming: from the sparse phase's delta to the low-rank phase's start and base.
+
+SLoRA (arXiv 2308.06522), for each target matrix: the delta D = W - W_0 of the sparse
+phase has the truncated SVD D ~ U S Vᵀ, and LoRA starts at s·B·A = U S Vᵀ. Three bases:
+
+- `w0`: base W_0. The result is a plain adapter for the public checkpoint; what rank r
+  does not keep of D is lost, so the function jumps.
+- `residual`: base W_0 + D - s·B·A. The function is continuous and nothing is lost.
+- `warm-start`, a control: base W_0 + D and LoRA's own start, B = 0.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Up to this smaller side LAPACK is quick, and ARPACK may not ask for all ranks.
+DENSE_SIDE = 128
+
+
+@dataclass(frozen=True)
+class TruncatedSvd:
+    """D ~ u · diag(s) · vt: u (m, r), s (r,) descending, vt (r, n), float64.
+
+    `energy` is the share of D's squared Frobenius norm that rank r keeps.
+    """
+
+    u: NDArray[np.float64]
+    s: NDArray[np.float64]
+    vt: NDArray[np.float64]
+    energy: float
+
+
+def truncated_svd(
+    positions: NDArray[np.int64],
+    values: NDArray[np.float64],
+    shape: tuple[int, int],
+    rank: int,
+) -> TruncatedSvd:
+    """Factor a sparse matrix by Lanczos (ARPACK), small ones densely.
+
+    Parameters
+    ----------
+    positions : NDArray[np.int64]
+        Row-major positions of the entries, shape (k,).
+    values : NDArray[np.float64]
+        Their values, shape (k,).
+    shape : tuple of int
+        (m, n).
+    rank : int
+        Number of singular triplets; at most min(m, n).
+
+    Raises
+    ------
+    ValueError
+        If rank is more than min(m, n).
+    """
+    from scipy import sparse
+    from scipy.sparse.linalg import svds
+
+    side = min(shape)
+    if rank > side:
+        raise ValueError(f"rank is {rank}; allowed: up to {side} for shape {shape}")
+    values = values.astype(np.float64)
+    total = float(values @ values)
+    rows, columns = np.divmod(positions, shape[1])
+    matrix = sparse.csr_array((values, (rows, columns)), shape=shape)
+    if side <= DENSE_SIDE or 2 * rank >= side or total == 0.0:
+        u, s, vt = np.linalg.svd(matrix.toarray(), full_matrices=False)
+        u, s, vt = u[:, :rank], s[:rank], vt[:rank]
+    else:
+        # A fixed start makes the factors repeatable; its direction does not matter.
+        start = np.random.Philox(key=rank).random_raw(side).astype(np.float64)
+        u, s, vt = svds(matrix, k=rank, v0=start / 2.0**63 - 1.0)
+        u, s, vt = u[:, ::-1], s[::-1], vt[::-1]
+    # The sign of a singular pair is free: the largest entry of each row of vt is
+    # made positive, so that two solvers agree.
+    signs = np.sign(vt[np.arange(rank), np.abs(vt).argmax(axis=1)])
+    signs[signs == 0] = 1.0
+    energy = float(s @ s) / total if total else 0.0
+    return TruncatedSvd(u * signs, s, vt * signs[:, None], energy)
+
+
+def prime(svd: TruncatedSvd, scaling: float, factors: str) -> tuple[Tensor, Tensor]:
+    """Turn a truncated SVD into LoRA's factors, so that s·B·A = u · diag(S) · vt.
+
+    Parameters
+    ----------
+    svd : TruncatedSvd
+        Of the delta.
+    scaling : float
+        LoRA's s = alpha / rank; it divides the product once.
+    factors : str
+        `balanced` puts the root of S / s on both sides; `b` puts S / s into B, and A
+        has orthonormal rows.
+
+    Returns
+    -------
+    a, b : Tensor
+        float32, shapes (rank, n) and (m, rank).
+    """
+    weights = svd.s / scaling
+    if factors == "balanced":
+        root = np.sqrt(weights)
+        a, b = root[:, None] * svd.vt, svd.u * root
+    elif factors == "b":
+        a, b = svd.vt, svd.u * weights
+    else:
+        raise ValueError(f"factors is {factors!r}; allowed: balanced, b")
+    return (
+        torch.from_numpy(np.ascontiguousarray(a)).float(),
+        torch.from_numpy(np.ascontiguousarray(b)).float(),
+    )
+
+
+class HandoffError(RuntimeError):
+    """A handoff whose result is not what its base and factors promise."""
+
+
+def check_handoff(
+    effective: Tensor, intended: Tensor, b: Tensor, base: str, name: str
+) -> None:
+    """Refuse a handoff that silently became another method.
+
+    Parameters
+    ----------
+    effective : Tensor
+        What the low-rank phase starts with minus W_0: base change plus s·B·A, (m, n).
+    intended : Tensor
+        What it should be: D for `residual` and `warm-start`, its best rank-r
+        approximation for `w0`, (m, n).
+    b : Tensor
+        LoRA's B, (m, rank).
+    base, name : str
+        The base and the matrix, for the message.
+
+    Raises
+    ------
+    HandoffError
+        If they differ by more than float32 rounding, or a primed B is zero although the
+        delta is not.
+    """
+    scale = float(intended.abs().max())
+    error = float((effective - intended).abs().max())
+    if not math.isfinite(error) or error > 1e-5 * max(scale, 1e-3):
+        raise HandoffError(
+            f"after the handoff {name} is off by {error:.3g} from what base {base} "
+            f"intends, whose largest entry is {scale:.3g}"
+        )
+    if base != "warm-start" and scale > 0 and not bool(b.any()):
+        raise HandoffError(f"after the handoff B of {name} is zero: nothing was primed")

@@ -1,0 +1,361 @@
+"""The run config: flat Flower keys in, typed and validated dataclasses out.
+
+This is the one place that knows the names of keys. A field `per_round` of the section
+`clients` is the key `clients.per-round`.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Value = bool | int | float | str
+
+METHODS = ("slora", "sft", "lora", "fft", "head")
+
+
+class ConfigError(ValueError):
+    """A run config that cannot be run, named by its key."""
+
+
+def _refuse(key: str, given: object, allowed: str) -> ConfigError:
+    return ConfigError(f"{key} is {given!r}; allowed: {allowed}")
+
+
+def _one_of(key: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise _refuse(key, given, ", ".join(allowed))
+
+
+def _at_least(key: str, given: float, low: float) -> None:
+    if not (given >= low and math.isfinite(given)):
+        raise _refuse(key, given, f"a number of at least {low}")
+
+
+def _positive(key: str, given: float) -> None:
+    if not (given > 0 and math.isfinite(given)):
+        raise _refuse(key, given, "a number above 0")
+
+
+def _fraction(key: str, given: float, *, zero: bool = False, one: bool = False) -> None:
+    above, below = given >= 0 if zero else given > 0, given <= 1 if one else given < 1
+    if not (above and below):
+        low, high = "from 0" if zero else "above 0", "up to 1" if one else "below 1"
+        raise _refuse(key, given, f"a number {low} {high}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The backbone.
+
+    `name` is `embedded`, a local folder, a folder below `$SLORA_ASSETS/models`, or a
+    Hub id at `revision`. `dtype` is that of the resident weights; with `bfloat16` the
+    computation is in bf16 too, and what an adapter trains stays float32.
+    """
+
+    name: str = "embedded"
+    revision: str = ""
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise _refuse("model.name", self.name, "embedded, a folder or a Hub id")
+        _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text: where it is and which columns hold text and label.
+
+    `name` is `stdlib-docs`, `20newsgroups`, `news-category`, a Hub id, or a local file
+    or folder. `train` and `test` name splits, or files. `text` may name several columns
+    with commas. `validation` holds out this share of the training data and evaluates on
+    it in place of the test data: for tuning. `max_test` bounds the examples that an
+    evaluation reads, 0 for all.
+    """
+
+    name: str = "stdlib-docs"
+    train: str = ""
+    test: str = ""
+    text: str = ""
+    label: str = ""
+    max_length: int = 64
+    validation: float = 0.0
+    max_test: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise _refuse("data.name", self.name, "a data set's name or a path")
+        _at_least("data.max-length", self.max_length, 4)
+        _fraction("data.validation", self.validation, zero=True)
+        _at_least("data.max-test", self.max_test, 0)
+
+
+@dataclass(frozen=True)
+class ClientsConfig:
+    """The client population, how data is dealt to it, and what closes a round.
+
+    `count` 0 means one client per node. `alpha` is for `dirichlet` and `virtual`,
+    `classes` (labels per client) for `pathological`, `examples` (per client) for
+    `virtual`. A round closes when all have replied, or `deadline` seconds after its
+    start with at least `min_replies` clients. `holdout` is the share of each client's
+    examples kept from training for evaluation on the client, 0 for none.
+    """
+
+    count: int = 20
+    per_round: int = 5
+    partitioner: str = "dirichlet"
+    alpha: float = 0.1
+    classes: int = 2
+    examples: int = 100
+    min_examples: int = 1
+    min_nodes: int = 1
+    min_replies: int = 1
+    deadline: float = 3600.0
+    holdout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least("clients.count", self.count, 0)
+        _at_least("clients.per-round", self.per_round, 1)
+        if 0 < self.count < self.per_round:
+            raise _refuse(
+                "clients.per-round",
+                self.per_round,
+                f"1 to clients.count, which is {self.count}",
+            )
+        _one_of(
+            "clients.partitioner",
+            self.partitioner,
+            ("iid", "dirichlet", "pathological", "virtual"),
+        )
+        _positive("clients.alpha", self.alpha)
+        for name in ("classes", "examples", "min_examples", "min_nodes"):
+            _at_least(f"clients.{_kebab(name)}", getattr(self, name), 1)
+        if not 1 <= self.min_replies <= self.per_round:
+            raise _refuse(
+                "clients.min-replies",
+                self.min_replies,
+                f"1 to clients.per-round, which is {self.per_round}",
+            )
+        _positive("clients.deadline", self.deadline)
+        _fraction("clients.holdout", self.holdout, zero=True)
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """Local training. `lr` 0 means the adapter's own default (see `DEFAULT_RATES`).
+
+    `prox` is FedProx's mu. `clip_norm` bounds the norm of the trained parameters'
+    gradient, 0 for no bound.
+    """
+
+    epochs: int = 1
+    batch_size: int = 16
+    optimizer: str = "adamw"
+    lr: float = 0.0
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    prox: float = 0.0
+    clip_norm: float = 0.0
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        _check_recipe("train", self, lowest=1)
+
+
+@dataclass(frozen=True)
+class PhaseRecipeConfig:
+    """What one phase's recipe changes of `train`; 0 and "" mean: as in `train`."""
+
+    epochs: int = 0
+    batch_size: int = 0
+    optimizer: str = ""
+    lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class SparseConfig(PhaseRecipeConfig):
+    """The sparse phase: `rounds` of `slora`'s rounds are its, `sft` has it alone."""
+
+    density: float = 0.01
+    rounds: int = 4
+    mask: str = "unstructured"
+    schedule: str = "fixed"
+
+    def __post_init__(self) -> None:
+        _check_recipe("sparse", self, lowest=0)
+        _fraction("sparse.density", self.density, one=True)
+        _at_least("sparse.rounds", self.rounds, 1)
+        _one_of("sparse.mask", self.mask, ("unstructured",))
+        _one_of("sparse.schedule", self.schedule, ("fixed",))
+
+
+@dataclass(frozen=True)
+class LoraConfig(PhaseRecipeConfig):
+    """The low-rank phase. `targets` also says which matrices are sparsely trained.
+
+    `targets` is `all-linear` (those of the transformer blocks) or names of modules,
+    with commas, matched at the end: `query,value`. `base` and `factors`: see
+    `slora_flwr.adapters.priming`.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str = "all-linear"
+    aggregator: str = "fedavg"
+    base: str = "residual"
+    factors: str = "balanced"
+
+    def __post_init__(self) -> None:
+        _check_recipe("lora", self, lowest=0)
+        _at_least("lora.rank", self.rank, 1)
+        _positive("lora.alpha", self.alpha)
+        if not all(part.strip() for part in self.targets.split(",")):
+            raise _refuse("lora.targets", self.targets, "all-linear, or module names")
+        _one_of("lora.aggregator", self.aggregator, ("fedavg",))
+        _one_of("lora.base", self.base, ("residual", "w0", "warm-start"))
+        _one_of("lora.factors", self.factors, ("balanced", "b"))
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The server optimiser, applied to the mean update; `none` adds lr times it."""
+
+    optimizer: str = "none"
+    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("server.optimizer", self.optimizer, ("none", "fedavgm", "fedadam"))
+        _positive("server.lr", self.lr)
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where a run writes, and how often it evaluates; 0 for at the end of each phase.
+
+    `target` is a test accuracy from 0 to 1 whose first round and bytes the summary
+    names; 0 for none.
+    """
+
+    dir: str = ""
+    eval_every: int = 1
+    target: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least("run.eval-every", self.eval_every, 0)
+        _fraction("run.target", self.target, zero=True, one=True)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    method: str = "slora"
+    rounds: int = 12
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    clients: ClientsConfig = field(default_factory=ClientsConfig)
+    train: RecipeConfig = field(default_factory=RecipeConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    run: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _at_least("rounds", self.rounds, 1)
+        if not 0 <= self.seed < 2**63:
+            raise _refuse("seed", self.seed, "a whole number from 0 to 2^63 - 1")
+        if self.method == "fft" and self.model.dtype != "float32":
+            raise _refuse(
+                "model.dtype",
+                self.model.dtype,
+                "float32 for fft, whose updates bfloat16 weights would round away",
+            )
+        if self.method == "slora" and self.sparse.rounds >= self.rounds:
+            raise _refuse(
+                "sparse.rounds",
+                self.sparse.rounds,
+                f"1 to {self.rounds - 1} for slora, since rounds is {self.rounds}",
+            )
+
+
+def parse(values: Mapping[str, Value]) -> RunConfig:
+    """Check a flat run config, as `Context.run_config` holds it.
+
+    Parameters
+    ----------
+    values : Mapping[str, Value]
+        Kebab-case keys, sections joined by a dot; keys left out have their default.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key, a wrong type or an impossible value; its message names the
+        key, what was given and what is allowed.
+    """
+    fields = {_key(s, f): (s, f) for s, f in _fields()}
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
+            raise ConfigError(f"{key} is not a run config key; {hint}")
+        section, known = fields[key]
+        sections.setdefault(section, {})[known.name] = _typed(key, value, known.type)
+    own = sections.pop("", {})
+    classes = {f.name: f.type for f in dataclasses.fields(RunConfig)}
+    return RunConfig(**own, **{s: classes[s](**sections[s]) for s in sections})  # type: ignore[operator]
+
+
+def flatten(config: RunConfig) -> dict[str, Value]:
+    """Give a run config back as flat keys, the inverse of `parse`."""
+    flat: dict[str, Value] = {}
+    for section, known in _fields():
+        owner = getattr(config, section) if section else config
+        flat[_key(section, known)] = getattr(owner, known.name)
+    return flat
+
+
+def _fields() -> list[tuple[str, dataclasses.Field[Any]]]:
+    pairs = []
+    for outer in dataclasses.fields(RunConfig):
+        if dataclasses.is_dataclass(outer.type):
+            pairs += [(outer.name, inner) for inner in dataclasses.fields(outer.type)]
+        else:
+            pairs.append(("", outer))
+    return pairs
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _key(section: str, known: dataclasses.Field[Any]) -> str:
+    return f"{section}.{_kebab(known.name)}" if section else _kebab(known.name)
+
+
+def _typed(key: str, value: Value, wanted: Any) -> Value:
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        names = {int: "a whole number", float: "a number", str: "a string"}
+        raise _refuse(key, value, names[wanted])
+    return value
+
+
+def _check_recipe(
+    section: str, recipe: RecipeConfig | PhaseRecipeConfig, lowest: int
+) -> None:
+    _at_least(f"{section}.epochs", recipe.epochs, lowest)
+    _at_least(f"{section}.batch-size", recipe.batch_size, lowest)
+    unset = () if lowest else ("",)
+    _one_of(f"{section}.optimizer", recipe.optimizer, ("adamw", "sgd", *unset))
+    _at_least(f"{section}.lr", recipe.lr, 0)
+    if isinstance(recipe, RecipeConfig):
+        for name in ("weight_decay", "momentum", "prox", "clip_norm"):
+            _at_least(f"{section}.{_kebab(name)}", getattr(recipe, name), 0)
+        _one_of(f"{section}.precision", recipe.precision, ("float32", "bf16"))

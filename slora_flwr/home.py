@@ -1,0 +1,23 @@
+"""Where files outlive a process: `$SLORA_HOME`, by default `~/.slora`."""
+
+import os
+from pathlib import Path
+
+
+def home() -> Path:
+    """Give the folder for runs and caches; it may not exist yet."""
+    return Path(os.environ.get("SLORA_HOME") or "~/.slora").expanduser().absolute()
+
+
+def cache_folder() -> Path:
+    """Give the folder for what can be made again, and make it."""
+    folder = home() / "cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees all of it or nothing."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(data)
+    part.replace(path)

@@ -1,0 +1,1 @@
+"""Backbones: loading, residency, target matrices, head."""

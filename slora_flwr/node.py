@@ -1,0 +1,186 @@
+"""What a node does with a message: train, evaluate or describe its clients."""
+
+import time
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+import slora_flwr
+from slora_flwr.adapters import HeadAdapter
+from slora_flwr.config import RunConfig, parse
+from slora_flwr.home import cache_folder, write_atomically
+from slora_flwr.models.base_patch import BasePatch
+from slora_flwr.server.aggregate import Mean
+from slora_flwr.training.worker import ClientError, Worker
+from slora_flwr.wire.messages import MISSING_BASE, Instruction, Report
+from slora_flwr.wire.packing import pack, unpack
+
+
+class MissingBaseError(LookupError):
+    """This node lacks the base that an instruction names."""
+
+
+class MismatchError(RuntimeError):
+    """This node's adapter or mask is not the server's."""
+
+
+def query(message: Message, context: Context) -> Message:
+    """Describe this node: its code, its backbone, its clients and their sizes."""
+    worker = get_worker(context)
+    sizes = worker.partition.sizes
+    hosted = np.arange(len(sizes))
+    if parse(context.run_config).clients.count == 0:
+        hosted = hosted[[int(context.node_config["partition-id"])]]
+    described = ConfigRecord(
+        {
+            "version": slora_flwr.__version__,
+            "code": code_digest(),
+            "backbone": worker.backbone.digest,
+            "classes": worker.task.classes,
+        }
+    )
+    # How many nodes a simulation has, so that the server knows whom to wait for.
+    described["nodes"] = int(context.node_config.get("num-partitions", 1))
+    metrics = MetricRecord(
+        {"clients": hosted.tolist(), "examples": sizes[hosted].tolist()}
+    )
+    return Message(
+        RecordDict({"config": described, "metrics": metrics}), reply_to=message
+    )
+
+
+def train(message: Message, context: Context) -> Message:
+    """Train some clients one after the other, and fold their updates into one."""
+    instruction = Instruction.read(message.content)
+    worker = get_worker(context)
+    try:
+        adapter = _enter(worker, instruction)
+    except MissingBaseError as error:
+        return Message(Error(MISSING_BASE, str(error)), reply_to=message)
+    state = unpack(instruction.state, adapter.shapes())
+    phase = worker.schedule[instruction.phase]
+    fold = Mean()
+    report = Report(
+        instruction.server_round,
+        instruction.phase,
+        instruction.fingerprint,
+        pack({}),
+        clients=[],
+        examples=[],
+        losses=[],
+        seconds=[],
+    )
+    for client in instruction.clients:
+        started = time.perf_counter()
+        try:
+            turn = worker.train_client(client, state, phase, instruction.server_round)
+        except ClientError as error:
+            report.failures[client] = str(error)
+            continue
+        fold.add(turn.update, turn.examples)
+        report.clients.append(client)
+        report.examples.append(turn.examples)
+        report.losses.append(turn.loss)
+        report.seconds.append(time.perf_counter() - started)
+    if not report.clients:
+        reasons = "; ".join(f"client {c}: {r}" for c, r in report.failures.items())
+        return Message(Error(0, reasons), reply_to=message)
+    report.update = pack(fold.result())
+    return Message(report.content(), reply_to=message)
+
+
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate a state on the held-out examples of some clients."""
+    instruction = Instruction.read(message.content)
+    worker = get_worker(context)
+    try:
+        adapter = _enter(worker, instruction)
+    except MissingBaseError as error:
+        return Message(Error(MISSING_BASE, str(error)), reply_to=message)
+    state = unpack(instruction.state, adapter.shapes())
+    results = [worker.evaluate_client(c, state) for c in instruction.clients]
+    found = [result for result in results if result is not None]
+    total = sum(result.examples for result in found)
+    metrics = MetricRecord({"num-examples": total})
+    for name in ("loss", "accuracy"):
+        weighted = sum(getattr(result, name) * result.examples for result in found)
+        metrics[name] = weighted / total if total else 0.0
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+def get_worker(context: Context) -> Worker:
+    """Give this process's worker for the run; simulation keeps processes alive."""
+    config = parse(context.run_config)
+    if config.clients.count == 0:
+        config = _one_client_per_node(config, context)
+    return _worker(config)
+
+
+@lru_cache(maxsize=1)
+def _worker(config: RunConfig) -> Worker:
+    return Worker(config)
+
+
+def _one_client_per_node(config: RunConfig, context: Context) -> RunConfig:
+    from dataclasses import replace
+
+    if "num-partitions" not in context.node_config:
+        raise ValueError(
+            "clients.count is 0, one client per node, and this node's config has no "
+            "partition-id and num-partitions"
+        )
+    count = int(context.node_config["num-partitions"])
+    per_round = min(config.clients.per_round, count)
+    clients = replace(config.clients, count=count, per_round=per_round)
+    return replace(config, clients=clients)
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """BLAKE2b of this package's source files, 32 hex digits."""
+    digest = blake2b(digest_size=16)
+    root = Path(slora_flwr.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _enter(worker: Worker, instruction: Instruction) -> HeadAdapter:
+    phase = worker.schedule[instruction.phase]
+    patch = None
+    if instruction.base and not worker.has_entered(phase, instruction.base):
+        patch = _base(worker, instruction)
+    adapter = worker.enter(phase, patch, instruction.base)
+    if adapter.fingerprint() != instruction.fingerprint:
+        raise MismatchError(
+            f"the {phase.adapter} adapter of this node has fingerprint "
+            f"{adapter.fingerprint()}, the server's {instruction.fingerprint}: their "
+            "masks or backbones differ"
+        )
+    return adapter
+
+
+def _base(worker: Worker, instruction: Instruction) -> BasePatch:
+    """Take the base from the message, or from this machine's cache."""
+    shapes, positions, scaling = worker.patch_layout()
+    path = cache_folder() / f"base-{instruction.base}.safetensors"
+    if instruction.base_state is not None:
+        state = unpack(instruction.base_state, shapes)
+        if blake2b(instruction.base_state.data, digest_size=16).hexdigest() != (
+            instruction.base
+        ):
+            raise MismatchError("the base that was sent does not have its digest")
+        write_atomically(path, save(state))
+    else:
+        try:
+            state = load_file(path)
+        except (FileNotFoundError, SafetensorError) as error:
+            raise MissingBaseError(f"no base {instruction.base} here") from error
+        state = {name: state[name] for name in shapes}
+    return BasePatch.from_state(state, positions, scaling)

@@ -1,0 +1,1 @@
+"""What a run says: progress lines and the closing table."""

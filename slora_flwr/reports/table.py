@@ -1,0 +1,61 @@
+"""The table that closes a run."""
+
+from typing import Any
+
+from rich.table import Table
+
+
+def closing_table(summary: dict[str, Any]) -> Table:
+    """Lay out a summary: figures of the run, and its bytes beside FFT's and LoRA's.
+
+    Parameters
+    ----------
+    summary : dict
+        As in summary.json.
+    """
+    title = (
+        f"{summary['method']}: accuracy {summary['accuracy']:.1%} "
+        f"(majority class {summary['majority_accuracy']:.1%}), "
+        f"macro-F1 {summary['macro_f1']:.3f}, loss {summary['loss']:.3f}, "
+        f"{summary['seconds']:.0f} s"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("rounds", "MB up", "MB down", "MB in all", "share of FFT", "seconds"):
+        table.add_column(name, justify="right")
+    fft = summary["same_rounds"]["fft"]
+
+    def row(name: str, rounds: int, up: int, down: int, seconds: float | None) -> None:
+        table.add_row(
+            name,
+            str(rounds),
+            f"{up / 1e6:.2f}",
+            f"{down / 1e6:.2f}",
+            f"{(up + down) / 1e6:.2f}",
+            f"{(up + down) / (2 * fft):.2%}",
+            "-" if seconds is None else f"{seconds:.0f}",
+        )
+
+    for name, phase in summary["phases"].items():
+        row(
+            f"{name} phase",
+            phase["rounds"],
+            phase["payload_bytes_up"],
+            phase["payload_bytes_down"],
+            phase["seconds"],
+        )
+    table.add_section()
+    row(
+        summary["method"],
+        summary["rounds"],
+        summary["payload_bytes_up"],
+        summary["payload_bytes_down"],
+        summary["seconds"],
+    )
+    for other, size in summary["same_rounds"].items():
+        row(f"{other}, same rounds", summary["rounds"], size, size, None)
+    table.caption = (
+        "payload: bytes of the tensors, counted for each client as if it were a node "
+        "of its own; ledger.csv has the message bytes too"
+    )
+    return table

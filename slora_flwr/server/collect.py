@@ -1,0 +1,46 @@
+"""Replies as they come."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+# Between polls; Flower's own `send_and_receive` sleeps three seconds.
+FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.01, 0.2
+
+
+def collect(
+    grid: Grid,
+    messages: Iterable[Message],
+    deadline: float,
+    again: Callable[[Message], Message | None] = lambda reply: None,
+) -> Iterator[Message]:
+    """Send messages and yield each reply once, when it is there.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's way to the nodes.
+    messages : Iterable[Message]
+        To different nodes.
+    deadline : float
+        Seconds after which replies are no longer waited for.
+    again : Callable
+        Given a reply, the message to send in its place, or None to yield the reply.
+    """
+    until = time.monotonic() + deadline
+    pending = set(grid.push_messages(messages))
+    pause = FIRST_POLL_SECONDS
+    while pending and time.monotonic() < until:
+        replies = list(grid.pull_messages(pending))
+        for reply in replies:
+            pending.discard(reply.metadata.reply_to_message_id)
+            instead = again(reply)
+            if instead is None:
+                yield reply
+            else:
+                pending.update(grid.push_messages([instead]))
+        if not replies:
+            time.sleep(pause)
+        pause = FIRST_POLL_SECONDS if replies else min(2 * pause, LAST_POLL_SECONDS)

@@ -1,0 +1,559 @@
+"""The strategy: a schedule of phases, round by round, over Flower's grid."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from logging import INFO, WARNING
+from statistics import fmean
+
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+)
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from slora_flwr.adapters.head import State
+from slora_flwr.models.base_patch import BasePatch
+from slora_flwr.reports.progress import progress_line
+from slora_flwr.schedule import Phase
+from slora_flwr.server.aggregate import Mean, ServerOptimizer
+from slora_flwr.server.collect import collect
+from slora_flwr.server.fleet import Fleet, sample_cohort
+from slora_flwr.server.run_directory import RunDirectory
+from slora_flwr.training.worker import Worker
+from slora_flwr.wire.ledger import Entry
+from slora_flwr.wire.messages import (
+    MISSING_BASE,
+    Instruction,
+    MessageError,
+    Report,
+    message_bytes,
+)
+from slora_flwr.wire.packing import PayloadError, pack, unpack
+
+
+class TooFewRepliesError(RuntimeError):
+    """A round that got fewer good replies than `clients.min-replies`, twice."""
+
+
+@dataclass
+class Round:
+    """What one round has collected so far."""
+
+    number: int
+    cohort: dict[int, list[int]]
+    reports: list[Report] = field(default_factory=list)
+    failures: list[dict[str, object]] = field(default_factory=list)
+    down: Entry | None = None
+    up_message_bytes: int = 0
+
+    @property
+    def clients(self) -> list[int]:
+        """Clients whose updates are in the aggregate."""
+        return [client for report in self.reports for client in report.clients]
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss over clients, weighted by examples."""
+        weights = [n for report in self.reports for n in report.examples]
+        losses = [loss for report in self.reports for loss in report.losses]
+        return fmean(losses, weights) if losses else math.nan
+
+
+class PhasedStrategy(Strategy):
+    """Run a method's phases: rounds of each, a handoff between them.
+
+    Parameters
+    ----------
+    worker : Worker
+        This process's own, for evaluation, the handoff and the layout of states.
+    directory : RunDirectory
+        Where events, bytes and states go.
+    """
+
+    def __init__(self, worker: Worker, directory: RunDirectory) -> None:
+        self.config = worker.config
+        self.history: list[dict[str, float]] = []
+        self.final_state: State = {}
+        self._worker = worker
+        self._directory = directory
+        self._phase = 0
+        self._base: tuple[str, BasePatch, Array] | None = None
+        # Who has the base of this phase: nodes, for what is sent, and clients, for the
+        # ledger's count of each client as if it were a node of its own.
+        self._base_nodes: set[int] = set()
+        self._base_clients: set[int] = set()
+        self._best = -1.0
+        clients = self.config.clients
+        self.fleet = Fleet(
+            self._expected(), clients.min_nodes, deadline=clients.deadline
+        )
+
+    @property
+    def phase(self) -> Phase:
+        """The phase under way."""
+        return self._worker.schedule[self._phase]
+
+    def summary(self) -> None:
+        """Log what will run."""
+        for phase in self._worker.schedule:
+            recipe = phase.recipe
+            log(
+                INFO,
+                "%s: %d rounds of %d clients, %d epoch(s) of %s at lr %g, batch %d",
+                phase.adapter,
+                phase.rounds,
+                self.config.clients.per_round,
+                recipe.epochs,
+                recipe.optimizer,
+                recipe.lr,
+                recipe.batch_size,
+            )
+
+    def initial_state(self) -> State:
+        """Give the first phase's start: W_0's own values and a seeded head."""
+        return self._worker.enter(self.phase).state()
+
+    def start(  # type: ignore[override]
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 0,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run all phases.
+
+        Parameters
+        ----------
+        grid : Grid
+            Flower's, or the in-process one.
+        initial_arrays : ArrayRecord
+            The packed initial state, as `state`.
+        num_rounds : int
+            Unused: the schedule has its own.
+        timeout : float
+            Seconds until a round closes.
+        train_config, evaluate_config : ConfigRecord or None
+            Passed to `configure_train` and `configure_evaluate`.
+        evaluate_fn : Callable or None
+            Server-side evaluation; the strategy's own on the test data if None.
+
+        Raises
+        ------
+        TooFewRepliesError
+            If a round fails twice; the last state is in the run directory.
+        FleetError
+            If no node can train.
+        """
+        self.summary()
+        result = Result(arrays=initial_arrays)
+        arrays = initial_arrays
+        self.fleet.gather(grid)
+        started = time.perf_counter()
+        server_round = 0
+        for index, phase in enumerate(self._worker.schedule):
+            if phase.primed:
+                arrays = self._hand_over(arrays)
+            self._phase = index
+            self._worker.enter(phase, *self._patch())
+            self._optimizer = ServerOptimizer(
+                self.config.server.optimizer, self.config.server.lr
+            )
+            self._sent = self._unpacked(arrays["state"])
+            for number in range(1, phase.rounds + 1):
+                server_round += 1
+                arrays, metrics = self._train_round(
+                    server_round, arrays, train_config or ConfigRecord(), grid, timeout
+                )
+                result.arrays = arrays
+                result.train_metrics_clientapp[server_round] = metrics
+                if self._is_due(server_round, last=number == phase.rounds):
+                    found = self._evaluate_clients(
+                        server_round, arrays, evaluate_config, grid, timeout
+                    )
+                    if found is not None:
+                        result.evaluate_metrics_clientapp[server_round] = found
+                    evaluated = (evaluate_fn or self.evaluate_server)(
+                        server_round, arrays
+                    )
+                    if evaluated is not None:
+                        result.evaluate_metrics_serverapp[server_round] = evaluated
+                self._close_round(server_round, metrics, result, started)
+        self.final_state = self._sent
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw the cohort, deal it to nodes, and write each node's instruction."""
+        self.fleet.refresh(grid)
+        cohort = sample_cohort(
+            self.fleet.clients,
+            self.config.clients.per_round,
+            self.config.seed,
+            server_round,
+        )
+        self._round = Round(server_round, self.fleet.assign(cohort))
+        messages = self._instruct(MessageType.TRAIN, arrays["state"])
+        payload = len(arrays["state"].data) * len(cohort)
+        if self._base is not None:
+            new = set(cohort) - self._base_clients
+            payload += len(self._base[2].data) * len(new)
+            self._base_clients |= new
+        self._round.down = Entry(
+            server_round,
+            self.phase.adapter,
+            "down",
+            len(cohort),
+            payload,
+            sum(message_bytes(message) for message in messages),
+        )
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check each reply as it comes, fold it in, drop it; then step.
+
+        Returns
+        -------
+        tuple
+            The new state and the round's metrics, or None twice if fewer clients than
+            `clients.min-replies` are in the aggregate.
+        """
+        current = self._round
+        fold = Mean()
+        for reply in replies:
+            current.up_message_bytes += message_bytes(reply)
+            node = reply.metadata.src_node_id
+            try:
+                report, update = self._check(reply)
+            except (MessageError, PayloadError) as error:
+                self._fail(node, current.cohort.get(node, []), str(error))
+                continue
+            fold.add(update, sum(report.examples))
+            for client, reason in report.failures.items():
+                self._fail(node, [client], reason)
+            # The tensors are folded; only the figures are kept.
+            report.update = pack({})
+            current.reports.append(report)
+        answered = {c for report in current.reports for c in report.clients}
+        failed = {c for failure in current.failures for c in failure["clients"]}  # type: ignore[attr-defined]
+        for node, clients in current.cohort.items():
+            silent = [c for c in clients if c not in answered | failed]
+            if silent:
+                self._fail(node, silent, "no reply before the deadline")
+        if len(answered) < self.config.clients.min_replies:
+            return None, None
+        self._sent = self._optimizer.step(self._sent, fold.result())
+        metrics = MetricRecord(
+            {"num-examples": fold.weight, "train-loss": current.loss}
+        )
+        return ArrayRecord({"state": pack(self._sent)}), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask the round's own clients, where they hold examples out."""
+        if not self.config.clients.holdout:
+            return []
+        return self._instruct(MessageType.EVALUATE, arrays["state"])
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the clients' held-out figures by examples."""
+        found = []
+        for reply in replies:
+            if reply.has_error():
+                node = reply.metadata.src_node_id
+                self._fail(node, self._round.cohort.get(node, []), reply.error.reason)
+            else:
+                found.append(reply.content.metric_records["metrics"])
+        weights = [float(metrics["num-examples"]) for metrics in found]  # type: ignore[arg-type]
+        if not sum(weights):
+            return None
+        return MetricRecord(
+            {"num-examples": int(sum(weights))}
+            | {
+                name: fmean([float(m[name]) for m in found], weights)  # type: ignore[arg-type]
+                for name in ("loss", "accuracy")
+            }
+        )
+
+    def evaluate_server(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        """Evaluate on the test data in this process."""
+        found = self._worker.evaluate_test(self._sent)
+        return MetricRecord(
+            {
+                "num-examples": found.examples,
+                "loss": found.loss,
+                "accuracy": found.accuracy,
+                "macro-f1": found.macro_f1,
+            }
+        )
+
+    def _expected(self) -> dict[str, str]:
+        from slora_flwr import __version__
+        from slora_flwr.node import code_digest
+
+        digest = self._worker.backbone.digest
+        return {"version": __version__, "code": code_digest(), "backbone": digest}
+
+    @property
+    def patch(self) -> BasePatch | None:
+        """The base of the phase under way, None for W_0."""
+        return None if self._base is None else self._base[1]
+
+    def _patch(self) -> tuple[BasePatch | None, str]:
+        return (None, "") if self._base is None else (self._base[1], self._base[0])
+
+    def _unpacked(self, array: Array) -> State:
+        assert self._worker.adapter is not None
+        return unpack(array, self._worker.adapter.shapes())
+
+    def _is_due(self, server_round: int, last: bool) -> bool:
+        every = self.config.run.eval_every
+        return last or (every > 0 and server_round % every == 0)
+
+    def _train_round(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,
+        timeout: float,
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Hold a round, a second time if it gets too few good replies."""
+        for attempt in (1, 2):
+            messages = self.configure_train(server_round, arrays, config, grid)
+            replies = collect(grid, messages, timeout, self._with_base)
+            after, metrics = self.aggregate_train(server_round, replies)
+            self._note_bytes()
+            if after is not None and metrics is not None:
+                return after, metrics
+            log(
+                WARNING,
+                "round %d: %d good replies, clients.min-replies is %d%s",
+                server_round,
+                len(self._round.clients),
+                self.config.clients.min_replies,
+                "; trying once more" if attempt == 1 else "",
+            )
+        raise TooFewRepliesError(
+            f"round {server_round} got {len(self._round.clients)} good replies twice; "
+            f"clients.min-replies is {self.config.clients.min_replies}. The last state "
+            f"is in {self._directory.path / 'checkpoints'}"
+        )
+
+    def _evaluate_clients(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord | None,
+        grid: Grid,
+        timeout: float,
+    ) -> MetricRecord | None:
+        messages = self.configure_evaluate(
+            server_round, arrays, config or ConfigRecord(), grid
+        )
+        replies = collect(grid, messages, timeout, self._with_base)
+        return self.aggregate_evaluate(server_round, replies)
+
+    def _instruct(self, message_type: str, state: Array) -> list[Message]:
+        assert self._worker.adapter is not None
+        messages = []
+        for node, clients in self._round.cohort.items():
+            instruction = Instruction(
+                self._round.number,
+                self._phase,
+                clients,
+                self._worker.adapter.fingerprint(),
+                state,
+            )
+            if self._base is not None:
+                instruction.base = self._base[0]
+                if node not in self._base_nodes:
+                    instruction.base_state = self._base[2]
+                    self._base_nodes.add(node)
+            messages.append(
+                Message(
+                    instruction.content(),
+                    dst_node_id=node,
+                    message_type=message_type,
+                    group_id=str(self._round.number),
+                )
+            )
+        self._instructions = {m.metadata.dst_node_id: m for m in messages}
+        return messages
+
+    def _with_base(self, reply: Message) -> Message | None:
+        """Write the instruction again with the base, for a node that lost it."""
+        if not reply.has_error() or reply.error.code != MISSING_BASE:
+            return None
+        sent = self._instructions[reply.metadata.src_node_id]
+        instruction = Instruction.read(sent.content)
+        if instruction.base_state is not None or self._base is None:
+            return None  # it had the base, so this is a failure like any other
+        instruction.base_state = self._base[2]
+        message = Message(
+            instruction.content(),
+            dst_node_id=sent.metadata.dst_node_id,
+            message_type=sent.metadata.message_type,
+            group_id=sent.metadata.group_id,
+        )
+        self._instructions[sent.metadata.dst_node_id] = message
+        return message
+
+    def _check(self, reply: Message) -> tuple[Report, State]:
+        """Read a reply; refuse one that does not fit the round.
+
+        Raises
+        ------
+        MessageError, PayloadError
+            With the reason.
+        """
+        if reply.has_error():
+            raise MessageError(f"error {reply.error.code}: {reply.error.reason}")
+        report = Report.read(reply.content)
+        assert self._worker.adapter is not None
+        node = reply.metadata.src_node_id
+        expected = {
+            "round": (report.server_round, self._round.number),
+            "phase": (report.phase, self._phase),
+            "fingerprint": (report.fingerprint, self._worker.adapter.fingerprint()),
+        }
+        for name, (given, wanted) in expected.items():
+            if given != wanted:
+                raise MessageError(f"its {name} is {given}, not {wanted}")
+        asked = self._round.cohort.get(node, [])
+        if not set(report.clients) <= set(asked) or not report.clients:
+            raise MessageError(f"it answers for {report.clients}, asked for {asked}")
+        if len({*report.clients}) != len(report.clients):
+            raise MessageError(f"it answers twice for one of {report.clients}")
+        if len(report.examples) != len(report.clients) or min(report.examples) <= 0:
+            raise MessageError(f"its weights are {report.examples}, not all positive")
+        update = unpack(report.update, self._worker.adapter.shapes())
+        odd = [name for name, tensor in update.items() if not tensor.isfinite().all()]
+        if odd:
+            raise MessageError(f"its update of {odd[0]} is not finite")
+        return report, update
+
+    def _fail(self, node: int, clients: list[int], reason: str | None) -> None:
+        failure = {"node": node, "clients": clients, "reason": reason}
+        self._round.failures.append(failure)
+        log(WARNING, "node %d, clients %s left out: %s", node, clients, reason)
+        self._directory.event("failure", round=self._round.number, **failure)
+
+    def _note_bytes(self) -> None:
+        current = self._round
+        assert current.down is not None
+        self._directory.ledger.add(current.down)
+        size = sum(tensor.numel() for tensor in self._sent.values()) * 4
+        count = len(current.clients)
+        self._directory.ledger.add(
+            Entry(
+                current.number,
+                self.phase.adapter,
+                "up",
+                count,
+                size * count,
+                current.up_message_bytes,
+            )
+        )
+
+    def _close_round(
+        self,
+        server_round: int,
+        metrics: MetricRecord,
+        result: Result,
+        started: float,
+    ) -> None:
+        """Write events and states of a round, and say how it stands."""
+        current, directory = self._round, self._directory
+        ledger = directory.ledger
+        seconds = time.perf_counter() - started
+        figures: dict[str, float] = {
+            "round": server_round,
+            "train_loss": current.loss,
+            "seconds": seconds,
+            "payload_bytes": ledger.total("payload", "up")
+            + ledger.total("payload", "down"),
+        }
+        clients = result.evaluate_metrics_clientapp.get(server_round)
+        server = result.evaluate_metrics_serverapp.get(server_round)
+        for prefix, found in (("client_", clients), ("", server)):
+            for name, value in (found or {}).items():
+                if name != "num-examples":
+                    figures[prefix + name.replace("-", "_")] = float(value)  # type: ignore[arg-type]
+        self.history.append(figures)
+        directory.event(
+            "round",
+            phase=self.phase.adapter,
+            cohort=sorted(c for clients in current.cohort.values() for c in clients),
+            clients={
+                str(client): {"examples": n, "loss": loss, "seconds": round(s, 3)}
+                for report in current.reports
+                for client, n, loss, s in zip(
+                    report.clients,
+                    report.examples,
+                    report.losses,
+                    report.seconds,
+                    strict=True,
+                )
+            },
+            **{k: v for k, v in figures.items() if k != "seconds"},
+        )
+        facts = {"round": str(server_round), "phase": self.phase.adapter}
+        directory.save_state("last", self._sent, **facts)
+        accuracy = figures.get("accuracy", -1.0)
+        if accuracy > self._best:
+            self._best = accuracy
+            directory.save_state("best", self._sent, **facts)
+        asked = sum(len(clients) for clients in current.cohort.values())
+        log(
+            INFO,
+            progress_line(
+                self.config.rounds,
+                self.phase.adapter,
+                figures,
+                len(current.clients),
+                asked,
+            ),
+        )
+
+    def _hand_over(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Prime the next phase by what the sparse phase learned."""
+        started = time.perf_counter()
+        handoff = self._worker.hand_over(self._unpacked(arrays["state"]))
+        if handoff.patch is not None:
+            packed = pack(handoff.patch.state())
+            digest = blake2b(packed.data, digest_size=16).hexdigest()
+            self._base = (digest, handoff.patch, packed)
+        kept = fmean(handoff.energies.values())
+        log(
+            INFO,
+            "handoff: rank %d keeps %.1f%% of the delta's energy (%.1f%% at worst)",
+            self.config.lora.rank,
+            100 * kept,
+            100 * min(handoff.energies.values()),
+        )
+        self._directory.event(
+            "handoff",
+            base=self.config.lora.base,
+            energies=handoff.energies,
+            took=round(time.perf_counter() - started, 3),
+        )
+        return ArrayRecord({"state": pack(handoff.state)})
+

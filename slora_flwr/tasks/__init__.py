@@ -1,0 +1,1 @@
+"""Tasks: text in, token arrays and labels out; and who owns which examples."""

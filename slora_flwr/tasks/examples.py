@@ -1,0 +1,91 @@
+"""Token arrays and labels, and how they become batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Batches are cut from windows of this many batches sorted by length: nearly as little
+# padding as a full sort, and the batches still differ from epoch to epoch.
+WINDOW = 8
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised texts with their class ids.
+
+    Attributes
+    ----------
+    tokens : NDArray[np.int32]
+        All texts' tokens in one array.
+    offsets : NDArray[np.int64]
+        Text i is `tokens[offsets[i]:offsets[i + 1]]`; one entry more than texts.
+    labels : NDArray[np.int64]
+        Class ids.
+    pad : int
+        The padding token.
+    """
+
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    pad: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Number of tokens of each text."""
+        return np.diff(self.offsets)
+
+    def select(self, rows: NDArray[np.int64]) -> "Examples":
+        """Copy some rows, in the order given."""
+        pieces = [self.tokens[self.offsets[r] : self.offsets[r + 1]] for r in rows]
+        tokens = np.concatenate([*pieces, np.empty(0, dtype=np.int32)])
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])
+        return Examples(tokens.astype(np.int32), offsets, self.labels[rows], self.pad)
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+        """Pad rows to their longest.
+
+        Returns
+        -------
+        input_ids, attention_mask, labels : Tensor
+            int64, shapes (rows, length), (rows, length) and (rows,).
+        """
+        lengths = self.lengths[rows]
+        columns = np.arange(max(1, lengths.max()))
+        mask = columns < lengths[:, None]
+        ids = np.full(mask.shape, self.pad, dtype=np.int64)
+        ids[mask] = self.tokens[(self.offsets[rows][:, None] + columns)[mask]]
+        return (
+            torch.from_numpy(ids),
+            torch.from_numpy(mask.astype(np.int64)),
+            torch.from_numpy(self.labels[rows]),
+        )
+
+    def shuffled(
+        self, batch_size: int, stream: np.random.Philox
+    ) -> Iterator[NDArray[np.int64]]:
+        """Cut one epoch into batches of rows of similar length, in random order."""
+        order = np.argsort(stream.random_raw(len(self)), kind="stable")
+        lengths = self.lengths
+        batches = []
+        for start in range(0, len(order), WINDOW * batch_size):
+            window = order[start : start + WINDOW * batch_size]
+            window = window[np.argsort(lengths[window], kind="stable")]
+            cuts = range(batch_size, len(window), batch_size)
+            batches += np.split(window, list(cuts))
+        turns = np.argsort(stream.random_raw(len(batches)), kind="stable")
+        for turn in turns:
+            yield batches[turn]
+
+    def in_order_of_length(self, batch_size: int) -> Iterator[NDArray[np.int64]]:
+        """Cut all rows into batches with the least padding, for evaluation."""
+        order = np.argsort(self.lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]

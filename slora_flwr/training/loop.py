@@ -1,0 +1,127 @@
+"""One client's local training, and evaluation."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from slora_flwr.adapters.head import HeadAdapter
+from slora_flwr.adapters.masks import key
+from slora_flwr.config import RecipeConfig
+from slora_flwr.models.backbone import Backbone
+from slora_flwr.tasks.examples import Examples
+from slora_flwr.tasks.metrics import accuracy, macro_f1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of a classifier on some examples; loss is the mean cross-entropy."""
+
+    loss: float
+    accuracy: float
+    macro_f1: float
+    examples: int
+
+
+def train(
+    backbone: Backbone,
+    adapter: HeadAdapter,
+    examples: Examples,
+    recipe: RecipeConfig,
+    rng_key: tuple[object, ...],
+) -> float:
+    """Train an attached adapter from the state it has loaded.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The resident backbone.
+    adapter : HeadAdapter
+        Attached to it.
+    examples : Examples
+        One client's.
+    recipe : RecipeConfig
+        Local training. FedProx (arXiv 1812.06127): `prox` adds mu/2 ‖w - w_sent‖² to
+        the loss.
+    rng_key : tuple
+        Keys the order of the batches and dropout: (seed, round, client).
+
+    Returns
+    -------
+    float
+        Mean loss over the batches, NaN without any.
+    """
+    stream = np.random.Philox(key=key("train", *rng_key))
+    torch.manual_seed(int(stream.random_raw()) >> 1)
+    parameters = adapter.parameters()
+    optimizer = make_optimizer(parameters, recipe)
+    sent = [p.detach().clone() for p in parameters] if recipe.prox else []
+    model = backbone.model.train()
+    losses: list[Tensor] = []
+    for _ in range(recipe.epochs):
+        for rows in examples.shuffled(recipe.batch_size, stream):
+            ids, mask, labels = (t.to(backbone.device) for t in examples.batch(rows))
+            with _precision(backbone, recipe.precision):
+                logits = model(input_ids=ids, attention_mask=mask).logits
+            loss = F.cross_entropy(logits.float(), labels)
+            loss.backward()
+            for parameter, origin in zip(parameters, sent, strict=False):
+                assert parameter.grad is not None
+                parameter.grad.add_(parameter.detach() - origin, alpha=recipe.prox)
+            if recipe.clip_norm:
+                nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            adapter.commit()
+            losses.append(loss.detach())
+    # One transfer from the device at the end instead of one a step.
+    return float(torch.stack(losses).mean()) if losses else float("nan")
+
+
+def evaluate(
+    backbone: Backbone,
+    examples: Examples,
+    precision: str = "float32",
+    batch_size: int = 64,
+) -> Evaluation:
+    """Evaluate what the backbone computes now, adapter included."""
+    model = backbone.model.eval()
+    predicted = np.empty(len(examples), dtype=np.int64)
+    total = 0.0
+    with torch.inference_mode(), _precision(backbone, precision):
+        for rows in examples.in_order_of_length(batch_size):
+            ids, mask, labels = (t.to(backbone.device) for t in examples.batch(rows))
+            logits = model(input_ids=ids, attention_mask=mask).logits.float()
+            total += float(F.cross_entropy(logits, labels, reduction="sum"))
+            predicted[rows] = logits.argmax(dim=-1).cpu().numpy()
+    return Evaluation(
+        loss=total / len(examples),
+        accuracy=accuracy(predicted, examples.labels),
+        macro_f1=macro_f1(predicted, examples.labels),
+        examples=len(examples),
+    )
+
+
+def make_optimizer(
+    parameters: list[nn.Parameter], recipe: RecipeConfig
+) -> torch.optim.Optimizer:
+    """Build the local optimiser over what an adapter trains, and nothing else."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+        )
+    return torch.optim.AdamW(
+        parameters, lr=recipe.lr, weight_decay=recipe.weight_decay
+    )
+
+
+def _precision(backbone: Backbone, precision: str) -> AbstractContextManager[object]:
+    if precision == "bf16" or backbone.model.dtype == torch.bfloat16:
+        return torch.autocast(backbone.device.type, torch.bfloat16)
+    return nullcontext()

@@ -1,0 +1,211 @@
+"""One process's resident backbone with a phase's adapter attached, and its data."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slora_flwr.adapters import HeadAdapter, LowRankAdapter, SparseAdapter, make_adapter
+from slora_flwr.adapters.handoff import Handoff, hand_over
+from slora_flwr.adapters.head import State
+from slora_flwr.config import ConfigError, RunConfig
+from slora_flwr.models.backbone import Backbone, load_backbone
+from slora_flwr.models.base_patch import BasePatch
+from slora_flwr.schedule import Phase, make_schedule
+from slora_flwr.tasks.dataset import Task, Texts, list_classes, load_texts, make_task
+from slora_flwr.tasks.examples import Examples
+from slora_flwr.tasks.partition import Partition, make_partition
+from slora_flwr.training.loop import Evaluation, evaluate, train
+
+
+class ClientError(RuntimeError):
+    """One client's training failed; the others of its node are unharmed."""
+
+
+@dataclass
+class Trained:
+    """One client's turn: its update, weight, mean loss, and examples."""
+
+    update: State
+    examples: int
+    loss: float
+
+
+class Worker:
+    """What a process keeps between clients, rounds and phases.
+
+    Everything is loaded when first asked for, so that a message costs no more than it
+    needs.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.schedule = make_schedule(config)
+        self.adapter: HeadAdapter | None = None
+        self._entered: tuple[Phase, str] | None = None
+        self._patch: BasePatch | None = None
+
+    @cached_property
+    def _texts(self) -> tuple[Texts, Texts]:
+        return load_texts(self.config.data)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The resident backbone."""
+        labels = len(list_classes(self._texts))
+        config = self.config
+        backbone = load_backbone(
+            config.model, labels, config.seed, config.lora.targets
+        )
+        _check_rank(config, backbone)
+        return backbone
+
+    @cached_property
+    def task(self) -> Task:
+        """The tokenised task."""
+        task = make_task(self.config.data, self.backbone.tokenizer, self._texts)
+        del self.__dict__["_texts"]
+        return task
+
+    @cached_property
+    def partition(self) -> Partition:
+        """Who owns which rows of the training data."""
+        clients = self.config.clients
+        return make_partition(
+            self.task.train.labels,
+            len(self.task.classes),
+            count=clients.count,
+            partitioner=clients.partitioner,
+            alpha=clients.alpha,
+            classes=clients.classes,
+            examples=clients.examples,
+            min_examples=clients.min_examples,
+            seed=self.config.seed,
+        )
+
+    def enter(
+        self, phase: Phase, patch: BasePatch | None = None, patch_digest: str = ""
+    ) -> HeadAdapter:
+        """Attach a phase's adapter over its base, unless it is attached already.
+
+        Parameters
+        ----------
+        phase : Phase
+            One of the schedule's.
+        patch : BasePatch or None
+            The base, None for W_0.
+        patch_digest : str
+            Names the patch; empty for none.
+        """
+        if not self.has_entered(phase, patch_digest):
+            self.leave()
+            if patch is not None:
+                patch.apply(self.backbone)
+                self._patch = patch
+            self.adapter = make_adapter(phase.adapter, self.config)
+            self.adapter.attach(self.backbone)
+            self._entered = (phase, patch_digest)
+        assert self.adapter is not None
+        return self.adapter
+
+    def has_entered(self, phase: Phase, patch_digest: str) -> bool:
+        """Tell whether the phase's adapter is attached over that base."""
+        return self._entered == (phase, patch_digest)
+
+    def leave(self) -> None:
+        """Make the backbone W_0 again."""
+        if self.adapter is not None:
+            self.adapter.detach()
+        if self._patch is not None:
+            self._patch.remove(self.backbone)
+        self.adapter, self._patch, self._entered = None, None, None
+
+    def hand_over(self, state: State) -> Handoff:
+        """End the sparse phase that is attached; nothing is attached afterwards."""
+        assert isinstance(self.adapter, SparseAdapter)
+        handoff = hand_over(self.backbone, self.adapter, state, self.config.lora)
+        self.adapter, self._entered = None, None
+        return handoff
+
+    def patch_layout(
+        self,
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, NDArray[np.int64]], float]:
+        """Give shapes, mask positions and s of the base that the config calls for."""
+        config = self.config
+        sparse = make_adapter("sparse", config)
+        lora = make_adapter("lora", config)
+        assert isinstance(sparse, SparseAdapter)
+        assert isinstance(lora, LowRankAdapter)
+        positions = sparse.masks(self.backbone)
+        rank = config.lora.rank if config.lora.base == "residual" else 0
+        shapes = BasePatch.shapes(self.backbone, positions, rank)
+        return shapes, positions, lora.scaling
+
+    def examples(self, client: int) -> tuple[Examples, Examples]:
+        """Give a client's examples: to train on, and held out for evaluation."""
+        rows = self.partition.indices(client)
+        # The last ones, of an order that has nothing to do with labels.
+        held = int(len(rows) * self.config.clients.holdout)
+        cut = len(rows) - held
+        order = np.random.Philox(key=client).random_raw(len(rows)).argsort()
+        rows = rows[order]
+        return self.task.train.select(rows[:cut]), self.task.train.select(rows[cut:])
+
+    def train_client(
+        self, client: int, state: State, phase: Phase, server_round: int
+    ) -> Trained:
+        """Train one client from a state, with the phase's adapter attached.
+
+        Raises
+        ------
+        ClientError
+            If the client has no examples or its update is not finite.
+        """
+        assert self.adapter is not None
+        examples, _ = self.examples(client)
+        if not len(examples):
+            raise ClientError("no examples")
+        self.adapter.load(state)
+        rng_key = (self.config.seed, server_round, client)
+        loss = train(self.backbone, self.adapter, examples, phase.recipe, rng_key)
+        update = {
+            name: after.sub_(state[name])
+            for name, after in self.adapter.state().items()
+        }
+        if not all(bool(tensor.isfinite().all()) for tensor in update.values()):
+            raise ClientError(f"the update is not finite (loss {loss:.3g})")
+        return Trained(update, len(examples), loss)
+
+    def evaluate_client(self, client: int, state: State) -> Evaluation | None:
+        """Evaluate a state on a client's held-out examples, None without any."""
+        assert self.adapter is not None
+        _, held = self.examples(client)
+        if not len(held):
+            return None
+        self.adapter.load(state)
+        return evaluate(self.backbone, held, self.config.train.precision)
+
+    def evaluate_test(self, state: State) -> Evaluation:
+        """Evaluate a state on the test data."""
+        assert self.adapter is not None
+        self.adapter.load(state)
+        return evaluate(self.backbone, self.task.test, self.config.train.precision)
+
+
+def _check_rank(config: RunConfig, backbone: Backbone) -> None:
+    if not any(phase.adapter == "lora" for phase in make_schedule(config)):
+        return
+    side, name = min(
+        (min(m.weight.shape), n) for n, m in backbone.targets.items()
+    )
+    if config.lora.rank > side:
+        raise ConfigError(
+            f"lora.rank is {config.lora.rank}; allowed: 1 to {side}, the smaller side "
+            f"of {name}"
+        )

@@ -1,0 +1,1 @@
+"""What travels: packed states, messages, and the ledger of their bytes."""

@@ -1,0 +1,173 @@
+"""The contents of messages between server and nodes, as Flower records."""
+
+from dataclasses import dataclass, field
+
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.common.serde import message_to_proto
+
+# Code of the error reply of a node that lacks the base which an instruction names.
+MISSING_BASE = 2404
+
+
+class MessageError(ValueError):
+    """A message whose records are not those agreed on."""
+
+
+@dataclass
+class Instruction:
+    """What the server asks a node to do with some of its clients.
+
+    Attributes
+    ----------
+    server_round, phase : int
+        The round from 1, and the index of its phase.
+    clients : list[int]
+        Client ids.
+    fingerprint : str
+        Of the adapter's layout and mask; the mask itself follows from the run's seed.
+    state : Array
+        The packed state to start from.
+    base : str
+        Digest of the phase's base, empty for W_0.
+    base_state : Array or None
+        The packed base itself, for a node that is not known to have it.
+    """
+
+    server_round: int
+    phase: int
+    clients: list[int]
+    fingerprint: str
+    state: Array
+    base: str = ""
+    base_state: Array | None = None
+
+    def content(self) -> RecordDict:
+        """Write the records."""
+        arrays = ArrayRecord({"state": self.state})
+        if self.base_state is not None:
+            arrays["base"] = self.base_state
+        config = ConfigRecord(
+            {
+                "server-round": self.server_round,
+                "phase": self.phase,
+                "clients": self.clients,
+                "fingerprint": self.fingerprint,
+            }
+        )
+        if self.base:  # Flower cannot count the bytes of an empty string
+            config["base"] = self.base
+        return RecordDict({"arrays": arrays, "config": config})
+
+    @classmethod
+    def read(cls, content: RecordDict) -> "Instruction":
+        """Read the records."""
+        arrays, config = content.array_records["arrays"], content.config_records["config"]
+        return cls(
+            server_round=int(config["server-round"]),  # type: ignore[arg-type]
+            phase=int(config["phase"]),  # type: ignore[arg-type]
+            clients=list(config["clients"]),  # type: ignore[arg-type]
+            fingerprint=str(config["fingerprint"]),
+            state=arrays["state"],
+            base=str(config.get("base", "")),
+            base_state=arrays.get("base"),
+        )
+
+
+@dataclass
+class Report:
+    """What a node answers after training: the fold of its clients' updates.
+
+    Attributes
+    ----------
+    server_round, phase, fingerprint
+        As in the instruction that it answers.
+    update : Array
+        The packed aggregate.
+    clients, examples, losses, seconds : list
+        Of the clients that are in the aggregate, in one order.
+    failures : dict[int, str]
+        The clients that are not, with reasons.
+    """
+
+    server_round: int
+    phase: int
+    fingerprint: str
+    update: Array
+    clients: list[int]
+    examples: list[int]
+    losses: list[float]
+    seconds: list[float]
+    failures: dict[int, str] = field(default_factory=dict)
+
+    def content(self) -> RecordDict:
+        """Write the records."""
+        metrics = MetricRecord(
+            {
+                "num-examples": sum(self.examples),
+                "clients": self.clients,
+                "examples": self.examples,
+                "losses": self.losses,
+                "seconds": self.seconds,
+            }
+        )
+        config = ConfigRecord(
+            {
+                "server-round": self.server_round,
+                "phase": self.phase,
+                "fingerprint": self.fingerprint,
+            }
+        )
+        if self.failures:
+            config["failed"] = list(self.failures)
+            config["reasons"] = list(self.failures.values())
+        return RecordDict(
+            {
+                "arrays": ArrayRecord({"update": self.update}),
+                "metrics": metrics,
+                "config": config,
+            }
+        )
+
+    @classmethod
+    def read(cls, content: RecordDict) -> "Report":
+        """Read the records.
+
+        Raises
+        ------
+        MessageError
+            If a record or an entry is missing.
+        """
+        try:
+            metrics = content.metric_records["metrics"]
+            config = content.config_records["config"]
+            return cls(
+                server_round=int(config["server-round"]),  # type: ignore[arg-type]
+                phase=int(config["phase"]),  # type: ignore[arg-type]
+                fingerprint=str(config["fingerprint"]),
+                update=content.array_records["arrays"]["update"],
+                clients=list(metrics["clients"]),  # type: ignore[arg-type]
+                examples=list(metrics["examples"]),  # type: ignore[arg-type]
+                losses=list(metrics["losses"]),  # type: ignore[arg-type]
+                seconds=list(metrics["seconds"]),  # type: ignore[arg-type]
+                failures=dict(
+                    zip(
+                        config.get("failed", []),  # type: ignore[arg-type]
+                        config.get("reasons", []),  # type: ignore[arg-type]
+                        strict=True,
+                    )
+                ),
+            )
+        except (KeyError, TypeError) as error:
+            raise MessageError(f"the reply's records are off: {error!r}") from error
+
+
+def message_bytes(message: Message) -> int:
+    """Count the bytes of a serialised Flower message, metadata included."""
+    return int(message_to_proto(message).ByteSize())
