@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from scipy.sparse import coo_array
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
@@ -153,9 +152,8 @@ class Pairs:
                 tokens += more
         spare = len(tokens) - room
         # Fine-tuning sees beginnings, so half of the crops are beginnings.
-        start = (
-            self.rng.randint(0, spare) if spare > 0 and self.rng.random() < 0.5 else 0
-        )
+        inside = spare > 0 and self.rng.random() < 0.5
+        start = self.rng.randint(0, spare) if inside else 0
         return tokens[start : start + room]
 
 
@@ -166,22 +164,24 @@ def word_vectors(documents: list[list[list[int]]], vocabulary: int, dim: int) ->
     training gives in minutes (Levy and Goldberg 2014).
     """
     rows, columns, weights = [], [], []
-    for passage in (np.array(p, dtype=np.int64) for d in documents for p in d):
-        for distance in range(1, WINDOW + 1):
+    for passage in (torch.tensor(p) for d in documents for p in d):
+        for distance in range(1, min(WINDOW + 1, len(passage))):
             rows += [passage[:-distance], passage[distance:]]
             columns += [passage[distance:], passage[:-distance]]
-            near = max(0, len(passage) - distance)
-            weights.append(np.full(2 * near, 1 / distance))
-    entries = np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns))
-    counts = coo_array(entries, shape=(vocabulary, vocabulary)).tocsr().tocoo()
-    total = counts.sum(axis=0)
+            weights.append(torch.full((2 * len(rows[-1]),), 1 / distance))
+    size = (vocabulary, vocabulary)
+    where = torch.stack([torch.cat(rows), torch.cat(columns)])
+    counts = torch.sparse_coo_tensor(
+        where, torch.cat(weights), size, check_invariants=True
+    ).coalesce()
+    row, column = counts.indices()
+    total = counts.sum(0).to_dense()
     smooth = total**0.75 / (total**0.75).sum()
-    r, c = counts.coords
-    counts.data = np.log(counts.data / (total[r] * smooth[c])).clip(min=0)
+    pmi = (counts.values() / (total[row] * smooth[column])).log()
     ppmi = torch.sparse_coo_tensor(
-        np.stack([r, c]), counts.data, counts.shape, dtype=torch.float32
+        counts.indices(), pmi.clamp(min=0), size, check_invariants=True
     )
-    u, s, _ = torch.svd_lowrank(ppmi.coalesce(), q=dim, niter=3)
+    u, s, _ = torch.svd_lowrank(ppmi, q=dim, niter=3)
     vectors = u * s.sqrt()
     return F.normalize(vectors, dim=1) * INITIAL * math.sqrt(dim)
 
@@ -291,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -22,8 +22,12 @@ class FullAdapter(HeadAdapter):
         self._before: dict[str, Tensor] = {}
 
     def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+        body: dict[str, nn.Parameter]
         if self._targets_only:
-            body = {f"{n}.weight": m.weight for n, m in backbone.targets.items()}
+            body = {
+                f"{name}.weight": module.weight
+                for name, module in backbone.targets.items()
+            }
         else:
             body = {
                 name: parameter

@@ -4,6 +4,7 @@ import heapq
 import time
 from collections.abc import Iterable
 from logging import INFO, WARNING
+from typing import cast
 
 import numpy as np
 from flwr.app import Message, MessageType, RecordDict
@@ -92,7 +93,7 @@ class Fleet:
         Clients go in descending order of size, each to the node with the fewest
         examples so far, so that nodes end at about the same time.
         """
-        loads = {node: 0 for node in self._online}
+        loads = dict.fromkeys(self._online, 0)
         dealt: dict[int, list[int]] = {}
         everywhere = frozenset.intersection(*(self._hosted[n] for n in self._online))
         heap = [(0, node) for node in self._online]
@@ -119,17 +120,21 @@ class Fleet:
         for reply in collect(grid, messages, self._deadline):
             node = reply.metadata.src_node_id
             if reply.has_error():
-                self._leave_out(node, f"it cannot describe itself: {reply.error.reason}")
+                self._leave_out(
+                    node, f"it cannot describe itself: {reply.error.reason}"
+                )
                 continue
             described = reply.content.config_records["config"]
             metrics = reply.content.metric_records["metrics"]
             differs = [
-                f"{name} is {described.get(name)}, the server's is {value}"
+                f"{name} is {described.get(name)!r}, the server's is {value!r}"
                 for name, value in self._expected.items()
                 if described.get(name) != value
             ]
-            clients = list(metrics["clients"])  # type: ignore[arg-type]
-            sizes = dict(zip(clients, metrics["examples"], strict=True))  # type: ignore[arg-type]
+            clients = cast(list[int], metrics["clients"])
+            sizes = dict(
+                zip(clients, cast(list[int], metrics["examples"]), strict=True)
+            )
             if any(self.sizes.get(c, size) != size for c, size in sizes.items()):
                 differs.append("its clients have other numbers of examples")
             if differs:

@@ -1,16 +1,15 @@
 """An in-process grid: the same messages and handlers, without Ray or a SuperLink."""
 
 import itertools
-import time
 from collections.abc import Iterable, Mapping
 from logging import ERROR
 
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.logger import log
 from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.serverapp import Grid
 
 from slora_flwr import node
 from slora_flwr.config import Value
@@ -106,5 +105,7 @@ class InlineGrid(Grid):
             reply = handler(message, context)
         except Exception as error:  # as Flower does: a node's failure is a reply
             log(ERROR, "node %d failed", context.node_id, exc_info=error)
-            reply = Message(Error(0, f"{type(error).__name__}: {error}"), reply_to=message)
+            reply = Message(
+                Error(0, f"{type(error).__name__}: {error}"), reply_to=message
+            )
         return message_from_proto(message_to_proto(reply))

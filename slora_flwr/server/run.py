@@ -130,9 +130,7 @@ def _summarise(
             for method, adapter in (("fft", "full"), ("lora", "lora"))
         },
     }
-    reached = [
-        h for h in strategy.history if h.get("accuracy", 0) >= config.run.target
-    ]
+    reached = [h for h in strategy.history if h.get("accuracy", 0) >= config.run.target]
     if config.run.target and reached:
         keys = ("round", "payload_bytes", "seconds")
         summary["target"] = {name: reached[0][name] for name in keys}

@@ -556,4 +556,3 @@ class PhasedStrategy(Strategy):
             took=round(time.perf_counter() - started, 3),
         )
         return ArrayRecord({"state": pack(handoff.state)})
-

@@ -202,8 +202,8 @@ def _find(config: DataConfig, preset: Preset) -> Callable[[str], Any]:
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ConfigError(
                 f"data.name is {config.name!r}; allowed: stdlib-docs, "
-                f"{', '.join(PRESETS)}, a file or folder that is there (absolute, since "
-                "a run does not start in your folder), a name below "
+                f"{', '.join(PRESETS)}, a file or folder that is there (absolute, "
+                "since a run does not start in your folder), a name below "
                 f"$SLORA_ASSETS/data, or a Hub id that can be reached ({error})"
             ) from error
 

@@ -19,8 +19,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-# Chapter -> the modules and packages it describes. Private modules stand with the public
-# one they serve; the REPL stands with the interpreters.
+# Chapter -> the modules and packages it describes. Private modules stand with the
+# public one they serve; the REPL stands with the interpreters.
 CHAPTERS: dict[str, str] = {
     # Text Processing, Binary Data, Cryptographic Services, Internationalization
     "text-and-binary": """
@@ -110,7 +110,7 @@ def load() -> tuple[list[str], list[str]]:
     # A docstring repeated in a second module belongs to the first.
     chapter_of_text: dict[str, str] = {}
     # Syntax trees are many small objects without cycles: collecting while they are
-    # built costs more than half of the time.
+    # built only costs time.
     collecting = gc.isenabled()
     gc.disable()
     try:

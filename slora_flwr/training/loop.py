@@ -116,9 +116,7 @@ def make_optimizer(
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
         )
-    return torch.optim.AdamW(
-        parameters, lr=recipe.lr, weight_decay=recipe.weight_decay
-    )
+    return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 
 def _precision(backbone: Backbone, precision: str) -> AbstractContextManager[object]:

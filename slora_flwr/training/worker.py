@@ -60,9 +60,7 @@ class Worker:
         """The resident backbone."""
         labels = len(list_classes(self._texts))
         config = self.config
-        backbone = load_backbone(
-            config.model, labels, config.seed, config.lora.targets
-        )
+        backbone = load_backbone(config.model, labels, config.seed, config.lora.targets)
         _check_rank(config, backbone)
         return backbone
 
@@ -201,9 +199,7 @@ class Worker:
 def _check_rank(config: RunConfig, backbone: Backbone) -> None:
     if not any(phase.adapter == "lora" for phase in make_schedule(config)):
         return
-    side, name = min(
-        (min(m.weight.shape), n) for n, m in backbone.targets.items()
-    )
+    side, name = min((min(m.weight.shape), n) for n, m in backbone.targets.items())
     if config.lora.rank > side:
         raise ConfigError(
             f"lora.rank is {config.lora.rank}; allowed: 1 to {side}, the smaller side "

@@ -68,7 +68,10 @@ class Instruction:
     @classmethod
     def read(cls, content: RecordDict) -> "Instruction":
         """Read the records."""
-        arrays, config = content.array_records["arrays"], content.config_records["config"]
+        arrays, config = (
+            content.array_records["arrays"],
+            content.config_records["config"],
+        )
         return cls(
             server_round=int(config["server-round"]),  # type: ignore[arg-type]
             phase=int(config["phase"]),  # type: ignore[arg-type]

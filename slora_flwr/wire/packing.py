@@ -22,7 +22,10 @@ class PayloadError(ValueError):
 
 def pack(state: Mapping[str, Tensor]) -> Array:
     """Pack tensors, in their order, as little-endian float32."""
-    flat = [tensor.detach().to("cpu", torch.float32).reshape(-1) for tensor in state.values()]
+    flat = [
+        tensor.detach().to("cpu", torch.float32).reshape(-1)
+        for tensor in state.values()
+    ]
     values = torch.cat(flat).numpy() if flat else np.empty(0, dtype=np.float32)
     data = values.astype("<f4", copy=False).tobytes()
     return Array(dtype="float32", shape=(len(values),), stype=STYPE, data=data)
