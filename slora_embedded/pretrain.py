@@ -2,7 +2,11 @@
 
     python -m slora_embedded.pretrain --out DIR
 
-TIMING
+The files in this folder: Python 3.11.7's library, 1.05 million tokens, the defaults
+below, about 8 minutes on one core of a shared two-core AMD EPYC virtual machine (of
+which 7 are training). Last losses: masked tokens 5.93, pairs 2.96 (chance: 9.01 and
+4.16). The library's docstrings are the text of the data set `stdlib-docs`, too, its
+test split included, without their labels.
 """
 
 from __future__ import annotations

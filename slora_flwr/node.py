@@ -1,6 +1,7 @@
 """What a node does with a message: train, evaluate or describe its clients."""
 
 import time
+from dataclasses import replace
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -22,11 +23,11 @@ from slora_flwr.wire.packing import pack, unpack
 
 
 class MissingBaseError(LookupError):
-    """This node lacks the base that an instruction names."""
+    """The base that an instruction names is not on this node."""
 
 
 class MismatchError(RuntimeError):
-    """This node's adapter or mask is not the server's."""
+    """The adapter or mask of this node is not the server's."""
 
 
 def query(message: Message, context: Context) -> Message:
@@ -127,8 +128,6 @@ def _worker(config: RunConfig) -> Worker:
 
 
 def _one_client_per_node(config: RunConfig, context: Context) -> RunConfig:
-    from dataclasses import replace
-
     if "num-partitions" not in context.node_config:
         raise ValueError(
             "clients.count is 0, one client per node, and this node's config has no "

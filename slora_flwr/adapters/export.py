@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, TaskType
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slora_flwr.adapters.head import State
+from slora_flwr.adapters.low_rank import wrap
 from slora_flwr.models.backbone import Backbone
 from slora_flwr.models.base_patch import BasePatch
 
@@ -56,7 +57,7 @@ def export_adapter(
     with torch.no_grad():
         for name, parameter in backbone.head.items():
             parameter.copy_(state[name])
-    model = get_peft_model(backbone.model, config)
+    model = wrap(backbone.model, config)
     with torch.no_grad():
         for name in backbone.targets:
             a, b = state[f"{name}.lora_A"], state[f"{name}.lora_B"]

@@ -22,18 +22,10 @@ class FullAdapter(HeadAdapter):
         self._before: dict[str, Tensor] = {}
 
     def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        body: dict[str, nn.Parameter]
+        wanted = dict(backbone.model.named_parameters())
         if self._targets_only:
-            body = {
-                f"{name}.weight": module.weight
-                for name, module in backbone.targets.items()
-            }
-        else:
-            body = {
-                name: parameter
-                for name, parameter in backbone.model.named_parameters()
-                if name not in backbone.head
-            }
+            wanted = {f"{n}.weight": wanted[f"{n}.weight"] for n in backbone.targets}
+        body = {n: p for n, p in wanted.items() if n not in backbone.head}
         self._before = {name: p.detach().clone() for name, p in body.items()}
         return body
 

@@ -4,6 +4,7 @@ import warnings
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from slora_flwr.adapters.head import HeadAdapter
 from slora_flwr.models.backbone import Backbone
@@ -42,20 +43,26 @@ class LowRankAdapter(HeadAdapter):
         )
 
     def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        with warnings.catch_warnings():
-            # A model that was a PEFT model before keeps a mark of it, and PEFT warns of
-            # a second adapter although `unload` took the first one out.
-            warnings.filterwarnings("ignore", message=".*peft_config.*")
-            model = get_peft_model(backbone.model, self.peft_config(backbone))
-        assert isinstance(model, PeftModel)
-        self._model = model
+        self._model = wrap(backbone.model, self.peft_config(backbone))
         trained = {}
         for name in backbone.targets:
             layer = backbone.model.get_submodule(name)
-            trained[f"{name}.lora_A"] = layer.lora_A["default"].weight  # type: ignore[index,union-attr]
-            trained[f"{name}.lora_B"] = layer.lora_B["default"].weight  # type: ignore[index,union-attr]
-        return trained  # type: ignore[return-value]
+            trained[f"{name}.lora_A"] = layer.lora_A["default"].weight
+            trained[f"{name}.lora_B"] = layer.lora_B["default"].weight
+        return trained
 
     def _restore(self, backbone: Backbone) -> None:
         self._model.unload()
         del self._model
+
+
+def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Put PEFT's LoRA layers into a model, without two warnings that do not apply."""
+    with warnings.catch_warnings():
+        # A model keeps a mark of adapters that `unload` has taken out again.
+        warnings.filterwarnings("ignore", message=".*for a second time")
+        # PEFT reads a property that transformers has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        wrapped = get_peft_model(model, config)
+    assert isinstance(wrapped, PeftModel)
+    return wrapped

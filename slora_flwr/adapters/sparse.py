@@ -143,7 +143,7 @@ class _MaskedLinear(torch.autograd.Function):
         return F.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, positions = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:

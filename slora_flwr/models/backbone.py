@@ -93,8 +93,15 @@ def load_backbone(
         If there is no such model, or it has no such target matrices.
     """
     # Here and not above: it takes seconds, and a node may not get this far.
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        logging,
+    )
 
+    # A fresh head is meant, so its report and the bars would only hide the run's lines.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     source = locate(config.name)
     revision = {"revision": config.revision} if config.revision else {}
     torch.manual_seed(seed)

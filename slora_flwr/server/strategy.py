@@ -122,7 +122,7 @@ class PhasedStrategy(Strategy):
         """Give the first phase's start: W_0's own values and a seeded head."""
         return self._worker.enter(self.phase).state()
 
-    def start(  # type: ignore[override]
+    def start(
         self,
         grid: Grid,
         initial_arrays: ArrayRecord,

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner  # type: ignore[import-untyped]
+    from flwr_datasets.partitioner import Partitioner
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -342,8 +342,8 @@ def _dirichlet(
 
 def _parts(library: Partitioner, labels: Int64Array, count: int) -> list[Int64Array]:
     """Rows of each client, as positions in `labels`."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    from datasets import Dataset  # type: ignore[import-untyped]
+    import pyarrow as pa
+    from datasets import Dataset
 
     class Rows(Dataset):
         """Hands the library NumPy labels and takes the rows that it selects.
