@@ -7,6 +7,9 @@ below, about 8 minutes on one core of a shared two-core AMD EPYC virtual machine
 which 7 are training). Last losses: masked tokens 5.93, pairs 2.96 (chance: 9.01 and
 4.16). The library's docstrings are the text of the data set `stdlib-docs`, too, its
 test split included, without their labels.
+
+A run repeats but for the tokenizer: the WordPiece trainer breaks ties in hash order, so
+that a few entries of the vocabulary, and the order of hundreds, differ between runs.
 """
 
 from __future__ import annotations

@@ -1,0 +1,130 @@
+"""The command line: `slora`."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from flwr.common.config import parse_config_args
+
+from slora_flwr.config import ConfigError, parse
+
+app = typer.Typer(
+    help="Federated fine-tuning of transformers: SLoRA and its peers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class Engine(StrEnum):
+    """What carries the messages of a run."""
+
+    FLWR = "flwr"
+    INLINE = "inline"
+
+
+@app.callback()
+def main() -> None:
+    """Keep `run` a command of its own although it is the only one."""
+
+
+@app.command()
+def run(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of the app: a checkout of slora-flwr.")
+    ] = Path(),
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--run-config",
+            "-c",
+            help="As `flwr run` takes it: 'key=value key2=value2', or one TOML file.",
+        ),
+    ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="Flower's simulation on Ray, or all in this process."),
+    ] = Engine.FLWR,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Simulated nodes; one worker per core or GPU.")
+    ] = os.cpu_count() or 1,
+) -> None:
+    """Run a method; the exit status says whether it ended well."""
+    try:
+        values = parse_config_args(run_config)
+        # Refused here, before anything starts.
+        parse(values)
+    except (ConfigError, ValueError, OSError, click.ClickException) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    if engine is Engine.INLINE:
+        _run_inline(values, nodes)
+    else:
+        _run_flower(folder, run_config or [], nodes)
+
+
+def _run_inline(values: dict[str, Any], nodes: int) -> None:
+    # torch and transformers take seconds to import, which an error above need not wait.
+    from slora_flwr.server.inline import InlineGrid
+    from slora_flwr.server.run import run as run_on
+
+    run_id = time.time_ns()
+    try:
+        run_on(InlineGrid(values, nodes, run_id), values, run_id)
+    except ConfigError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _run_flower(folder: Path, run_config: list[str], nodes: int) -> None:
+    if not (folder / "pyproject.toml").is_file():
+        typer.echo(
+            f"Error: {folder.absolute()} holds no Flower app; allowed: a checkout of "
+            "slora-flwr, or --engine inline",
+            err=True,
+        )
+        raise typer.Exit(2)
+    command = ["run", str(folder), "--format", "json"]
+    for value in run_config:
+        command += ["--run-config", value]
+    gpus = _gpus()
+    resources = f"client-resources-num-cpus=1 client-resources-num-gpus={gpus / nodes}"
+    command += ["--federation-config", f"num-supernodes={nodes} {resources}"]
+    started = _flower(*command)
+    run_id = str(started["run-id"])
+    streamed = subprocess.run([*_FLOWER, "log", run_id, "--stream"], check=False)
+    listed = _flower("list", "--run-id", run_id, "--format", "json")
+    status = listed["runs"][0]["status"]
+    # `flwr log` ends with 0 whatever became of the run.
+    if status != "finished:completed" or streamed.returncode:
+        typer.echo(f"Error: run {run_id} is {status}", err=True)
+        raise typer.Exit(1)
+
+
+_FLOWER = (sys.executable, "-m", "flwr.cli.app")
+
+
+def _flower(*arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [*_FLOWER, *arguments], stdout=subprocess.PIPE, text=True, check=False
+    )
+    try:
+        answer = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        answer = {"success": False, "error-message": done.stdout.strip()}
+    if done.returncode or not answer.get("success"):
+        typer.echo(f"Error: {answer.get('error-message', 'flwr failed')}", err=True)
+        raise typer.Exit(done.returncode or 1)
+    return dict(answer)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,195 @@
+"""What tests share: a quiet environment, tiny random models, examples."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["SLORA_HOME"] = tempfile.mkdtemp(prefix="slora-tests-")
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    DistilBertConfig,
+    DistilBertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from slora_flwr.config import ModelConfig
+from slora_flwr.models.backbone import Backbone, load_backbone
+from slora_flwr.tasks.examples import Examples
+
+torch.set_num_threads(1)
+
+FAMILIES = ("bert", "distilbert", "roberta", "albert", "deberta-v2")
+VOCAB = 120
+LABELS = 3
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["SLORA_HOME"], ignore_errors=True)
+
+
+def make_body(family: str) -> PreTrainedModel:
+    """Make a random body; 32 against 48 features, so that layers are not all square."""
+    # Larger weights than the usual 0.02, so that a wrong weight shows in the logits.
+    shared = {
+        "vocab_size": VOCAB,
+        "pad_token_id": 0,
+        "max_position_embeddings": 40,
+        "initializer_range": 0.2,
+    }
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    if family == "bert":
+        return BertModel(BertConfig(**shared, **sizes))
+    if family == "distilbert":
+        own = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+        return DistilBertModel(DistilBertConfig(**shared, **own))
+    if family == "roberta":
+        return RobertaModel(RobertaConfig(**shared, **sizes))
+    if family == "albert":
+        return AlbertModel(AlbertConfig(**shared, **sizes, embedding_size=16))
+    relative = {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "position_biased_input": False,
+    }
+    return DebertaV2Model(DebertaV2Config(**shared, **sizes, **relative))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer of whole words: the special tokens, then w5, w6, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCAB))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    pad, unk, cls, sep, mask = SPECIAL
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        unk_token=unk,
+        cls_token=cls,
+        sep_token=sep,
+        mask_token=mask,
+    )
+
+
+def save_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
+    """Save a checkpoint with the tiny tokenizer beside it."""
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load_tiny(folder: Path, targets: str = "all-linear", seed: int = 3) -> Backbone:
+    return load_backbone(ModelConfig(name=str(folder)), LABELS, seed, targets)
+
+
+def make_examples(count: int = 24, seed: int = 0) -> Examples:
+    """Draw random tokens of unequal lengths; half of them tell the label."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(LABELS, size=count)
+    lengths = random.integers(4, 17, size=count)
+    tokens = []
+    for label, length in zip(labels, lengths, strict=True):
+        text = random.integers(len(SPECIAL), VOCAB, size=length)
+        telling = random.random(length) < 0.5
+        tokens.append(np.where(telling, len(SPECIAL) + label, text))
+    return Examples(
+        np.concatenate(tokens).astype(np.int32),
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        labels.astype(np.int64),
+        pad=0,
+    )
+
+
+def logits(model: nn.Module, examples: Examples) -> Tensor:
+    """Compute all examples' logits in one batch, without dropout."""
+    device = next(model.parameters()).device
+    ids, mask, _ = examples.batch(np.arange(len(examples)))
+    with torch.no_grad():
+        out = model.eval()(input_ids=ids.to(device), attention_mask=mask.to(device))
+    result = out.logits
+    assert isinstance(result, Tensor)
+    return result.float().cpu()
+
+
+def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def perturb(state: dict[str, Tensor], scale: float, seed: int = 0) -> dict[str, Tensor]:
+    """Add noise to every tensor of a state."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor + scale * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in state.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny checkpoints without a head, by family."""
+    folders = {}
+    for family in FAMILIES:
+        torch.manual_seed(11)
+        folder = tmp_path_factory.mktemp(family)
+        folders[family] = save_checkpoint(make_body(family), folder)
+    return folders
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def folder(family: str, tiny_models: dict[str, Path]) -> Path:
+    return tiny_models[family]
+
+
+@pytest.fixture
+def backbone(folder: Path) -> Backbone:
+    """A tiny backbone of each family, with W_0 resident."""
+    return load_tiny(folder)
+
+
+@pytest.fixture
+def examples() -> Examples:
+    return make_examples()
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder with real data sets and models, which a checkout need not have."""
+    beside = Path(__file__).parents[2] / "shared"
+    folder = Path(os.environ.get("SLORA_ASSETS") or beside)
+    if not (folder / "models").is_dir():
+        pytest.skip(f"no models below {folder}; set SLORA_ASSETS")
+    return folder

@@ -1,0 +1,160 @@
+"""Aggregation: weights, order and grouping, and the server optimisers."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slora_flwr.server.aggregate import Mean, ServerOptimizer
+
+Updates = list[tuple[list[float], int]]
+
+VALUES = st.floats(-1e3, 1e3, width=32)
+WEIGHTS = st.integers(1, 10_000)
+UPDATES = st.lists(
+    st.tuples(st.lists(VALUES, min_size=3, max_size=3), WEIGHTS),
+    min_size=1,
+    max_size=12,
+)
+
+
+def state(*values: float) -> dict[str, torch.Tensor]:
+    return {"x": torch.tensor(values, dtype=torch.float32)}
+
+
+def fold(updates: Updates) -> Mean:
+    mean = Mean()
+    for values, weight in updates:
+        mean.add(state(*values), weight)
+    return mean
+
+
+def test_weights_count_as_examples() -> None:
+    mean = Mean()
+    mean.add({"x": torch.tensor([1.0, 2.0]), "y": torch.tensor(8.0)}, 1)
+    mean.add({"x": torch.tensor([5.0, -6.0]), "y": torch.tensor(0.0)}, 3)
+    result = mean.result()
+    # (1·1 + 3·5) / 4, (1·2 - 3·6) / 4 and (1·8 + 3·0) / 4
+    assert result["x"].tolist() == [4.0, -4.0]
+    assert result["y"].item() == 2.0
+    assert mean.weight == 4
+    assert result["x"].dtype == torch.float32
+
+
+def test_an_update_is_not_changed_by_folding_it() -> None:
+    update = {"x": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    mean = Mean()
+    mean.add(update, 2)
+    mean.add(state(1.0, 1.0), 2)
+    mean.result()["x"].zero_()
+    assert update["x"].tolist() == [1.0, 2.0]
+    assert mean.result()["x"].tolist() == [1.0, 1.5]
+
+
+@settings(max_examples=80, deadline=None)
+@given(updates=UPDATES)
+def test_the_fold_is_the_weighted_mean(updates: Updates) -> None:
+    weights = [weight for _, weight in updates]
+    expected = [
+        math.fsum(values[i] * w for values, w in updates) / sum(weights)
+        for i in range(3)
+    ]
+    result = fold(updates).result()["x"].numpy()
+    np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    updates=UPDATES,
+    order=st.randoms(use_true_random=False),
+    cuts=st.lists(st.integers(0, 12), max_size=4),
+)
+def test_order_and_grouping_do_not_matter(
+    updates: Updates, order: "np.random.Generator", cuts: list[int]
+) -> None:
+    expected = fold(updates).result()["x"]
+    shuffled = list(updates)
+    order.shuffle(shuffled)
+    server = Mean()
+    edges = sorted({0, len(updates), *(cut for cut in cuts if cut < len(updates))})
+    for start, stop in pairwise(edges):
+        node = fold(shuffled[start:stop])
+        server.add(node.result(), node.weight)
+    assert server.weight == sum(weight for _, weight in updates)
+    largest = max(abs(v) for values, _ in updates for v in values)
+    torch.testing.assert_close(
+        server.result()["x"], expected, rtol=1e-6, atol=1e-6 * largest
+    )
+
+
+def test_a_thousand_small_updates_lose_no_bits() -> None:
+    mean = Mean()
+    mean.add(state(2.0**20), 1)
+    for _ in range(1024):
+        mean.add(state(2.0**-8), 1)  # float32 would drop each of them
+    assert mean.result()["x"].item() == np.float32((2.0**20 + 4) / 1025)
+
+
+def run(name: str, lr: float, updates: list[float], start: float = 1.0) -> list[float]:
+    optimizer, now, seen = ServerOptimizer(name, lr), state(start), []
+    for update in updates:
+        now = optimizer.step(now, state(update))
+        seen.append(now["x"].item())
+    return seen
+
+
+def test_none_adds_the_mean() -> None:
+    assert run("none", 1.0, [0.5, -2.0]) == [1.5, -0.5]
+
+
+def test_none_adds_lr_times_the_mean() -> None:
+    assert run("none", 0.5, [0.5, -2.0]) == [1.25, 0.25]
+
+
+def test_fedavgm_accumulates_with_momentum() -> None:
+    # v = 0.9 v + u and x = x + lr v: v is 1, 2.9, 1.61 and x is 1.1, 1.39, 1.551.
+    found = run("fedavgm", 0.1, [1.0, 2.0, -1.0])
+    assert found == pytest.approx([1.1, 1.39, 1.551], abs=1e-6)
+
+
+def test_fedadam_takes_the_papers_steps() -> None:
+    # m = 0.9 m + 0.1 u, v = 0.99 v + 0.01 u², both over 1 - beta^t, and
+    # x = x + lr m / (sqrt(v) + 1e-3).
+    x, m, v = 1.0, 0.0, 0.0
+    expected = []
+    for t, u in enumerate([0.5, -0.25, 0.125], start=1):
+        m, v = 0.9 * m + 0.1 * u, 0.99 * v + 0.01 * u**2
+        x += 0.1 * (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.99**t)) + 1e-3)
+        expected.append(x)
+    # The first step by hand: 0.1 · 0.5 / 0.501.
+    assert expected[0] == pytest.approx(1.0998004)
+    found = run("fedadam", 0.1, [0.5, -0.25, 0.125])
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_fedadam_stays_small_where_updates_are_below_tau() -> None:
+    [found] = run("fedadam", 1.0, [1e-6], start=0.0)
+    assert found == pytest.approx(1e-6 / (1e-6 + 1e-3), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["none", "fedavgm", "fedadam"])
+def test_a_step_leaves_what_it_was_given(name: str) -> None:
+    optimizer = ServerOptimizer(name, 0.1)
+    before, update = state(1.0), state(2.0)
+    after = optimizer.step(before, update)
+    again = optimizer.step(after, update)
+    assert (before["x"].item(), update["x"].item()) == (1.0, 2.0)
+    assert after["x"].item() != again["x"].item()
+    assert after["x"].data_ptr() != again["x"].data_ptr()
+
+
+@pytest.mark.parametrize("name", ["fedavgm", "fedadam"])
+def test_a_new_optimizer_has_no_memory(name: str) -> None:
+    assert run(name, 0.1, [1.0, 1.0])[0] == run(name, 0.1, [1.0])[0]
+    steps = run(name, 0.1, [1.0, -0.5])
+    fresh = run(name, 0.1, [-0.5], start=steps[0])
+    assert steps[1] != pytest.approx(fresh[0], abs=1e-3)

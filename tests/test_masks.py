@@ -1,0 +1,143 @@
+"""Masks: the same everywhere, exactly as dense as asked, uniform."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from slora_flwr.adapters.masks import draw_distinct, fingerprint, key, make_mask
+
+# A new value here means that old runs, and nodes of another version, have other masks.
+GOLDEN_START = [165, 241, 478, 763]
+GOLDEN = "7d84b124ee205029834b03db607642d3"
+
+
+def reference_distinct(philox_key: int, count: int, size: int) -> list[int]:
+    """Draw as the design says, a word at a time."""
+    if 2 * count > size:
+        left_out = set(reference_distinct(philox_key, size - count, size))
+        return [i for i in range(size) if i not in left_out]
+    stream = np.random.Philox(key=philox_key)
+    chosen: dict[int, None] = {}
+    while len(chosen) < count:
+        word = int(stream.random_raw())
+        if word < 2**64 - 2**64 % size:
+            chosen[word % size] = None
+    return sorted(chosen)
+
+
+def reference_mask(
+    seed: int, name: str, shape: tuple[int, int], count: int, server_round: int = 0
+) -> list[int]:
+    text = (
+        f"int:{seed}\x1fint:{server_round}\x1fstr:{name}\x1fint:{shape[0]}"
+        f"\x1fint:{shape[1]}\x1fstr:unstructured"
+    )
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return reference_distinct(int(digest, 16), count, shape[0] * shape[1])
+
+
+def test_a_mask_never_changes() -> None:
+    masks = {
+        "encoder.query": make_mask(7, "encoder.query", (384, 1536), 0.01),
+        "encoder.out": make_mask(7, "encoder.out", (30, 20), 0.75, server_round=2),
+    }
+    assert masks["encoder.query"][:4].tolist() == GOLDEN_START
+    assert fingerprint(masks) == GOLDEN
+
+
+@pytest.mark.parametrize(
+    ("shape", "density", "count"),
+    [
+        ((32, 48), 0.01, 15),  # 15.36
+        ((48, 32), 0.1, 154),  # 153.6
+        ((31, 17), 0.5, 264),  # 263.5, to even
+        ((31, 17), 0.9, 474),  # 474.3
+        ((20, 30), 1.0, 600),
+        ((3, 5), 0.001, 1),  # at least one
+    ],
+)
+def test_mask_is_the_reference_with_exactly_its_density(
+    shape: tuple[int, int], density: float, count: int
+) -> None:
+    mask = make_mask(5, "a.b", shape, density)
+    assert mask.dtype == np.int64
+    assert mask.tolist() == reference_mask(5, "a.b", shape, count)
+    assert len(set(mask.tolist())) == count
+    assert (np.diff(mask) > 0).all()
+
+
+def test_round_is_part_of_the_reference() -> None:
+    mask = make_mask(1, "w", (40, 50), 0.02, server_round=3)
+    assert mask.tolist() == reference_mask(1, "w", (40, 50), 40, server_round=3)
+
+
+def test_words_beyond_the_last_whole_multiple_are_refused() -> None:
+    size = 3 * 2**61  # a quarter of all words is refused
+    drawn = draw_distinct(np.random.Philox(key=9), 50, size)
+    assert drawn.tolist() == reference_distinct(9, 50, size)
+    words = np.random.Philox(key=9).random_raw(50).tolist()
+    assert any(word >= 2 * size for word in words)
+
+
+def test_full_mask_is_every_entry() -> None:
+    np.testing.assert_array_equal(make_mask(0, "w", (7, 9), 1.0), np.arange(63))
+
+
+def test_masks_differ_by_seed_name_round_and_orientation() -> None:
+    masks = [
+        make_mask(0, "a", (32, 48), 0.1),
+        make_mask(1, "a", (32, 48), 0.1),
+        make_mask(0, "b", (32, 48), 0.1),
+        make_mask(0, "a", (48, 32), 0.1),
+        make_mask(0, "a", (32, 48), 0.1, server_round=1),
+    ]
+    assert len({mask.tobytes() for mask in masks}) == len(masks)
+
+
+def test_parts_of_a_key_are_told_apart() -> None:
+    keys = [key("a", "b"), key("ab"), key("a", "b", ""), key(1), key("1"), key(1, 2)]
+    assert len(set(keys)) == len(keys)
+    assert all(0 <= k < 2**128 for k in keys)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.8])
+def test_every_entry_is_equally_likely(density: float) -> None:
+    draws, size = 4000, 60
+    counts = np.zeros(size)
+    for seed in range(draws):
+        counts[make_mask(seed, "w", (6, 10), density)] += 1
+    expected = density * draws
+    variance = draws * density * (1 - density)
+    # Entries of one mask exclude each other, hence (size - 1) / size.
+    chi_square = ((counts - expected) ** 2).sum() / variance * (size - 1) / size
+    assert counts.sum() == round(density * size) * draws
+    assert 25 < chi_square < 105  # 59 degrees of freedom: outside by chance 1 in 10^4
+
+
+def test_pairs_of_entries_are_independent_of_distance() -> None:
+    """Neighbours are chosen together as often as any other two entries."""
+    draws, size, count = 4000, 60, 6
+    together = 0
+    for seed in range(draws):
+        together += int((np.diff(make_mask(seed, "w", (6, 10), 0.1)) == 1).sum())
+    expected = draws * (size - 1) * count * (count - 1) / (size * (size - 1))
+    assert abs(together - expected) < 5 * np.sqrt(expected)
+
+
+def test_fingerprint_sees_names_positions_and_order() -> None:
+    one, two = np.array([1, 2]), np.array([1, 3])
+    prints = [
+        fingerprint({"a": one, "b": two}),
+        fingerprint({"b": two, "a": one}),
+        fingerprint({"a": two, "b": two}),
+        fingerprint({"a": one, "c": two}),
+        fingerprint({"a": np.array([1, 2, 1]), "b": np.array([3])}),
+    ]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint({"a": one.astype(np.int32)}) == fingerprint({"a": one})
+
+
+def test_unknown_structure_is_refused() -> None:
+    with pytest.raises(ValueError, match="unstructured"):
+        make_mask(0, "w", (4, 4), 0.5, "diagonal")

@@ -1,0 +1,264 @@
+"""What travels: packed states, message contents, and the ledger."""
+
+import csv
+import math
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Array, Message, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slora_flwr.wire.ledger import Entry, Ledger
+from slora_flwr.wire.messages import Instruction, MessageError, Report, message_bytes
+from slora_flwr.wire.packing import STYPE, PayloadError, pack, unpack
+
+SHAPES = st.dictionaries(
+    st.text(max_size=5),
+    st.lists(st.integers(0, 4), max_size=3).map(tuple),
+    max_size=5,
+)
+KNOWN = {"a": torch.tensor([[1.0, -2.0]]), "b": torch.tensor(0.5)}
+KNOWN_BYTES = b"\x00\x00\x80\x3f" b"\x00\x00\x00\xc0" b"\x00\x00\x00\x3f"
+KNOWN_SHAPES = {"a": (1, 2), "b": ()}
+
+
+def array(data: bytes, **changes: object) -> Array:
+    facts: dict[str, object] = {"dtype": "float32", "stype": STYPE}
+    facts |= {"shape": (len(data) // 4,)} | changes
+    return Array(data=data, **facts)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> None:
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 0
+
+
+def message(content: RecordDict) -> Message:
+    return Message(content, dst_node_id=7, message_type="train", group_id="3")
+
+
+def travel(content: RecordDict) -> RecordDict:
+    """Through a serialised message, as between two processes."""
+    proto = message_to_proto(message(content))
+    arrived = type(proto).FromString(proto.SerializeToString())
+    return message_from_proto(arrived).content
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes=SHAPES, data=st.data())
+def test_any_state_comes_back_bit_for_bit(
+    shapes: dict[str, tuple[int, ...]], data: st.DataObject
+) -> None:
+    state = {}
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        values = data.draw(
+            st.lists(st.floats(width=32, allow_nan=False), min_size=size, max_size=size)
+        )
+        state[name] = torch.tensor(values, dtype=torch.float32).reshape(shape)
+    back = unpack(pack(state), shapes)
+    assert list(back) == list(state)
+    for name, tensor in state.items():
+        assert back[name].shape == tensor.shape
+        assert back[name].numpy().tobytes() == tensor.numpy().tobytes()
+
+
+def test_a_known_state_has_these_bytes() -> None:
+    packed = pack(KNOWN)
+    assert packed.data == KNOWN_BYTES
+    assert packed.data == struct.pack("<3f", 1.0, -2.0, 0.5)
+    assert (packed.dtype, packed.shape, packed.stype) == ("float32", (3,), STYPE)
+
+
+def test_known_bytes_are_this_state() -> None:
+    state = unpack(array(KNOWN_BYTES), KNOWN_SHAPES)
+    assert state["a"].tolist() == [[1.0, -2.0]]
+    assert state["b"].item() == 0.5
+    assert state["b"].shape == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_other_types_travel_as_float32(dtype: torch.dtype) -> None:
+    packed = pack({"x": torch.tensor([3, -4]).to(dtype)})
+    assert packed.data == struct.pack("<2f", 3.0, -4.0)
+
+
+def test_strided_tensors_travel_in_row_major_order() -> None:
+    packed = pack({"x": torch.arange(4.0).view(2, 2).T})
+    assert packed.data == struct.pack("<4f", 0.0, 2.0, 1.0, 3.0)
+
+
+def test_what_is_unpacked_can_be_written_to() -> None:
+    given = array(KNOWN_BYTES)
+    unpack(given, KNOWN_SHAPES)["a"].add_(1.0)
+    assert given.data == KNOWN_BYTES
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (array(KNOWN_BYTES, stype="numpy.ndarray"), "is numpy.ndarray of float32"),
+        (array(KNOWN_BYTES, dtype="float64"), f"is {STYPE} of float64"),
+        (array(KNOWN_BYTES[:-4]), r"has shape \(2,\) and 8 bytes, not \(3,\) and 12"),
+        (array(KNOWN_BYTES + bytes(4)), r"has shape \(4,\) and 16 bytes"),
+        (array(KNOWN_BYTES[:-1], shape=(3,)), r"has shape \(3,\) and 11 bytes"),
+        (array(KNOWN_BYTES, shape=(2,)), r"has shape \(2,\) and 12 bytes"),
+        (array(KNOWN_BYTES, shape=(1, 3)), r"has shape \(1, 3\) and 12 bytes"),
+        (array(b""), r"has shape \(0,\) and 0 bytes, not \(3,\) and 12"),
+    ],
+    ids="stype dtype short long truncated shape rank empty".split(),
+)
+def test_another_array_is_refused(given: Array, told: str) -> None:
+    with pytest.raises(PayloadError, match=told):
+        unpack(given, KNOWN_SHAPES)
+
+
+@pytest.mark.parametrize("base", ["", "0123456789abcdef"])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_an_instruction_arrives_as_it_was_sent(base: str, with_state: bool) -> None:
+    base_state = pack({"values": torch.tensor([9.0])}) if with_state else None
+    sent = Instruction(3, 1, [4, 0, 17], "f00d", pack(KNOWN), base, base_state)
+    got = Instruction.read(travel(sent.content()))
+    assert (got.server_round, got.phase, got.clients) == (3, 1, [4, 0, 17])
+    assert (got.fingerprint, got.base) == ("f00d", base)
+    assert got.state.data == KNOWN_BYTES
+    if base_state is None:
+        assert got.base_state is None
+    else:
+        assert got.base_state is not None
+        assert got.base_state.data == struct.pack("<f", 9.0)
+
+
+def report() -> Report:
+    return Report(
+        server_round=3,
+        phase=1,
+        fingerprint="f00d",
+        update=pack(KNOWN),
+        clients=[4, 17],
+        examples=[10, 30],
+        losses=[0.5, 0.25],
+        seconds=[1.5, 2.5],
+    )
+
+
+@pytest.mark.parametrize("failures", [{}, {0: "no examples", 5: "not finite"}])
+def test_a_report_arrives_as_it_was_sent(failures: dict[int, str]) -> None:
+    sent = report()
+    sent.failures = failures
+    content = travel(sent.content())
+    got = Report.read(content)
+    assert (got.server_round, got.phase, got.fingerprint) == (3, 1, "f00d")
+    assert (got.clients, got.examples) == ([4, 17], [10, 30])
+    assert (got.losses, got.seconds) == ([0.5, 0.25], [1.5, 2.5])
+    assert got.failures == failures
+    assert got.update.data == KNOWN_BYTES
+    assert content.metric_records["metrics"]["num-examples"] == 40
+
+
+@pytest.mark.parametrize("record", ["arrays", "metrics", "config"])
+def test_a_missing_record_is_an_error(record: str) -> None:
+    content = report().content()
+    del content[record]
+    with pytest.raises(MessageError, match=record):
+        Report.read(content)
+
+
+@pytest.mark.parametrize(
+    ("record", "entry"),
+    [
+        ("arrays", "update"),
+        ("metrics", "clients"),
+        ("metrics", "examples"),
+        ("metrics", "losses"),
+        ("metrics", "seconds"),
+        ("config", "server-round"),
+        ("config", "phase"),
+        ("config", "fingerprint"),
+    ],
+)
+def test_a_missing_entry_is_an_error(record: str, entry: str) -> None:
+    content = report().content()
+    del content[record][entry]  # type: ignore[attr-defined]
+    with pytest.raises(MessageError, match=entry):
+        Report.read(content)
+
+
+def test_a_number_in_place_of_a_list_is_an_error() -> None:
+    content = report().content()
+    content.metric_records["metrics"]["clients"] = 4
+    with pytest.raises(MessageError):
+        Report.read(content)
+
+
+def test_failures_without_reasons_are_an_error() -> None:
+    sent = report()
+    sent.failures = {0: "no examples"}
+    content = sent.content()
+    content.config_records["config"]["reasons"] = ["one", "too many"]
+    with pytest.raises(MessageError):
+        Report.read(content)
+
+
+def test_a_round_that_is_no_number_is_an_error() -> None:
+    content = report().content()
+    content.config_records["config"]["server-round"] = "three"
+    with pytest.raises(MessageError):
+        Report.read(content)
+
+
+def test_message_bytes_are_those_of_the_serialised_message() -> None:
+    sent = message(Instruction(3, 1, [4], "f00d", pack(KNOWN)).content())
+    longer = message(Instruction(3, 1, [4], "f00d", pack({}), "digest").content())
+    for one in (sent, longer):
+        assert message_bytes(one) == len(message_to_proto(one).SerializeToString())
+
+
+def test_message_bytes_grow_with_the_payload() -> None:
+    sizes = [
+        message_bytes(message(Instruction(3, 1, [4], "f", pack(s)).content()))
+        for s in ({"x": torch.zeros(1000)}, {"x": torch.zeros(2000)})
+    ]
+    assert 4000 <= sizes[1] - sizes[0] <= 4010
+
+
+ENTRIES = [
+    Entry(1, "sparse", "down", 5, 500, 510),
+    Entry(1, "sparse", "up", 4, 400, 450),
+    Entry(2, "lora", "down", 3, 30, 33),
+    Entry(2, "lora", "up", 3, 20, 22),
+]
+
+
+def test_the_ledger_is_a_csv_file_as_it_grows(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.csv")
+    for count, entry in enumerate(ENTRIES, start=1):
+        ledger.add(entry)
+        with (tmp_path / "ledger.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == count
+    assert rows[1] == {
+        "round": "1",
+        "phase": "sparse",
+        "direction": "up",
+        "clients": "4",
+        "payload_bytes": "400",
+        "message_bytes": "450",
+    }
+
+
+def test_the_ledger_sums_by_direction_unit_and_phase(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.csv")
+    for entry in ENTRIES:
+        ledger.add(entry)
+    assert ledger.total("payload", "down") == 530
+    assert ledger.total("payload", "up") == 420
+    assert ledger.total("message", "up") == 472
+    assert ledger.total("payload", "down", "lora") == 30
+    assert ledger.total("message", "up", "sparse") == 450
+    assert ledger.total("message", "up", "full") == 0
