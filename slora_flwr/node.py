@@ -16,7 +16,7 @@ from slora_flwr.adapters import HeadAdapter
 from slora_flwr.config import RunConfig, parse
 from slora_flwr.home import cache_folder, write_atomically
 from slora_flwr.models.base_patch import BasePatch
-from slora_flwr.server.aggregate import Mean
+from slora_flwr.server.aggregate import FoldError, Mean
 from slora_flwr.training.worker import ClientError, Worker
 from slora_flwr.wire.messages import MISSING_BASE, Instruction, Report
 from slora_flwr.wire.packing import pack, unpack
@@ -80,10 +80,11 @@ def train(message: Message, context: Context) -> Message:
         started = time.perf_counter()
         try:
             turn = worker.train_client(client, state, phase, instruction.server_round)
-        except ClientError as error:
+            fold.add(turn.update, turn.examples)
+        except (ClientError, FoldError) as error:
             report.failures[client] = str(error)
             continue
-        fold.add(turn.update, turn.examples)
+        alone = turn.update
         report.clients.append(client)
         report.examples.append(turn.examples)
         report.losses.append(turn.loss)
@@ -91,7 +92,9 @@ def train(message: Message, context: Context) -> Message:
     if not report.clients:
         reasons = "; ".join(f"client {c}: {r}" for c, r in report.failures.items())
         return Message(Error(0, reasons), reply_to=message)
-    report.update = pack(fold.result())
+    # One update is half the bytes of its exact multiple.
+    several = len(report.clients) > 1
+    report.update = pack(fold.sums, "int64") if several else pack(alone)
     return Message(report.content(), reply_to=message)
 
 

@@ -5,31 +5,74 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+# Sums are whole multiples of 1 / SCALE. With weights of at least 1 that is finer than
+# float32 resolves an update of 1e-2, and leaves room for sums up to 2^32.
+SCALE = 2.0**30
+LARGEST = 2**62
+
+
+class FoldError(ValueError):
+    """An update that is not finite, or too large to be summed exactly."""
+
 
 class Mean:
     """The mean of updates weighted by examples: FedAvg (arXiv 1602.05629).
 
-    The same object folds a node's clients and the server's nodes: the mean of means,
-    each with its total weight, is the mean of all. Sums are float64, so that the order
-    of a cohort does not show in float32.
+    The same object folds a node's clients and the server's nodes. It sums in whole
+    numbers, which no order or grouping changes, so the mean is the same bit for bit
+    however many nodes share a cohort and whoever answers first.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
         self.weight = 0
 
     def add(self, update: Mapping[str, Tensor], weight: int) -> None:
-        """Add an update, or another fold's result with its weight."""
-        for name, tensor in update.items():
-            if name in self._sums:
-                self._sums[name].add_(tensor.double(), alpha=weight)
-            else:
-                self._sums[name] = tensor.double() * weight
-        self.weight += weight
+        """Add one client's update.
+
+        Parameters
+        ----------
+        update : Mapping[str, Tensor]
+            float32, the same names and shapes each time.
+        weight : int
+            The client's number of examples, above 0.
+
+        Raises
+        ------
+        FoldError
+            If a value is not finite or weight times it is beyond 2^32.
+        """
+        scaled = {name: t.double() * (weight * SCALE) for name, t in update.items()}
+        for name, tensor in scaled.items():
+            _check_range(name, tensor)
+        self.merge({name: t.round_().long() for name, t in scaled.items()}, weight)
+
+    def merge(self, sums: Mapping[str, Tensor], weight: int) -> None:
+        """Add another fold's sums, int64, and its weight.
+
+        Raises
+        ------
+        FoldError
+            If a sum leaves the range.
+        """
+        after = {}
+        for name, tensor in sums.items():
+            # Two terms below 2^62 cannot pass 2^63 unseen.
+            _check_range(name, tensor)
+            after[name] = tensor + self.sums.get(name, 0)
+            _check_range(name, after[name])
+        self.sums, self.weight = after, self.weight + weight
 
     def result(self) -> dict[str, Tensor]:
         """Give the mean so far, float32."""
-        return {name: (s / self.weight).float() for name, s in self._sums.items()}
+        share = 1.0 / (self.weight * SCALE)
+        return {name: (s.double() * share).float() for name, s in self.sums.items()}
+
+
+def _check_range(name: str, tensor: Tensor) -> None:
+    # Both comparisons are false for NaN.
+    if not bool(((tensor > -LARGEST) & (tensor < LARGEST)).all()):
+        raise FoldError(f"the update of {name} is not finite or too large")
 
 
 class ServerOptimizer:

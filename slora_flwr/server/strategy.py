@@ -24,7 +24,7 @@ from slora_flwr.adapters.head import State
 from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.reports.progress import progress_line
 from slora_flwr.schedule import Phase
-from slora_flwr.server.aggregate import Mean, ServerOptimizer
+from slora_flwr.server.aggregate import FoldError, Mean, ServerOptimizer
 from slora_flwr.server.collect import collect
 from slora_flwr.server.fleet import Fleet, sample_cohort
 from slora_flwr.server.run_directory import RunDirectory
@@ -238,11 +238,11 @@ class PhasedStrategy(Strategy):
             current.up_message_bytes += message_bytes(reply)
             node = reply.metadata.src_node_id
             try:
-                report, update = self._check(reply)
-            except (MessageError, PayloadError) as error:
+                report = self._check(reply)
+                self._fold(fold, report)
+            except (MessageError, PayloadError, FoldError) as error:
                 self._fail(node, current.cohort.get(node, []), str(error))
                 continue
-            fold.add(update, sum(report.examples))
             for client, reason in report.failures.items():
                 self._fail(node, [client], reason)
             # The tensors are folded; only the figures are kept.
@@ -416,12 +416,12 @@ class PhasedStrategy(Strategy):
         self._instructions[sent.metadata.dst_node_id] = message
         return message
 
-    def _check(self, reply: Message) -> tuple[Report, State]:
+    def _check(self, reply: Message) -> Report:
         """Read a reply; refuse one that does not fit the round.
 
         Raises
         ------
-        MessageError, PayloadError
+        MessageError
             With the reason.
         """
         if reply.has_error():
@@ -444,11 +444,16 @@ class PhasedStrategy(Strategy):
             raise MessageError(f"it answers twice for one of {report.clients}")
         if len(report.examples) != len(report.clients) or min(report.examples) <= 0:
             raise MessageError(f"its weights are {report.examples}, not all positive")
-        update = unpack(report.update, self._worker.adapter.shapes())
-        odd = [name for name, tensor in update.items() if not tensor.isfinite().all()]
-        if odd:
-            raise MessageError(f"its update of {odd[0]} is not finite")
-        return report, update
+        return report
+
+    def _fold(self, fold: Mean, report: Report) -> None:
+        assert self._worker.adapter is not None
+        shapes = self._worker.adapter.shapes()
+        weight = sum(report.examples)
+        if len(report.clients) > 1:
+            fold.merge(unpack(report.update, shapes, "int64"), weight)
+        else:
+            fold.add(unpack(report.update, shapes), weight)
 
     def _fail(self, node: int, clients: list[int], reason: str | None) -> None:
         failure = {"node": node, "clients": clients, "reason": reason}

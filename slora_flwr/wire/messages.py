@@ -92,7 +92,7 @@ class Report:
     server_round, phase, fingerprint
         As in the instruction that it answers.
     update : Array
-        The packed aggregate.
+        The packed update of a single client, float32, or the fold's sums, int64.
     clients, examples, losses, seconds : list
         Of the clients that are in the aggregate, in one order.
     failures : dict[int, str]

@@ -14,24 +14,31 @@ from flwr.app import Array
 from torch import Tensor
 
 STYPE = "slora.packed"
+_WIRE = {"float32": "<f4", "int64": "<i8"}
 
 
 class PayloadError(ValueError):
     """A packed array that is not what it should be."""
 
 
-def pack(state: Mapping[str, Tensor]) -> Array:
-    """Pack tensors, in their order, as little-endian float32."""
-    flat = [
-        tensor.detach().to("cpu", torch.float32).reshape(-1)
-        for tensor in state.values()
-    ]
-    values = torch.cat(flat).numpy() if flat else np.empty(0, dtype=np.float32)
-    data = values.astype("<f4", copy=False).tobytes()
-    return Array(dtype="float32", shape=(len(values),), stype=STYPE, data=data)
+def pack(state: Mapping[str, Tensor], dtype: str = "float32") -> Array:
+    """Pack tensors in their order, little-endian.
+
+    Parameters
+    ----------
+    state : Mapping[str, Tensor]
+        The tensors.
+    dtype : str
+        `float32` for states and updates, `int64` for the sums of a fold.
+    """
+    flat = [tensor.detach().cpu().reshape(-1).numpy() for tensor in state.values()]
+    values = np.concatenate([*flat, np.empty(0, dtype)]).astype(_WIRE[dtype])
+    return Array(dtype=dtype, shape=(len(values),), stype=STYPE, data=values.tobytes())
 
 
-def unpack(array: Array, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def unpack(
+    array: Array, shapes: Mapping[str, Sequence[int]], dtype: str = "float32"
+) -> dict[str, Tensor]:
     """Unpack what `pack` made of a state with these names and shapes.
 
     Raises
@@ -39,18 +46,19 @@ def unpack(array: Array, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tenso
     PayloadError
         If the array is of another kind, or its number of values or bytes is off.
     """
-    if (array.stype, array.dtype) != (STYPE, "float32"):
+    if (array.stype, array.dtype) != (STYPE, dtype):
         raise PayloadError(
-            f"the array is {array.stype} of {array.dtype}, not {STYPE} of float32"
+            f"the array is {array.stype} of {array.dtype}, not {STYPE} of {dtype}"
         )
     sizes = [math.prod(shape) for shape in shapes.values()]
-    if array.shape != (sum(sizes),) or len(array.data) != 4 * sum(sizes):
+    wanted = sum(sizes) * np.dtype(dtype).itemsize
+    if array.shape != (sum(sizes),) or len(array.data) != wanted:
         raise PayloadError(
             f"the array has shape {tuple(array.shape)} and {len(array.data)} bytes, "
-            f"not ({sum(sizes)},) and {4 * sum(sizes)}"
+            f"not ({sum(sizes)},) and {wanted}"
         )
     # A copy, since the bytes of a message are read-only.
-    values = torch.from_numpy(np.frombuffer(array.data, dtype="<f4").astype(np.float32))
+    values = torch.from_numpy(np.frombuffer(array.data, _WIRE[dtype]).astype(dtype))
     parts = values.split(sizes)
     return {
         name: part.view(tuple(shape))
