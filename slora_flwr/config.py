@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Value = bool | int | float | str
@@ -244,6 +245,9 @@ class OutputConfig:
     target: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.dir and not Path(self.dir).expanduser().is_absolute():
+            # A ServerApp's working directory is not its user's.
+            raise _refuse("run.dir", self.dir, "an absolute path, or empty")
         _at_least("run.eval-every", self.eval_every, 0)
         _fraction("run.target", self.target, zero=True, one=True)
 

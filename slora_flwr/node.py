@@ -42,6 +42,7 @@ def query(message: Message, context: Context) -> Message:
             "version": slora_flwr.__version__,
             "code": code_digest(),
             "backbone": worker.backbone.digest,
+            "partition": worker.partition_digest,
             "classes": worker.task.classes,
         }
     )

@@ -20,8 +20,10 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from slora_flwr import __version__
 from slora_flwr.adapters.head import State
 from slora_flwr.models.base_patch import BasePatch
+from slora_flwr.node import code_digest
 from slora_flwr.reports.progress import progress_line
 from slora_flwr.schedule import Phase
 from slora_flwr.server.aggregate import FoldError, Mean, ServerOptimizer
@@ -166,7 +168,8 @@ class PhasedStrategy(Strategy):
             if phase.primed:
                 arrays = self._hand_over(arrays)
             self._phase = index
-            self._worker.enter(phase, *self._patch())
+            digest = self._base[0] if self._base else ""
+            self._worker.enter(phase, self.patch, digest)
             self._optimizer = ServerOptimizer(
                 self.config.server.optimizer, self.config.server.lr
             )
@@ -305,19 +308,19 @@ class PhasedStrategy(Strategy):
         )
 
     def _expected(self) -> dict[str, str]:
-        from slora_flwr import __version__
-        from slora_flwr.node import code_digest
-
-        digest = self._worker.backbone.digest
-        return {"version": __version__, "code": code_digest(), "backbone": digest}
+        expected = {
+            "version": __version__,
+            "code": code_digest(),
+            "backbone": self._worker.backbone.digest,
+        }
+        if self.config.clients.count:
+            expected["partition"] = self._worker.partition_digest
+        return expected
 
     @property
     def patch(self) -> BasePatch | None:
         """The base of the phase under way, None for W_0."""
         return None if self._base is None else self._base[1]
-
-    def _patch(self) -> tuple[BasePatch | None, str]:
-        return (None, "") if self._base is None else (self._base[1], self._base[0])
 
     def _unpacked(self, array: Array) -> State:
         assert self._worker.adapter is not None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +87,15 @@ class Worker:
             min_examples=clients.min_examples,
             seed=self.config.seed,
         )
+
+    @cached_property
+    def partition_digest(self) -> str:
+        """BLAKE2b of the clients' sizes and of some clients' rows, 32 hex digits."""
+        sizes = self.partition.sizes
+        digest = blake2b(sizes.astype("<i8").tobytes(), digest_size=16)
+        for client in (0, len(sizes) // 2, len(sizes) - 1):
+            digest.update(self.partition.indices(client).astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def enter(
         self, phase: Phase, patch: BasePatch | None = None, patch_digest: str = ""
