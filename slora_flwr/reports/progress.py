@@ -2,7 +2,7 @@
 
 
 def progress_line(
-    rounds: int, phase: str, figures: dict[str, float], replied: int, asked: int
+    rounds: int, phase: str, figures: dict[str, float], asked: int
 ) -> str:
     """Write a round's line.
 
@@ -13,9 +13,9 @@ def progress_line(
     phase : str
         The phase's name.
     figures : dict[str, float]
-        `round`, `train_loss`, `seconds` and `payload_bytes` so far; `accuracy` where
-        the round was evaluated.
-    replied, asked : int
+        `round`, `replied` (clients), `train_loss`, `seconds` and `payload_bytes` so
+        far; `accuracy` where the round was evaluated.
+    asked : int
         Clients of the cohort.
     """
     number = int(figures["round"])
@@ -23,7 +23,7 @@ def progress_line(
     left = figures["seconds"] / number * (rounds - number)
     return (
         f"round {number:>{len(str(rounds))}}/{rounds} {phase:<6} "
-        f"clients {replied}/{asked}  loss {figures['train_loss']:.3f}  "
+        f"clients {int(figures['replied'])}/{asked}  loss {figures['train_loss']:.3f}  "
         f"accuracy {accuracy}  {figures['payload_bytes'] / 1e6:.2f} MB  "
         f"{clock(left)} left"
     )

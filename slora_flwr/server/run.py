@@ -95,7 +95,7 @@ def _summarise(
 ) -> dict[str, Any]:
     test, ledger = worker.task.test.labels, directory.ledger
     figures = ("accuracy", "macro_f1", "loss")
-    clients = sum(entry.clients for entry in ledger.entries if entry.direction == "up")
+    turns = sum(int(round["replied"]) for round in strategy.history)
 
     def sums(phase: str | None = None) -> dict[str, int]:
         return {
@@ -126,7 +126,7 @@ def _summarise(
         "phases": phases,
         # One direction of what the other methods' clients would send in these rounds.
         "same_rounds": {
-            method: clients * 4 * state_size(adapter, config, worker.backbone)
+            method: turns * 4 * state_size(adapter, config, worker.backbone)
             for method, adapter in (("fft", "full"), ("lora", "lora"))
         },
     }
@@ -147,7 +147,7 @@ def _export(
         export_adapter(
             folder,
             worker.backbone,
-            strategy.final_state,
+            strategy.state,
             config.lora.rank,
             config.lora.alpha,
             strategy.patch,

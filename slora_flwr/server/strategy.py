@@ -54,7 +54,6 @@ class Round:
     cohort: dict[int, list[int]]
     reports: list[Report] = field(default_factory=list)
     failures: list[dict[str, object]] = field(default_factory=list)
-    down: Entry | None = None
     up_message_bytes: int = 0
 
     @property
@@ -84,10 +83,9 @@ class PhasedStrategy(Strategy):
     def __init__(self, worker: Worker, directory: RunDirectory) -> None:
         self.config = worker.config
         self.history: list[dict[str, float]] = []
-        self.final_state: State = {}
+        self.state: State = {}
         self._worker = worker
         self._directory = directory
-        self._phase = 0
         self._base: tuple[str, BasePatch, Array] | None = None
         # Who has the base of this phase: nodes, for what is sent, and clients, for the
         # ledger's count of each client as if it were a node of its own.
@@ -95,9 +93,11 @@ class PhasedStrategy(Strategy):
         self._base_clients: set[int] = set()
         self._best = -1.0
         clients = self.config.clients
+        # Before anything is attached, since it digests W_0.
         self.fleet = Fleet(
-            self._expected(), clients.min_nodes, deadline=clients.deadline
+            _description(worker), clients.min_nodes, deadline=clients.deadline
         )
+        self._enter(0)
 
     @property
     def phase(self) -> Phase:
@@ -122,7 +122,7 @@ class PhasedStrategy(Strategy):
 
     def initial_state(self) -> State:
         """Give the first phase's start: W_0's own values and a seeded head."""
-        return self._worker.enter(self.phase).state()
+        return self._adapter.state()
 
     def start(
         self,
@@ -166,14 +166,9 @@ class PhasedStrategy(Strategy):
         server_round = 0
         for index, phase in enumerate(self._worker.schedule):
             if phase.primed:
-                arrays = self._hand_over(arrays)
-            self._phase = index
-            digest = self._base[0] if self._base else ""
-            self._worker.enter(phase, self.patch, digest)
-            self._optimizer = ServerOptimizer(
-                self.config.server.optimizer, self.config.server.lr
-            )
-            self._sent = self._unpacked(arrays["state"])
+                arrays = self._hand_over()
+            self._enter(index)
+            self.state = unpack(arrays["state"], self._adapter.shapes())
             for number in range(1, phase.rounds + 1):
                 server_round += 1
                 arrays, metrics = self._train_round(
@@ -193,7 +188,6 @@ class PhasedStrategy(Strategy):
                     if evaluated is not None:
                         result.evaluate_metrics_serverapp[server_round] = evaluated
                 self._close_round(server_round, metrics, result, started)
-        self.final_state = self._sent
         return result
 
     def configure_train(
@@ -214,14 +208,8 @@ class PhasedStrategy(Strategy):
             new = set(cohort) - self._base_clients
             payload += len(self._base[2].data) * len(new)
             self._base_clients |= new
-        self._round.down = Entry(
-            server_round,
-            self.phase.adapter,
-            "down",
-            len(cohort),
-            payload,
-            sum(message_bytes(message) for message in messages),
-        )
+        sent = sum(message_bytes(message) for message in messages)
+        self._note("down", len(cohort), payload, sent)
         return messages
 
     def aggregate_train(
@@ -259,11 +247,11 @@ class PhasedStrategy(Strategy):
                 self._fail(node, silent, "no reply before the deadline")
         if len(answered) < self.config.clients.min_replies:
             return None, None
-        self._sent = self._optimizer.step(self._sent, fold.result())
+        self.state = self._optimizer.step(self.state, fold.result())
         metrics = MetricRecord(
             {"num-examples": fold.weight, "train-loss": current.loss}
         )
-        return ArrayRecord({"state": pack(self._sent)}), metrics
+        return ArrayRecord({"state": pack(self.state)}), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -297,7 +285,7 @@ class PhasedStrategy(Strategy):
 
     def evaluate_server(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate on the test data in this process."""
-        found = self._worker.evaluate_test(self._sent)
+        found = self._worker.evaluate_test(self.state)
         return MetricRecord(
             {
                 "num-examples": found.examples,
@@ -307,24 +295,18 @@ class PhasedStrategy(Strategy):
             }
         )
 
-    def _expected(self) -> dict[str, str]:
-        expected = {
-            "version": __version__,
-            "code": code_digest(),
-            "backbone": self._worker.backbone.digest,
-        }
-        if self.config.clients.count:
-            expected["partition"] = self._worker.partition_digest
-        return expected
-
     @property
     def patch(self) -> BasePatch | None:
         """The base of the phase under way, None for W_0."""
         return None if self._base is None else self._base[1]
 
-    def _unpacked(self, array: Array) -> State:
-        assert self._worker.adapter is not None
-        return unpack(array, self._worker.adapter.shapes())
+    def _enter(self, index: int) -> None:
+        """Attach a phase's adapter here, and forget the server optimiser's moments."""
+        self._phase = index
+        digest = self._base[0] if self._base else ""
+        self._adapter = self._worker.enter(self.phase, self.patch, digest)
+        server = self.config.server
+        self._optimizer = ServerOptimizer(server.optimizer, server.lr)
 
     def _is_due(self, server_round: int, last: bool) -> bool:
         every = self.config.run.eval_every
@@ -343,7 +325,9 @@ class PhasedStrategy(Strategy):
             messages = self.configure_train(server_round, arrays, config, grid)
             replies = collect(grid, messages, timeout, self._with_base)
             after, metrics = self.aggregate_train(server_round, replies)
-            self._note_bytes()
+            size = 4 * sum(tensor.numel() for tensor in self.state.values())
+            replied = len(self._round.clients)
+            self._note("up", replied, size * replied, self._round.up_message_bytes)
             if after is not None and metrics is not None:
                 return after, metrics
             log(
@@ -371,19 +355,25 @@ class PhasedStrategy(Strategy):
         messages = self.configure_evaluate(
             server_round, arrays, config or ConfigRecord(), grid
         )
-        replies = collect(grid, messages, timeout, self._with_base)
+        messages = list(messages)
+        if not messages:
+            return None
+        replies = list(collect(grid, messages, timeout, self._with_base))
+        clients = sum(len(clients) for clients in self._round.cohort.values())
+        for direction, payload, sent in (
+            ("down", len(arrays["state"].data) * clients, messages),
+            ("up", 0, replies),
+        ):
+            size = sum(message_bytes(message) for message in sent)
+            self._note(direction, clients, payload, size)
         return self.aggregate_evaluate(server_round, replies)
 
     def _instruct(self, message_type: str, state: Array) -> list[Message]:
-        assert self._worker.adapter is not None
         messages = []
+        fingerprint = self._adapter.fingerprint()
         for node, clients in self._round.cohort.items():
             instruction = Instruction(
-                self._round.number,
-                self._phase,
-                clients,
-                self._worker.adapter.fingerprint(),
-                state,
+                self._round.number, self._phase, clients, fingerprint, state
             )
             if self._base is not None:
                 instruction.base = self._base[0]
@@ -417,6 +407,7 @@ class PhasedStrategy(Strategy):
             group_id=sent.metadata.group_id,
         )
         self._instructions[sent.metadata.dst_node_id] = message
+        self._note("down", 0, 0, message_bytes(message))
         return message
 
     def _check(self, reply: Message) -> Report:
@@ -430,12 +421,11 @@ class PhasedStrategy(Strategy):
         if reply.has_error():
             raise MessageError(f"error {reply.error.code}: {reply.error.reason}")
         report = Report.read(reply.content)
-        assert self._worker.adapter is not None
         node = reply.metadata.src_node_id
         expected = {
             "round": (report.server_round, self._round.number),
             "phase": (report.phase, self._phase),
-            "fingerprint": (report.fingerprint, self._worker.adapter.fingerprint()),
+            "fingerprint": (report.fingerprint, self._adapter.fingerprint()),
         }
         for name, (given, wanted) in expected.items():
             if given != wanted:
@@ -450,8 +440,7 @@ class PhasedStrategy(Strategy):
         return report
 
     def _fold(self, fold: Mean, report: Report) -> None:
-        assert self._worker.adapter is not None
-        shapes = self._worker.adapter.shapes()
+        shapes = self._adapter.shapes()
         weight = sum(report.examples)
         if len(report.clients) > 1:
             fold.merge(unpack(report.update, shapes, "int64"), weight)
@@ -464,21 +453,10 @@ class PhasedStrategy(Strategy):
         log(WARNING, "node %d, clients %s left out: %s", node, clients, reason)
         self._directory.event("failure", round=self._round.number, **failure)
 
-    def _note_bytes(self) -> None:
-        current = self._round
-        assert current.down is not None
-        self._directory.ledger.add(current.down)
-        size = sum(tensor.numel() for tensor in self._sent.values()) * 4
-        count = len(current.clients)
+    def _note(self, direction: str, clients: int, payload: int, sent: int) -> None:
+        number, phase = self._round.number, self.phase.adapter
         self._directory.ledger.add(
-            Entry(
-                current.number,
-                self.phase.adapter,
-                "up",
-                count,
-                size * count,
-                current.up_message_bytes,
-            )
+            Entry(number, phase, direction, clients, payload, sent)
         )
 
     def _close_round(
@@ -494,6 +472,7 @@ class PhasedStrategy(Strategy):
         seconds = time.perf_counter() - started
         figures: dict[str, float] = {
             "round": server_round,
+            "replied": len(current.clients),
             "train_loss": current.loss,
             "seconds": seconds,
             "payload_bytes": ledger.total("payload", "up")
@@ -524,11 +503,11 @@ class PhasedStrategy(Strategy):
             **{k: v for k, v in figures.items() if k != "seconds"},
         )
         facts = {"round": str(server_round), "phase": self.phase.adapter}
-        directory.save_state("last", self._sent, **facts)
+        directory.save_state("last", self.state, **facts)
         accuracy = figures.get("accuracy", -1.0)
         if accuracy > self._best:
             self._best = accuracy
-            directory.save_state("best", self._sent, **facts)
+            directory.save_state("best", self.state, **facts)
         asked = sum(len(clients) for clients in current.cohort.values())
         log(
             INFO,
@@ -536,15 +515,14 @@ class PhasedStrategy(Strategy):
                 self.config.rounds,
                 self.phase.adapter,
                 figures,
-                len(current.clients),
                 asked,
             ),
         )
 
-    def _hand_over(self, arrays: ArrayRecord) -> ArrayRecord:
+    def _hand_over(self) -> ArrayRecord:
         """Prime the next phase by what the sparse phase learned."""
         started = time.perf_counter()
-        handoff = self._worker.hand_over(self._unpacked(arrays["state"]))
+        handoff = self._worker.hand_over(self.state)
         if handoff.patch is not None:
             packed = pack(handoff.patch.state())
             digest = blake2b(packed.data, digest_size=16).hexdigest()
@@ -564,3 +542,15 @@ class PhasedStrategy(Strategy):
             took=round(time.perf_counter() - started, 3),
         )
         return ArrayRecord({"state": pack(handoff.state)})
+
+
+def _description(worker: Worker) -> dict[str, str]:
+    """Describe what a node must have in common with the server."""
+    described = {
+        "version": __version__,
+        "code": code_digest(),
+        "backbone": worker.backbone.digest,
+    }
+    if worker.config.clients.count:
+        described["partition"] = worker.partition_digest
+    return described
