@@ -1,9 +1,12 @@
 """What tests share: a quiet environment, tiny random models, examples."""
 
+import copy
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -49,13 +52,13 @@ def pytest_unconfigure() -> None:
 def make_body(family: str) -> PreTrainedModel:
     """Make a random body; 32 against 48 features, so that layers are not all square."""
     # Larger weights than the usual 0.02, so that a wrong weight shows in the logits.
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": VOCAB,
         "pad_token_id": 0,
         "max_position_embeddings": 40,
         "initializer_range": 0.2,
     }
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
@@ -64,13 +67,13 @@ def make_body(family: str) -> PreTrainedModel:
     if family == "bert":
         return BertModel(BertConfig(**shared, **sizes))
     if family == "distilbert":
-        own = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+        own: dict[str, Any] = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
         return DistilBertModel(DistilBertConfig(**shared, **own))
     if family == "roberta":
         return RobertaModel(RobertaConfig(**shared, **sizes))
     if family == "albert":
         return AlbertModel(AlbertConfig(**shared, **sizes, embedding_size=16))
-    relative = {
+    relative: dict[str, Any] = {
         "relative_attention": True,
         "pos_att_type": ["c2p", "p2c"],
         "position_buckets": 8,
@@ -107,8 +110,14 @@ def save_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def load_tiny(folder: Path, targets: str = "all-linear", seed: int = 3) -> Backbone:
-    return load_backbone(ModelConfig(name=str(folder)), LABELS, seed, targets)
+@cache
+def _loaded(folder: Path, targets: str) -> Backbone:
+    return load_backbone(ModelConfig(name=str(folder)), LABELS, 3, targets)
+
+
+def load_tiny(folder: Path, targets: str = "all-linear") -> Backbone:
+    """Load a tiny backbone; copies of the first load, since loading takes longer."""
+    return copy.deepcopy(_loaded(folder, targets))
 
 
 def make_examples(count: int = 24, seed: int = 0) -> Examples:

@@ -68,6 +68,10 @@ def loss_of(backbone: Backbone, examples: Examples) -> Tensor:
     return F.cross_entropy(out.logits, labels.to(device))
 
 
+def shape_of(module: nn.Linear) -> tuple[int, int]:
+    return module.out_features, module.in_features
+
+
 def no_dropout(backbone: Backbone) -> Backbone:
     for module in backbone.model.modules():
         if isinstance(module, nn.Dropout):
@@ -197,7 +201,7 @@ def test_bf16_recipe_stays_finite(
 def test_proximal_term_pulls_to_the_sent_state(
     backbone: Backbone, adapter: HeadAdapter, examples: Examples
 ) -> None:
-    """With lr·mu = 1 a second step starts from w_sent: both runs end alike.
+    """With lr·mu = 1 the term takes the first step back when the second is made.
 
     w1 = w0 - lr·g0; w2 = w1 - lr·(g1 + mu·(w1 - w0)) = w0 - lr·g1, so the distance
     from w0 is that of one step, against two without the term.
@@ -269,7 +273,8 @@ def test_full_density_is_dense_training(folder: Path, examples: Examples) -> Non
     assert len(dense) == len(masked)
     fresh = load_tiny(folder).model
     for name, expected in dense.items():
-        got = masked[name.replace(".weight", ".values") if name in masked else name]
+        own = name if name in masked else name.replace(".weight", ".values")
+        got = masked[own].view_as(expected)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
         assert not torch.equal(expected, fresh.get_parameter(name).cpu())
 
@@ -288,7 +293,7 @@ def test_gradient_is_the_dense_one_at_the_mask(
     for (name, module), gradient in zip(
         backbone.targets.items(), expected, strict=True
     ):
-        position = make_mask(5, name, tuple(module.weight.shape), DENSITY)
+        position = make_mask(5, name, shape_of(module), DENSITY)
         values = adapter.parameters()[list(backbone.targets).index(name)]
         assert values.grad is not None
         assert values.grad.abs().max() > 1e-4
@@ -308,7 +313,7 @@ def test_no_dense_gradient_is_kept(backbone: Backbone, examples: Examples) -> No
 
 
 def test_shared_layers_add_up_the_gradients_of_their_uses(
-    tmp_path: Path, tiny_models: dict[str, Path], examples: Examples
+    tiny_models: dict[str, Path], examples: Examples
 ) -> None:
     """ALBERT's gradient is the sum over the layers of one with equal, unshared ones."""
     shared = load_tiny(tiny_models["albert"])
@@ -361,9 +366,7 @@ def test_lora_is_the_merged_weight(
             parameter.copy_(state[name])
     after = logits(backbone.model, examples)
     assert (after - before).abs().max() > 0.1
-    torch.testing.assert_close(
-        after, logits(merged.model, examples), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(after, logits(merged.model, examples), rtol=0, atol=1e-5)
 
 
 # --- FedProx and clipping, on a head whose gradient is known in closed form
@@ -453,7 +456,7 @@ def test_clipping_uses_the_norm_of_what_is_trained(
     loss_of(dense, examples).backward()
     gradients = {}
     for name, module in dense.targets.items():
-        position = make_mask(5, name, tuple(module.weight.shape), 0.05)
+        position = make_mask(5, name, shape_of(module), 0.05)
         assert module.weight.grad is not None
         gradients[f"{name}.values"] = module.weight.grad.flatten().cpu()[position]
     for name, parameter in dense.head.items():
@@ -483,7 +486,7 @@ def test_training_is_keyed_by_its_rng_key_alone(
         adapter.attach(backbone)
         torch.manual_seed(noise)
         train(backbone, adapter, examples, ADAMW, rng_key)
-        states.append(adapter.state()["classifier.bias"])
+        states.append(next(iter(adapter.state().values())))
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
 
@@ -558,7 +561,8 @@ def test_targets_are_the_linear_layers_of_the_blocks(
 
 
 def test_head_is_fresh_and_seeded(folder: Path) -> None:
-    one, same, other = (load_tiny(folder, seed=seed) for seed in (3, 3, 4))
+    model = ModelConfig(name=str(folder))
+    one, same, other = (load_backbone(model, 3, seed) for seed in (3, 3, 4))
     for name, parameter in one.head.items():
         assert torch.equal(parameter, same.head[name])
         assert parameter.ndim == 1 or not torch.equal(parameter, other.head[name])
@@ -615,13 +619,9 @@ def test_unknown_targets_are_refused(
     assert repr(targets.split(",")[-1]) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["adapter-sparse", "lora", "houlsby"])
-def test_unknown_adapter_is_refused(name: str) -> None:
-    if name == "lora":
-        assert isinstance(make_adapter(name, parse({})), LowRankAdapter)
-    else:
-        with pytest.raises(ValueError, match=name):
-            make_adapter(name, parse({}))
+def test_unknown_adapter_is_refused() -> None:
+    with pytest.raises(ValueError, match="'houlsby'; allowed: full, head, sparse"):
+        make_adapter("houlsby", parse({}))
 
 
 @pytest.mark.parametrize("missing", ["all", "config", "weights", "tokenizer"])

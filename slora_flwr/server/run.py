@@ -154,6 +154,8 @@ def _export(
         )
     else:
         # PEFT has no format for these, so the whole model is written.
+        assert worker.adapter is not None
+        worker.adapter.load(strategy.state)
         folder = directory.path / "model"
         export_model(folder, worker.backbone)
     export_classes(folder, worker.task.classes)
