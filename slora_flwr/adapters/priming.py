@@ -105,7 +105,10 @@ def prime(svd: TruncatedSvd, scaling: float, factors: str) -> tuple[Tensor, Tens
     weights = svd.s / scaling
     if factors == "balanced":
         root = np.sqrt(weights)
-        a, b = root[:, None] * svd.vt, svd.u * root
+        # A component of no weight keeps its direction in A, as LoRA starts: with zeros
+        # on both sides neither would ever get a gradient.
+        a = np.where(root > 0, root, 1.0)[:, None] * svd.vt
+        b = svd.u * root
     elif factors == "b":
         a, b = svd.vt, svd.u * weights
     else:
@@ -121,21 +124,28 @@ class HandoffError(RuntimeError):
 
 
 def check_handoff(
-    effective: Tensor, intended: Tensor, b: Tensor, base: str, name: str
+    effective: Tensor,
+    intended: Tensor,
+    b: Tensor,
+    base: str,
+    name: str,
+    rounding: float = 0.0,
 ) -> None:
     """Refuse a handoff that silently became another method.
 
     Parameters
     ----------
     effective : Tensor
-        What the low-rank phase starts with minus W_0: base change plus s·B·A, (m, n).
+        What the low-rank phase starts with: s·B·A alone, or with the base's change of
+        W_0, (m, n).
     intended : Tensor
-        What it should be: D for `residual` and `warm-start`, its best rank-r
-        approximation for `w0`, (m, n).
+        What it should be: the delta's best rank-r approximation, or the delta, (m, n).
     b : Tensor
         LoRA's B, (m, rank).
     base, name : str
         The base and the matrix, for the message.
+    rounding : float
+        How far storing the base in the weight's own type may move an entry.
 
     Raises
     ------
@@ -145,7 +155,7 @@ def check_handoff(
     """
     scale = float(intended.abs().max())
     error = float((effective - intended).abs().max())
-    if not math.isfinite(error) or error > 1e-5 * max(scale, 1e-3):
+    if not math.isfinite(error) or error > 1e-5 * max(scale, 1e-3) + rounding:
         raise HandoffError(
             f"after the handoff {name} is off by {error:.3g} from what base {base} "
             f"intends, whose largest entry is {scale:.3g}"

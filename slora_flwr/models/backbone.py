@@ -121,6 +121,12 @@ def load_backbone(
             "config.json, model.safetensors and tokenizer.json, a name below "
             f"$SLORA_ASSETS/models, or a Hub id that can be reached ({error})"
         ) from error
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        # transformers makes one of special tokens alone where it finds no files.
+        raise ConfigError(
+            f"model.name is {config.name!r}, which has no tokenizer files: all text "
+            "would become unknown words"
+        )
     model.requires_grad_(False)
     model.to(best_device())
     # The key of a size mismatch is (name, shape found, shape wanted).

@@ -36,6 +36,7 @@ class BasePatch:
 
     def apply(self, backbone: Backbone) -> None:
         """Turn the resident W_0 into the base; no adapter may be attached."""
+        assert not self._before, "the patch is applied already"
         with torch.no_grad():
             for name, module in backbone.targets.items():
                 weight = module.weight

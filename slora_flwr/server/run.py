@@ -48,11 +48,14 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
     started = time.perf_counter()
     worker = Worker(config)
     backbone, task = worker.backbone, worker.task
+    moved = 0
     if config.clients.count:
         # Here too, so that an impossible partition ends the run before any message.
-        _ = worker.partition
+        moved = worker.partition.moved
     directory = RunDirectory(config, run_id)
     log(INFO, "slora-flwr %s, run directory %s", version("slora-flwr"), directory.path)
+    if moved:
+        log(INFO, "%d examples were moved so that no client is empty", moved)
     directory.write_config(
         config,
         {
@@ -62,6 +65,7 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
             "classes": task.classes,
             "train_examples": len(task.train),
             "test_examples": len(task.test),
+            "moved_examples": moved,
             "phases": [
                 {"adapter": p.adapter, "rounds": p.rounds, "lr": p.recipe.lr}
                 for p in worker.schedule

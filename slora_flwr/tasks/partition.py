@@ -45,6 +45,10 @@ class Partition(Protocol):
     """Which rows of the training split each client owns."""
 
     @property
+    def moved(self) -> int:
+        """Examples moved between clients to give each its least."""
+
+    @property
     def sizes(self) -> Int64Array:
         """Examples per client, shape (clients,)."""
 
@@ -100,6 +104,8 @@ class Virtual:
     count, alpha, examples, seed
         As in `make_partition`.
     """
+
+    moved = 0
 
     def __init__(
         self, labels: Int64Array, count: int, alpha: float, examples: int, seed: int
