@@ -279,6 +279,8 @@ class RunConfig:
                 self.model.dtype,
                 "float32 for fft, whose updates bfloat16 weights would round away",
             )
+        if self.method == "slora" and self.rounds < 2:
+            raise _refuse("rounds", self.rounds, "at least 2 for slora's two phases")
         if self.method == "slora" and self.sparse.rounds >= self.rounds:
             raise _refuse(
                 "sparse.rounds",

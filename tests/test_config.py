@@ -68,7 +68,7 @@ CHANGED: dict[str, Value] = {
     "lora.factors": "b",
     "server.optimizer": "fedadam",
     "server.lr": 0.01,
-    "run.dir": "out",
+    "run.dir": "/out",
     "run.eval-every": 0,
     "run.target": 1.0,
 }
@@ -134,12 +134,12 @@ BAD: list[tuple[str, Value, str]] = [
     ("lora.factors", "a", "balanced, b"),
     ("server.optimizer", "adam", "none, fedavgm, fedadam"),
     ("server.lr", 0.0, "a number above 0"),
+    ("run.dir", "out", "an absolute path, or empty"),
     ("run.eval-every", -1, "a number of at least 0"),
     ("run.target", 1.1, "a number from 0 up to 1"),
 ]
 # Any string will do here; what they name is looked up later.
 FREE = {"model.revision", "data.train", "data.test", "data.text", "data.label"}
-FREE |= {"run.dir"}
 
 WRONG_TYPES: dict[type, tuple[list[Value], str]] = {
     int: ([True, 1.0, "1"], "a whole number"),

@@ -32,7 +32,9 @@ def collect(
     until = time.monotonic() + deadline
     pending = set(grid.push_messages(messages))
     pause = FIRST_POLL_SECONDS
-    while pending and time.monotonic() < until:
+    while pending:
+        # Before the pull: replies that are there at the deadline count.
+        late = time.monotonic() >= until
         replies = list(grid.pull_messages(pending))
         for reply in replies:
             pending.discard(reply.metadata.reply_to_message_id)
@@ -41,6 +43,8 @@ def collect(
                 yield reply
             else:
                 pending.update(grid.push_messages([instead]))
+        if late:
+            return
         if not replies:
             time.sleep(pause)
         pause = FIRST_POLL_SECONDS if replies else min(2 * pause, LAST_POLL_SECONDS)

@@ -95,7 +95,8 @@ class Fleet:
         """
         loads = dict.fromkeys(self._online, 0)
         dealt: dict[int, list[int]] = {}
-        everywhere = frozenset.intersection(*(self._hosted[n] for n in self._online))
+        hosted = [self._hosted[n] for n in self._online]
+        everywhere = frozenset.intersection(*hosted) if hosted else frozenset()
         heap = [(0, node) for node in self._online]
         for client in sorted(cohort, key=lambda c: (-self.sizes[c], c)):
             if client in everywhere:
@@ -117,24 +118,30 @@ class Fleet:
             for node in nodes
         ]
         told = 1
+        silent = set(nodes)
         for reply in collect(grid, messages, self._deadline):
             node = reply.metadata.src_node_id
+            silent.discard(node)
             if reply.has_error():
                 self._leave_out(
                     node, f"it cannot describe itself: {reply.error.reason}"
                 )
                 continue
-            described = reply.content.config_records["config"]
-            metrics = reply.content.metric_records["metrics"]
+            try:
+                described = reply.content.config_records["config"]
+                metrics = reply.content.metric_records["metrics"]
+                clients = cast(list[int], metrics["clients"])
+                examples = cast(list[int], metrics["examples"])
+                sizes = dict(zip(clients, examples, strict=True))
+                nodes_told = int(described["nodes"])  # type: ignore[arg-type]
+            except (KeyError, TypeError, ValueError) as error:
+                self._leave_out(node, f"its description is off: {error!r}")
+                continue
             differs = [
                 f"{name} is {described.get(name)!r}, the server's is {value!r}"
                 for name, value in self._expected.items()
                 if described.get(name) != value
             ]
-            clients = cast(list[int], metrics["clients"])
-            sizes = dict(
-                zip(clients, cast(list[int], metrics["examples"]), strict=True)
-            )
             if differs:
                 self._leave_out(node, "; ".join(differs))
                 continue
@@ -143,7 +150,9 @@ class Fleet:
             same = next((h for h in self._hosted.values() if h == hosted), hosted)
             self._hosted[node] = same
             self.sizes |= sizes
-            told = max(told, int(described["nodes"]))  # type: ignore[arg-type]
+            told = max(told, nodes_told)
+        for node in silent:
+            self._leave_out(node, "it did not describe itself before the deadline")
         return told
 
     def _leave_out(self, node: int, reason: str) -> None:
@@ -155,6 +164,8 @@ def sample_cohort(
     clients: list[int], count: int, seed: int, server_round: int
 ) -> list[int]:
     """Draw a round's cohort without replacement by (seed, round) alone, ascending."""
+    if not clients:
+        return []
     stream = np.random.Philox(key=key("cohort", seed, server_round))
     drawn = draw_distinct(stream, min(count, len(clients)), len(clients))
     return [clients[i] for i in drawn]

@@ -41,6 +41,8 @@ from slora_flwr.wire.messages import (
 )
 from slora_flwr.wire.packing import PayloadError, pack, unpack
 
+NO_REPLY = "no reply before the deadline"
+
 
 class TooFewRepliesError(RuntimeError):
     """A round that got fewer good replies than `clients.min-replies`, twice."""
@@ -239,12 +241,14 @@ class PhasedStrategy(Strategy):
             # The tensors are folded; only the figures are kept.
             report.update = pack({})
             current.reports.append(report)
-        answered = {c for report in current.reports for c in report.clients}
+        answered = set(current.clients)
         failed = {c for failure in current.failures for c in failure["clients"]}  # type: ignore[attr-defined]
         for node, clients in current.cohort.items():
             silent = [c for c in clients if c not in answered | failed]
             if silent:
-                self._fail(node, silent, "no reply before the deadline")
+                partly = len(silent) < len(clients)
+                reason = "not in its node's reply" if partly else NO_REPLY
+                self._fail(node, silent, reason)
         if len(answered) < self.config.clients.min_replies:
             return None, None
         self.state = self._optimizer.step(self.state, fold.result())
@@ -265,23 +269,34 @@ class PhasedStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Average the clients' held-out figures by examples."""
-        found = []
+        cohort = self._round.cohort
+        silent = dict(cohort)
+        names = ("num-examples", "loss", "accuracy")
+        found: dict[str, list[float]] = {name: [] for name in names}
         for reply in replies:
+            node = reply.metadata.src_node_id
+            silent.pop(node, None)
             if reply.has_error():
-                node = reply.metadata.src_node_id
-                self._fail(node, self._round.cohort.get(node, []), reply.error.reason)
-            else:
-                found.append(reply.content.metric_records["metrics"])
-        weights = [float(metrics["num-examples"]) for metrics in found]  # type: ignore[arg-type]
+                self._fail(node, cohort.get(node, []), reply.error.reason)
+                continue
+            try:
+                metrics = reply.content.metric_records["metrics"]
+                figures = [float(metrics[name]) for name in names]  # type: ignore[arg-type]
+                if figures[0] < 0 or not all(map(math.isfinite, figures)):
+                    raise ValueError(figures)
+            except (KeyError, TypeError, ValueError) as error:
+                reason = f"its figures are off: {error!r}"
+                self._fail(node, cohort.get(node, []), reason)
+                continue
+            for name, figure in zip(names, figures, strict=True):
+                found[name].append(figure)
+        for node, clients in silent.items():
+            self._fail(node, clients, "no evaluation before the deadline")
+        weights = found.pop("num-examples")
         if not sum(weights):
             return None
-        return MetricRecord(
-            {"num-examples": int(sum(weights))}
-            | {
-                name: fmean([float(m[name]) for m in found], weights)  # type: ignore[arg-type]
-                for name in ("loss", "accuracy")
-            }
-        )
+        means = {name: fmean(values, weights) for name, values in found.items()}
+        return MetricRecord({"num-examples": int(sum(weights)), **means})
 
     def evaluate_server(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate on the test data in this process."""
@@ -340,8 +355,8 @@ class PhasedStrategy(Strategy):
             )
         raise TooFewRepliesError(
             f"round {server_round} got {len(self._round.clients)} good replies twice; "
-            f"clients.min-replies is {self.config.clients.min_replies}. The last state "
-            f"is in {self._directory.path / 'checkpoints'}"
+            f"clients.min-replies is {self.config.clients.min_replies}. The run "
+            f"directory {self._directory.path} holds what was done before"
         )
 
     def _evaluate_clients(
@@ -435,8 +450,19 @@ class PhasedStrategy(Strategy):
             raise MessageError(f"it answers for {report.clients}, asked for {asked}")
         if len({*report.clients}) != len(report.clients):
             raise MessageError(f"it answers twice for one of {report.clients}")
-        if len(report.examples) != len(report.clients) or min(report.examples) <= 0:
-            raise MessageError(f"its weights are {report.examples}, not all positive")
+        owned = [self.fleet.sizes[client] for client in report.clients]
+        if len(report.examples) != len(owned) or not all(
+            isinstance(given, int) and 0 < given <= most
+            for given, most in zip(report.examples, owned, strict=True)
+        ):
+            raise MessageError(
+                f"its weights are {report.examples}, not from 1 to {owned}, which are "
+                "its clients' examples"
+            )
+        for name in ("losses", "seconds"):
+            figures = getattr(report, name)
+            if len(figures) != len(owned) or not all(map(math.isfinite, figures)):
+                raise MessageError(f"its {name} are {figures}, not one for each client")
         return report
 
     def _fold(self, fold: Mean, report: Report) -> None:

@@ -90,6 +90,13 @@ def load_texts(config: DataConfig) -> tuple[Texts, Texts]:
         train, test = _load(config)
     if config.validation:
         train, test = _split(train, config.validation, "validation")
+    for given, key in ((train, "data.train"), (test, "data.test")):
+        if not given.texts:
+            raise ConfigError(
+                f"{key}: data {config.name!r} leaves no examples to "
+                f"{'train on' if given is train else 'evaluate on'}; allowed: data "
+                "with at least one, after the split by data.validation or by a hash"
+            )
     if config.max_test and config.max_test < len(test.texts):
         order = np.argsort([_hash("max-test", text) for text in test.texts])
         chosen = np.zeros(len(test.texts), dtype=bool)
@@ -187,6 +194,11 @@ def _find(config: DataConfig, preset: Preset) -> Callable[[str], Any]:
         if path.suffix in FORMATS:
             return _read_file(path if path.is_absolute() else (folder or Path()) / path)
         if name.is_file():
+            if split == config.test:
+                raise ConfigError(
+                    f"data.test is {split!r}, and data.name is one file; allowed: a "
+                    "file, or empty for a fifth of the one"
+                )
             return _read_file(name)
         if folder is not None:
             found = [folder / f"{split}{suffix}" for suffix in FORMATS]

@@ -5,6 +5,7 @@ from functools import cached_property
 from hashlib import blake2b
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from slora_flwr.adapters import HeadAdapter, LowRankAdapter, SparseAdapter, make_adapter
@@ -137,6 +138,8 @@ class Worker:
     def hand_over(self, state: State) -> Handoff:
         """End the sparse phase that is attached; nothing is attached afterwards."""
         assert isinstance(self.adapter, SparseAdapter)
+        # `warm-start` draws from torch's generator, which training has moved on.
+        torch.manual_seed(self.config.seed)
         handoff = hand_over(self.backbone, self.adapter, state, self.config.lora)
         self.adapter, self._entered = None, None
         return handoff

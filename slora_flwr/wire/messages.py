@@ -145,7 +145,7 @@ class Report:
         Raises
         ------
         MessageError
-            If a record or an entry is missing.
+            If a record or an entry is missing, or of another kind.
         """
         try:
             metrics = content.metric_records["metrics"]
@@ -167,7 +167,7 @@ class Report:
                     )
                 ),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise MessageError(f"the reply's records are off: {error!r}") from error
 
 
