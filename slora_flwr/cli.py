@@ -52,8 +52,9 @@ def run(
         typer.Option(help="Flower's simulation on Ray, or all in this process."),
     ] = Engine.FLWR,
     nodes: Annotated[
-        int, typer.Option(min=1, help="Simulated nodes; one worker per core or GPU.")
-    ] = os.cpu_count() or 1,
+        int | None,
+        typer.Option(min=1, help="Simulated nodes; one per GPU, or else per core."),
+    ] = None,
 ) -> None:
     """Run a method; the exit status says whether it ended well."""
     try:
@@ -64,15 +65,18 @@ def run(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
     if engine is Engine.INLINE:
-        _run_inline(values, nodes)
+        _run_inline(values, nodes or 1)
     else:
         _run_flower(folder, run_config or [], nodes)
 
 
 def _run_inline(values: dict[str, Any], nodes: int) -> None:
     # torch and transformers take seconds to import, which an error above need not wait.
+    from slora_flwr.adapters.priming import HandoffError
+    from slora_flwr.server.fleet import FleetError
     from slora_flwr.server.inline import InlineGrid
     from slora_flwr.server.run import run as run_on
+    from slora_flwr.server.strategy import TooFewRepliesError
 
     run_id = time.time_ns()
     try:
@@ -80,9 +84,12 @@ def _run_inline(values: dict[str, Any], nodes: int) -> None:
     except ConfigError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
+    except (FleetError, TooFewRepliesError, HandoffError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
-def _run_flower(folder: Path, run_config: list[str], nodes: int) -> None:
+def _run_flower(folder: Path, run_config: list[str], nodes: int | None) -> None:
     if not (folder / "pyproject.toml").is_file():
         typer.echo(
             f"Error: {folder.absolute()} holds no Flower app; allowed: a checkout of "
@@ -94,7 +101,10 @@ def _run_flower(folder: Path, run_config: list[str], nodes: int) -> None:
     for value in run_config:
         command += ["--run-config", value]
     gpus = _gpus()
-    resources = f"client-resources-num-cpus=1 client-resources-num-gpus={gpus / nodes}"
+    nodes = nodes or gpus or os.cpu_count() or 1
+    # Ray takes a part of a GPU, or whole ones.
+    share = min(1.0, gpus / nodes)
+    resources = f"client-resources-num-cpus=1 client-resources-num-gpus={share}"
     command += ["--federation-config", f"num-supernodes={nodes} {resources}"]
     started = _flower(*command)
     run_id = str(started["run-id"])

@@ -7,9 +7,15 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from flwr.app import (
+    Array,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 
 import slora_flwr
 from slora_flwr.adapters import HeadAdapter
@@ -19,7 +25,7 @@ from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.server.aggregate import FoldError, Mean
 from slora_flwr.training.worker import ClientError, Worker
 from slora_flwr.wire.messages import MISSING_BASE, Instruction, Report
-from slora_flwr.wire.packing import pack, unpack
+from slora_flwr.wire.packing import STYPE, pack, unpack
 
 
 class MissingBaseError(LookupError):
@@ -33,6 +39,7 @@ class MismatchError(RuntimeError):
 def query(message: Message, context: Context) -> Message:
     """Describe this node: its code, its backbone, its clients and their sizes."""
     worker = get_worker(context)
+    worker.leave()  # the digest is W_0's
     sizes = worker.partition.sizes
     hosted = np.arange(len(sizes))
     if parse(context.run_config).clients.count == 0:
@@ -172,18 +179,16 @@ def _enter(worker: Worker, instruction: Instruction) -> HeadAdapter:
 def _base(worker: Worker, instruction: Instruction) -> BasePatch:
     """Take the base from the message, or from this machine's cache."""
     shapes, positions, scaling = worker.patch_layout()
-    path = cache_folder() / f"base-{instruction.base}.safetensors"
-    if instruction.base_state is not None:
-        state = unpack(instruction.base_state, shapes)
-        if blake2b(instruction.base_state.data, digest_size=16).hexdigest() != (
-            instruction.base
-        ):
-            raise MismatchError("the base that was sent does not have its digest")
-        write_atomically(path, save(state))
-    else:
-        try:
-            state = load_file(path)
-        except (FileNotFoundError, SafetensorError) as error:
-            raise MissingBaseError(f"no base {instruction.base} here") from error
-        state = {name: state[name] for name in shapes}
-    return BasePatch.from_state(state, positions, scaling)
+    path = cache_folder() / f"base-{instruction.base}"
+    sent = instruction.base_state
+    if sent is None and not path.is_file():
+        raise MissingBaseError(f"no base {instruction.base} here")
+    data = path.read_bytes() if sent is None else sent.data
+    if blake2b(data, digest_size=16).hexdigest() != instruction.base:
+        if sent is None:
+            raise MissingBaseError(f"base {instruction.base} is damaged here")
+        raise MismatchError("the base that was sent does not have its digest")
+    if sent is not None:
+        write_atomically(path, data)
+    packed = Array("float32", (len(data) // 4,), STYPE, data)
+    return BasePatch.from_state(unpack(packed, shapes), positions, scaling)

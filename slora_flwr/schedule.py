@@ -19,7 +19,7 @@ DEFAULT_RATES = {"full": 5e-4, "head": 5e-3, "sparse": 1e-2, "lora": 2e-3}
 
 @dataclass(frozen=True)
 class Phase:
-    """An adapter, a number of rounds, a local training recipe, an aggregator.
+    """An adapter, a number of rounds, a local training recipe.
 
     Attributes
     ----------
@@ -29,8 +29,6 @@ class Phase:
         Number of rounds.
     recipe : RecipeConfig
         Local training, every field resolved.
-    aggregator : str
-        How updates become one.
     primed : bool
         True where the phase starts from the delta that the phase before it learned.
     """
@@ -38,7 +36,6 @@ class Phase:
     adapter: str
     rounds: int
     recipe: RecipeConfig
-    aggregator: str = "fedavg"
     primed: bool = False
 
 
@@ -51,9 +48,8 @@ def make_schedule(config: RunConfig) -> list[Phase]:
         if len(adapters) == 2:
             first = config.sparse.rounds
             rounds = first if i == 0 else config.rounds - first
-        aggregator = config.lora.aggregator if adapter == "lora" else "fedavg"
         recipe = _recipe(config, adapter)
-        phases.append(Phase(adapter, rounds, recipe, aggregator, primed=i > 0))
+        phases.append(Phase(adapter, rounds, recipe, primed=i > 0))
     return phases
 
 

@@ -107,8 +107,9 @@ def prime(svd: TruncatedSvd, scaling: float, factors: str) -> tuple[Tensor, Tens
         root = np.sqrt(weights)
         # A component of no weight keeps its direction in A, as LoRA starts: with zeros
         # on both sides neither would ever get a gradient.
-        a = np.where(root > 0, root, 1.0)[:, None] * svd.vt
-        b = svd.u * root
+        live = weights > 1e-12 * weights[0]
+        a = np.where(live, root, 1.0)[:, None] * svd.vt
+        b = svd.u * np.where(live, root, 0.0)
     elif factors == "b":
         a, b = svd.vt, svd.u * weights
     else:

@@ -127,6 +127,11 @@ def load_backbone(
             f"model.name is {config.name!r}, which has no tokenizer files: all text "
             "would become unknown words"
         )
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"model.name is {config.name!r}, whose tokenizer has no padding token; "
+            "allowed: one that has"
+        )
     model.requires_grad_(False)
     model.to(best_device())
     # The key of a size mismatch is (name, shape found, shape wanted).

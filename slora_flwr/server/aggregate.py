@@ -108,6 +108,7 @@ class ServerOptimizer:
             self._optimizer = self._make(list(self._parameters.values()))
         assert self._optimizer is not None
         for name, parameter in self._parameters.items():
+            parameter.data.copy_(state[name])
             parameter.grad = -update[name]
         self._optimizer.step()
         return {name: p.detach().clone() for name, p in self._parameters.items()}

@@ -18,6 +18,8 @@ def collect(
 ) -> Iterator[Message]:
     """Send messages and yield each reply once, when it is there.
 
+    A reply's source is the node that was asked, whoever answers for it.
+
     Parameters
     ----------
     grid : Grid
@@ -30,21 +32,30 @@ def collect(
         Given a reply, the message to send in its place, or None to yield the reply.
     """
     until = time.monotonic() + deadline
-    pending = set(grid.push_messages(messages))
+    pending = _push(grid, list(messages))
     pause = FIRST_POLL_SECONDS
     while pending:
         # Before the pull: replies that are there at the deadline count.
         late = time.monotonic() >= until
-        replies = list(grid.pull_messages(pending))
+        replies = list(grid.pull_messages(set(pending)))
         for reply in replies:
-            pending.discard(reply.metadata.reply_to_message_id)
+            node = pending.pop(reply.metadata.reply_to_message_id)
+            # For a node that is gone the SuperLink answers, under its own id.
+            reply.metadata.__dict__["_src_node_id"] = node
             instead = again(reply)
             if instead is None:
                 yield reply
             else:
-                pending.update(grid.push_messages([instead]))
+                pending |= _push(grid, [instead])
         if late:
             return
         if not replies:
             time.sleep(pause)
         pause = FIRST_POLL_SECONDS if replies else min(2 * pause, LAST_POLL_SECONDS)
+
+
+def _push(grid: Grid, messages: list[Message]) -> dict[str, int]:
+    """Send messages; give the node of each that was taken, by message id."""
+    taken = set(grid.push_messages(messages))
+    sent = [message.metadata for message in messages]
+    return {m.message_id: m.dst_node_id for m in sent if m.message_id in taken}

@@ -1,8 +1,7 @@
 """The nodes of a run, the clients they host, and who trains in which round."""
 
-import heapq
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from logging import INFO, WARNING
 from typing import cast
 
@@ -27,9 +26,9 @@ class Fleet:
 
     Parameters
     ----------
-    expected : dict[str, str]
-        What a node's description must hold: version, code and backbone digests. A node
-        that differs is told of in the log and left out.
+    expected : Mapping[str, object]
+        What a node's description must hold: version, classes, digests of code, backbone
+        and partition. A node that differs is named in the log and left out.
     min_nodes : int
         Wait for so many nodes before the first round.
     deadline : float
@@ -37,7 +36,7 @@ class Fleet:
     """
 
     def __init__(
-        self, expected: dict[str, str], min_nodes: int, deadline: float
+        self, expected: Mapping[str, object], min_nodes: int, deadline: float
     ) -> None:
         self.sizes: dict[int, int] = {}
         self.left_out: dict[int, str] = {}
@@ -74,6 +73,9 @@ class Fleet:
         wanted = max(wanted, self._query(grid, nodes[:1]))
         while len(list(grid.get_node_ids())) < wanted and time.monotonic() < until:
             time.sleep(0.1)
+        online = len(list(grid.get_node_ids()))
+        if online < wanted:
+            log(WARNING, "only %d of %d nodes are online", online, wanted)
         self.refresh(grid)
         if not self.clients:
             reasons = "; ".join(f"node {n}: {r}" for n, r in self.left_out.items())
@@ -95,19 +97,10 @@ class Fleet:
         """
         loads = dict.fromkeys(self._online, 0)
         dealt: dict[int, list[int]] = {}
-        hosted = [self._hosted[n] for n in self._online]
-        everywhere = frozenset.intersection(*hosted) if hosted else frozenset()
-        heap = [(0, node) for node in self._online]
         for client in sorted(cohort, key=lambda c: (-self.sizes[c], c)):
-            if client in everywhere:
-                _, node = heapq.heappop(heap)
-            else:
-                hosts = [n for n in self._online if client in self._hosted[n]]
-                node = min(hosts, key=lambda n: (loads[n], n))
-                heap = [entry for entry in heap if entry[1] != node]
-                heapq.heapify(heap)
+            hosts = [n for n in self._online if client in self._hosted[n]]
+            node = min(hosts, key=lambda n: (loads[n], n))
             loads[node] += self.sizes[client]
-            heapq.heappush(heap, (loads[node], node))
             dealt.setdefault(node, []).append(client)
         return dealt
 

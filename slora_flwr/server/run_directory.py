@@ -11,7 +11,7 @@ import tomli_w
 from safetensors.torch import save
 
 from slora_flwr.adapters.head import State
-from slora_flwr.config import RunConfig, flatten
+from slora_flwr.config import ConfigError, RunConfig, flatten
 from slora_flwr.home import home, write_atomically
 from slora_flwr.wire.ledger import Ledger
 
@@ -30,7 +30,7 @@ class RunDirectory:
 
     Raises
     ------
-    FileExistsError
+    ConfigError
         If the folder holds something already.
     """
 
@@ -40,7 +40,7 @@ class RunDirectory:
         self.path = Path(config.run.dir).expanduser() if config.run.dir else default
         self.path = self.path.absolute()
         if self.path.exists() and any(self.path.iterdir()):
-            raise FileExistsError(
+            raise ConfigError(
                 f"run.dir is {config.run.dir!r}, which holds files of another run; "
                 "allowed: a new or empty folder"
             )
@@ -68,7 +68,7 @@ class RunDirectory:
             file.write(line + "\n")
 
     def save_state(self, name: str, state: State, **facts: str) -> None:
-        """Write a state to checkpoints/, `last` or `best`, as safetensors."""
+        """Write a state to checkpoints/, `last`, `best` or `base`, as safetensors."""
         path = self.path / "checkpoints" / f"{name}.safetensors"
         write_atomically(path, save(state, metadata=facts))
 

@@ -55,7 +55,7 @@ class Round:
     number: int
     cohort: dict[int, list[int]]
     reports: list[Report] = field(default_factory=list)
-    failures: list[dict[str, object]] = field(default_factory=list)
+    failed: set[int] = field(default_factory=set)
     up_message_bytes: int = 0
 
     @property
@@ -242,9 +242,8 @@ class PhasedStrategy(Strategy):
             report.update = pack({})
             current.reports.append(report)
         answered = set(current.clients)
-        failed = {c for failure in current.failures for c in failure["clients"]}  # type: ignore[attr-defined]
         for node, clients in current.cohort.items():
-            silent = [c for c in clients if c not in answered | failed]
+            silent = [c for c in clients if c not in answered | current.failed]
             if silent:
                 partly = len(silent) < len(clients)
                 reason = "not in its node's reply" if partly else NO_REPLY
@@ -320,6 +319,7 @@ class PhasedStrategy(Strategy):
         self._phase = index
         digest = self._base[0] if self._base else ""
         self._adapter = self._worker.enter(self.phase, self.patch, digest)
+        self._fingerprint = self._adapter.fingerprint()
         server = self.config.server
         self._optimizer = ServerOptimizer(server.optimizer, server.lr)
 
@@ -385,10 +385,9 @@ class PhasedStrategy(Strategy):
 
     def _instruct(self, message_type: str, state: Array) -> list[Message]:
         messages = []
-        fingerprint = self._adapter.fingerprint()
         for node, clients in self._round.cohort.items():
             instruction = Instruction(
-                self._round.number, self._phase, clients, fingerprint, state
+                self._round.number, self._phase, clients, self._fingerprint, state
             )
             if self._base is not None:
                 instruction.base = self._base[0]
@@ -440,7 +439,7 @@ class PhasedStrategy(Strategy):
         expected = {
             "round": (report.server_round, self._round.number),
             "phase": (report.phase, self._phase),
-            "fingerprint": (report.fingerprint, self._adapter.fingerprint()),
+            "fingerprint": (report.fingerprint, self._fingerprint),
         }
         for name, (given, wanted) in expected.items():
             if given != wanted:
@@ -475,7 +474,7 @@ class PhasedStrategy(Strategy):
 
     def _fail(self, node: int, clients: list[int], reason: str | None) -> None:
         failure = {"node": node, "clients": clients, "reason": reason}
-        self._round.failures.append(failure)
+        self._round.failed.update(clients)
         log(WARNING, "node %d, clients %s left out: %s", node, clients, reason)
         self._directory.event("failure", round=self._round.number, **failure)
 
@@ -553,6 +552,7 @@ class PhasedStrategy(Strategy):
             packed = pack(handoff.patch.state())
             digest = blake2b(packed.data, digest_size=16).hexdigest()
             self._base = (digest, handoff.patch, packed)
+            self._directory.save_state("base", handoff.patch.state(), digest=digest)
         kept = fmean(handoff.energies.values())
         log(
             INFO,
@@ -570,9 +570,10 @@ class PhasedStrategy(Strategy):
         return ArrayRecord({"state": pack(handoff.state)})
 
 
-def _description(worker: Worker) -> dict[str, str]:
+def _description(worker: Worker) -> dict[str, object]:
     """Describe what a node must have in common with the server."""
-    described = {
+    described: dict[str, object] = {
+        "classes": worker.task.classes,
         "version": __version__,
         "code": code_digest(),
         "backbone": worker.backbone.digest,

@@ -109,7 +109,10 @@ def make_task(config: DataConfig, tokenizer: Any, texts: tuple[Texts, Texts]) ->
     """Tokenise, and number the labels."""
     train, test = texts
     classes = list_classes(texts)
-    encode = partial(_tokenise, tokenizer, config.max_length, classes)
+    # Before any call, since its truncation becomes part of what a tokenizer says of
+    # itself.
+    described = tokenizer.backend_tokenizer.to_str()
+    encode = partial(_tokenise, tokenizer, described, config.max_length, classes)
     return Task(classes, encode(train), encode(test))
 
 
@@ -119,14 +122,18 @@ def list_classes(texts: tuple[Texts, Texts]) -> list[str]:
 
 
 def _tokenise(
-    tokenizer: Any, max_length: int, classes: list[str], texts: Texts
+    tokenizer: Any,
+    described: str,
+    max_length: int,
+    classes: list[str],
+    texts: Texts,
 ) -> Examples:
     """Tokenise once per machine: later processes read the arrays from the cache."""
     # Here and not above: a node that fails early needs neither.
     from safetensors.numpy import load_file, save
 
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{max_length}\x1f{tokenizer.backend_tokenizer.to_str()}".encode())
+    digest.update(f"{max_length}\x1f{described}".encode())
     for text in texts.texts:
         digest.update(f"\x1e{text}".encode())
     path = cache_folder() / f"tokens-{digest.hexdigest()}.safetensors"
@@ -251,8 +258,12 @@ def _columns(rows: Any, text: str, label: str) -> Texts:
             raise ConfigError(
                 f"{key} names {name!r}; the columns are {', '.join(rows.column_names)}"
             )
-    parts = [[str(value or "") for value in rows[name]] for name in names]
+    parts = [
+        ["" if value is None else str(value) for value in rows[name]] for name in names
+    ]
     feature = rows.features[label]
     named = getattr(feature, "int2str", str)
+    if any(value is None for value in rows[label]):
+        raise ConfigError(f"data.label names {label!r}, which is missing in some rows")
     labels = [named(value) for value in rows[label]]
     return Texts(["\n".join(part) for part in zip(*parts, strict=True)], labels)

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from slora_flwr.config import ConfigError
+
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
@@ -37,7 +39,7 @@ MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6
 DIRICHLET_DRAWS = 10
 
 
-class PartitionError(ValueError):
+class PartitionError(ConfigError):
     """A partition that cannot be made from this data."""
 
 

@@ -69,8 +69,8 @@ def train(
             loss = F.cross_entropy(logits.float(), labels)
             loss.backward()
             for parameter, origin in zip(parameters, sent, strict=False):
-                assert parameter.grad is not None
-                parameter.grad.add_(parameter.detach() - origin, alpha=recipe.prox)
+                if parameter.grad is not None:  # None where the loss does not reach
+                    parameter.grad.add_(parameter.detach() - origin, alpha=recipe.prox)
             if recipe.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
             optimizer.step()

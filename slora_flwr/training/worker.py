@@ -7,6 +7,7 @@ from hashlib import blake2b
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from slora_flwr.adapters import HeadAdapter, LowRankAdapter, SparseAdapter, make_adapter
 from slora_flwr.adapters.handoff import Handoff, hand_over
@@ -63,7 +64,7 @@ class Worker:
         labels = len(list_classes(self._texts))
         config = self.config
         backbone = load_backbone(config.model, labels, config.seed, config.lora.targets)
-        _check_rank(config, backbone)
+        _check_fit(config, backbone)
         return backbone
 
     @cached_property
@@ -162,7 +163,7 @@ class Worker:
         """Give a client's examples: to train on, and held out for evaluation."""
         rows = self.partition.indices(client)
         # The last ones, of an order that has nothing to do with labels.
-        held = int(len(rows) * self.config.clients.holdout)
+        held = round(len(rows) * self.config.clients.holdout)
         cut = len(rows) - held
         order = np.random.Philox(key=client).random_raw(len(rows)).argsort()
         rows = rows[order]
@@ -209,12 +210,28 @@ class Worker:
         return evaluate(self.backbone, self.task.test, self.config.train.precision)
 
 
-def _check_rank(config: RunConfig, backbone: Backbone) -> None:
-    if not any(phase.adapter == "lora" for phase in make_schedule(config)):
-        return
-    side, name = min((min(m.weight.shape), n) for n, m in backbone.targets.items())
-    if config.lora.rank > side:
+def _check_fit(config: RunConfig, backbone: Backbone) -> None:
+    """Refuse what this backbone cannot do, before any client is asked to."""
+    for name, module in backbone.model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa's positions start after the padding index.
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            most = module.num_embeddings - skipped
+            if config.data.max_length > most:
+                raise ConfigError(
+                    f"data.max-length is {config.data.max_length}; allowed: 4 to "
+                    f"{most}, the positions of model {config.model.name!r}"
+                )
+    adapters = {phase.adapter for phase in make_schedule(config)}
+    if adapters & {"sparse", "lora"} and not backbone.targets:
         raise ConfigError(
-            f"lora.rank is {config.lora.rank}; allowed: 1 to {side}, the smaller side "
-            f"of {name}"
+            f"model.name is {config.model.name!r}, whose blocks hold no linear layers; "
+            f"allowed for {config.method}: a model that has some, or method fft or head"
         )
+    if "lora" in adapters:
+        side, name = min((min(m.weight.shape), n) for n, m in backbone.targets.items())
+        if config.lora.rank > side:
+            raise ConfigError(
+                f"lora.rank is {config.lora.rank}; allowed: 1 to {side}, the smaller "
+                f"side of {name}"
+            )

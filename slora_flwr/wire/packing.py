@@ -32,7 +32,9 @@ def pack(state: Mapping[str, Tensor], dtype: str = "float32") -> Array:
         `float32` for states and updates, `int64` for the sums of a fold.
     """
     flat = [tensor.detach().cpu().reshape(-1).numpy() for tensor in state.values()]
-    values = np.concatenate([*flat, np.empty(0, dtype)]).astype(_WIRE[dtype])
+    values = np.concatenate([*flat, np.empty(0, dtype)]).astype(
+        _WIRE[dtype], copy=False
+    )
     return Array(dtype=dtype, shape=(len(values),), stype=STYPE, data=values.tobytes())
 
 
