@@ -15,6 +15,7 @@ from typing import Any
 Value = bool | int | float | str
 
 METHODS = ("slora", "sft", "lora", "fft", "head")
+PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual")
 
 
 class ConfigError(ValueError):
@@ -126,11 +127,7 @@ class ClientsConfig:
                 self.per_round,
                 f"1 to clients.count, which is {self.count}",
             )
-        _one_of(
-            "clients.partitioner",
-            self.partitioner,
-            ("iid", "dirichlet", "pathological", "virtual"),
-        )
+        _one_of("clients.partitioner", self.partitioner, PARTITIONERS)
         _positive("clients.alpha", self.alpha)
         for name in ("classes", "examples", "min_examples", "min_nodes"):
             _at_least(f"clients.{_kebab(name)}", getattr(self, name), 1)

@@ -1,8 +1,9 @@
 """What a node does with a message: train, evaluate or describe its clients."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from hashlib import blake2b
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from flwr.app import (
 )
 
 import slora_flwr
-from slora_flwr.adapters import HeadAdapter
+from slora_flwr.adapters.head import State
 from slora_flwr.config import RunConfig, parse
 from slora_flwr.home import cache_folder, write_atomically
 from slora_flwr.models.base_patch import BasePatch
@@ -26,6 +27,8 @@ from slora_flwr.server.aggregate import FoldError, Mean
 from slora_flwr.training.worker import ClientError, Worker
 from slora_flwr.wire.messages import MISSING_BASE, Instruction, Report
 from slora_flwr.wire.packing import STYPE, pack, unpack
+
+Handler = Callable[[Message, Context], Message]
 
 
 class MissingBaseError(LookupError):
@@ -63,15 +66,25 @@ def query(message: Message, context: Context) -> Message:
     )
 
 
+def _tells_of_a_missing_base(handler: Handler) -> Handler:
+    """Answer with an error that the server knows, so that it sends the base."""
+
+    @wraps(handler)
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except MissingBaseError as error:
+            return Message(Error(MISSING_BASE, str(error)), reply_to=message)
+
+    return answer
+
+
+@_tells_of_a_missing_base
 def train(message: Message, context: Context) -> Message:
     """Train some clients one after the other, and fold their updates into one."""
     instruction = Instruction.read(message.content)
     worker = get_worker(context)
-    try:
-        adapter = _enter(worker, instruction)
-    except MissingBaseError as error:
-        return Message(Error(MISSING_BASE, str(error)), reply_to=message)
-    state = unpack(instruction.state, adapter.shapes())
+    state = _enter(worker, instruction)
     phase = worker.schedule[instruction.phase]
     fold = Mean()
     report = Report(
@@ -106,15 +119,12 @@ def train(message: Message, context: Context) -> Message:
     return Message(report.content(), reply_to=message)
 
 
+@_tells_of_a_missing_base
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate a state on the held-out examples of some clients."""
     instruction = Instruction.read(message.content)
     worker = get_worker(context)
-    try:
-        adapter = _enter(worker, instruction)
-    except MissingBaseError as error:
-        return Message(Error(MISSING_BASE, str(error)), reply_to=message)
-    state = unpack(instruction.state, adapter.shapes())
+    state = _enter(worker, instruction)
     results = [worker.evaluate_client(c, state) for c in instruction.clients]
     found = [result for result in results if result is not None]
     total = sum(result.examples for result in found)
@@ -161,7 +171,8 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def _enter(worker: Worker, instruction: Instruction) -> HeadAdapter:
+def _enter(worker: Worker, instruction: Instruction) -> State:
+    """Attach what the instruction is for, and unpack the state it brings."""
     phase = worker.schedule[instruction.phase]
     patch = None
     if instruction.base and not worker.has_entered(phase, instruction.base):
@@ -173,7 +184,7 @@ def _enter(worker: Worker, instruction: Instruction) -> HeadAdapter:
             f"{adapter.fingerprint()}, the server's {instruction.fingerprint}: their "
             "masks or backbones differ"
         )
-    return adapter
+    return unpack(instruction.state, adapter.shapes())
 
 
 def _base(worker: Worker, instruction: Instruction) -> BasePatch:

@@ -49,6 +49,19 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["SLORA_HOME"], ignore_errors=True)
 
 
+class Clock:
+    """Time that passes only by sleeping."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def make_body(family: str) -> PreTrainedModel:
     """Make a random body; 32 against 48 features, so that layers are not all square."""
     # Larger weights than the usual 0.02, so that a wrong weight shows in the logits.

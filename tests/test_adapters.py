@@ -251,6 +251,14 @@ def test_masked_out_weights_never_move(backbone: Backbone, examples: Examples) -
         assert torch.equal(trained.cpu(), adapter.state()[f"{name}.values"])
 
 
+class TargetsAdapter(FullAdapter):
+    """Dense training of the target matrices, the rest frozen."""
+
+    def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+        body = super()._make(backbone)
+        return {f"{name}.weight": body[f"{name}.weight"] for name in backbone.targets}
+
+
 def test_full_density_is_dense_training(folder: Path, examples: Examples) -> None:
     recipe = RecipeConfig(
         epochs=3,
@@ -262,7 +270,7 @@ def test_full_density_is_dense_training(folder: Path, examples: Examples) -> Non
     )
     states = []
     for adapter in (
-        FullAdapter(targets_only=True),
+        TargetsAdapter(),
         SparseAdapter(1.0, "unstructured", 0),
     ):
         backbone = load_tiny(folder)

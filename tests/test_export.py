@@ -157,9 +157,10 @@ def test_stock_transformers_computes_the_same(
     adapter.attach(backbone)
     train(backbone, adapter, examples, RECIPE, (0, 1, 0))
     live = logits(backbone.model, examples)
-    export_model(tmp_path, backbone)
+    export_model(tmp_path, backbone, ["a", "b", "c"])
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(model, examples), live, rtol=0, atol=1e-6)
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     text = "w7 w119 unheard"
     assert tokenizer(text)["input_ids"] == [7, 119, 1]
@@ -174,7 +175,7 @@ def test_sparse_model_is_exported_whole(
     adapter.attach(backbone)
     train(backbone, adapter, examples, RECIPE, (0, 1, 0))
     live = logits(backbone.model, examples)
-    export_model(tmp_path, backbone)
+    export_model(tmp_path, backbone, ["a", "b", "c"])
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(model, examples), live, rtol=0, atol=1e-6)
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import pytest
+from conftest import Clock
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,19 +18,6 @@ EXPECTED = {"version": "1", "code": "c0de", "backbone": "b0ne", "partition": "pa
 # modulo 1000.
 GOLDEN = [61, 106, 109, 140, 580]
 SIZES = {0: 30, 1: 20, 2: 10, 3: 10, 4: 5, 5: 1}
-
-
-class Clock:
-    """Time that passes only by sleeping."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @pytest.fixture(autouse=True)

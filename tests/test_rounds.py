@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SPECIAL, VOCAB
+from conftest import SPECIAL, VOCAB, Clock
 from flwr.app import Array, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.serde import message_to_proto
 from safetensors import safe_open
@@ -460,19 +460,6 @@ def test_one_client_that_fails_does_not_spoil_its_node(
     )
     expected = grid.sent(2) + grid.mean(2)
     torch.testing.assert_close(grid.sent(3), expected, rtol=0.0, atol=1e-7)
-
-
-class Clock:
-    """Time that passes only by sleeping."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 class SilentGrid(RecordingGrid):

@@ -76,9 +76,12 @@ def export_adapter(
         save_file(arrays, folder / PATCH_FILE, {"base": backbone.digest})
 
 
-def export_model(folder: Path, backbone: Backbone) -> None:
+def export_model(folder: Path, backbone: Backbone, classes: list[str]) -> None:
     """Write the whole model as it computes now, in transformers' format."""
     folder.mkdir(parents=True, exist_ok=True)
+    config = backbone.model.config
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: i for i, name in enumerate(classes)}
     backbone.model.save_pretrained(str(folder))
     backbone.tokenizer.save_pretrained(str(folder))
 

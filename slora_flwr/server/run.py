@@ -161,5 +161,5 @@ def _export(
         assert worker.adapter is not None
         worker.adapter.load(strategy.state)
         folder = directory.path / "model"
-        export_model(folder, worker.backbone)
+        export_model(folder, worker.backbone, worker.task.classes)
     export_classes(folder, worker.task.classes)

@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from slora_flwr.config import ConfigError
+from slora_flwr.config import PARTITIONERS, ConfigError
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
 Int64Array = npt.NDArray[np.int64]
 
-PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual")
 # Beyond these, NumPy's Dirichlet sampler runs into the ends of a float64; the skew has
 # long been total (one client per label) or nil by then.
 MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6
