@@ -190,7 +190,8 @@ def _enter(worker: Worker, instruction: Instruction) -> State:
 def _base(worker: Worker, instruction: Instruction) -> BasePatch:
     """Take the base from the message, or from this machine's cache."""
     shapes, positions, scaling = worker.patch_layout()
-    path = cache_folder() / f"base-{instruction.base}"
+    # Through bytes, so that what came over the network cannot be a path.
+    path = cache_folder() / f"base-{bytes.fromhex(instruction.base).hex()}"
     sent = instruction.base_state
     if sent is None and not path.is_file():
         raise MissingBaseError(f"no base {instruction.base} here")

@@ -928,3 +928,11 @@ def test_a_process_that_has_trained_describes_the_untrained_backbone(
     [reply] = grid.pull_messages([number])
     described = reply.content.config_records["config"]
     assert described["backbone"] == resolved["resolved"]["backbone_digest"]
+
+
+def test_count_zero_is_one_client_for_each_node(config: Config) -> None:
+    config = {**config, "clients.count": 0, "clients.per-round": 3}
+    grid = RecordingGrid(config, nodes=3)
+    start(config, grid)
+    pairs = zip(grid.asked_nodes, grid.asked, strict=True)
+    assert {(at, *asked.clients) for at, asked in pairs} == {(1, 0), (2, 1), (3, 2)}
