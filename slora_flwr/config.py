@@ -16,6 +16,8 @@ Value = bool | int | float | str
 
 METHODS = ("slora", "sft", "lora", "fft", "head")
 PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual")
+# `data.name` for data that never leaves its node: each trains on its own.
+OWN_DATA = "node"
 
 
 class ConfigError(ValueError):
@@ -71,11 +73,12 @@ class ModelConfig:
 class DataConfig:
     """The text: where it is and which columns hold text and label.
 
-    `name` is `stdlib-docs`, `20newsgroups`, `news-category`, a Hub id, or a local file
-    or folder. `train` and `test` name splits, or files. `text` may name several columns
-    with commas. `validation` holds out this share of the training data and evaluates on
-    it in place of the test data: for tuning. `max_test` bounds the examples that an
-    evaluation reads, 0 for all.
+    `name` is `stdlib-docs`, `20newsgroups`, `news-category`, a Hub id, a local file or
+    folder, or `node`: see `slora_flwr.tasks.own_data`. `train` and `test` name splits,
+    or files. `text` may name several columns with commas. `labels` are the label names
+    of `node`, with commas; empty for all that the nodes have. `validation` holds out
+    this share of the training data and evaluates on it in place of the test data: for
+    tuning. `max_test` bounds the examples that an evaluation reads, 0 for all.
     """
 
     name: str = "stdlib-docs"
@@ -83,6 +86,7 @@ class DataConfig:
     test: str = ""
     text: str = ""
     label: str = ""
+    labels: str = ""
     max_length: int = 64
     validation: float = 0.0
     max_test: int = 0
@@ -93,6 +97,16 @@ class DataConfig:
         _at_least("data.max-length", self.max_length, 4)
         _fraction("data.validation", self.validation, zero=True)
         _at_least("data.max-test", self.max_test, 0)
+        if self.labels and self.name != OWN_DATA:
+            raise _refuse("data.labels", self.labels, f"empty, or data.name {OWN_DATA}")
+        given = [name.strip() for name in self.labels.split(",")]
+        if self.labels and (len({*given} - {""}) < len(given) or len(given) < 2):
+            raise _refuse("data.labels", self.labels, "two or more names, each once")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether each node trains on data of its own."""
+        return self.name == OWN_DATA
 
 
 @dataclass(frozen=True)
@@ -270,6 +284,8 @@ class RunConfig:
         _at_least("rounds", self.rounds, 1)
         if not 0 <= self.seed < 2**63:
             raise _refuse("seed", self.seed, "a whole number from 0 to 2^63 - 1")
+        if self.data.is_own:
+            self._check_own_data()
         if self.method == "fft" and self.model.dtype != "float32":
             raise _refuse(
                 "model.dtype",
@@ -283,6 +299,20 @@ class RunConfig:
                 "sparse.rounds",
                 self.sparse.rounds,
                 f"1 to {self.rounds - 1} for slora, since rounds is {self.rounds}",
+            )
+
+    def _check_own_data(self) -> None:
+        where = f"since data.name is {OWN_DATA}"
+        if self.clients.count:
+            raise _refuse("clients.count", self.clients.count, f"0, {where}")
+        if self.data.validation:
+            raise _refuse("data.validation", self.data.validation, f"0, {where}")
+        if not (self.data.test or self.clients.holdout):
+            raise _refuse(
+                "clients.holdout",
+                self.clients.holdout,
+                f"above 0, {where} and data.test is empty: there would be nothing to "
+                "evaluate on",
             )
 
 

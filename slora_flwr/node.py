@@ -1,10 +1,12 @@
 """What a node does with a message: train, evaluate or describe its clients."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, wraps
 from hashlib import blake2b
+from logging import ERROR
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +19,24 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
+from flwr.common.logger import log
 
 import slora_flwr
 from slora_flwr.adapters.head import State
 from slora_flwr.config import RunConfig, parse
 from slora_flwr.home import cache_folder, write_atomically
+from slora_flwr.models.backbone import digest_of
 from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.server.aggregate import FoldError, Mean
+from slora_flwr.tasks.metrics import pool
+from slora_flwr.tasks.own_data import OwnData, OwnDataError
 from slora_flwr.training.worker import ClientError, Worker
-from slora_flwr.wire.messages import MISSING_BASE, Instruction, Report
+from slora_flwr.wire.messages import (
+    MISSING_BASE,
+    Instruction,
+    Report,
+    write_evaluation,
+)
 from slora_flwr.wire.packing import STYPE, pack, unpack
 
 Handler = Callable[[Message, Context], Message]
@@ -39,35 +50,8 @@ class MismatchError(RuntimeError):
     """The adapter or mask of this node is not the server's."""
 
 
-def query(message: Message, context: Context) -> Message:
-    """Describe this node: its code, its backbone, its clients and their sizes."""
-    worker = get_worker(context)
-    worker.leave()  # the digest is W_0's
-    sizes = worker.partition.sizes
-    hosted = np.arange(len(sizes))
-    if parse(context.run_config).clients.count == 0:
-        hosted = hosted[[int(context.node_config["partition-id"])]]
-    described = ConfigRecord(
-        {
-            "version": slora_flwr.__version__,
-            "code": code_digest(),
-            "backbone": worker.backbone.digest,
-            "partition": worker.partition_digest,
-            "classes": worker.task.classes,
-        }
-    )
-    # How many nodes a simulation has, so that the server knows whom to wait for.
-    described["nodes"] = int(context.node_config.get("num-partitions", 1))
-    metrics = MetricRecord(
-        {"clients": hosted.tolist(), "examples": sizes[hosted].tolist()}
-    )
-    return Message(
-        RecordDict({"config": described, "metrics": metrics}), reply_to=message
-    )
-
-
-def _tells_of_a_missing_base(handler: Handler) -> Handler:
-    """Answer with an error that the server knows, so that it sends the base."""
+def _with_known_errors(handler: Handler) -> Handler:
+    """Answer with errors that the server can act on."""
 
     @wraps(handler)
     def answer(message: Message, context: Context) -> Message:
@@ -75,15 +59,75 @@ def _tells_of_a_missing_base(handler: Handler) -> Handler:
             return handler(message, context)
         except MissingBaseError as error:
             return Message(Error(MISSING_BASE, str(error)), reply_to=message)
+        except OwnDataError as error:
+            # Said here alone: paths and columns are nothing that the server needs.
+            log(ERROR, "%s", error)
+            reason = f"{_name(context)}: its data is of no use; its own log says why"
+            return Message(Error(0, reason), reply_to=message)
 
     return answer
 
 
-@_tells_of_a_missing_base
+@_with_known_errors
+def query(message: Message, context: Context) -> Message:
+    """Describe this node: its code, its backbone, its clients and their sizes."""
+    described = ConfigRecord({"version": slora_flwr.__version__, "code": code_digest()})
+    # How many nodes a simulation has, so that the server knows whom to wait for.
+    described["nodes"] = int(context.node_config.get("num-partitions", 1))
+    config = parse(context.run_config)
+    describe = _describe_own_data if config.data.is_own else _describe_partition
+    metrics = describe(config, context, described)
+    content = RecordDict({"config": described, "metrics": metrics})
+    return Message(content, reply_to=message)
+
+
+def _describe_partition(
+    config: RunConfig, context: Context, described: ConfigRecord
+) -> MetricRecord:
+    worker = get_worker(context)
+    worker.leave()  # the digest is W_0's
+    described["backbone"] = worker.backbone.digest
+    described["partition"] = worker.partition_digest
+    described["classes"] = worker.classes
+    sizes = worker.partition.sizes
+    hosted = np.arange(len(sizes))
+    if config.clients.count == 0:
+        hosted = hosted[[int(context.node_config["partition-id"])]]
+    return MetricRecord(
+        {"clients": hosted.tolist(), "examples": sizes[hosted].tolist()}
+    )
+
+
+def _describe_own_data(
+    config: RunConfig, context: Context, described: ConfigRecord
+) -> MetricRecord:
+    """Give counts and label names, which is all that leaves the node of its data."""
+    texts, skipped = OwnData.of(context.node_config, config.data).load()
+    labels = Counter(texts.labels)
+    if not labels:
+        rows = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
+        raise OwnDataError(f"no usable row; skipped: {rows or 'none'}")
+    described["backbone"] = digest_of(config.model)
+    described["name"] = _name(context)
+    described["labels"] = sorted(labels)
+    if "partition-id" in context.node_config:
+        described["client"] = int(context.node_config["partition-id"])
+    metrics = MetricRecord({"examples": [labels[name] for name in sorted(labels)]})
+    if skipped:  # Flower cannot count the bytes of an empty list
+        described["skipped"] = list(skipped)
+        metrics["skipped"] = list(skipped.values())
+    return metrics
+
+
+def _name(context: Context) -> str:
+    return str(context.node_config.get("name", context.node_id))
+
+
+@_with_known_errors
 def train(message: Message, context: Context) -> Message:
     """Train some clients one after the other, and fold their updates into one."""
     instruction = Instruction.read(message.content)
-    worker = get_worker(context)
+    worker = get_worker(context, instruction)
     state = _enter(worker, instruction)
     phase = worker.schedule[instruction.phase]
     fold = Mean()
@@ -119,33 +163,34 @@ def train(message: Message, context: Context) -> Message:
     return Message(report.content(), reply_to=message)
 
 
-@_tells_of_a_missing_base
+@_with_known_errors
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate a state on the held-out examples of some clients."""
     instruction = Instruction.read(message.content)
-    worker = get_worker(context)
+    worker = get_worker(context, instruction)
     state = _enter(worker, instruction)
     results = [worker.evaluate_client(c, state) for c in instruction.clients]
     found = [result for result in results if result is not None]
-    total = sum(result.examples for result in found)
-    metrics = MetricRecord({"num-examples": total})
-    for name in ("loss", "accuracy"):
-        weighted = sum(getattr(result, name) * result.examples for result in found)
-        metrics[name] = weighted / total if total else 0.0
-    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+    content = write_evaluation(pool(found) if found else None)
+    return Message(content, reply_to=message)
 
 
-def get_worker(context: Context) -> Worker:
+def get_worker(context: Context, instruction: Instruction | None = None) -> Worker:
     """Give this process's worker for the run; simulation keeps processes alive."""
     config = parse(context.run_config)
-    if config.clients.count == 0:
+    if config.clients.count == 0 and not config.data.is_own:
         config = _one_client_per_node(config, context)
-    return _worker(config)
+    worker = _worker(config, tuple(instruction.classes) if instruction else ())
+    if instruction and config.data.is_own:
+        source = OwnData.of(context.node_config, config.data)
+        for client in instruction.clients:
+            worker.host(client, source)
+    return worker
 
 
 @lru_cache(maxsize=1)
-def _worker(config: RunConfig) -> Worker:
-    return Worker(config)
+def _worker(config: RunConfig, classes: tuple[str, ...]) -> Worker:
+    return Worker(config, classes)
 
 
 def _one_client_per_node(config: RunConfig, context: Context) -> RunConfig:

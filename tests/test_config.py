@@ -25,6 +25,7 @@ CHANGED: dict[str, Value] = {
     "data.test": "b.csv",
     "data.text": "title,body",
     "data.label": "topic",
+    "data.labels": "",
     "data.max-length": 4,
     "data.validation": 0.25,
     "data.max-test": 9,
@@ -73,6 +74,11 @@ CHANGED: dict[str, Value] = {
     "run.target": 1.0,
 }
 ONE_CHOICE = {"sparse.mask", "sparse.schedule", "lora.aggregator"}
+OWN: dict[str, Value] = {
+    "data.name": "node",
+    "clients.count": 0,
+    "clients.holdout": 0.2,
+}
 
 OPTIMIZERS = "adamw, sgd"
 # Key, a value of the right type that cannot be, and what its message says is allowed:
@@ -85,6 +91,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("model.name", "", "embedded, a folder or a Hub id"),
     ("model.dtype", "float16", "float32, bfloat16"),
     ("data.name", "", "a data set's name or a path"),
+    ("data.labels", "a,b", "empty, or data.name node"),
     ("data.max-length", 3, "a number of at least 4"),
     ("data.validation", 1.0, "a number from 0 below 1"),
     ("data.validation", -0.1, "a number from 0 below 1"),
@@ -177,7 +184,7 @@ def test_no_keys_mean_the_defaults() -> None:
 def test_every_key_can_be_changed_and_comes_back() -> None:
     assert CHANGED.keys() == DEFAULTS.keys()
     same = {key for key, value in CHANGED.items() if value == DEFAULTS[key]}
-    assert same <= ONE_CHOICE
+    assert same <= ONE_CHOICE | {"data.labels"}  # which is for data.name "node" alone
     config = parse(CHANGED)
     assert flatten(config) == CHANGED
     assert parse(flatten(config)) == config
@@ -336,3 +343,26 @@ def test_a_phase_changes_only_what_it_names() -> None:
     for recipe in (sparse, lora):
         assert (recipe.weight_decay, recipe.prox, recipe.clip_norm) == (0.25, 0.125, 3)
         assert (recipe.momentum, recipe.precision) == (0.75, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("clients.count", 20, "0, since data.name is node"),
+        ("data.validation", 0.1, "0, since data.name is node"),
+        ("clients.holdout", 0.0, "above 0, since data.name is node and data.test is "),
+        ("data.labels", "a", "two or more names, each once"),
+        ("data.labels", "a,b,a", "two or more names, each once"),
+        ("data.labels", "a,,b", "two or more names, each once"),
+    ],
+)
+def test_own_data_refuses_what_cannot_be_with_it(
+    key: str, value: Value, allowed: str
+) -> None:
+    parse(OWN)
+    message = refusal(OWN | {key: value})
+    assert message.startswith(f"{key} is {value!r}; allowed: {allowed}")
+
+
+def test_own_data_needs_no_holdout_beside_test_data() -> None:
+    parse(OWN | {"clients.holdout": 0.0, "data.test": "/srv/test.csv"})

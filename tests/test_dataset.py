@@ -224,7 +224,9 @@ class Words:
 
     def __init__(self, name: str = "lengths") -> None:
         self.calls = 0
-        self.backend_tokenizer = SimpleNamespace(to_str=lambda: name)
+        self.backend_tokenizer = SimpleNamespace(
+            to_str=lambda: name, no_truncation=lambda: None
+        )
 
     def __call__(
         self, texts: list[str], max_length: int, **_: Any
@@ -241,7 +243,8 @@ TEXTS = (
 
 
 def task(tokenizer: Words, texts: tuple[Texts, Texts] = TEXTS, length: int = 4) -> Task:
-    return make_task(DataConfig(max_length=length), tokenizer, texts)
+    config = DataConfig(max_length=length)
+    return make_task(config, tokenizer, texts, list_classes(texts))
 
 
 def test_a_task_holds_tokens_and_numbered_labels() -> None:

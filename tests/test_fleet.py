@@ -47,8 +47,11 @@ class FakeGrid(InlineGrid):
         return list(self.online)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        pulled = super().pull_messages(message_ids)
-        return [m for m in pulled if m.metadata.src_node_id not in self.silent]
+        replies = {i: self._replies[i] for i in message_ids if i in self._replies}
+        said = [
+            i for i, m in replies.items() if m.metadata.src_node_id not in self.silent
+        ]
+        return super().pull_messages(said)
 
     def _answer(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
@@ -308,6 +311,65 @@ def test_a_node_that_never_answers_costs_one_deadline(clock: Clock) -> None:
     assert clock.now == pytest.approx(5.0, abs=0.5)
     known.refresh(grid)
     assert clock.now == pytest.approx(5.0, abs=0.5)
+
+
+def test_a_node_that_answers_late_takes_part_from_then_on() -> None:
+    grid = FakeGrid([1, 2])
+    grid.silent = {2}
+    known = gathered(grid)
+    assert known.left_out == {2: "it did not describe itself before the deadline"}
+    grid.silent = set()
+    known.refresh(grid)
+    assert known.left_out == {}
+    assert set(known.assign(SIZES)) == {1, 2}
+    assert sorted(grid.asked) == [1, 2]
+
+
+def test_a_forgotten_node_takes_part_once_it_has_answered_again() -> None:
+    grid = FakeGrid([1, 2])
+    known = gathered(grid)
+    known.forget(2)
+    assert set(known.assign(SIZES)) == {1}
+    grid.silent = {2}
+    known.refresh(grid)
+    known.refresh(grid)
+    assert set(known.assign(SIZES)) == {1}
+    assert sorted(grid.asked) == [1, 2, 2]
+    grid.silent = set()
+    known.refresh(grid)
+    assert set(known.assign(SIZES)) == {1, 2}
+
+
+def test_it_waits_for_as_many_clients_as_a_round_needs(clock: Clock) -> None:
+    class RestartingGrid(FakeGrid):
+        def get_node_ids(self) -> Iterable[int]:
+            return [1] if clock.now < 1 else ([] if clock.now < 3 else [2])
+
+    grid = RestartingGrid()
+    known = gathered(grid)
+    clock.sleep(1)
+    known.refresh(grid)
+    assert known.clients == []
+    known.refresh(grid, wanted=4)
+    assert clock.now == pytest.approx(3.0, abs=0.25)
+    assert set(known.assign(SIZES)) == {2}
+    clock.sleep(1)
+    grid.silent = {2}
+    known.forget(2)
+    known.refresh(grid, wanted=4)
+    assert clock.now == pytest.approx(4.0 + 5.0, abs=0.5)
+    assert known.clients == []
+
+
+def test_a_node_for_which_the_superlink_answers_is_asked_again() -> None:
+    grid = FakeGrid([1, 2])
+    grid.broken[2] = lambda message: Message(Error(5, "gone"), reply_to=message)
+    known = gathered(grid)
+    assert known.left_out == {}
+    assert set(known.assign(SIZES)) == {1}
+    del grid.broken[2]
+    known.refresh(grid)
+    assert set(known.assign(SIZES)) == {1, 2}
 
 
 def test_a_population_of_none_has_an_empty_cohort() -> None:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import SPECIAL, VOCAB, Clock
@@ -97,6 +98,7 @@ class RecordingGrid(InlineGrid):
         super().__init__(config, nodes)
         self.asked: list[Instruction] = []
         self.asked_nodes: list[int] = []
+        self.queried: list[int] = []
         self.asked_bytes: list[int] = []
         self.reports: list[Report] = []
         self.evaluations: list[dict[str, Any]] = []
@@ -104,6 +106,8 @@ class RecordingGrid(InlineGrid):
 
     def _answer(self, message: Message) -> Message:
         kind, at = message.metadata.message_type, message.metadata.dst_node_id
+        if kind == MessageType.QUERY:
+            self.queried.append(at)
         if kind == MessageType.TRAIN:
             self.asked.append(Instruction.read(message.content))
             self.asked_nodes.append(at)
@@ -486,6 +490,7 @@ def test_a_node_that_never_answers_is_left_out_at_the_deadline(
     grid.reports = [r for i, at, r in heard if (i.server_round, at) != (2, 2)]
     check_node_left_out(directory, grid, "no reply before the deadline")
     assert clock.now == pytest.approx(9.0, abs=0.25)
+    assert grid.queried == [1, 2, 3, 2]  # and again before it takes part again
 
 
 def test_too_few_good_replies_twice_stop_the_run(config: Config) -> None:
@@ -767,6 +772,8 @@ def test_checkpoints_hold_the_last_and_the_best_state(config: Config) -> None:
     worker = Worker(parse(config))
     worker.enter(worker.schedule[0])
     found = [worker.evaluate_test(final(directory, name)) for name in ("last", "best")]
+    assert found[0] is not None
+    assert found[1] is not None
     assert found[0].accuracy == pytest.approx(accuracies[-1])
     assert found[1].accuracy == pytest.approx(max(accuracies))
 
@@ -800,9 +807,10 @@ def test_clients_evaluate_on_what_they_hold_out(config: Config) -> None:
         one, other = grid.evaluations[2 * number : 2 * number + 2]
         weights = one["num-examples"], other["num-examples"]
         assert sum(weights) == sum(round(n / 4) for n in all_sizes)
-        for name in ("accuracy", "loss"):
-            mean = (weights[0] * one[name] + weights[1] * other[name]) / sum(weights)
-            assert event[f"client_{name}"] == pytest.approx(mean)
+        mean = (weights[0] * one["loss"] + weights[1] * other["loss"]) / sum(weights)
+        assert event["client_loss"] == pytest.approx(mean)
+        hits = sum(one["hits"]) + sum(other["hits"])
+        assert event["client_accuracy"] == pytest.approx(hits / sum(weights))
         assert 0 <= event["client_accuracy"] <= 1
 
 
@@ -863,7 +871,8 @@ def test_the_summary_names_the_first_round_at_the_target(
     accuracies = iter([0.4, 0.7, 0.6])
 
     def evaluate(self: Worker, state: State) -> Evaluation:
-        return Evaluation(1.0, next(accuracies), 0.5, 48)
+        hits = round(10 * next(accuracies))
+        return Evaluation(1.0, np.array([[hits, 0, 0], [10, 0, 0], [10, 0, 0]]))
 
     monkeypatch.setattr(Worker, "evaluate_test", evaluate)
     config |= {"run.target": 0.6}
@@ -915,6 +924,7 @@ def test_a_node_that_is_gone_is_named_though_the_superlink_answers(
 ) -> None:
     grid = MortalGrid(config, nodes=3, tampers={2: lambda report: None})
     check_node_left_out(start(config, grid), grid, "node unavailable")
+    assert grid.queried == [1, 2, 3, 2]
 
 
 def test_a_process_that_has_trained_describes_the_untrained_backbone(
@@ -922,7 +932,7 @@ def test_a_process_that_has_trained_describes_the_untrained_backbone(
 ) -> None:
     grid = RecordingGrid(two_phases)
     resolved = tomllib.loads((start(two_phases, grid) / "config.toml").read_text())
-    node._worker(parse(two_phases)).backbone.__dict__.pop("digest")
+    node._worker(parse(two_phases), ()).backbone.__dict__.pop("digest")
     query = Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
     [number] = grid.push_messages([query])
     [reply] = grid.pull_messages([number])

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2Model
 
 from slora_flwr.config import ConfigError, parse
 from slora_flwr.home import cache_folder
-from slora_flwr.tasks.dataset import make_task
+from slora_flwr.tasks.dataset import list_classes, make_task
 from slora_flwr.training.worker import Worker
 
 
@@ -60,6 +60,6 @@ def test_real_tokenizers_find_their_tokens_in_the_cache(data: Path) -> None:
     texts = Worker(config)._texts
     cached = []
     for _ in range(2):  # as two processes would, each with a fresh tokenizer
-        make_task(config.data, make_tokenizer(), texts)
+        make_task(config.data, make_tokenizer(), texts, list_classes(texts))
         cached.append({path.name for path in cache_folder().glob("tokens-*")})
     assert cached[0] == cached[1]

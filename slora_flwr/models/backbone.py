@@ -3,7 +3,7 @@
 import hashlib
 import os
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,12 @@ class Backbone:
                 raw = parameter.detach().cpu().contiguous().view(torch.uint8)
                 digest.update(memoryview(raw.numpy()).cast("B"))
         return digest.hexdigest()
+
+
+@cache
+def digest_of(config: ModelConfig) -> str:
+    """Digest W_0 before the number of classes, and so the head, is known."""
+    return load_backbone(config, num_labels=1, seed=0).digest
 
 
 def best_device() -> torch.device:

@@ -13,12 +13,14 @@ def closing_table(summary: dict[str, Any]) -> Table:
     summary : dict
         As in summary.json.
     """
-    title = (
-        f"{summary['method']}: accuracy {summary['accuracy']:.1%} "
-        f"(majority class {summary['majority_accuracy']:.1%}), "
-        f"macro-F1 {summary['macro_f1']:.3f}, loss {summary['loss']:.3f}, "
-        f"{summary['seconds']:.0f} s"
-    )
+    figures = "not evaluated"
+    if summary["accuracy"] is not None:
+        figures = (
+            f"accuracy {summary['accuracy']:.1%} "
+            f"(majority class {summary['majority_accuracy']:.1%}), "
+            f"macro-F1 {summary['macro_f1']:.3f}, loss {summary['loss']:.3f}"
+        )
+    title = f"{summary['method']}: {figures}, {summary['seconds']:.0f} s"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
     for name in ("rounds", "MB up", "MB down", "MB in all", "share of FFT", "seconds"):

@@ -1,9 +1,9 @@
 """The nodes of a run, the clients they host, and who trains in which round."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import Message, MessageType, RecordDict
@@ -11,7 +11,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from slora_flwr.adapters.masks import draw_distinct, key
-from slora_flwr.server.collect import collect
+from slora_flwr.server.collect import LAST_POLL_SECONDS, is_gone, pull, push
 
 # How long to wait for the nodes that a simulation says it has.
 REGISTRATION_SECONDS = 120.0
@@ -22,29 +22,37 @@ class FleetError(RuntimeError):
 
 
 class Fleet:
-    """Nodes known by one query each.
+    """Nodes known by one query each, and again whenever they come back.
 
     Parameters
     ----------
     expected : Mapping[str, object]
-        What a node's description must hold: version, classes, digests of code, backbone
-        and partition. A node that differs is named in the log and left out.
+        What a node's description must hold: version, digests of code, backbone and
+        partition, number of classes. A node that differs is named and left out.
     min_nodes : int
         Wait for so many nodes before the first round.
     deadline : float
-        Seconds to wait for the answers to a query.
+        Seconds to wait for the answers to the first query.
     """
 
     def __init__(
-        self, expected: Mapping[str, object], min_nodes: int, deadline: float
+        self,
+        expected: Mapping[str, object],
+        min_nodes: int,
+        deadline: float,
     ) -> None:
         self.sizes: dict[int, int] = {}
         self.left_out: dict[int, str] = {}
         self._expected = expected
         self._min_nodes = min_nodes
         self._deadline = deadline
+        self._note: Callable[..., None] = lambda kind, **facts: None
         self._hosted: dict[int, frozenset[int]] = {}
-        self._online: list[int] = []
+        self._present: set[int] = set()
+        # When each node that was asked had come online, and the queries on their way.
+        self._asked: dict[int, str] = {}
+        self._pending: dict[str, int] = {}
+        self._told = 1
 
     @property
     def clients(self) -> list[int]:
@@ -52,17 +60,37 @@ class Fleet:
         hosted = frozenset[int]().union(*(self._hosted[n] for n in self._online))
         return sorted(hosted)
 
-    def gather(self, grid: Grid) -> None:
+    @property
+    def _online(self) -> list[int]:
+        return sorted(self._hosted.keys() & self._present)
+
+    def name(self, node: int) -> str:
+        """Give what logs call a node."""
+        return f"node {node}"
+
+    def gather(
+        self,
+        grid: Grid,
+        note: Callable[..., None] = lambda kind, **facts: None,
+    ) -> None:
         """Wait for the first nodes and learn what they host.
+
+        Parameters
+        ----------
+        grid : Grid
+            Flower's way to the nodes.
+        note : Callable
+            Takes a kind of event and its facts, now and later.
 
         Raises
         ------
         FleetError
             If too few nodes are there in time, or none fits.
         """
+        self._note = note
         until = time.monotonic() + REGISTRATION_SECONDS
         wanted = self._min_nodes
-        while len(nodes := list(grid.get_node_ids())) < wanted:
+        while len(nodes := list(grid.get_nodes())) < wanted:
             if time.monotonic() > until:
                 raise FleetError(
                     f"{len(nodes)} nodes are online after {REGISTRATION_SECONDS:.0f} "
@@ -70,24 +98,43 @@ class Fleet:
                 )
             time.sleep(0.1)
         # One node of a simulation knows how many there will be; the server does not.
-        wanted = max(wanted, self._query(grid, nodes[:1]))
-        while len(list(grid.get_node_ids())) < wanted and time.monotonic() < until:
+        self._ask(grid, {nodes[0].node_id: nodes[0].last_activated_at})
+        self._await_descriptions(grid)
+        wanted = max(wanted, self._told)
+        while len(list(grid.get_nodes())) < wanted and time.monotonic() < until:
             time.sleep(0.1)
-        online = len(list(grid.get_node_ids()))
+        online = len(list(grid.get_nodes()))
         if online < wanted:
             log(WARNING, "only %d of %d nodes are online", online, wanted)
-        self.refresh(grid)
+        self._refresh(grid)
+        self._await_descriptions(grid)
+        self._settle()
+        self._refresh(grid)
         if not self.clients:
-            reasons = "; ".join(f"node {n}: {r}" for n, r in self.left_out.items())
+            reasons = "; ".join(
+                f"{self.name(n)}: {r}" for n, r in self.left_out.items()
+            )
             raise FleetError(f"no node can train ({reasons or 'none answered'})")
         log(INFO, "%d nodes host %d clients", len(self._online), len(self.clients))
 
-    def refresh(self, grid: Grid) -> None:
-        """Note which nodes are online, and query those not seen before."""
-        online = sorted(grid.get_node_ids())
-        known = self._hosted.keys() | self.left_out.keys()
-        self._query(grid, [node for node in online if node not in known])
-        self._online = [node for node in online if node in self._hosted]
+    def refresh(self, grid: Grid, wanted: int = 0) -> None:
+        """Note which nodes are online, and ask those that are new or came back.
+
+        A node takes part once it has answered, which is not waited for, unless the
+        clients online are fewer than `wanted`: then up to `deadline` seconds.
+        """
+        until = time.monotonic() + self._deadline
+        self._refresh(grid)
+        if (online := len(self.clients)) < wanted:
+            log(WARNING, "%d clients are online; waiting for %d", online, wanted)
+        while len(self.clients) < wanted and time.monotonic() < until:
+            time.sleep(LAST_POLL_SECONDS)
+            self._refresh(grid)
+
+    def forget(self, node: int) -> None:
+        """Leave a node out until it has answered a query again."""
+        self._hosted.pop(node, None)
+        self._asked.pop(node, None)
 
     def assign(self, cohort: Iterable[int]) -> dict[int, list[int]]:
         """Deal a cohort to the nodes online that host its clients.
@@ -95,62 +142,122 @@ class Fleet:
         Clients go in descending order of size, each to the node with the fewest
         examples so far, so that nodes end at about the same time.
         """
-        loads = dict.fromkeys(self._online, 0)
+        online = self._online
+        loads = dict.fromkeys(online, 0)
         dealt: dict[int, list[int]] = {}
         for client in sorted(cohort, key=lambda c: (-self.sizes[c], c)):
-            hosts = [n for n in self._online if client in self._hosted[n]]
+            hosts = [n for n in online if client in self._hosted[n]]
             node = min(hosts, key=lambda n: (loads[n], n))
             loads[node] += self.sizes[client]
             dealt.setdefault(node, []).append(client)
         return dealt
 
-    def _query(self, grid: Grid, nodes: list[int]) -> int:
-        """Ask nodes to describe themselves; give the number of nodes they tell of."""
-        messages = [
-            Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
-            for node in nodes
-        ]
-        told = 1
-        silent = set(nodes)
-        for reply in collect(grid, messages, self._deadline):
-            node = reply.metadata.src_node_id
-            silent.discard(node)
-            if reply.has_error():
-                self._leave_out(
-                    node, f"it cannot describe itself: {reply.error.reason}"
+    def _refresh(self, grid: Grid) -> None:
+        since = {n.node_id: n.last_activated_at for n in grid.get_nodes()}
+        self._present = set(since)
+        new = {n: at for n, at in since.items() if self._asked.get(n) != at}
+        for node in new:
+            self.forget(node)
+        self._ask(grid, new)
+        self._hear(grid)
+
+    def _ask(self, grid: Grid, since: Mapping[int, str]) -> None:
+        """Ask nodes to describe themselves."""
+        self._asked |= since
+        for node in since:
+            self.left_out.pop(node, None)
+        self._pending |= push(
+            grid,
+            [
+                Message(
+                    RecordDict(),
+                    dst_node_id=node,
+                    message_type=MessageType.QUERY,
+                    ttl=self._deadline,
                 )
+                for node in since
+            ],
+        )
+
+    def _await_descriptions(self, grid: Grid) -> None:
+        """Hear all that were asked, or those that answer before the deadline."""
+        until = time.monotonic() + self._deadline
+        self._hear(grid)
+        while self._pending and time.monotonic() < until:
+            time.sleep(LAST_POLL_SECONDS)
+            self._hear(grid)
+        for node in self._pending.values():
+            # It is still listened to.
+            self._leave_out(node, "it did not describe itself before the deadline")
+
+    def _hear(self, grid: Grid) -> None:
+        for reply in pull(grid, self._pending) if self._pending else ():
+            node = reply.metadata.src_node_id
+            self.left_out.pop(node, None)
+            if is_gone(reply):
+                self.forget(node)
                 continue
             try:
-                described = reply.content.config_records["config"]
-                metrics = reply.content.metric_records["metrics"]
-                clients = cast(list[int], metrics["clients"])
-                examples = cast(list[int], metrics["examples"])
-                sizes = dict(zip(clients, examples, strict=True))
-                nodes_told = int(described["nodes"])  # type: ignore[arg-type]
-            except (KeyError, TypeError, ValueError) as error:
-                self._leave_out(node, f"its description is off: {error!r}")
-                continue
-            differs = [
-                f"{name} is {described.get(name)!r}, the server's is {value!r}"
-                for name, value in self._expected.items()
-                if described.get(name) != value
-            ]
-            if differs:
-                self._leave_out(node, "; ".join(differs))
-                continue
-            hosted = frozenset(clients)
-            # Nodes of a simulation host the same clients: one set serves them all.
-            same = next((h for h in self._hosted.values() if h == hosted), hosted)
-            self._hosted[node] = same
-            self.sizes |= sizes
-            told = max(told, nodes_told)
-        for node in silent:
-            self._leave_out(node, "it did not describe itself before the deadline")
-        return told
+                self._admit(node, *self._read(reply))
+            except ValueError as error:
+                self._leave_out(node, str(error))
+
+    def _read(self, reply: Message) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Read a description that fits this run.
+
+        Raises
+        ------
+        ValueError
+            With the reason why the node cannot take part.
+        """
+        if reply.has_error():
+            raise ValueError(f"it cannot describe itself: {reply.error.reason}")
+        try:
+            described = reply.content.config_records["config"]
+            metrics = reply.content.metric_records["metrics"]
+        except KeyError as error:
+            raise ValueError(f"its description is off: {error!r}") from error
+        differs = [
+            f"{name} is {described.get(name)!r}, the server's is {value!r}"
+            for name, value in self._expected.items()
+            if described.get(name) != value
+        ]
+        if differs:
+            raise ValueError("; ".join(differs))
+        return described, metrics
+
+    def _admit(
+        self, node: int, described: Mapping[str, Any], metrics: Mapping[str, Any]
+    ) -> None:
+        """Take a node in.
+
+        Raises
+        ------
+        ValueError
+            With the reason why the node cannot take part.
+        """
+        try:
+            clients = cast(list[int], metrics["clients"])
+            sizes = dict(zip(clients, metrics["examples"], strict=True))
+            self._told = max(self._told, int(described["nodes"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"its description is off: {error!r}") from error
+        hosted = frozenset(clients)
+        # Nodes of a simulation host the same clients: one set serves them all.
+        same = next((h for h in self._hosted.values() if h == hosted), hosted)
+        self._host(node, same, sizes)
+
+    def _host(self, node: int, clients: frozenset[int], sizes: dict[int, int]) -> None:
+        self._hosted[node] = clients
+        self.sizes |= sizes
+
+    def _settle(self) -> None:
+        """Decide what could not be until all nodes had answered."""
 
     def _leave_out(self, node: int, reason: str) -> None:
         self.left_out[node] = reason
-        log(WARNING, "node %d is left out: %s", node, reason)
+        log(WARNING, "%s is left out: %s", self.name(node), reason)
+        self._note("left_out", node=node, name=self.name(node), reason=reason)
 
 
 def sample_cohort(

@@ -6,16 +6,20 @@ from importlib.metadata import version
 from logging import INFO
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from rich.console import Console
 
+from slora_flwr import __version__
 from slora_flwr.adapters.export import export_adapter, export_classes, export_model
 from slora_flwr.adapters.size import state_size
-from slora_flwr.config import RunConfig, Value, parse
+from slora_flwr.config import ConfigError, RunConfig, Value, parse
+from slora_flwr.models.backbone import digest_of
+from slora_flwr.node import code_digest
 from slora_flwr.reports.table import closing_table
+from slora_flwr.server.fleet import Fleet
+from slora_flwr.server.own_data_fleet import OwnDataFleet
 from slora_flwr.server.run_directory import RunDirectory
 from slora_flwr.server.strategy import PhasedStrategy
 from slora_flwr.training.worker import Worker
@@ -43,37 +47,29 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
     ------
     ConfigError
         Before any client is asked, if the config cannot be run.
+    FleetError
+        If no node can train.
     """
     config = parse(run_config)
     started = time.perf_counter()
     worker = Worker(config)
-    backbone, task = worker.backbone, worker.task
     moved = 0
     if config.clients.count:
         # Here too, so that an impossible partition ends the run before any message.
         moved = worker.partition.moved
+    fleet_of = _own_data_fleet if config.data.is_own else _shared_data_fleet
+    fleet = fleet_of(worker, {"version": __version__, "code": code_digest()})
     directory = RunDirectory(config, run_id)
     log(INFO, "slora-flwr %s, run directory %s", version("slora-flwr"), directory.path)
     if moved:
         log(INFO, "%d examples were moved so that no client is empty", moved)
-    directory.write_config(
-        config,
-        {
-            "backbone_digest": backbone.digest,
-            "weights": backbone.size,
-            "target_matrices": len(backbone.targets),
-            "classes": task.classes,
-            "train_examples": len(task.train),
-            "test_examples": len(task.test),
-            "moved_examples": moved,
-            "phases": [
-                {"adapter": p.adapter, "rounds": p.rounds, "lr": p.recipe.lr}
-                for p in worker.schedule
-            ],
-        },
-    )
-    strategy = PhasedStrategy(worker, directory)
+    directory.write_config(config, {})
     try:
+        fleet.gather(grid, directory.event)
+        if isinstance(fleet, OwnDataFleet):
+            worker = Worker(config, fleet.classes)
+        directory.write_config(config, _resolved(worker, moved))
+        strategy = PhasedStrategy(worker, directory, fleet)
         strategy.start(
             grid,
             ArrayRecord({"state": pack(strategy.initial_state())}),
@@ -90,6 +86,52 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
     return summary
 
 
+def _shared_data_fleet(worker: Worker, expected: dict[str, object]) -> Fleet:
+    expected |= {"backbone": worker.backbone.digest, "classes": worker.classes}
+    clients = worker.config.clients
+    if clients.count:
+        expected["partition"] = worker.partition_digest
+    return Fleet(expected, clients.min_nodes, clients.deadline)
+
+
+def _own_data_fleet(worker: Worker, expected: dict[str, object]) -> Fleet:
+    config = worker.config
+    expected["backbone"] = digest_of(config.model)
+    labels = {name.strip() for name in config.data.labels.split(",")} - {""}
+    # Before the nodes' are known, the classes are those of the server's test data.
+    if labels and (others := {*worker.classes} - labels):
+        raise ConfigError(
+            f"data.test is {config.data.test!r}, which holds the labels "
+            f"{', '.join(sorted(others))}; allowed: those of data.labels, which are "
+            f"{', '.join(sorted(labels))}"
+        )
+    return OwnDataFleet(
+        expected,
+        config.clients.min_nodes,
+        config.clients.deadline,
+        labels=labels,
+        also=worker.classes,
+        min_examples=config.clients.min_examples,
+    )
+
+
+def _resolved(worker: Worker, moved: int) -> dict[str, Any]:
+    backbone, task = worker.backbone, worker.task
+    return {
+        "backbone_digest": backbone.digest,
+        "weights": backbone.size,
+        "target_matrices": len(backbone.targets),
+        "classes": task.classes,
+        "train_examples": len(task.train),
+        "test_examples": len(task.test),
+        "moved_examples": moved,
+        "phases": [
+            {"adapter": p.adapter, "rounds": p.rounds, "lr": p.recipe.lr}
+            for p in worker.schedule
+        ],
+    }
+
+
 def _summarise(
     config: RunConfig,
     worker: Worker,
@@ -97,7 +139,7 @@ def _summarise(
     directory: RunDirectory,
     started: float,
 ) -> dict[str, Any]:
-    test, ledger = worker.task.test.labels, directory.ledger
+    ledger = directory.ledger
     figures = ("accuracy", "macro_f1", "loss")
     turns = sum(int(round["replied"]) for round in strategy.history)
 
@@ -116,15 +158,15 @@ def _summarise(
         phases[phase.adapter] = {
             "rounds": phase.rounds,
             "seconds": last["seconds"] - before,
-            **{name: last[name] for name in figures},
+            # None where no client could evaluate, and the server has no test data.
+            **{name: last.get(name) for name in figures},
             **sums(phase.adapter),
         }
         before = last["seconds"]
     summary = {
         "method": config.method,
         "rounds": config.rounds,
-        **{name: strategy.history[-1][name] for name in figures},
-        "majority_accuracy": float(np.bincount(test).max() / len(test)),
+        **{name: last.get(name) for name in (*figures, "majority_accuracy")},
         **sums(),
         "seconds": time.perf_counter() - started,
         "phases": phases,

@@ -20,16 +20,15 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from slora_flwr import __version__
 from slora_flwr.adapters.head import State
 from slora_flwr.models.base_patch import BasePatch
-from slora_flwr.node import code_digest
 from slora_flwr.reports.progress import progress_line
 from slora_flwr.schedule import Phase
 from slora_flwr.server.aggregate import FoldError, Mean, ServerOptimizer
-from slora_flwr.server.collect import collect
+from slora_flwr.server.collect import collect, is_gone
 from slora_flwr.server.fleet import Fleet, sample_cohort
 from slora_flwr.server.run_directory import RunDirectory
+from slora_flwr.tasks.metrics import Evaluation, pool
 from slora_flwr.training.worker import Worker
 from slora_flwr.wire.ledger import Entry
 from slora_flwr.wire.messages import (
@@ -38,6 +37,7 @@ from slora_flwr.wire.messages import (
     MessageError,
     Report,
     message_bytes,
+    read_evaluation,
 )
 from slora_flwr.wire.packing import PayloadError, pack, unpack
 
@@ -80,10 +80,13 @@ class PhasedStrategy(Strategy):
         This process's own, for evaluation, the handoff and the layout of states.
     directory : RunDirectory
         Where events, bytes and states go.
+    fleet : Fleet
+        The nodes; gathered.
     """
 
-    def __init__(self, worker: Worker, directory: RunDirectory) -> None:
+    def __init__(self, worker: Worker, directory: RunDirectory, fleet: Fleet) -> None:
         self.config = worker.config
+        self.fleet = fleet
         self.history: list[dict[str, float]] = []
         self.state: State = {}
         self._worker = worker
@@ -94,11 +97,6 @@ class PhasedStrategy(Strategy):
         self._base_nodes: set[int] = set()
         self._base_clients: set[int] = set()
         self._best = -1.0
-        clients = self.config.clients
-        # Before anything is attached, since it digests W_0.
-        self.fleet = Fleet(
-            _description(worker), clients.min_nodes, deadline=clients.deadline
-        )
         self._enter(0)
 
     @property
@@ -157,13 +155,10 @@ class PhasedStrategy(Strategy):
         ------
         TooFewRepliesError
             If a round fails twice; the last state is in the run directory.
-        FleetError
-            If no node can train.
         """
         self.summary()
         result = Result(arrays=initial_arrays)
         arrays = initial_arrays
-        self.fleet.gather(grid)
         started = time.perf_counter()
         server_round = 0
         for index, phase in enumerate(self._worker.schedule):
@@ -196,7 +191,7 @@ class PhasedStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the cohort, deal it to nodes, and write each node's instruction."""
-        self.fleet.refresh(grid)
+        self.fleet.refresh(grid, wanted=self.config.clients.min_replies)
         cohort = sample_cohort(
             self.fleet.clients,
             self.config.clients.per_round,
@@ -204,7 +199,9 @@ class PhasedStrategy(Strategy):
             server_round,
         )
         self._round = Round(server_round, self.fleet.assign(cohort))
-        messages = self._instruct(MessageType.TRAIN, arrays["state"])
+        messages = self._instruct(
+            MessageType.TRAIN, self._round.cohort, arrays["state"]
+        )
         payload = len(arrays["state"].data) * len(cohort)
         if self._base is not None:
             new = set(cohort) - self._base_clients
@@ -230,6 +227,8 @@ class PhasedStrategy(Strategy):
         for reply in replies:
             current.up_message_bytes += message_bytes(reply)
             node = reply.metadata.src_node_id
+            if is_gone(reply):
+                self.fleet.forget(node)
             try:
                 report = self._check(reply)
                 self._fold(fold, report)
@@ -248,6 +247,9 @@ class PhasedStrategy(Strategy):
                 partly = len(silent) < len(clients)
                 reason = "not in its node's reply" if partly else NO_REPLY
                 self._fail(node, silent, reason)
+                if not partly:
+                    # It may stall: it is not waited for again until it says a word.
+                    self.fleet.forget(node)
         if len(answered) < self.config.clients.min_replies:
             return None, None
         self.state = self._optimizer.step(self.state, fold.result())
@@ -259,55 +261,48 @@ class PhasedStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask the round's own clients, where they hold examples out."""
+        """Ask clients to evaluate, where they hold examples out.
+
+        Without test data on the server it is all that are online, so that rounds can be
+        compared; else the round's own.
+        """
         if not self.config.clients.holdout:
             return []
-        return self._instruct(MessageType.EVALUATE, arrays["state"])
+        self._evaluating = self._round.cohort
+        if not len(self._worker.task.test):
+            self._evaluating = self.fleet.assign(self.fleet.clients)
+        return self._instruct(MessageType.EVALUATE, self._evaluating, arrays["state"])
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Average the clients' held-out figures by examples."""
-        cohort = self._round.cohort
-        silent = dict(cohort)
-        names = ("num-examples", "loss", "accuracy")
-        found: dict[str, list[float]] = {name: [] for name in names}
+        """Pool the clients' held-out figures."""
+        silent = dict(self._evaluating)
+        found: list[Evaluation] = []
         for reply in replies:
             node = reply.metadata.src_node_id
-            silent.pop(node, None)
+            clients = silent.pop(node, [])
             if reply.has_error():
-                self._fail(node, cohort.get(node, []), reply.error.reason)
+                self._fail(node, clients, reply.error.reason)
                 continue
             try:
-                metrics = reply.content.metric_records["metrics"]
-                figures = [float(metrics[name]) for name in names]  # type: ignore[arg-type]
-                if figures[0] < 0 or not all(map(math.isfinite, figures)):
-                    raise ValueError(figures)
-            except (KeyError, TypeError, ValueError) as error:
-                reason = f"its figures are off: {error!r}"
-                self._fail(node, cohort.get(node, []), reason)
+                figures = read_evaluation(reply.content, len(self._worker.classes))
+            except MessageError as error:
+                self._fail(node, clients, str(error))
                 continue
-            for name, figure in zip(names, figures, strict=True):
-                found[name].append(figure)
+            if figures is not None:
+                found.append(figures)
         for node, clients in silent.items():
             self._fail(node, clients, "no evaluation before the deadline")
-        weights = found.pop("num-examples")
-        if not sum(weights):
-            return None
-        means = {name: fmean(values, weights) for name, values in found.items()}
-        return MetricRecord({"num-examples": int(sum(weights)), **means})
+            self.fleet.forget(node)
+        return _metrics(pool(found)) if found else None
 
-    def evaluate_server(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        """Evaluate on the test data in this process."""
+    def evaluate_server(
+        self, server_round: int, arrays: ArrayRecord
+    ) -> MetricRecord | None:
+        """Evaluate on the test data in this process, None without any."""
         found = self._worker.evaluate_test(self.state)
-        return MetricRecord(
-            {
-                "num-examples": found.examples,
-                "loss": found.loss,
-                "accuracy": found.accuracy,
-                "macro-f1": found.macro_f1,
-            }
-        )
+        return None if found is None else _metrics(found)
 
     @property
     def patch(self) -> BasePatch | None:
@@ -374,7 +369,7 @@ class PhasedStrategy(Strategy):
         if not messages:
             return None
         replies = list(collect(grid, messages, timeout, self._with_base))
-        clients = sum(len(clients) for clients in self._round.cohort.values())
+        clients = sum(len(clients) for clients in self._evaluating.values())
         for direction, payload, sent in (
             ("down", len(arrays["state"].data) * clients, messages),
             ("up", 0, replies),
@@ -383,12 +378,16 @@ class PhasedStrategy(Strategy):
             self._note(direction, clients, payload, size)
         return self.aggregate_evaluate(server_round, replies)
 
-    def _instruct(self, message_type: str, state: Array) -> list[Message]:
+    def _instruct(
+        self, message_type: str, cohort: dict[int, list[int]], state: Array
+    ) -> list[Message]:
         messages = []
-        for node, clients in self._round.cohort.items():
+        for node, clients in cohort.items():
             instruction = Instruction(
                 self._round.number, self._phase, clients, self._fingerprint, state
             )
+            if self.config.data.is_own:
+                instruction.classes = self._worker.classes
             if self._base is not None:
                 instruction.base = self._base[0]
                 if node not in self._base_nodes:
@@ -400,6 +399,8 @@ class PhasedStrategy(Strategy):
                     dst_node_id=node,
                     message_type=message_type,
                     group_id=str(self._round.number),
+                    # What came too late is not trained on any more.
+                    ttl=self.config.clients.deadline,
                 )
             )
         self._instructions = {m.metadata.dst_node_id: m for m in messages}
@@ -419,6 +420,7 @@ class PhasedStrategy(Strategy):
             dst_node_id=sent.metadata.dst_node_id,
             message_type=sent.metadata.message_type,
             group_id=sent.metadata.group_id,
+            ttl=sent.metadata.ttl,
         )
         self._instructions[sent.metadata.dst_node_id] = message
         self._note("down", 0, 0, message_bytes(message))
@@ -475,7 +477,8 @@ class PhasedStrategy(Strategy):
     def _fail(self, node: int, clients: list[int], reason: str | None) -> None:
         failure = {"node": node, "clients": clients, "reason": reason}
         self._round.failed.update(clients)
-        log(WARNING, "node %d, clients %s left out: %s", node, clients, reason)
+        name = self.fleet.name(node)
+        log(WARNING, "%s, clients %s left out: %s", name, clients, reason)
         self._directory.event("failure", round=self._round.number, **failure)
 
     def _note(self, direction: str, clients: int, payload: int, sent: int) -> None:
@@ -505,7 +508,9 @@ class PhasedStrategy(Strategy):
         }
         clients = result.evaluate_metrics_clientapp.get(server_round)
         server = result.evaluate_metrics_serverapp.get(server_round)
-        for prefix, found in (("client_", clients), ("", server)):
+        # Without test data on the server the clients' figures are the run's.
+        own = "client_" if len(self._worker.task.test) else ""
+        for prefix, found in ((own, clients), ("", server)):
             for name, value in (found or {}).items():
                 if name != "num-examples":
                     figures[prefix + name.replace("-", "_")] = float(value)  # type: ignore[arg-type]
@@ -570,14 +575,13 @@ class PhasedStrategy(Strategy):
         return ArrayRecord({"state": pack(handoff.state)})
 
 
-def _description(worker: Worker) -> dict[str, object]:
-    """Describe what a node must have in common with the server."""
-    described: dict[str, object] = {
-        "classes": worker.task.classes,
-        "version": __version__,
-        "code": code_digest(),
-        "backbone": worker.backbone.digest,
-    }
-    if worker.config.clients.count:
-        described["partition"] = worker.partition_digest
-    return described
+def _metrics(found: Evaluation) -> MetricRecord:
+    return MetricRecord(
+        {
+            "num-examples": found.examples,
+            "loss": found.loss,
+            "accuracy": found.accuracy,
+            "macro-f1": found.macro_f1,
+            "majority-accuracy": found.majority_accuracy,
+        }
+    )

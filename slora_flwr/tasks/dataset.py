@@ -97,22 +97,40 @@ def load_texts(config: DataConfig) -> tuple[Texts, Texts]:
                 f"{'train on' if given is train else 'evaluate on'}; allowed: data "
                 "with at least one, after the split by data.validation or by a hash"
             )
-    if config.max_test and config.max_test < len(test.texts):
-        order = np.argsort([_hash("max-test", text) for text in test.texts])
-        chosen = np.zeros(len(test.texts), dtype=bool)
-        chosen[order[: config.max_test]] = True
-        test = test.select(chosen)
-    return train, test
+    return train, _at_most(config.max_test, test)
 
 
-def make_task(config: DataConfig, tokenizer: Any, texts: tuple[Texts, Texts]) -> Task:
+def load_test_texts(config: DataConfig) -> Texts:
+    """Load the server's own test file, empty if there is none, for `data.name` `node`.
+
+    Raises
+    ------
+    ConfigError
+        If the file or a column cannot be found.
+    """
+    if not config.test:
+        return Texts([], [])
+    rows = _read_file(Path(config.test).expanduser())
+    found = _columns(rows, config.text or "text", config.label or "label")
+    return _at_most(config.max_test, found)
+
+
+def _at_most(count: int, texts: Texts) -> Texts:
+    """Choose so many texts by a hash; all if `count` is 0."""
+    if not 0 < count < len(texts.texts):
+        return texts
+    order = np.argsort([_hash("max-test", text) for text in texts.texts])
+    chosen = np.zeros(len(texts.texts), dtype=bool)
+    chosen[order[:count]] = True
+    return texts.select(chosen)
+
+
+def make_task(
+    config: DataConfig, tokenizer: Any, texts: tuple[Texts, Texts], classes: list[str]
+) -> Task:
     """Tokenise, and number the labels."""
     train, test = texts
-    classes = list_classes(texts)
-    # Before any call, since its truncation becomes part of what a tokenizer says of
-    # itself.
-    described = tokenizer.backend_tokenizer.to_str()
-    encode = partial(_tokenise, tokenizer, described, config.max_length, classes)
+    encode = partial(tokenise, config, tokenizer, classes)
     return Task(classes, encode(train), encode(test))
 
 
@@ -121,19 +139,18 @@ def list_classes(texts: tuple[Texts, Texts]) -> list[str]:
     return sorted({*texts[0].labels, *texts[1].labels})
 
 
-def _tokenise(
-    tokenizer: Any,
-    described: str,
-    max_length: int,
-    classes: list[str],
-    texts: Texts,
+def tokenise(
+    config: DataConfig, tokenizer: Any, classes: list[str], texts: Texts
 ) -> Examples:
     """Tokenise once per machine: later processes read the arrays from the cache."""
     # Here and not above: a node that fails early needs neither.
     from safetensors.numpy import load_file, save
 
+    # That of an earlier call would be part of what the tokenizer says of itself.
+    tokenizer.backend_tokenizer.no_truncation()
+    described = tokenizer.backend_tokenizer.to_str()
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{max_length}\x1f{described}".encode())
+    digest.update(f"{config.max_length}\x1f{described}".encode())
     for text in texts.texts:
         digest.update(f"\x1e{text}".encode())
     path = cache_folder() / f"tokens-{digest.hexdigest()}.safetensors"
@@ -143,7 +160,7 @@ def _tokenise(
             encoded = tokenizer(
                 texts.texts,
                 truncation=True,
-                max_length=max_length,
+                max_length=config.max_length,
                 return_attention_mask=False,
                 return_token_type_ids=False,
             )["input_ids"]

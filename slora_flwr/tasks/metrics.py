@@ -1,22 +1,66 @@
-"""Metrics of a classifier."""
+"""Metrics of a classifier, from counts that add up over data sets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-def accuracy(predicted: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
-    """Share of the predictions that are right."""
-    return float(np.mean(predicted == labels))
+@dataclass(frozen=True)
+class Evaluation:
+    """What a classifier did on some examples.
 
-
-def macro_f1(predicted: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
-    """Unweighted mean of F1 over the classes that occur in either argument.
-
-    F1 of a class is 2·TP / (2·TP + FP + FN).
+    Attributes
+    ----------
+    loss : float
+        Mean cross-entropy.
+    counts : NDArray[np.int64]
+        Shape (3, classes): right predictions, predictions, and labels of each class.
     """
-    classes = np.union1d(predicted, labels)
-    scores = []
-    for c in classes:
-        hits = np.sum((predicted == c) & (labels == c))
-        scores.append(2 * hits / (np.sum(predicted == c) + np.sum(labels == c)))
-    return float(np.mean(scores))
+
+    loss: float
+    counts: NDArray[np.int64]
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return int(self.counts[2].sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the predictions that are right."""
+        return float(self.counts[0].sum() / self.examples)
+
+    @property
+    def macro_f1(self) -> float:
+        """Unweighted mean of F1 over the classes that are predicted or occur.
+
+        F1 of a class is 2·TP / (2·TP + FP + FN).
+        """
+        hits, predicted, labels = self.counts
+        found = predicted + labels > 0
+        return float(np.mean(2 * hits[found] / (predicted + labels)[found]))
+
+    @property
+    def majority_accuracy(self) -> float:
+        """Accuracy of always predicting the commonest label."""
+        return float(self.counts[2].max() / self.examples)
+
+
+def count(
+    predicted: NDArray[np.int64], labels: NDArray[np.int64], classes: int
+) -> NDArray[np.int64]:
+    """Count what `Evaluation` holds."""
+    hits = predicted[predicted == labels]
+    return np.stack(
+        [np.bincount(a, minlength=classes) for a in (hits, predicted, labels)]
+    )
+
+
+def pool(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Evaluate the union of some data sets, at least one."""
+    examples = [found.examples for found in evaluations]
+    loss = np.average([found.loss for found in evaluations], weights=examples)
+    counts = np.sum([found.counts for found in evaluations], axis=0)
+    return Evaluation(float(loss), counts)

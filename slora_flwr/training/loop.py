@@ -1,7 +1,6 @@
 """One client's local training, and evaluation."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,17 +12,7 @@ from slora_flwr.adapters.masks import key
 from slora_flwr.config import RecipeConfig
 from slora_flwr.models.backbone import Backbone
 from slora_flwr.tasks.examples import Examples
-from slora_flwr.tasks.metrics import accuracy, macro_f1
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures of a classifier on some examples; loss is the mean cross-entropy."""
-
-    loss: float
-    accuracy: float
-    macro_f1: float
-    examples: int
+from slora_flwr.tasks.metrics import Evaluation, count
 
 
 def train(
@@ -97,12 +86,8 @@ def evaluate(
             logits = model(input_ids=ids, attention_mask=mask).logits.float()
             total += float(F.cross_entropy(logits, labels, reduction="sum"))
             predicted[rows] = logits.argmax(dim=-1).cpu().numpy()
-    return Evaluation(
-        loss=total / len(examples),
-        accuracy=accuracy(predicted, examples.labels),
-        macro_f1=macro_f1(predicted, examples.labels),
-        examples=len(examples),
-    )
+    counts = count(predicted, examples.labels, model.config.num_labels)
+    return Evaluation(total / len(examples), counts)
 
 
 def make_optimizer(

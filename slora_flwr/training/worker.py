@@ -1,5 +1,6 @@
 """One process's resident backbone with a phase's adapter attached, and its data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -16,10 +17,20 @@ from slora_flwr.config import ConfigError, RunConfig
 from slora_flwr.models.backbone import Backbone, load_backbone
 from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.schedule import Phase, make_schedule
-from slora_flwr.tasks.dataset import Task, Texts, list_classes, load_texts, make_task
+from slora_flwr.tasks.dataset import (
+    Task,
+    Texts,
+    list_classes,
+    load_test_texts,
+    load_texts,
+    make_task,
+    tokenise,
+)
 from slora_flwr.tasks.examples import Examples
+from slora_flwr.tasks.metrics import Evaluation
+from slora_flwr.tasks.own_data import OwnData
 from slora_flwr.tasks.partition import Partition, make_partition
-from slora_flwr.training.loop import Evaluation, evaluate, train
+from slora_flwr.training.loop import evaluate, train
 
 
 class ClientError(RuntimeError):
@@ -45,10 +56,15 @@ class Worker:
     ----------
     config : RunConfig
         The run.
+    classes : Sequence[str]
+        The label names agreed, where nodes train on data of their own; else they are
+        the data set's.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, classes: Sequence[str] = ()) -> None:
         self.config = config
+        self._agreed = list(classes)
+        self._own: dict[int, tuple[OwnData, Examples]] = {}
         self.schedule = make_schedule(config)
         self.adapter: HeadAdapter | None = None
         self._entered: tuple[Phase, str] | None = None
@@ -56,13 +72,19 @@ class Worker:
 
     @cached_property
     def _texts(self) -> tuple[Texts, Texts]:
+        if self.config.data.is_own:
+            return Texts([], []), load_test_texts(self.config.data)
         return load_texts(self.config.data)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The label names; class id i is the i-th."""
+        return self._agreed or list_classes(self._texts)
 
     @cached_property
     def backbone(self) -> Backbone:
         """The resident backbone."""
-        labels = len(list_classes(self._texts))
-        config = self.config
+        config, labels = self.config, len(self.classes)
         backbone = load_backbone(config.model, labels, config.seed, config.lora.targets)
         _check_fit(config, backbone)
         return backbone
@@ -70,7 +92,8 @@ class Worker:
     @cached_property
     def task(self) -> Task:
         """The tokenised task."""
-        task = make_task(self.config.data, self.backbone.tokenizer, self._texts)
+        tokenizer = self.backbone.tokenizer
+        task = make_task(self.config.data, tokenizer, self._texts, self.classes)
         del self.__dict__["_texts"]
         return task
 
@@ -159,15 +182,30 @@ class Worker:
         shapes = BasePatch.shapes(self.backbone, positions, rank)
         return shapes, positions, lora.scaling
 
+    def host(self, client: int, source: OwnData) -> None:
+        """Make a node's own data a client's; rows of other labels are left out."""
+        if client in self._own and self._own[client][0] == source:
+            return
+        texts, _ = source.load()
+        known = set(self.classes)
+        texts = texts.select(np.array([label in known for label in texts.labels]))
+        tokenizer = self.backbone.tokenizer
+        examples = tokenise(self.config.data, tokenizer, self.classes, texts)
+        self._own[client] = (source, examples)
+
     def examples(self, client: int) -> tuple[Examples, Examples]:
         """Give a client's examples: to train on, and held out for evaluation."""
-        rows = self.partition.indices(client)
+        if client in self._own:
+            examples = self._own[client][1]
+            rows = np.arange(len(examples))
+        else:
+            examples, rows = self.task.train, self.partition.indices(client)
         # The last ones, of an order that has nothing to do with labels.
         held = round(len(rows) * self.config.clients.holdout)
         cut = len(rows) - held
         order = np.random.Philox(key=client).random_raw(len(rows)).argsort()
         rows = rows[order]
-        return self.task.train.select(rows[:cut]), self.task.train.select(rows[cut:])
+        return examples.select(rows[:cut]), examples.select(rows[cut:])
 
     def train_client(
         self, client: int, state: State, phase: Phase, server_round: int
@@ -203,8 +241,10 @@ class Worker:
         self.adapter.load(state)
         return evaluate(self.backbone, held, self.config.train.precision)
 
-    def evaluate_test(self, state: State) -> Evaluation:
-        """Evaluate a state on the test data."""
+    def evaluate_test(self, state: State) -> Evaluation | None:
+        """Evaluate a state on the server's test data, None without any."""
+        if not len(self.task.test):
+            return None
         assert self.adapter is not None
         self.adapter.load(state)
         return evaluate(self.backbone, self.task.test, self.config.train.precision)

@@ -1,7 +1,9 @@
 """The contents of messages between server and nodes, as Flower records."""
 
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -11,6 +13,8 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.common.serde import message_to_proto
+
+from slora_flwr.tasks.metrics import Evaluation
 
 # Code of the error reply of a node that lacks the base which an instruction names.
 MISSING_BASE = 2404
@@ -30,6 +34,8 @@ class Instruction:
         The round from 1, and the index of its phase.
     clients : list[int]
         Client ids.
+    classes : list[str]
+        The label names agreed, where nodes train on data of their own; else none.
     fingerprint : str
         Of the adapter's layout and mask; the mask itself follows from the run's seed.
     state : Array
@@ -47,6 +53,7 @@ class Instruction:
     state: Array
     base: str = ""
     base_state: Array | None = None
+    classes: list[str] = field(default_factory=list)
 
     def content(self) -> RecordDict:
         """Write the records."""
@@ -63,6 +70,8 @@ class Instruction:
         )
         if self.base:  # Flower cannot count the bytes of an empty string
             config["base"] = self.base
+        if self.classes:
+            config["classes"] = self.classes
         return RecordDict({"arrays": arrays, "config": config})
 
     @classmethod
@@ -80,6 +89,7 @@ class Instruction:
             state=arrays["state"],
             base=str(config.get("base", "")),
             base_state=arrays.get("base"),
+            classes=list(config.get("classes", [])),  # type: ignore[arg-type]
         )
 
 
@@ -169,6 +179,48 @@ class Report:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise MessageError(f"the reply's records are off: {error!r}") from error
+
+
+_COUNTS = ("hits", "predictions", "labels")
+
+
+def write_evaluation(evaluation: Evaluation | None) -> RecordDict:
+    """Write what a node found on its clients' held-out examples, None without any."""
+    metrics = MetricRecord({"num-examples": 0})
+    if evaluation is not None:
+        metrics["num-examples"] = evaluation.examples
+        metrics["loss"] = evaluation.loss
+        metrics.update(zip(_COUNTS, evaluation.counts.tolist(), strict=True))
+    return RecordDict({"metrics": metrics})
+
+
+def read_evaluation(content: RecordDict, classes: int) -> Evaluation | None:
+    """Read it back.
+
+    Raises
+    ------
+    MessageError
+        If an entry is missing or cannot be true.
+    """
+    try:
+        metrics = content.metric_records["metrics"]
+        if metrics["num-examples"] == 0:
+            return None
+        counts = np.array([metrics[name] for name in _COUNTS], dtype=np.int64)
+        found = Evaluation(float(metrics["loss"]), counts)  # type: ignore[arg-type]
+        hits, predictions, labels = counts
+        if (
+            counts.shape != (3, classes)
+            or not math.isfinite(found.loss)
+            or (hits < 0).any()
+            or (hits > np.minimum(predictions, labels)).any()
+            or predictions.sum() != labels.sum()
+            or labels.sum() != metrics["num-examples"]
+        ):
+            raise ValueError(found)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise MessageError(f"its figures are off: {error!r}") from error
+    return found
 
 
 def message_bytes(message: Message) -> int:

@@ -1,0 +1,165 @@
+"""Nodes that each train on data of their own: one client a node, labels agreed."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from logging import INFO
+from typing import Any
+
+from flwr.common.logger import log
+
+from slora_flwr.server.fleet import Fleet, FleetError
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a node says of its own data: counts and label names, no examples."""
+
+    name: str
+    client: int | None
+    labels: dict[str, int]
+    skipped: dict[str, int]
+
+    @classmethod
+    def read(
+        cls, described: Mapping[str, Any], metrics: Mapping[str, Any]
+    ) -> "Description":
+        """Read a node's records.
+
+        Raises
+        ------
+        ValueError
+            If an entry is missing or of another kind.
+        """
+        try:
+            counts = list(metrics["examples"])
+            labels = dict(zip(described["labels"], counts, strict=True))
+            skipped = dict(
+                zip(
+                    described.get("skipped", []),
+                    metrics.get("skipped", []),
+                    strict=True,
+                )
+            )
+            client = described.get("client")
+            found = cls(str(described["name"]), client, labels, skipped)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"its description is off: {error!r}") from error
+        numbers = [*labels.values(), *skipped.values(), 0 if client is None else client]
+        if not all(type(n) is int and n >= 0 for n in numbers) or not all(labels):
+            raise ValueError(f"its description is off: {found}")
+        return found
+
+
+class OwnDataFleet(Fleet):
+    """A fleet whose nodes agree on the labels before the first round.
+
+    Parameters
+    ----------
+    expected, min_nodes, deadline
+        As of `Fleet`.
+    labels : Iterable[str]
+        The label names; if there are none, all that the nodes have that answer the
+        first query, and `also`. A node's examples of other labels are left out.
+    also : Iterable[str]
+        Label names of the server's test data.
+    min_examples : int
+        A node with fewer examples of these labels is left out.
+    """
+
+    def __init__(
+        self,
+        expected: Mapping[str, object],
+        min_nodes: int,
+        deadline: float,
+        *,
+        labels: Iterable[str] = (),
+        also: Iterable[str] = (),
+        min_examples: int = 1,
+    ) -> None:
+        super().__init__(expected, min_nodes, deadline)
+        self.classes = sorted(labels)
+        self._also = set(also)
+        self._min_examples = min_examples
+        self._described: dict[int, Description] = {}
+        self._clients: dict[str, int] = {}
+
+    def name(self, node: int) -> str:
+        """Give the name that the node's operator gave it, and its id."""
+        found = self._described.get(node)
+        return f"{found.name} (node {node})" if found else super().name(node)
+
+    def _admit(
+        self, node: int, described: Mapping[str, Any], metrics: Mapping[str, Any]
+    ) -> None:
+        self._described[node] = Description.read(described, metrics)
+        if self.classes:
+            self._place(node)
+
+    def _settle(self) -> None:
+        if self.classes:
+            return
+        found = [d.labels for n, d in self._described.items() if n not in self.left_out]
+        self.classes = sorted(self._also.union(*found))
+        if len(self.classes) < 2:
+            raise FleetError(
+                f"the nodes' labels are {self.classes}; at least two are needed"
+            )
+        log(INFO, "%d labels agreed: %s", len(self.classes), ", ".join(self.classes))
+        for node in sorted(self._described, key=lambda n: self._described[n].name):
+            try:
+                self._place(node)
+            except ValueError as error:
+                self._leave_out(node, str(error))
+
+    def _place(self, node: int) -> None:
+        """Give a node its client, if its data is of use.
+
+        Raises
+        ------
+        ValueError
+            With the reason why the node cannot take part.
+        """
+        described = self._described[node]
+        known = {n: c for n, c in described.labels.items() if n in self.classes}
+        others = described.labels.keys() - known.keys()
+        skipped = dict(described.skipped)
+        if others:
+            skipped["unknown label"] = sum(described.labels[name] for name in others)
+        usable = sum(known.values())
+        told = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "none"
+        if usable < self._min_examples:
+            raise ValueError(
+                f"it has {usable} usable examples, clients.min-examples is "
+                f"{self._min_examples}; rows skipped: {told}"
+            )
+        client = described.client
+        if client is None:
+            client = self._clients.get(described.name)
+        if client is None:
+            client = next(i for i in range(len(self._clients) + 1) if self._is_free(i))
+        for other in self._online:
+            if other != node and client in self._hosted[other]:
+                raise ValueError(f"client {client} is that of {self.name(other)}")
+        self._clients[described.name] = client
+        self._host(node, frozenset({client}), {client: usable})
+        log(
+            INFO,
+            "%s is client %d: %d examples; rows skipped: %s%s",
+            self.name(node),
+            client,
+            usable,
+            told,
+            f"; unknown labels: {', '.join(sorted(others))}" if others else "",
+        )
+        self._note(
+            "node",
+            node=node,
+            name=described.name,
+            client=client,
+            examples=usable,
+            skipped=skipped,
+            unknown_labels=sorted(others),
+        )
+
+    def _is_free(self, client: int) -> bool:
+        return client not in self._clients.values()
