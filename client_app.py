@@ -2,10 +2,10 @@
 
 from flwr.clientapp import ClientApp
 
-from slora_flwr import node
+from slora_flwr.resident import handle
 
 # Flower ClientApp
 app = ClientApp()
-app.query()(node.query)
-app.train()(node.train)
-app.evaluate()(node.evaluate)
+app.query()(handle)
+app.train()(handle)
+app.evaluate()(handle)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import lru_cache, wraps
 from hashlib import blake2b
 from logging import ERROR
-from pathlib import Path
 
 import numpy as np
 from flwr.app import (
@@ -27,6 +26,7 @@ from slora_flwr.config import RunConfig, parse
 from slora_flwr.home import cache_folder, write_atomically
 from slora_flwr.models.backbone import digest_of
 from slora_flwr.models.base_patch import BasePatch
+from slora_flwr.resident import code_digest
 from slora_flwr.server.aggregate import FoldError, Mean
 from slora_flwr.tasks.metrics import pool
 from slora_flwr.tasks.own_data import OwnData, OwnDataError
@@ -203,17 +203,6 @@ def _one_client_per_node(config: RunConfig, context: Context) -> RunConfig:
     per_round = min(config.clients.per_round, count)
     clients = replace(config.clients, count=count, per_round=per_round)
     return replace(config, clients=clients)
-
-
-@lru_cache(maxsize=1)
-def code_digest() -> str:
-    """BLAKE2b of this package's source files, 32 hex digits."""
-    digest = blake2b(digest_size=16)
-    root = Path(slora_flwr.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _enter(worker: Worker, instruction: Instruction) -> State:

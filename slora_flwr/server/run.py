@@ -16,8 +16,8 @@ from slora_flwr.adapters.export import export_adapter, export_classes, export_mo
 from slora_flwr.adapters.size import state_size
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
 from slora_flwr.models.backbone import digest_of
-from slora_flwr.node import code_digest
 from slora_flwr.reports.table import closing_table
+from slora_flwr.resident import code_digest
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.own_data_fleet import OwnDataFleet
 from slora_flwr.server.run_directory import RunDirectory
