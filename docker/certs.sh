@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# Keys and certificates. Needs openssl, ssh-keygen and docker.
+#
+#   certs.sh ca                      certificate authority, once, at the server
+#   certs.sh server NAME_OR_IP...    server certificate for the names that nodes dial
+#   certs.sh node NAME...            key pair of a node, where the node is
+#   certs.sh register NAME|FILE...   let nodes in by their public keys, NAME.pub
+#   certs.sh revoke NAME...          and shut them out
+#   certs.sh list                    the nodes that the SuperLink knows
+#
+# SLORA_CERTS (docker/certs): ca.key stays with whoever runs the server and goes into no
+# container; ca.crt is for everybody. SLORA_NODES (docker/nodes): NAME/key never leaves
+# the node's host; NAME/key.pub goes to the server. COMPOSE_PROJECT_NAME says which
+# SuperLink is meant if this host has several.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+certs=${SLORA_CERTS:-$here/certs}
+nodes=${SLORA_NODES:-$here/nodes}
+image=${SLORA_IMAGE:-slora-flwr}
+uid=10001 # of the image's user
+umask 077
+
+die() {
+    echo "certs.sh: $*" >&2
+    exit 1
+}
+
+new() {
+    local file
+    for file; do
+        [ ! -e "$file" ] || die "$file is there; move it away if you mean to replace it"
+    done
+}
+
+# A private file that only the containers' user can read. Who may run containers can
+# give a file away without being root.
+give() {
+    chmod 400 "$1"
+    chown "$uid" "$1" 2> /dev/null || docker run --rm --user 0 --network none \
+        --volume "$(cd "$(dirname "$1")" && pwd):/folder" "$image" chown "$uid" "/folder/${1##*/}"
+}
+
+ca() {
+    mkdir -p "$certs"
+    chmod 755 "$certs"
+    new "$certs/ca.key" "$certs/ca.crt" "$certs/superexec"
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -days 3650 \
+        -subj "/CN=slora-flwr CA" -keyout "$certs/ca.key" -out "$certs/ca.crt" 2> /dev/null
+    chmod 644 "$certs/ca.crt"
+    # What the ServerApp's container shows to the SuperLink to be given runs.
+    openssl rand -hex 32 > "$certs/superexec"
+    give "$certs/superexec"
+}
+
+server() {
+    [ $# -gt 0 ] || die "server needs the names or addresses that nodes dial"
+    [ -f "$certs/ca.key" ] || die "$certs/ca.key is not there: certs.sh ca"
+    new "$certs/server.key" "$certs/server.crt"
+    # The first three are for the server's own containers.
+    local name names=DNS:localhost,DNS:superlink,IP:127.0.0.1
+    for name; do
+        if [[ $name =~ ^[0-9.]+$ || $name == *:* ]]; then
+            names+=,IP:$name
+        else
+            names+=,DNS:$name
+        fi
+    done
+    openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -subj "/CN=$1" \
+        -keyout "$certs/server.key" 2> /dev/null \
+        | openssl x509 -req -CA "$certs/ca.crt" -CAkey "$certs/ca.key" -days 825 \
+            -set_serial "0x$(openssl rand -hex 16)" -out "$certs/server.crt" \
+            -extfile <(printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth\n' "$names") 2> /dev/null
+    chmod 644 "$certs/server.crt"
+    give "$certs/server.key"
+}
+
+node() {
+    local name
+    for name; do
+        new "$nodes/$name/key"
+        mkdir -p "$nodes/$name/data"
+        chmod 755 "$nodes" "$nodes/$name" "$nodes/$name/data"
+        ssh-keygen -q -t ecdsa -b 384 -N "" -C "$name" -f "$nodes/$name/key"
+        chmod 644 "$nodes/$name/key.pub"
+        give "$nodes/$name/key"
+    done
+}
+
+# Flower's command line inside the SuperLink's container, so that no host needs Python.
+flwr() {
+    local container
+    container=$(docker ps --quiet --filter label=com.docker.compose.service=superlink \
+        ${COMPOSE_PROJECT_NAME:+--filter label=com.docker.compose.project=$COMPOSE_PROJECT_NAME})
+    [[ $container =~ ^[0-9a-f]+$ ]] || die "there must be one running SuperLink on this host"
+    docker exec --interactive "$container" "$@"
+}
+
+register() {
+    local name file id
+    mkdir -p "$certs/registered"
+    for name; do
+        file=$nodes/$name/key.pub
+        if [ -f "$name" ]; then
+            file=$name name=$(basename "$name" .pub)
+        fi
+        [ -f "$file" ] || die "$file is not there; give a node's name or a file NAME.pub"
+        new "$certs/registered/$name"
+        # shellcheck disable=SC2016
+        id=$(flwr sh -c 'f=$(mktemp) && cat > "$f" && flwr supernode register "$f" local --name "$1" --format json' \
+            - "$name" < "$file" | sed -n 's/.*"node-id": *"\{0,1\}\([0-9]*\).*/\1/p')
+        [ -n "$id" ] || die "$name was not registered"
+        echo "$id" > "$certs/registered/$name"
+        echo "$name is node $id"
+    done
+}
+
+revoke() {
+    local name
+    for name; do
+        [ -f "$certs/registered/$name" ] || die "$certs/registered/$name is not there"
+        flwr flwr supernode unregister "$(cat "$certs/registered/$name")" local < /dev/null
+        rm "$certs/registered/$name"
+    done
+}
+
+list() {
+    flwr flwr supernode list local < /dev/null
+    (cd "$certs" && grep -rH . registered | sed 's|.*/||; s|:| is node |') || true
+}
+
+case ${1:-} in
+    ca | server | node | register | revoke | list) "$@" ;;
+    *)
+        sed -n '2,/^set /{s/^# \{0,1\}//;/^set /d;p}' "${BASH_SOURCE[0]}" >&2
+        exit 2
+        ;;
+esac

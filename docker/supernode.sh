@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Starts a SuperNode as the first node below /nodes that no other container is.
+# supernode.sh ARGUMENTS_OF_FLOWER_SUPERNODE...
+set -euo pipefail
+
+for folder in /nodes/*/; do
+    folder=${folder%/}
+    [ -r "$folder/key" ] || continue
+    # The SuperNode inherits this descriptor, and with it the lock, until it ends in
+    # whatever way.
+    exec 9< "$folder/key"
+    flock --nonblock 9 || continue
+    config="name=\"${folder##*/}\" data-path=\"$folder/data\""
+    [ ! -f "$folder/config" ] || config+=" $(tr '\n' ' ' < "$folder/config")"
+    echo "node ${folder##*/}: $config"
+    exec python3 -m slora_flwr.supernode "$@" \
+        --auth-supernode-private-key "$folder/key" --node-config "$config"
+done
+echo "every folder below /nodes with a key that can be read is taken" >&2
+exit 1

@@ -1,0 +1,361 @@
+#!/usr/bin/env bash
+# Builds the image and tests the deployment on a real Docker engine.
+#   docker/test.sh            one host, parts a to e
+#   docker/test.sh a d        these parts
+#   docker/test.sh network    two hosts behind slow links; needs root and /dev/net/tun
+# Needs slora-flwr installed (PYTHON names the interpreter, python3 by default).
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if ! docker info > /dev/null 2>&1; then
+    echo "docker/test.sh: there is no Docker engine here"
+    exit 77
+fi
+if docker compose version > /dev/null 2>&1; then
+    compose_command=(docker compose)
+else
+    compose_command=(docker-compose)
+fi
+python=$(command -v "${PYTHON:-python3}")
+PATH=$(dirname "$python"):$PATH
+cd "$here/.."
+
+work=$(mktemp -d)
+chmod 755 "$work"
+project=slora-test-$$
+export COMPOSE_PROJECT_NAME=$project SLORA_CERTS=$work/certs SLORA_NODES=$work/nodes
+export SLORA_DATA=$work/server SLORA_ASSETS=$work/assets OMP_NUM_THREADS=1
+free_port() { "$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])'; }
+SLORA_PORT=$(free_port)
+export SLORA_PORT FLWR_HOME=$work/flwr FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+export SLORA_HOME=$work/slora
+jobs=()
+
+compose() { "${compose_command[@]}" -f docker/compose.yml "$@"; }
+
+clean_up() {
+    local status=$?
+    trap - EXIT
+    set +e
+    if [ $status -ne 0 ]; then
+        docker ps --all --filter "name=$project" --format '{{.Names}} {{.Status}}'
+        for name in $(docker ps --all --filter "name=$project" --format '{{.Names}}'); do
+            echo "--- $name"
+            docker logs --tail 25 "$name" 2>&1 | grep -v uvicorn.access
+        done
+        for log in "$work"/*.log; do
+            echo "--- $log"
+            tail -n 25 "$log"
+        done
+    fi
+    for job in "${jobs[@]}"; do kill "$job" 2> /dev/null; done
+    for kind in container volume network; do
+        # shellcheck disable=SC2046
+        docker $kind rm $([ $kind = network ] || echo --force) \
+            $(docker $kind ls --quiet $([ $kind != container ] || echo --all) --filter "name=$project") > /dev/null 2>&1
+    done
+    rm -rf "$work"
+    exit $status
+}
+trap clean_up EXIT
+trap 'exit 130' INT TERM
+
+pass() { echo "PASS $*"; }
+fail() {
+    echo "FAIL $*" >&2
+    exit 1
+}
+
+# until_true SECONDS WHAT COMMAND...
+until_true() {
+    local deadline=$((SECONDS + $1)) what=$2
+    shift 2
+    until "$@" 2> /dev/null; do
+        [ "$SECONDS" -lt "$deadline" ] || fail "$what did not happen in time"
+        sleep 0.3
+    done
+}
+
+# containers SERVICE: the ids of its containers.
+containers() { docker ps --all --quiet --filter "label=com.docker.compose.project=$project" --filter "label=com.docker.compose.service=$1"; }
+
+healthy() { [ "$(docker inspect --format '{{.State.Health.Status}}' "$(containers "$1")")" = healthy ]; }
+
+# The container that took the folder of node NAME.
+node_container() {
+    local id
+    for id in $(containers supernode); do
+        # The last line counts: at a restart a container may take another's folder.
+        if [[ $(docker logs "$id" 2>&1 | grep '^node [^ ]*: ' | tail -n 1) == "node $1:"* ]]; then echo "$id"; fi
+    done
+}
+
+# prepare NAME_OR_IP...: data, keys, and a server certificate for more than localhost.
+prepare() {
+    "$python" - "$work" << 'END'
+"""Three nodes' files and the server's, from the standard library's docstrings."""
+import csv, hashlib, sys
+from pathlib import Path
+from slora_flwr.tasks.stdlib_docs import load
+
+work = Path(sys.argv[1])
+rows = sorted(zip(*load()), key=lambda row: hashlib.sha256(row[0].encode()).digest())[:700]
+# Of different sizes; each but the server's test file has a label of its own missing.
+shares = {"0": rows[:100], "1": rows[100:250], "2": rows[250:500]}
+labels = sorted({label for _, label in rows})
+files = {
+    work / "nodes" / name / "data" / "train.csv": [r for r in share if r[1] != labels[int(name)]]
+    for name, share in shares.items()
+}
+files[work / "server" / "test.csv"] = rows[500:]
+for path, share in files.items():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *share])
+END
+    chmod -R a+rX "$work/server" "$work/nodes"
+    mkdir -p "$SLORA_ASSETS" "$FLWR_HOME"
+    cat > "$FLWR_HOME/config.toml" << END
+[superlink]
+default = "docker"
+
+[superlink.docker]
+address = "localhost:$SLORA_PORT"
+root-certificates = "$SLORA_CERTS/ca.crt"
+END
+    docker/certs.sh ca
+    docker/certs.sh server localhost "$@"
+    docker/certs.sh node 0 1 2
+    for i in 0 1 2; do echo "partition-id=$i" > "$SLORA_NODES/$i/config"; done
+}
+
+common='model.name="embedded" data.name="node" data.max-length=32 clients.count=0 clients.per-round=3 clients.min-nodes=3'
+
+# start LOG CONFIG: sets $run, its id, and $stream, the process that shows its log.
+start() {
+    flwr run . docker --stream --run-config "$common $2" > "$work/$1.log" 2>&1 &
+    stream=$!
+    jobs+=("$stream")
+    until_true 60 "the start of run $1" grep -q "Successfully started run" "$work/$1.log"
+    run=$(sed -n 's/.*Successfully started run \([0-9]*\).*/\1/p' "$work/$1.log")
+}
+
+status() {
+    flwr list --run-id "$run" --format json | "$python" -c 'import json, sys; print(json.load(sys.stdin)["runs"][0]["status"])'
+}
+
+ended() { [[ $(status) == finished:* ]]; }
+
+# finish LOG: waits for the run and fetches its directory to $work/LOG.
+finish() {
+    until_true 240 "the end of run $1" ended
+    [ "$(status)" = finished:completed ] || fail "run $1 is $(status)"
+    local server path
+    server=$(containers serverapp)
+    path=$(docker exec "$server" sh -c "echo /state/runs/*-$run")
+    docker cp "$server:$path" "$work/$1" > /dev/null
+}
+
+events() { docker exec "$(containers serverapp)" sh -c "cat /state/runs/*-$run/events.jsonl" 2> /dev/null; }
+figure() { "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$work/$1/summary.json" "$2"; }
+
+up() {
+    local since=$SECONDS
+    prepare
+    compose build superlink > "$work/build.log" 2>&1
+    echo "built in $((SECONDS - since)) s"
+    compose up --detach --scale supernode=3 > /dev/null 2>&1
+    until_true 60 "the SuperLink's health" healthy superlink
+    docker/certs.sh register 0 1 2
+}
+
+a_run() {
+    local since=$SECONDS
+    start a 'rounds=4 sparse.rounds=2 data.test="/data/test.csv"'
+    finish a
+    wait "$stream"
+    grep -q "round 4/4" "$work/a.log" || fail "the log was not streamed"
+    [ -f "$work/a/adapter/adapter_config.json" ] || fail "there is no adapter"
+    pass "a: TLS, node keys, 3 nodes: finished:completed in $((SECONDS - since)) s, accuracy $(figure a accuracy), adapter fetched"
+}
+
+b_equals_simulation() {
+    slora run --engine inline --nodes 3 -c "$common rounds=4 sparse.rounds=2 \
+        data.test=\"$SLORA_DATA/test.csv\" data.train=\"$SLORA_NODES/{}/data/train.csv\" run.dir=\"$work/b\"" > "$work/b.log" 2>&1
+    local compared
+    compared=$("$python" - "$work/a" "$work/b" << 'END'
+import json, sys
+from pathlib import Path
+from safetensors.numpy import load_file
+
+a, b = map(Path, sys.argv[1:])
+one, other = (load_file(p / "checkpoints" / "last.safetensors") for p in (a, b))
+assert one.keys() == other.keys(), one.keys() ^ other.keys()
+apart = max(float(abs(one[k].astype("f8") - other[k]).max()) for k in one)
+accuracies = [json.loads((p / "summary.json").read_text())["accuracy"] for p in (a, b)]
+print(f"largest difference of the state {apart:.1e}, accuracies {accuracies[0]:.6f} and {accuracies[1]:.6f}")
+assert apart <= 1e-5 and abs(accuracies[0] - accuracies[1]) <= 1e-5
+END
+    ) || fail "b: $compared"
+    pass "b: $compared"
+}
+
+# refused NAME EXPECTED_LINE DOCKER_RUN_ARGUMENTS...
+refused() {
+    local log=$work/refused-$1.log expected=$2 status=0
+    shift 2
+    timeout 60 docker run --rm --name "$project-refused" --network "${project}_default" \
+        --volume "$work/other:/other:ro" --volume "$SLORA_CERTS/ca.crt:/ca.crt:ro" slora-flwr "$@" > "$log" 2>&1 || status=$?
+    docker rm --force "$project-refused" > /dev/null 2>&1 || true
+    [ $status -ne 0 ] || fail "c: $* was not refused"
+    grep -E -o -m 1 "$expected" "$log" || fail "c: $log lacks '$expected'"
+}
+
+c_refusals() {
+    SLORA_NODES=$work/other SLORA_CERTS=$work/other/certs docker/certs.sh node stranger
+    SLORA_CERTS=$work/other/certs docker/certs.sh ca
+    chmod 755 "$work/other"
+    local supernode=(flower-supernode --superlink superlink:8000)
+    local unknown wrong plain revoked
+    unknown=$(refused key '.code: 2004.*' "${supernode[@]}" --root-certificates /ca.crt --auth-supernode-private-key /other/stranger/key)
+    wrong=$(refused ca 'certificate verify failed.*' "${supernode[@]}" --root-certificates /other/certs/ca.crt --auth-supernode-private-key /other/stranger/key)
+    plain=$(refused plain 'Server disconnected.*' "${supernode[@]}" --insecure --max-retries 1)
+    ln -s key.pub "$work/other/stranger/stranger.pub"
+    docker/certs.sh register "$work/other/stranger/stranger.pub"
+    docker/certs.sh revoke stranger > /dev/null
+    revoked=$(refused revoked '.code: 2004.*' "${supernode[@]}" --root-certificates /ca.crt --auth-supernode-private-key /other/stranger/key)
+    pass "c: unregistered key: $unknown; other CA: $wrong; plaintext: $plain; revoked: $revoked"
+}
+
+# rounds: a line for each round that ended, its number and how many replied.
+rounds() { events | "$python" -c 'import json, sys
+for event in map(json.loads, sys.stdin):
+    if event["event"] == "round":
+        print(event["round"], event["replied"])'; }
+replied() { [ "$(rounds | awk -v round="$1" '$1 == round {print $2}')" = "$2" ]; }
+in_round() { docker logs "$1" 2>&1 | tail -n 8 | grep "ROUND $2\]" > /dev/null; }
+full_round_after() { rounds | awk -v round="$1" '$1 > round && $2 == 3 {found = 1} END {exit !found}'; }
+
+d_failures() {
+    # A node is killed in the middle of round 2.
+    local node since closed last total=14
+    start d 'method="lora" rounds='$total' data.test="/data/test.csv"'
+    until_true 120 "round 1" replied 1 3
+    node=$(node_container 2)
+    until_true 60 "round 2 on node 2" in_round "$node" 2
+    docker kill "$node" > /dev/null
+    since=$SECONDS
+    until_true 120 "the end of round 2 with two replies" replied 2 2
+    closed=$((SECONDS - since))
+    events | grep '"event": "failure"' > /dev/null || fail "d: no failure was noted"
+    docker start "$node" > /dev/null
+    until_true 120 "a round with all three again" full_round_after 2
+    # And the SuperLink in the middle of the run.
+    last=$(rounds | tail -n 1 | cut -d ' ' -f 1)
+    events > "$work/before.jsonl"
+    [ "$last" -lt $((total - 2)) ] || fail "d: the run is too short for this test"
+    since=$SECONDS
+    docker restart "$(containers superlink)" > /dev/null
+    until_true 120 "a round after the restart" replied $((last + 2)) 3
+    local back=$((SECONDS - since))
+    finish d
+    head -c "$(wc -c < "$work/before.jsonl")" "$work/d/events.jsonl" | cmp - "$work/before.jsonl" || fail "d: events were lost"
+    [ "$(rounds | wc -l)" = $total ] || fail "d: rounds were lost"
+    [ -f "$work/d/adapter/adapter_config.json" ] || fail "d: there is no adapter"
+    pass "d: node killed: round closed with 2 of 3 after $closed s, back in round $(rounds | awk '$1 > 2 && $2 == 3 {print $1; exit}'); SuperLink restarted after round $last: round $((last + 2)) done after $back s, finished:completed, $total rounds"
+}
+
+# counters: received and sent bytes of each node's network interface.
+counters() {
+    local name
+    for name in 0 1 2; do
+        # shellcheck disable=SC2016
+        docker exec "$(node_container $name)" sh -c 'cd /sys/class/net/eth0/statistics && echo $(cat rx_bytes tx_bytes)'
+    done
+}
+
+e_bytes() {
+    start e 'method="fft" rounds=3 data.test="/data/test.csv"'
+    counters > "$work/before"
+    finish e
+    counters > "$work/after"
+    local compared
+    compared=$("$python" - "$work" << 'END'
+import csv, sys
+from pathlib import Path
+
+# Beside the messages: the app's bundle once, and a round's polls and heartbeats.
+ONCE, A_ROUND = 350_000, 20_000
+work = Path(sys.argv[1])
+before, after = ([line.split() for line in (work / name).read_text().splitlines()] for name in ("before", "after"))
+ledger = list(csv.DictReader((work / "e" / "ledger.csv").open()))
+for i, way in enumerate(("down", "up")):
+    told = sum(int(row["message_bytes"]) for row in ledger if row["direction"] == way) / 3
+    wire = [int(b[i]) - int(a[i]) for a, b in zip(before, after)]
+    known = 3 * A_ROUND + (ONCE if way == "down" else 0)
+    print(f"{way}: ledger {told / 1e6:.3f} MB a node, wire {min(wire) / 1e6:.3f} to {max(wire) / 1e6:.3f} MB;", end=" ")
+    if not all(told <= w <= 1.05 * told + known for w in wire):
+        sys.exit(1)
+END
+    ) || fail "e: $compared"
+    pass "e: fft, 3 rounds: $compared at most 5% + 20 kB a round + 350 kB once (the app)"
+}
+
+# Server and two nodes of different compose projects, joined by link.py alone.
+network() {
+    local node method
+    SLORA_GATE=$(free_port)
+    export SLORA_GATE
+    prepare 10.99.0.1 10.99.1.1
+    compose build superlink > "$work/build.log" 2>&1
+    "${compose_command[@]}" -f docker/compose.server.yml up --detach > /dev/null 2>&1
+    until_true 60 "the gate's health" healthy gate
+    docker/certs.sh register 0 1
+    # Whoever reaches the gate is no administrator.
+    printf '\n[superlink.gate]\naddress = "localhost:%s"\nroot-certificates = "%s"\n' "$SLORA_GATE" "$SLORA_CERTS/ca.crt" >> "$FLWR_HOME/config.toml"
+    ! flwr supernode list gate > "$work/gate.log" 2>&1 || fail "the gate let the command line through"
+    pass "network: the command line at the gate: $(grep -o "Client error [^f]*" "$work/gate.log")"
+    for node in 0 1; do
+        SLORA_NODE=$node SLORA_DATA=$SLORA_NODES/$node/data SLORA_CA=$SLORA_CERTS/ca.crt \
+            SLORA_NODE_CONFIG="partition-id=$node" SLORA_SUPERLINK=10.99.$node.1:8443 \
+            "${compose_command[@]}" -p "$project-$node" -f docker/compose.client.yml up --detach > /dev/null 2>&1
+        "$python" docker/link.py "$(pid "$project" gate)" "10.99.$node.1" "$(pid "$project-$node" supernode)" "10.99.$node.2" \
+            --mbit 100 --ms 25 > "$work/link$node.log" 2>&1 &
+        jobs+=("$!")
+    done
+    common=${common//=3/=2}
+    for method in slora lora fft; do
+        start "$method" "method=\"$method\" rounds=4 sparse.rounds=2 data.test=\"/data/test.csv\""
+        finish "$method"
+        pass "network: $method at 100 Mbit/s and 50 ms: $("$python" - "$work/$method" << 'END'
+import csv, json, sys
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+ends = [(e["phase"], e["seconds"]) for e in events if e["event"] == "round"]
+took = [f"{phase} {b - a:.1f}" for (_, a), (phase, b) in zip(ends, ends[1:])]
+sent = sum(int(row["message_bytes"]) for row in csv.DictReader((folder / "ledger.csv").open()))
+print("seconds of rounds 2 to 4:", ", ".join(took) + ";", f"{sent / 2e6:.2f} MB a node in all")
+END
+        )"
+    done
+}
+
+pid() {
+    docker inspect --format '{{.State.Pid}}' "$(docker ps --quiet --filter "label=com.docker.compose.project=$1" --filter "label=com.docker.compose.service=$2")"
+}
+
+[ $# -gt 0 ] || set -- a b c d e
+[ "$1" = network ] || up
+for part; do
+    case $part in
+        a) a_run ;;
+        b) b_equals_simulation ;;
+        c) c_refusals ;;
+        d) d_failures ;;
+        e) e_bytes ;;
+        network) network ;;
+        *) fail "there is no part $part" ;;
+    esac
+done
