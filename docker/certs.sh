@@ -46,7 +46,7 @@ ca() {
     chmod 755 "$certs"
     new "$certs/ca.key" "$certs/ca.crt" "$certs/superexec"
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -days 3650 \
-        -subj "/CN=slora-flwr CA" -keyout "$certs/ca.key" -out "$certs/ca.crt" 2> /dev/null
+        -subj "/CN=slora-flwr CA" -addext keyUsage=critical,keyCertSign,cRLSign -keyout "$certs/ca.key" -out "$certs/ca.crt" 2> /dev/null
     chmod 644 "$certs/ca.crt"
     # What the ServerApp's container shows to the SuperLink to be given runs.
     openssl rand -hex 32 > "$certs/superexec"

@@ -307,6 +307,9 @@ class RunConfig:
             raise _refuse("clients.count", self.clients.count, f"0, {where}")
         if self.data.validation:
             raise _refuse("data.validation", self.data.validation, f"0, {where}")
+        if self.data.train and "{}" not in self.data.train:
+            allowed = "a path with {} for a simulated node's number, or empty"
+            raise _refuse("data.train", self.data.train, f"{allowed}, {where}")
         if not (self.data.test or self.clients.holdout):
             raise _refuse(
                 "clients.holdout",

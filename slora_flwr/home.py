@@ -20,5 +20,6 @@ def cache_folder() -> Path:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, sees all of it or nothing."""
     part = path.with_name(f"{path.name}.{uuid4().hex}.part")
+    part.touch(mode=0o600)  # what comes of private text is private
     part.write_bytes(data)
     part.replace(path)

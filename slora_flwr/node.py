@@ -1,7 +1,6 @@
 """What a node does with a message: train, evaluate or describe its clients."""
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, wraps
@@ -102,17 +101,18 @@ def _describe_own_data(
     config: RunConfig, context: Context, described: ConfigRecord
 ) -> MetricRecord:
     """Give counts and label names, which is all that leaves the node of its data."""
-    texts, skipped = OwnData.of(context.node_config, config.data).load()
-    labels = Counter(texts.labels)
+    source = OwnData.of(context.node_config, config.data)
+    texts, skipped = source.load()
+    labels = source.labels(texts)
     if not labels:
         rows = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
         raise OwnDataError(f"no usable row; skipped: {rows or 'none'}")
     described["backbone"] = digest_of(config.model)
     described["name"] = _name(context)
-    described["labels"] = sorted(labels)
+    described["labels"] = list(labels)
     if "partition-id" in context.node_config:
         described["client"] = int(context.node_config["partition-id"])
-    metrics = MetricRecord({"examples": [labels[name] for name in sorted(labels)]})
+    metrics = MetricRecord({"examples": list(labels.values())})
     if skipped:  # Flower cannot count the bytes of an empty list
         described["skipped"] = list(skipped)
         metrics["skipped"] = list(skipped.values())
@@ -173,6 +173,9 @@ def evaluate(message: Message, context: Context) -> Message:
     found = [result for result in results if result is not None]
     content = write_evaluation(pool(found) if found else None)
     return Message(content, reply_to=message)
+
+
+HANDLERS: dict[str, Handler] = {"query": query, "train": train, "evaluate": evaluate}
 
 
 def get_worker(context: Context, instruction: Instruction | None = None) -> Worker:

@@ -133,8 +133,7 @@ def _handle_here(message: Message, context: Context) -> Message:
     # torch takes seconds to import, which a process that only forwards need not wait.
     from slora_flwr import node
 
-    handlers = {"query": node.query, "train": node.train, "evaluate": node.evaluate}
-    return handlers[message.metadata.message_type](message, context)
+    return node.HANDLERS[message.metadata.message_type](message, context)
 
 
 # A worker's caches hold for one run, and its code and launcher for good: a resident

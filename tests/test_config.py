@@ -351,6 +351,11 @@ def test_a_phase_changes_only_what_it_names() -> None:
         ("clients.count", 20, "0, since data.name is node"),
         ("data.validation", 0.1, "0, since data.name is node"),
         ("clients.holdout", 0.0, "above 0, since data.name is node and data.test is "),
+        (
+            "data.train",
+            "/a.csv",
+            "a path with {} for a simulated node's number",
+        ),
         ("data.labels", "a", "two or more names, each once"),
         ("data.labels", "a,b,a", "two or more names, each once"),
         ("data.labels", "a,,b", "two or more names, each once"),

@@ -20,6 +20,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 from torch import Tensor
 
+from slora_flwr import node
 from slora_flwr.config import ConfigError, DataConfig, Value
 from slora_flwr.server import fleet
 from slora_flwr.server.fleet import FleetError
@@ -28,7 +29,8 @@ from slora_flwr.server.own_data_fleet import OwnDataFleet
 from slora_flwr.server.run import run
 from slora_flwr.tasks.dataset import Texts
 from slora_flwr.tasks.metrics import Evaluation, count, pool
-from slora_flwr.tasks.own_data import OwnData, OwnDataError
+from slora_flwr.tasks.own_data import OwnData, OwnDataError, load_test_texts
+from slora_flwr.wire.messages import write_evaluation
 
 Config = dict[str, Value]
 ROWS = [("red fox", "animal"), ("oak\nleaf", "plant"), ('an "elm", tall', "plant")]
@@ -118,6 +120,53 @@ def test_long_documents_are_read(tmp_path: Path) -> None:
     assert (len(texts.texts[0]), skipped) == (500_000, {})
 
 
+def test_a_quote_that_is_never_closed_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text,label\na,x\n"b,x\n' + "c,x\n" * 100)
+    with pytest.raises(OwnDataError, match="a quote after line 2 is never closed"):
+        load(path)
+
+
+def test_a_deeply_nested_line_is_broken(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("[" * 100_000 + '\n{"text": "a", "label": "x"}\n')
+    assert load(path) == (Texts(["a"], ["x"]), {"broken": 1})
+
+
+def test_other_columns_of_parquet_do_not_matter(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "text": ["a"],
+            "label": ["x"],
+            "when": pa.array([2**58], pa.timestamp("ms")),  # beyond Python's
+        }
+    )
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert load(tmp_path / "a.parquet") == (Texts(["a"], ["x"]), {})
+
+
+def test_labels_are_as_they_are_written(tmp_path: Path) -> None:
+    """No type is guessed, on the server as little as on a node."""
+    labels = ["true", "01", "NA", "1.0"]
+    path = write(tmp_path / "a.csv", [("a", label) for label in labels])
+    assert load(path)[0].labels == labels
+    assert load_test_texts(DataConfig(name="node", test=str(path))).labels == labels
+
+
+def test_a_column_of_texts_is_not_told_as_labels(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv")
+    for source in (OwnData(str(path), "label", "label"), OwnData(str(path), "x", "y")):
+        texts = Texts(["t"] * 1001, [str(i) for i in range(1001)])
+        with pytest.raises(OwnDataError, match="is not one of labels"):
+            source.labels(texts)
+    with pytest.raises(OwnDataError, match="of up to 201 characters"):
+        OwnData("", "x", "y").labels(Texts(["t"], ["a" * 201]))
+    assert OwnData("", "x", "y").labels(Texts(["t"] * 3, ["b", "a", "b"])) == {
+        "a": 1,
+        "b": 2,
+    }
+
+
 def test_columns_are_joined(tmp_path: Path) -> None:
     texts, _ = load(write(tmp_path / "a.csv"), text="label, text")
     assert texts.texts[0] == "animal\nred fox"
@@ -169,6 +218,8 @@ def test_the_nodes_config_goes_before_the_runs() -> None:
     own = {"data-path": "/d", "data-text": "a,b", "data-label": "c", **node_config}
     assert OwnData.of(own, config) == OwnData("/d", "a,b", "c")
     with pytest.raises(OwnDataError, match="has no data-path"):
+        OwnData.of({"name": "real"}, config)
+    with pytest.raises(OwnDataError, match="has no data-path"):
         OwnData.of(node_config, DataConfig(name="node"))
 
 
@@ -214,6 +265,7 @@ class HospitalGrid(InlineGrid):
         self.nodes = nodes
         self.since = dict.fromkeys(nodes, "Monday")
         self.asked: list[int] = []
+        self.of_nodes = 1
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         return [
@@ -230,7 +282,7 @@ class HospitalGrid(InlineGrid):
                 "code": told.get("code", "c0de"),
                 "name": told["name"],
                 "labels": list(told["labels"]),
-                "nodes": 1,
+                "nodes": self.of_nodes,
             }
         )
         metrics = MetricRecord({"examples": list(told["labels"].values())})
@@ -275,6 +327,26 @@ def test_a_nodes_own_number_is_kept(clock: Clock) -> None:
     one = hospital("a", x=1, y=2) | {"client": 5}
     found = gathered(HospitalGrid({7: one, 8: hospital("b", x=4)}))
     assert found.assign([0, 5]) == {7: [5], 8: [0]}
+
+
+def test_numbers_of_their_own_go_first(clock: Clock) -> None:
+    told = hospital("b", x=1) | {"client": 0}
+    found = gathered(HospitalGrid({7: hospital("a", x=3, y=1), 8: told}))
+    assert found.assign([0, 1]) == {8: [0], 7: [1]}
+
+
+def test_it_waits_for_all_nodes_of_a_simulation(clock: Clock) -> None:
+    grid = HospitalGrid({7: hospital("a", x=3), 8: hospital("b", y=1)})
+    grid.of_nodes = 2
+    all_nodes = dict(grid.since)
+
+    def since() -> dict[int, str]:
+        return all_nodes if clock.now > 1 else {7: "Monday"}
+
+    grid.get_nodes = lambda: [  # type: ignore[method-assign]
+        NodeInfo(node_id=n, last_activated_at=at) for n, at in since().items()
+    ]
+    assert gathered(grid).classes == ["x", "y"]
 
 
 def test_labels_of_a_node_that_is_left_out_do_not_count(clock: Clock) -> None:
@@ -452,6 +524,43 @@ def test_no_text_leaves_a_node(config: Config, tmp_path: Path) -> None:
     assert b"apples" in sent
     assert not any(word.encode() + b" " in sent for word in WORDS)
     assert str(tmp_path).encode() not in sent
+
+
+def test_a_node_whose_data_grew_is_asked_again(config: Config, tmp_path: Path) -> None:
+    class GrowingGrid(NodesGrid):
+        def _answer(self, message: Message) -> Message:
+            if message.metadata.group_id == "2" and grown.is_file():
+                write(grown, texts(0, 60, KINDS[:2]))
+                node._worker.cache_clear()
+            return super()._answer(message)
+
+    grown = tmp_path / "node-0.csv"
+    config |= {"rounds": 4}
+    run(GrowingGrid(config, nodes_of(tmp_path)), config, run_id=1)
+    [failure] = events(config, "failure")
+    assert failure["round"] == 2
+    assert "its weights are [48], not from 1 to [40]" in failure["reason"]
+    last = events(config, "round")[-1]
+    assert last["clients"]["0"]["examples"] == 48
+
+
+def test_a_node_cannot_evaluate_on_more_than_it_has(
+    config: Config, tmp_path: Path
+) -> None:
+    class BoastfulGrid(NodesGrid):
+        def _answer(self, message: Message) -> Message:
+            reply = super()._answer(message)
+            facts = reply.metadata
+            if (facts.message_type, facts.src_node_id) == ("evaluate", 1):
+                counts = np.zeros((3, 3), dtype=np.int64)
+                counts[:, 0] = 2**62
+                reply.content = write_evaluation(Evaluation(0.1, counts))
+            return reply
+
+    summary = run(BoastfulGrid(config, nodes_of(tmp_path)), config, run_id=1)
+    reasons = {e["reason"] for e in events(config, "failure")}
+    assert reasons == {f"it evaluates on {2**62} examples, and has 40"}
+    assert summary["accuracy"] * 16 == pytest.approx(round(summary["accuracy"] * 16))
 
 
 def test_server_side_test_data_and_simulated_nodes(

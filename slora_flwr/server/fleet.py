@@ -52,7 +52,8 @@ class Fleet:
         # When each node that was asked had come online, and the queries on their way.
         self._asked: dict[int, str] = {}
         self._pending: dict[str, int] = {}
-        self._told = 1
+        # How many nodes a simulation has, once one of them has told.
+        self._told = 0
 
     @property
     def clients(self) -> list[int]:
@@ -88,31 +89,33 @@ class Fleet:
             If too few nodes are there in time, or none fits.
         """
         self._note = note
-        until = time.monotonic() + REGISTRATION_SECONDS
-        wanted = self._min_nodes
-        while len(nodes := list(grid.get_nodes())) < wanted:
-            if time.monotonic() > until:
+        registered = time.monotonic() + REGISTRATION_SECONDS
+        while (online := len(list(grid.get_nodes()))) < self._min_nodes:
+            if time.monotonic() > registered:
                 raise FleetError(
-                    f"{len(nodes)} nodes are online after {REGISTRATION_SECONDS:.0f} "
+                    f"{online} nodes are online after {REGISTRATION_SECONDS:.0f} "
                     f"seconds; clients.min-nodes is {self._min_nodes}"
                 )
             time.sleep(0.1)
-        # One node of a simulation knows how many there will be; the server does not.
-        self._ask(grid, {nodes[0].node_id: nodes[0].last_activated_at})
-        self._await_descriptions(grid)
-        wanted = max(wanted, self._told)
-        while len(list(grid.get_nodes())) < wanted and time.monotonic() < until:
-            time.sleep(0.1)
-        online = len(list(grid.get_nodes()))
-        if online < wanted:
-            log(WARNING, "only %d of %d nodes are online", online, wanted)
+        described = time.monotonic() + self._deadline
         self._refresh(grid)
-        self._await_descriptions(grid)
+        # The nodes of a simulation know how many there will be; the server does not.
+        self._hear_until(grid, described, lambda: self._told > 0)
+        while (online := len(list(grid.get_nodes()))) < self._told:
+            if time.monotonic() > registered:
+                log(WARNING, "only %d of %d nodes are online", online, self._told)
+                break
+            time.sleep(0.1)
+        self._refresh(grid)
+        self._hear_until(grid, described)
+        for node in self._pending.values():
+            # It is still listened to.
+            self._leave_out(node, "it did not describe itself before the deadline")
         self._settle()
         self._refresh(grid)
         if not self.clients:
             reasons = "; ".join(
-                f"{self.name(n)}: {r}" for n, r in self.left_out.items()
+                f"{self.name(n)}: {r}" for n, r in sorted(self.left_out.items())
             )
             raise FleetError(f"no node can train ({reasons or 'none answered'})")
         log(INFO, "%d nodes host %d clients", len(self._online), len(self.clients))
@@ -158,7 +161,8 @@ class Fleet:
         new = {n: at for n, at in since.items() if self._asked.get(n) != at}
         for node in new:
             self.forget(node)
-        self._ask(grid, new)
+        if new:
+            self._ask(grid, new)
         self._hear(grid)
 
     def _ask(self, grid: Grid, since: Mapping[int, str]) -> None:
@@ -179,16 +183,13 @@ class Fleet:
             ],
         )
 
-    def _await_descriptions(self, grid: Grid) -> None:
-        """Hear all that were asked, or those that answer before the deadline."""
-        until = time.monotonic() + self._deadline
-        self._hear(grid)
-        while self._pending and time.monotonic() < until:
+    def _hear_until(
+        self, grid: Grid, until: float, enough: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Hear all that were asked, or enough, or those that answer in time."""
+        while self._pending and not enough() and time.monotonic() < until:
             time.sleep(LAST_POLL_SECONDS)
             self._hear(grid)
-        for node in self._pending.values():
-            # It is still listened to.
-            self._leave_out(node, "it did not describe itself before the deadline")
 
     def _hear(self, grid: Grid) -> None:
         for reply in pull(grid, self._pending) if self._pending else ():
@@ -224,6 +225,10 @@ class Fleet:
         ]
         if differs:
             raise ValueError("; ".join(differs))
+        try:
+            self._told = max(self._told, int(described["nodes"]))  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"its description is off: {error!r}") from error
         return described, metrics
 
     def _admit(
@@ -239,7 +244,6 @@ class Fleet:
         try:
             clients = cast(list[int], metrics["clients"])
             sizes = dict(zip(clients, metrics["examples"], strict=True))
-            self._told = max(self._told, int(described["nodes"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"its description is off: {error!r}") from error
         hosted = frozenset(clients)

@@ -14,12 +14,6 @@ from flwr.supercore.task_identity import TaskIdentity
 from slora_flwr import node
 from slora_flwr.config import Value
 
-_HANDLERS = {
-    "query": node.query,
-    "train": node.train,
-    "evaluate": node.evaluate,
-}
-
 
 class InlineGrid(Grid):
     """Nodes that live in this process and answer a message when it is pushed.
@@ -100,7 +94,7 @@ class InlineGrid(Grid):
 
     def _answer(self, message: Message) -> Message:
         context = self._contexts[message.metadata.dst_node_id]
-        handler = _HANDLERS[message.metadata.message_type]
+        handler = node.HANDLERS[message.metadata.message_type]
         try:
             reply = handler(message, context)
         except Exception as error:  # as Flower does: a node's failure is a reply

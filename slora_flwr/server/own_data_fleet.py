@@ -105,7 +105,10 @@ class OwnDataFleet(Fleet):
                 f"the nodes' labels are {self.classes}; at least two are needed"
             )
         log(INFO, "%d labels agreed: %s", len(self.classes), ", ".join(self.classes))
-        for node in sorted(self._described, key=lambda n: self._described[n].name):
+        # Those with a number of their own first.
+        there = {n: d for n, d in self._described.items() if n not in self.left_out}
+        order = sorted((d.client is None, d.name, n) for n, d in there.items())
+        for _, _, node in order:
             try:
                 self._place(node)
             except ValueError as error:

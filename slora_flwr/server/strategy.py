@@ -48,6 +48,10 @@ class TooFewRepliesError(RuntimeError):
     """A round that got fewer good replies than `clients.min-replies`, twice."""
 
 
+class ChangedDataError(MessageError):
+    """Weights that do not fit what the node told of its data: it is asked again."""
+
+
 @dataclass
 class Round:
     """What one round has collected so far."""
@@ -233,6 +237,8 @@ class PhasedStrategy(Strategy):
                 report = self._check(reply)
                 self._fold(fold, report)
             except (MessageError, PayloadError, FoldError) as error:
+                if isinstance(error, ChangedDataError):
+                    self.fleet.forget(node)
                 self._fail(node, current.cohort.get(node, []), str(error))
                 continue
             for client, reason in report.failures.items():
@@ -268,7 +274,12 @@ class PhasedStrategy(Strategy):
         """
         if not self.config.clients.holdout:
             return []
-        self._evaluating = self._round.cohort
+        trained = set(self._round.clients)
+        self._evaluating = {
+            node: [client for client in clients if client in trained]
+            for node, clients in self._round.cohort.items()
+            if not trained.isdisjoint(clients)
+        }
         if not len(self._worker.task.test):
             self._evaluating = self.fleet.assign(self.fleet.clients)
         return self._instruct(MessageType.EVALUATE, self._evaluating, arrays["state"])
@@ -290,8 +301,14 @@ class PhasedStrategy(Strategy):
             except MessageError as error:
                 self._fail(node, clients, str(error))
                 continue
-            if figures is not None:
-                found.append(figures)
+            if figures is None:
+                continue
+            most = sum(self.fleet.sizes[client] for client in clients)
+            if figures.examples > most:
+                reason = f"it evaluates on {figures.examples} examples, and has {most}"
+                self._fail(node, clients, reason)
+                continue
+            found.append(figures)
         for node, clients in silent.items():
             self._fail(node, clients, "no evaluation before the deadline")
             self.fleet.forget(node)
@@ -456,7 +473,7 @@ class PhasedStrategy(Strategy):
             isinstance(given, int) and 0 < given <= most
             for given, most in zip(report.examples, owned, strict=True)
         ):
-            raise MessageError(
+            raise ChangedDataError(
                 f"its weights are {report.examples}, not from 1 to {owned}, which are "
                 "its clients' examples"
             )

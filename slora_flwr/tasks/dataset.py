@@ -97,25 +97,10 @@ def load_texts(config: DataConfig) -> tuple[Texts, Texts]:
                 f"{'train on' if given is train else 'evaluate on'}; allowed: data "
                 "with at least one, after the split by data.validation or by a hash"
             )
-    return train, _at_most(config.max_test, test)
+    return train, at_most(config.max_test, test)
 
 
-def load_test_texts(config: DataConfig) -> Texts:
-    """Load the server's own test file, empty if there is none, for `data.name` `node`.
-
-    Raises
-    ------
-    ConfigError
-        If the file or a column cannot be found.
-    """
-    if not config.test:
-        return Texts([], [])
-    rows = _read_file(Path(config.test).expanduser())
-    found = _columns(rows, config.text or "text", config.label or "label")
-    return _at_most(config.max_test, found)
-
-
-def _at_most(count: int, texts: Texts) -> Texts:
+def at_most(count: int, texts: Texts) -> Texts:
     """Choose so many texts by a hash; all if `count` is 0."""
     if not 0 < count < len(texts.texts):
         return texts

@@ -16,6 +16,7 @@ missing column is an error.
 
 import csv
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -23,11 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from slora_flwr.config import OWN_DATA, ConfigError, DataConfig
-from slora_flwr.tasks.dataset import Texts
+from slora_flwr.tasks.dataset import Texts, at_most
 
 BROKEN, NO_TEXT, NO_LABEL = "broken", "no text", "no label"
-# Yields a file's rows by column, None for a broken one; gives the columns.
+# Yields a file's rows by column, None for a broken one; gives the columns it has.
 Rows = Generator[dict[str, Any] | None, None, list[str]]
+
+# A column with more values, or longer ones, is not one of labels but of texts.
+MOST_LABELS, LONGEST_LABEL = 1000, 200
 
 csv.field_size_limit(2**30)  # whole documents are longer than the module's default
 
@@ -54,7 +58,7 @@ class OwnData:
             If neither says where the data is.
         """
         path = str(node_config.get("data-path", ""))
-        if not path and config.train:
+        if not path and config.train and "num-partitions" in node_config:
             # A simulated node has no config of its own, only a number.
             path = config.train.replace("{}", str(node_config.get("partition-id")))
         if not path:
@@ -80,6 +84,15 @@ class OwnData:
         OwnDataError
             If there is no file, one cannot be read, or a column is missing.
         """
+        try:
+            return self._load()
+        except OwnDataError:
+            raise
+        except Exception as error:
+            # Of whatever kind: all of them may quote the data.
+            raise OwnDataError(f"data of {self} cannot be read: {error!r}") from error
+
+    def _load(self) -> tuple[Texts, dict[str, int]]:
         names = [name.strip() for name in self.text.split(",")]
         texts: list[str] = []
         labels: list[str] = []
@@ -102,6 +115,25 @@ class OwnData:
                     labels.append(label)
         return Texts(texts, labels), dict(skipped)
 
+    def labels(self, texts: Texts) -> dict[str, int]:
+        """Count the rows of each label, for the server.
+
+        Raises
+        ------
+        OwnDataError
+            If the column is rather one of texts, which must not leave the node.
+        """
+        found = Counter(texts.labels)
+        named = [name.strip() for name in self.text.split(",")]
+        longest = max(map(len, found), default=0)
+        if self.label in named or len(found) > MOST_LABELS or longest > LONGEST_LABEL:
+            raise OwnDataError(
+                f"column {self.label!r} with {len(found)} different values of up to "
+                f"{longest} characters is not one of labels; allowed: another than the "
+                f"text's, {MOST_LABELS} values, {LONGEST_LABEL} characters"
+            )
+        return dict(sorted(found.items()))
+
     def _files(self) -> list[Path]:
         path = Path(self.path).expanduser()
         found = [path] if path.is_file() else []
@@ -116,10 +148,7 @@ class OwnData:
 
 
 def _read(path: Path, columns: list[str]) -> Rows:
-    try:
-        known = yield from _READERS[path.suffix](path)
-    except (OSError, ValueError) as error:
-        raise OwnDataError(f"data file {path} cannot be read: {error}") from error
+    known = yield from _READERS[path.suffix](path, columns)
     missing = [name for name in columns if name not in known]
     if missing:
         raise OwnDataError(
@@ -129,17 +158,22 @@ def _read(path: Path, columns: list[str]) -> Rows:
     return known
 
 
-def _csv(path: Path) -> Rows:
+def _csv(path: Path, columns: list[str]) -> Rows:
     # Bytes that are not UTF-8 break their row, not the file.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, strict=True)
         known = list(reader.fieldnames or [])
         while True:
             try:
                 row: dict[str, Any] = next(reader)
             except StopIteration:
                 return known
-            except csv.Error:
+            except csv.Error as error:
+                if "end of data" in str(error):
+                    raise OwnDataError(
+                        f"data file {path}: a quote after line {reader.line_num} is "
+                        "never closed"
+                    ) from error
                 yield None
                 continue
             # A key None holds fields too many, a value None stands for one too few.
@@ -147,7 +181,7 @@ def _csv(path: Path) -> Rows:
             yield row if whole else None
 
 
-def _jsonl(path: Path) -> Rows:
+def _jsonl(path: Path, columns: list[str]) -> Rows:
     known: dict[str, None] = {}
     with path.open("rb") as file:
         for line in file:
@@ -155,7 +189,7 @@ def _jsonl(path: Path) -> Rows:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict):
                 known |= dict.fromkeys(row)
@@ -165,17 +199,19 @@ def _jsonl(path: Path) -> Rows:
     return list(known)
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path, columns: list[str]) -> Rows:
     # Here and not above: most nodes need it not, and it takes long to import.
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches():
+        known = list(file.schema_arrow.names)
+        # Another column may hold what Python cannot.
+        for batch in file.iter_batches(columns=[n for n in known if n in columns]):
             yield from batch.to_pylist()
-        return list(file.schema_arrow.names)
+        return known
 
 
-_READERS: dict[str, Callable[[Path], Rows]] = {
+_READERS: dict[str, Callable[[Path, list[str]], Rows]] = {
     ".csv": _csv,
     ".jsonl": _jsonl,
     ".parquet": _parquet,
@@ -193,3 +229,26 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def load_test_texts(config: DataConfig) -> Texts:
+    """Load the server's own test file as a node loads its data; empty if there is none.
+
+    Raises
+    ------
+    ConfigError
+        If the file or a column cannot be found, or no row is of use.
+    """
+    if not config.test:
+        return Texts([], [])
+    source = OwnData(config.test, config.text or "text", config.label or "label")
+    try:
+        texts, skipped = source.load()
+    except OwnDataError as error:
+        raise ConfigError(f"data.test is {config.test!r}: {error}") from error
+    told = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
+    if not texts.texts:
+        raise ConfigError(f"data.test is {config.test!r}, without a row of use: {told}")
+    if skipped:
+        logging.getLogger(__name__).warning("%s: skipped %s", config.test, told)
+    return at_most(config.max_test, texts)

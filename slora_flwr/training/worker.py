@@ -21,14 +21,13 @@ from slora_flwr.tasks.dataset import (
     Task,
     Texts,
     list_classes,
-    load_test_texts,
     load_texts,
     make_task,
     tokenise,
 )
 from slora_flwr.tasks.examples import Examples
 from slora_flwr.tasks.metrics import Evaluation
-from slora_flwr.tasks.own_data import OwnData
+from slora_flwr.tasks.own_data import OwnData, load_test_texts
 from slora_flwr.tasks.partition import Partition, make_partition
 from slora_flwr.training.loop import evaluate, train
 
