@@ -264,7 +264,7 @@ def main() -> None:
                 run = Path(folder) / "run"
                 config = run_config(model, given.method, given.rounds, run)
                 results[model]["modes"][mode] = measure(mode, config)
-                results[model]["alone"] = alone(config)
+        results[model]["alone"] = alone(config)
         if not given.json:
             _print_table(model, results[model])
     if given.json:

@@ -57,6 +57,8 @@ server() {
     [ $# -gt 0 ] || die "server needs the names or addresses that nodes dial"
     [ -f "$certs/ca.key" ] || die "$certs/ca.key is not there: certs.sh ca"
     new "$certs/server.key" "$certs/server.crt"
+    local made
+    made=$(mktemp -d)
     # The first three are for the server's own containers.
     local name names=DNS:localhost,DNS:superlink,IP:127.0.0.1
     for name; do
@@ -66,11 +68,20 @@ server() {
             names+=,DNS:$name
         fi
     done
-    openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -subj "/CN=$1" \
-        -keyout "$certs/server.key" 2> /dev/null \
-        | openssl x509 -req -CA "$certs/ca.crt" -CAkey "$certs/ca.key" -days 825 \
-            -set_serial "0x$(openssl rand -hex 16)" -out "$certs/server.crt" \
-            -extfile <(printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth\n' "$names") 2> /dev/null
+    printf '%s\n' "subjectAltName=$names" extendedKeyUsage=serverAuth \
+        subjectKeyIdentifier=hash authorityKeyIdentifier=keyid > "$made/extensions"
+    # Both files appear, or neither.
+    if ! { openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -subj "/CN=$1" \
+            -keyout "$made/server.key" \
+            | openssl x509 -req -CA "$certs/ca.crt" -CAkey "$certs/ca.key" -days 825 \
+                -set_serial "0x$(openssl rand -hex 16)" -out "$made/server.crt" \
+                -extfile "$made/extensions"; } 2> "$made/log"; then
+        cat "$made/log" >&2
+        rm -r "$made"
+        die "no certificate for $*; allowed: host names and IP addresses"
+    fi
+    mv "$made/server.key" "$made/server.crt" "$certs"
+    rm -r "$made"
     chmod 644 "$certs/server.crt"
     give "$certs/server.key"
 }
@@ -97,7 +108,7 @@ flwr() {
 }
 
 register() {
-    local name file id
+    local name file id answer
     mkdir -p "$certs/registered"
     for name; do
         file=$nodes/$name/key.pub
@@ -107,9 +118,10 @@ register() {
         [ -f "$file" ] || die "$file is not there; give a node's name or a file NAME.pub"
         new "$certs/registered/$name"
         # shellcheck disable=SC2016
-        id=$(flwr sh -c 'f=$(mktemp) && cat > "$f" && flwr supernode register "$f" local --name "$1" --format json' \
-            - "$name" < "$file" | sed -n 's/.*"node-id": *"\{0,1\}\([0-9]*\).*/\1/p')
-        [ -n "$id" ] || die "$name was not registered"
+        answer=$(flwr sh -c 'f=$(mktemp) && cat > "$f" && flwr supernode register "$f" local --name "$1" --format json' \
+            - "$name" < "$file") || true
+        id=$(sed -n 's/.*"node-id": *"\{0,1\}\([0-9]*\).*/\1/p' <<< "$answer")
+        [ -n "$id" ] || die "$name was not registered: $answer"
         echo "$id" > "$certs/registered/$name"
         echo "$name is node $id"
     done

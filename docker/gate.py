@@ -11,7 +11,7 @@ import ssl
 import httpx
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -21,6 +21,7 @@ superlink = httpx.AsyncClient(
     base_url="https://superlink:8000",
     verify=ssl.create_default_context(cafile="/run/secrets/ca.crt"),
     timeout=60,
+    trust_env=False,  # Docker may set a proxy, which does not know this name
 )
 
 
@@ -38,6 +39,8 @@ async def forward(request: Request) -> Response:
             ),
             stream=True,
         )
+    except ClientDisconnect:
+        return PlainTextResponse("the node broke off", 400)
     except httpx.TransportError as error:
         # Nodes try again after this status.
         return PlainTextResponse(f"the SuperLink does not answer: {error!r}", 502)

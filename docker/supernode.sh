@@ -13,6 +13,7 @@ for folder in /nodes/*/; do
     config="name=\"${folder##*/}\" data-path=\"$folder/data\""
     [ ! -f "$folder/config" ] || config+=" $(tr '\n' ' ' < "$folder/config")"
     echo "node ${folder##*/}: $config"
+    # shellcheck disable=SC2093
     exec python3 -m slora_flwr.supernode "$@" \
         --auth-supernode-private-key "$folder/key" --node-config "$config"
 done

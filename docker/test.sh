@@ -38,8 +38,8 @@ clean_up() {
     trap - EXIT
     set +e
     if [ $status -ne 0 ]; then
-        docker ps --all --filter "name=$project" --format '{{.Names}} {{.Status}}'
-        for name in $(docker ps --all --filter "name=$project" --format '{{.Names}}'); do
+        docker ps --all --filter "name=^${project}[-_]" --format '{{.Names}} {{.Status}}'
+        for name in $(docker ps --all --filter "name=^${project}[-_]" --format '{{.Names}}'); do
             echo "--- $name"
             docker logs --tail 25 "$name" 2>&1 | grep -v uvicorn.access
         done
@@ -52,7 +52,7 @@ clean_up() {
     for kind in container volume network; do
         # shellcheck disable=SC2046
         docker $kind rm $([ $kind = network ] || echo --force) \
-            $(docker $kind ls --quiet $([ $kind != container ] || echo --all) --filter "name=$project") > /dev/null 2>&1
+            $(docker $kind ls --quiet $([ $kind != container ] || echo --all) --filter "name=^${project}[-_]") > /dev/null 2>&1
     done
     rm -rf "$work"
     exit $status
@@ -325,7 +325,7 @@ network() {
     done
     common=${common//=3/=2}
     for method in slora lora fft; do
-        start "$method" "method=\"$method\" rounds=4 sparse.rounds=2 data.test=\"/data/test.csv\""
+        start "$method" "method=\"$method\" rounds=3 sparse.rounds=1 data.test=\"/data/test.csv\""
         finish "$method"
         pass "network: $method at 100 Mbit/s and 50 ms: $("$python" - "$work/$method" << 'END'
 import csv, json, sys
@@ -336,7 +336,7 @@ events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
 ends = [(e["phase"], e["seconds"]) for e in events if e["event"] == "round"]
 took = [f"{phase} {b - a:.1f}" for (_, a), (phase, b) in zip(ends, ends[1:])]
 sent = sum(int(row["message_bytes"]) for row in csv.DictReader((folder / "ledger.csv").open()))
-print("seconds of rounds 2 to 4:", ", ".join(took) + ";", f"{sent / 2e6:.2f} MB a node in all")
+print("seconds of rounds 2 and 3:", ", ".join(took) + ";", f"{sent / 2e6:.2f} MB a node in all")
 END
         )"
     done
