@@ -200,7 +200,7 @@ class SparseConfig(PhaseRecipeConfig):
         _check_recipe("sparse", self, lowest=0)
         _fraction("sparse.density", self.density, one=True)
         _at_least("sparse.rounds", self.rounds, 1)
-        _one_of("sparse.mask", self.mask, ("unstructured",))
+        _one_of("sparse.mask", self.mask, ("unstructured", "rows", "columns"))
         _one_of("sparse.schedule", self.schedule, ("fixed",))
 
 

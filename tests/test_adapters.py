@@ -1,5 +1,6 @@
 """Adapters over model families: one matrix, then what each adapter promises."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,8 +224,11 @@ def test_proximal_term_pulls_to_the_sent_state(
 
 
 def test_size_is_known_without_attaching(backbone: Backbone) -> None:
-    config = parse({"sparse.density": 0.03, "lora.rank": 3})
-    for name in ("full", "head", "sparse", "lora"):
+    configs = [
+        parse({"sparse.density": 0.03, "lora.rank": 3, "sparse.mask": structure})
+        for structure in ("unstructured", "rows", "columns")
+    ]
+    for name, config in itertools.product(("full", "head", "sparse", "lora"), configs):
         adapter = make_adapter(name, config)
         adapter.attach(backbone)
         expected = sum(tensor.numel() for tensor in adapter.state().values())
@@ -235,15 +239,18 @@ def test_size_is_known_without_attaching(backbone: Backbone) -> None:
 # --- sparse
 
 
-def test_masked_out_weights_never_move(backbone: Backbone, examples: Examples) -> None:
+@pytest.mark.parametrize("structure", ["unstructured", "rows", "columns"])
+def test_masked_out_weights_never_move(
+    backbone: Backbone, examples: Examples, structure: str
+) -> None:
     before = {n: m.weight.detach().clone() for n, m in backbone.targets.items()}
-    adapter = SparseAdapter(DENSITY, "unstructured", 5)
+    adapter = SparseAdapter(DENSITY, structure, 5)
     adapter.attach(backbone)
     train(backbone, adapter, examples, ADAMW, KEY)
     for name, module in backbone.targets.items():
         out, into = before[name].shape
         mask = np.zeros(out * into, dtype=bool)
-        mask[make_mask(5, name, (out, into), DENSITY)] = True
+        mask[make_mask(5, name, (out, into), DENSITY, structure)] = True
         moved = (module.weight != before[name]).numpy(force=True).ravel()
         assert not moved[~mask].any()
         assert moved[mask].mean() > 0.9
@@ -259,7 +266,10 @@ class TargetsAdapter(FullAdapter):
         return {f"{name}.weight": body[f"{name}.weight"] for name in backbone.targets}
 
 
-def test_full_density_is_dense_training(folder: Path, examples: Examples) -> None:
+@pytest.mark.parametrize("structure", ["unstructured", "rows", "columns"])
+def test_full_density_is_dense_training(
+    folder: Path, examples: Examples, structure: str
+) -> None:
     recipe = RecipeConfig(
         epochs=3,
         batch_size=8,
@@ -271,7 +281,7 @@ def test_full_density_is_dense_training(folder: Path, examples: Examples) -> Non
     states = []
     for adapter in (
         TargetsAdapter(),
-        SparseAdapter(1.0, "unstructured", 0),
+        SparseAdapter(1.0, structure, 0),
     ):
         backbone = load_tiny(folder)
         adapter.attach(backbone)
@@ -287,27 +297,48 @@ def test_full_density_is_dense_training(folder: Path, examples: Examples) -> Non
         assert not torch.equal(expected, fresh.get_parameter(name).cpu())
 
 
+@pytest.mark.parametrize("structure", ["unstructured", "rows", "columns"])
 def test_gradient_is_the_dense_one_at_the_mask(
-    folder: Path, examples: Examples
+    folder: Path, examples: Examples, structure: str
 ) -> None:
     dense = load_tiny(folder)
     weights = [module.weight.requires_grad_() for module in dense.targets.values()]
     expected = torch.autograd.grad(loss_of(dense, examples), weights)
 
     backbone = load_tiny(folder)
-    adapter = SparseAdapter(DENSITY, "unstructured", 5)
+    adapter = SparseAdapter(DENSITY, structure, 5)
     adapter.attach(backbone)
     loss_of(backbone, examples).backward()
     for (name, module), gradient in zip(
         backbone.targets.items(), expected, strict=True
     ):
-        position = make_mask(5, name, shape_of(module), DENSITY)
+        position = make_mask(5, name, shape_of(module), DENSITY, structure)
         values = adapter.parameters()[list(backbone.targets).index(name)]
         assert values.grad is not None
         assert values.grad.abs().max() > 1e-4
         torch.testing.assert_close(
             values.grad.cpu(), gradient.flatten().cpu()[position], rtol=1e-4, atol=1e-7
         )
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "rows", "columns"])
+def test_what_is_kept_for_the_backward_pass(structure: str) -> None:
+    """An activation whole, or the columns' slice of it; never a weight."""
+    module = nn.Linear(48, 32)
+    module.requires_grad_(False)
+    backbone = Backbone(nn.Sequential(module), None, {"0": module}, {})
+    adapter = SparseAdapter(0.25, structure, 5)
+    adapter.attach(backbone)
+    x = torch.randn(10, 48, requires_grad=True)
+    kept: list[tuple[int, ...]] = []
+    pack = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t
+    )
+    with pack:
+        module(x)
+    lines = {"unstructured": 384, "rows": 8, "columns": 12}[structure]
+    inputs = 12 if structure == "columns" else 48
+    assert kept == [(10, inputs), (lines,)]
 
 
 def test_no_dense_gradient_is_kept(backbone: Backbone, examples: Examples) -> None:

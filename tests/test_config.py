@@ -55,7 +55,7 @@ CHANGED: dict[str, Value] = {
     "sparse.lr": 0.2,
     "sparse.density": 1.0,
     "sparse.rounds": 2,
-    "sparse.mask": "unstructured",
+    "sparse.mask": "rows",
     "sparse.schedule": "fixed",
     "lora.epochs": 4,
     "lora.batch-size": 32,
@@ -73,7 +73,7 @@ CHANGED: dict[str, Value] = {
     "run.eval-every": 0,
     "run.target": 1.0,
 }
-ONE_CHOICE = {"sparse.mask", "sparse.schedule", "lora.aggregator"}
+ONE_CHOICE = {"sparse.schedule", "lora.aggregator"}
 OWN: dict[str, Value] = {
     "data.name": "node",
     "clients.count": 0,
@@ -126,7 +126,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("sparse.density", 1.5, "a number above 0 up to 1"),
     ("sparse.rounds", 0, "a number of at least 1"),
     ("sparse.rounds", 12, "1 to 11 for slora, since rounds is 12"),
-    ("sparse.mask", "diagonal", "unstructured"),
+    ("sparse.mask", "diagonal", "unstructured, rows, columns"),
     ("sparse.schedule", "never", "fixed"),
     ("lora.epochs", -1, "a number of at least 0"),
     ("lora.batch-size", -1, "a number of at least 0"),

@@ -5,7 +5,13 @@ import hashlib
 import numpy as np
 import pytest
 
-from slora_flwr.adapters.masks import draw_distinct, fingerprint, key, make_mask
+from slora_flwr.adapters.masks import (
+    draw_distinct,
+    fingerprint,
+    key,
+    make_mask,
+    mask_size,
+)
 
 # A new value here means that old runs, and nodes of another version, have other masks.
 GOLDEN_START = [165, 241, 478, 763]
@@ -27,14 +33,25 @@ def reference_distinct(philox_key: int, count: int, size: int) -> list[int]:
 
 
 def reference_mask(
-    seed: int, name: str, shape: tuple[int, int], count: int, server_round: int = 0
+    seed: int,
+    name: str,
+    shape: tuple[int, int],
+    count: int,
+    server_round: int = 0,
+    structure: str = "unstructured",
 ) -> list[int]:
     text = (
         f"int:{seed}\x1fint:{server_round}\x1fstr:{name}\x1fint:{shape[0]}"
-        f"\x1fint:{shape[1]}\x1fstr:unstructured"
+        f"\x1fint:{shape[1]}\x1fstr:{structure}"
     )
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    return reference_distinct(int(digest, 16), count, shape[0] * shape[1])
+    m, n = shape
+    size = {"unstructured": m * n, "rows": m, "columns": n}[structure]
+    drawn = reference_distinct(int(digest, 16), count, size)
+    if structure == "unstructured":
+        return drawn
+    of = {"rows": lambda p: p // n, "columns": lambda p: p % n}[structure]
+    return [p for p in range(m * n) if of(p) in drawn]
 
 
 def test_a_mask_never_changes() -> None:
@@ -67,6 +84,26 @@ def test_mask_is_the_reference_with_exactly_its_density(
     assert (np.diff(mask) > 0).all()
 
 
+@pytest.mark.parametrize(
+    ("structure", "density", "count"),
+    [
+        ("rows", 0.1, 3),  # 3.1 of 31
+        ("rows", 0.9, 28),  # 27.9
+        ("columns", 0.1, 2),  # 1.7 of 17
+        ("columns", 0.001, 1),  # at least one
+        ("columns", 1.0, 17),
+    ],
+)
+def test_structured_masks_are_whole_lines(
+    structure: str, density: float, count: int
+) -> None:
+    mask = make_mask(5, "a.b", (31, 17), density, structure, server_round=4)
+    expected = reference_mask(5, "a.b", (31, 17), count, 4, structure)
+    assert mask.tolist() == expected
+    assert len(mask) == count * (17 if structure == "rows" else 31)
+    assert mask_size((31, 17), density, structure) == len(mask)
+
+
 def test_round_is_part_of_the_reference() -> None:
     mask = make_mask(1, "w", (40, 50), 0.02, server_round=3)
     assert mask.tolist() == reference_mask(1, "w", (40, 50), 40, server_round=3)
@@ -91,6 +128,8 @@ def test_masks_differ_by_seed_name_round_and_orientation() -> None:
         make_mask(0, "b", (32, 48), 0.1),
         make_mask(0, "a", (48, 32), 0.1),
         make_mask(0, "a", (32, 48), 0.1, server_round=1),
+        make_mask(0, "a", (32, 48), 0.1, "rows"),
+        make_mask(0, "a", (32, 48), 0.1, "columns"),
     ]
     assert len({mask.tobytes() for mask in masks}) == len(masks)
 
@@ -139,5 +178,5 @@ def test_fingerprint_sees_names_positions_and_order() -> None:
 
 
 def test_unknown_structure_is_refused() -> None:
-    with pytest.raises(ValueError, match="unstructured"):
+    with pytest.raises(ValueError, match="unstructured, rows, columns"):
         make_mask(0, "w", (4, 4), 0.5, "diagonal")

@@ -51,15 +51,15 @@ def draw_distinct(stream: np.random.Philox, count: int, size: int) -> NDArray[np
             return np.sort(drawn[np.sort(first)[:count]])
 
 
-def make_mask(
+def draw_lines(
     seed: int,
     name: str,
     shape: tuple[int, int],
     density: float,
-    structure: str = "unstructured",
+    structure: str,
     server_round: int = 0,
 ) -> NDArray[np.int64]:
-    """Choose the trained entries of one target matrix.
+    """Choose what a mask is made of: entries, whole rows or whole columns.
 
     Parameters
     ----------
@@ -70,22 +70,68 @@ def make_mask(
     shape : tuple of int
         (output features, input features).
     density : float
-        Share of the entries; `round(density * m * n)` are chosen, at least one.
+        Share of the entries, rows or columns; it is rounded to a whole number of them,
+        at least one.
     structure : str
-        `unstructured`.
+        `unstructured`, `rows` (output features) or `columns` (input features).
     server_round : int
         0 for a mask that is fixed over the phase.
 
     Returns
     -------
     NDArray[np.int64]
-        Row-major positions of the entries, distinct and ascending.
+        Row-major positions of entries, or numbers of rows or columns; distinct and
+        ascending.
     """
-    if structure != "unstructured":
-        raise ValueError(f"mask structure is {structure!r}; allowed: unstructured")
-    size = shape[0] * shape[1]
+    size = _lines(shape, structure)
     stream = np.random.Philox(key=key(seed, server_round, name, *shape, structure))
     return draw_distinct(stream, max(1, round(density * size)), size)
+
+
+def make_mask(
+    seed: int,
+    name: str,
+    shape: tuple[int, int],
+    density: float,
+    structure: str = "unstructured",
+    server_round: int = 0,
+) -> NDArray[np.int64]:
+    """Choose the trained entries of one target matrix; arguments as of `draw_lines`.
+
+    Returns
+    -------
+    NDArray[np.int64]
+        Row-major positions of the entries, distinct and ascending.
+    """
+    lines = draw_lines(seed, name, shape, density, structure, server_round)
+    return positions(lines, shape, structure)
+
+
+def positions(
+    lines: NDArray[np.int64], shape: tuple[int, int], structure: str
+) -> NDArray[np.int64]:
+    """Give the row-major positions of all entries of some lines, ascending."""
+    rows, columns = np.arange(shape[0]), np.arange(shape[1])
+    if structure == "rows":
+        return (lines[:, None] * shape[1] + columns).ravel()
+    if structure == "columns":
+        return (rows[:, None] * shape[1] + lines).ravel()
+    return lines
+
+
+def mask_size(shape: tuple[int, int], density: float, structure: str) -> int:
+    """Count the entries of a mask."""
+    lines = _lines(shape, structure)
+    return max(1, round(density * lines)) * (shape[0] * shape[1] // lines)
+
+
+def _lines(shape: tuple[int, int], structure: str) -> int:
+    lines = {"unstructured": shape[0] * shape[1], "rows": shape[0], "columns": shape[1]}
+    if structure not in lines:
+        raise ValueError(
+            f"mask structure is {structure!r}; allowed: {', '.join(lines)}"
+        )
+    return lines[structure]
 
 
 def fingerprint(masks: dict[str, NDArray[np.int64]]) -> str:

@@ -1,5 +1,6 @@
 """How many values an adapter's state holds, without attaching it."""
 
+from slora_flwr.adapters.masks import mask_size
 from slora_flwr.config import RunConfig
 from slora_flwr.models.backbone import Backbone
 
@@ -21,8 +22,9 @@ def state_size(name: str, config: RunConfig, backbone: Backbone) -> int:
     if name == "full":
         return backbone.size
     if name == "sparse":
+        density, structure = config.sparse.density, config.sparse.mask
         return head + sum(
-            max(1, round(config.sparse.density * out * into)) for out, into in shapes
+            mask_size((out, into), density, structure) for out, into in shapes
         )
     if name == "lora":
         return head + sum(config.lora.rank * (out + into) for out, into in shapes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from slora_flwr.adapters.head import HeadAdapter, State
-from slora_flwr.adapters.masks import fingerprint, make_mask
+from slora_flwr.adapters.masks import draw_lines, fingerprint, positions
 from slora_flwr.models.backbone import Backbone
 
 
@@ -33,7 +33,9 @@ class SparseAdapter(HeadAdapter):
     density : float
         Share of the entries of each target matrix.
     structure : str
-        Structure of the mask, see `masks.make_mask`.
+        Structure of the mask, see `masks.draw_lines`. Of `rows` and `columns` only
+        their slice of the weight's gradient is computed; `columns` also keeps only
+        their slice of the activations.
     seed : int
         The seed that names the mask.
     """
@@ -41,35 +43,27 @@ class SparseAdapter(HeadAdapter):
     def __init__(self, density: float, structure: str, seed: int) -> None:
         super().__init__()
         self._density, self._structure, self._seed = density, structure, seed
-        self._masks: dict[str, NDArray[np.int64]] = {}
-        self._positions: dict[str, Tensor] = {}
+        self._lines: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
 
     def masks(self, backbone: Backbone) -> dict[str, NDArray[np.int64]]:
-        """Draw the mask of each target matrix by its name."""
+        """Draw the mask of each target matrix by its name: row-major positions."""
         return {
-            name: make_mask(
-                self._seed,
-                name,
-                (module.out_features, module.in_features),
-                self._density,
-                self._structure,
-            )
+            name: positions(self._draw(name, module), _shape(module), self._structure)
             for name, module in backbone.targets.items()
         }
 
     def commit(self) -> None:
         """Write the trained values into the resident weights."""
         with torch.no_grad():
-            for name, positions in self._positions.items():
-                values = self._trained[f"{name}.values"]
-                _flat(self.backbone.targets[name]).index_copy_(
-                    0, positions, values.to(self.backbone.targets[name].weight.dtype)
-                )
+            for name, lines in self._lines.items():
+                weight = self.backbone.targets[name].weight
+                values = self._trained[f"{name}.values"].to(weight.dtype)
+                _scatter(weight, lines, values, self._structure)
 
     def fingerprint(self) -> str:
         """Digest the masks, so that nodes with other masks are told apart."""
-        return fingerprint(self._masks)
+        return fingerprint(self.masks(self.backbone))
 
     def delta(self, state: State) -> State:
         """Give what a state changed of W_0 at the mask's positions, by module name.
@@ -89,38 +83,63 @@ class SparseAdapter(HeadAdapter):
             for name, before in self._before.items()
         }
 
+    def _draw(self, name: str, module: nn.Linear) -> NDArray[np.int64]:
+        shape = _shape(module)
+        return draw_lines(self._seed, name, shape, self._density, self._structure)
+
     def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        self._masks = self.masks(backbone)
         trained = {}
         for name, module in backbone.targets.items():
-            positions = torch.from_numpy(self._masks[name]).to(module.weight.device)
-            self._positions[name] = positions
-            self._before[name] = _flat(module)[positions].clone()
-            values = nn.Parameter(self._before[name].to(torch.float32, copy=True))
+            drawn = torch.from_numpy(self._draw(name, module))
+            self._lines[name] = lines = drawn.to(module.weight.device)
+            before = _gather(module.weight.detach(), lines, self._structure)
+            self._before[name] = before.clone()
+            values = nn.Parameter(before.to(torch.float32, copy=True))
             trained[f"{name}.values"] = values
-            module.forward = partial(_forward, module, values, positions)  # type: ignore[method-assign]
+            module.forward = partial(_forward, module, values, lines, self._structure)  # type: ignore[method-assign]
         return trained
 
     def _restore(self, backbone: Backbone) -> None:
         with torch.no_grad():
             for name, module in backbone.targets.items():
-                _flat(module).index_copy_(0, self._positions[name], self._before[name])
+                before, lines = self._before[name], self._lines[name]
+                _scatter(module.weight, lines, before, self._structure)
                 del module.forward  # the class's own forward shows again
-        self._positions, self._before, self._masks = {}, {}, {}
+        self._lines, self._before = {}, {}
 
 
-def _flat(module: nn.Linear) -> Tensor:
-    return module.weight.detach().view(-1)
+def _shape(module: nn.Linear) -> tuple[int, int]:
+    return module.out_features, module.in_features
 
 
-def _forward(module: nn.Linear, values: Tensor, positions: Tensor, x: Tensor) -> Tensor:
-    return _MaskedLinear.apply(x, values, module.weight, module.bias, positions)
+def _gather(matrix: Tensor, lines: Tensor, structure: str) -> Tensor:
+    """Read a matrix at a mask, in the order of its positions."""
+    if structure == "unstructured":
+        return matrix.reshape(-1)[lines]
+    return matrix.index_select(int(structure == "columns"), lines).reshape(-1)
+
+
+def _scatter(weight: Tensor, lines: Tensor, values: Tensor, structure: str) -> None:
+    """Write a weight at a mask."""
+    if structure == "unstructured":
+        weight.view(-1).index_copy_(0, lines, values)
+    elif structure == "rows":
+        weight.index_copy_(0, lines, values.view(-1, weight.shape[1]))
+    else:
+        weight.index_copy_(1, lines, values.view(weight.shape[0], -1))
+
+
+def _forward(
+    module: nn.Linear, values: Tensor, lines: Tensor, structure: str, x: Tensor
+) -> Tensor:
+    return _MaskedLinear.apply(x, values, module.weight, module.bias, lines, structure)
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """y = x Wᵀ + b, with a gradient for W's entries at `positions` alone.
+    """y = x Wᵀ + b, with a gradient for W's entries under the mask alone.
 
-    The weight's dense gradient exists only inside one call of `backward`.
+    An unstructured mask's is gathered from the dense gradient, which exists only inside
+    one call of `backward`.
     """
 
     @staticmethod
@@ -130,24 +149,30 @@ class _MaskedLinear(torch.autograd.Function):
         values: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        positions: Tensor,
+        lines: Tensor,
+        structure: str,
     ) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        ctx.save_for_backward(x, positions)
+        kept = x.index_select(-1, lines) if structure == "columns" else x
+        ctx.save_for_backward(kept, lines)
         # `commit` changes the weight in place between steps, never between a forward
         # and its backward, so it needs no version check.
-        ctx.weight = weight
+        ctx.weight, ctx.structure = weight, structure
         bias = None if bias is None else bias.to(x.dtype)
         return F.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, positions = ctx.saved_tensors
+        x, lines = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ ctx.weight.to(grad_y.dtype)
-        dense = grad_y.flatten(0, -2).T @ x.flatten(0, -2)
-        grad_values = dense.reshape(-1)[positions].float()
-        return grad_x, grad_values, None, None, None
+        x, grad_y = x.flatten(0, -2), grad_y.flatten(0, -2)
+        if ctx.structure == "rows":
+            grad_y = grad_y.index_select(1, lines)
+        grad_values = (grad_y.T @ x).reshape(-1)
+        if ctx.structure == "unstructured":
+            grad_values = grad_values[lines]
+        return grad_x, grad_values.float(), None, None, None, None
