@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slora_flwr.adapters import LowRankAdapter, SparseAdapter, handoff
 from slora_flwr.adapters.handoff import Handoff, hand_over
+from slora_flwr.adapters.masks import make_mask
 from slora_flwr.adapters.priming import (
     DENSE_SIDE,
     HandoffError,
@@ -95,6 +96,25 @@ def test_large_matrices_go_by_lanczos(monkeypatch: pytest.MonkeyPatch) -> None:
     positions, values, _ = sparse_matrix((200, 320), 1280)
     monkeypatch.setattr(np.linalg, "svd", None)
     truncated_svd(positions, values, (200, 320), 5)
+
+
+@pytest.mark.parametrize("structure", ["rows", "columns"])
+@pytest.mark.parametrize(("density", "rank"), [(0.03, 4), (0.03, 12), (0.5, 6)])
+def test_whole_lines_are_factored_exactly(
+    structure: str, density: float, rank: int
+) -> None:
+    shape = (200, 320)
+    positions = make_mask(3, "w", shape, density, structure)
+    values = np.random.default_rng(0).normal(size=len(positions))
+    dense = np.zeros(shape[0] * shape[1])
+    dense[positions] = values
+    dense = dense.reshape(shape)
+    svd = truncated_svd(positions, values, shape, rank)
+    np.testing.assert_allclose(product(svd), truncate(dense, rank), atol=1e-9)
+    np.testing.assert_allclose(svd.u.T @ svd.u, np.eye(rank), atol=1e-9)
+    np.testing.assert_allclose(svd.vt @ svd.vt.T, np.eye(rank), atol=1e-9)
+    if density == 0.03 and rank == 12:  # 6 rows, 10 columns
+        assert svd.energy == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("shape", [(20, 30), (200, 320)])

@@ -58,30 +58,70 @@ def truncated_svd(
     ValueError
         If rank is more than min(m, n).
     """
-    from scipy import sparse
-    from scipy.sparse.linalg import svds
-
     side = min(shape)
     if rank > side:
         raise ValueError(f"rank is {rank}; allowed: up to {side} for shape {shape}")
     values = values.astype(np.float64)
     total = float(values @ values)
-    rows, columns = np.divmod(positions, shape[1])
-    matrix = sparse.csr_array((values, (rows, columns)), shape=shape)
-    if side <= DENSE_SIDE or 2 * rank >= side or total == 0.0:
-        u, s, vt = np.linalg.svd(matrix.toarray(), full_matrices=False)
-        u, s, vt = u[:, :rank], s[:rank], vt[:rank]
+    # Lines without an entry do not matter: of a mask of whole rows or columns a thin
+    # dense matrix is left, whose SVD is exact and quick.
+    rows, at_row = np.unique(positions // shape[1], return_inverse=True)
+    columns, at_column = np.unique(positions % shape[1], return_inverse=True)
+    thin = (len(rows), len(columns))
+    if min(thin) <= DENSE_SIDE or 2 * rank >= min(thin) or total == 0.0:
+        dense = np.zeros(thin)
+        dense[at_row, at_column] = values
+        u, s, vt = np.linalg.svd(dense, full_matrices=False)
     else:
-        # A fixed start makes the factors repeatable; its direction does not matter.
-        start = np.random.Philox(key=rank).random_raw(side).astype(np.float64)
-        u, s, vt = svds(matrix, k=rank, v0=start / 2.0**63 - 1.0)
-        u, s, vt = u[:, ::-1], s[::-1], vt[::-1]
+        u, s, vt = _lanczos(at_row, at_column, values, thin, rank)
+    kept = min(rank, len(s))
+    s = np.concatenate([s[:kept], np.zeros(rank - kept)])
+    u = _spread(u[:, :kept], rows, shape[0], rank)
+    vt = _spread(vt[:kept].T, columns, shape[1], rank).T
     # The sign of a singular pair is free: the largest entry of each row of vt is
     # made positive, so that two solvers agree.
     signs = np.sign(vt[np.arange(rank), np.abs(vt).argmax(axis=1)])
     signs[signs == 0] = 1.0
     energy = float(s @ s) / total if total else 0.0
     return TruncatedSvd(u * signs, s, vt * signs[:, None], energy)
+
+
+def _lanczos(
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    values: NDArray[np.float64],
+    shape: tuple[int, int],
+    rank: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    from scipy import sparse
+    from scipy.sparse.linalg import svds
+
+    matrix = sparse.csr_array((values, (rows, columns)), shape=shape)
+    # A fixed start makes the factors repeatable; its direction does not matter.
+    start = np.random.Philox(key=rank).random_raw(min(shape)).astype(np.float64)
+    u, s, vt = svds(matrix, k=rank, v0=start / 2.0**63 - 1.0)
+    return u[:, ::-1], s[::-1], vt[::-1]
+
+
+def _spread(
+    vectors: NDArray[np.float64], lines: NDArray[np.int64], size: int, count: int
+) -> NDArray[np.float64]:
+    """Write orthonormal columns at some lines; fill up with others orthogonal to them.
+
+    Returns
+    -------
+    NDArray[np.float64]
+        Shape (size, count).
+    """
+    full = np.zeros((size, vectors.shape[1]))
+    full[lines] = vectors
+    missing = count - vectors.shape[1]
+    if not missing:
+        return full
+    words = np.random.Philox(key=count).random_raw(size * missing).astype(np.float64)
+    others = (words / 2.0**63 - 1.0).reshape(size, missing)
+    basis, _ = np.linalg.qr(np.concatenate([full, others], axis=1))
+    return np.concatenate([full, basis[:, -missing:]], axis=1)
 
 
 def prime(svd: TruncatedSvd, scaling: float, factors: str) -> tuple[Tensor, Tensor]:
