@@ -219,7 +219,7 @@ c_refusals() {
     local unknown wrong plain revoked
     unknown=$(refused key '.code: 2004.*' "${supernode[@]}" --root-certificates /ca.crt --auth-supernode-private-key /other/stranger/key)
     wrong=$(refused ca 'certificate verify failed.*' "${supernode[@]}" --root-certificates /other/certs/ca.crt --auth-supernode-private-key /other/stranger/key)
-    plain=$(refused plain 'Server disconnected.*' "${supernode[@]}" --insecure --max-retries 1)
+    plain=$(refused plain 'Server disconnected.*|Connection reset by peer' "${supernode[@]}" --insecure --max-retries 1)
     ln -s key.pub "$work/other/stranger/stranger.pub"
     docker/certs.sh register "$work/other/stranger/stranger.pub"
     docker/certs.sh revoke stranger > /dev/null

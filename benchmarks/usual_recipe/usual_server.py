@@ -1,0 +1,67 @@
+"""Federated LoRA as Flower's examples do it: FedAvg over one client a message."""
+
+import json
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+from slora_flwr.config import RunConfig, parse
+from slora_flwr.models.backbone import find_targets, load_backbone
+from slora_flwr.training.worker import Worker
+
+# Flower ServerApp
+app = ServerApp()
+
+
+def read_recipe(context: Context) -> RunConfig:
+    """Read slora-flwr's run config."""
+    return parse(json.loads(Path(str(context.run_config["recipe"])).read_text()))
+
+
+@cache
+def load_data(config: RunConfig) -> Worker:
+    """Load data and partition once a process, as Flower's examples do too."""
+    return Worker(config)
+
+
+def make_model(config: RunConfig) -> Any:
+    """Load the checkpoint, and put PEFT's LoRA on it."""
+    labels = len(load_data(config).classes)
+    model = load_backbone(config.model, labels, config.seed).model
+    lora = LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=int(config.lora.alpha),
+        target_modules=list(find_targets(model)),
+        modules_to_save=["classifier"],
+    )
+    return get_peft_model(model, lora)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run FedAvg, and write down when it began and each round ended."""
+    config = read_recipe(context)
+    times: list[float] = []
+
+    def note(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        times.append(time.perf_counter())
+        Path(f"{context.run_config['recipe']}.times").write_text(json.dumps(times))
+        return MetricRecord({"round": server_round})
+
+    strategy = FedAvg(
+        fraction_evaluate=0.0,
+        min_available_nodes=config.clients.count,
+        min_train_nodes=config.clients.count,
+    )
+    strategy.start(
+        grid=grid,
+        initial_arrays=ArrayRecord(get_peft_model_state_dict(make_model(config))),
+        num_rounds=config.rounds,
+        evaluate_fn=note,
+    )
