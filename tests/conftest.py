@@ -12,6 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# In processes that tests start too: the last bits of a sum depend on the threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["SLORA_HOME"] = tempfile.mkdtemp(prefix="slora-tests-")
 
 import numpy as np
