@@ -50,6 +50,7 @@ class SparseAdapter(HeadAdapter):
         super().__init__()
         self._density, self._structure, self._seed = density, structure, seed
         self._lines: dict[str, Tensor] = {}
+        self._fingerprint = ""
         self._before: dict[str, Tensor] = {}
 
     def masks(self, backbone: Backbone) -> dict[str, NDArray[np.int64]]:
@@ -69,7 +70,7 @@ class SparseAdapter(HeadAdapter):
 
     def fingerprint(self) -> str:
         """Digest the masks, so that nodes with other masks are told apart."""
-        return fingerprint(self.masks(self.backbone))
+        return self._fingerprint
 
     def delta(self, state: State) -> State:
         """Give what a state changed of W_0 at the mask's positions, by module name.
@@ -95,9 +96,11 @@ class SparseAdapter(HeadAdapter):
 
     def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
         trained = {}
+        masks = {}
         for name, module in backbone.targets.items():
-            drawn = torch.from_numpy(self._draw(name, module))
-            self._lines[name] = lines = drawn.to(module.weight.device)
+            drawn = self._draw(name, module)
+            masks[name] = positions(drawn, _shape(module), self._structure)
+            self._lines[name] = lines = torch.from_numpy(drawn).to(module.weight.device)
             before = _gather(module.weight.detach(), lines, self._structure)
             self._before[name] = before.clone()
             values = nn.Parameter(before.to(torch.float32, copy=True))
@@ -107,6 +110,7 @@ class SparseAdapter(HeadAdapter):
                 pattern = _pattern(lines, _shape(module))
             mask = _Mask(lines, self._structure, pattern)
             module.forward = partial(_forward, module, values, mask)  # type: ignore[method-assign]
+        self._fingerprint = fingerprint(masks)
         return trained
 
     def _restore(self, backbone: Backbone) -> None:
