@@ -228,6 +228,22 @@ def test_nodes_do_not_change_the_result(config: Config, method: str) -> None:
     assert one.mean(3).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("mask", ["rows", "columns"])
+def test_a_run_with_a_structured_mask(config: Config, mask: str) -> None:
+    config |= {"method": "slora", "sparse.mask": mask}
+    first = start(config, RecordingGrid(config, nodes=1))
+    # 5% of 32 or 48 lines are 2; the head's values travel too.
+    lines = {"rows": 4 * 64 + 2 * 32 + 2 * 48, "columns": 4 * 64 + 2 * 48 + 2 * 32}
+    sent = LAYERS * lines[mask] + HEAD_VALUES
+    assert payloads(first)[0] == (1, "sparse", "down", 6, 6 * 4 * sent)
+    [handoff] = events(first, "handoff")
+    assert all(energy == pytest.approx(1.0) for energy in handoff["energies"].values())
+    config = elsewhere(config)
+    assert not differ(
+        final(start(config, RecordingGrid(config, nodes=3))), final(first)
+    )
+
+
 def test_nodes_do_not_change_a_warm_start(config: Config) -> None:
     config |= {"method": "slora", "lora.base": "warm-start"}
     first = start(config, RecordingGrid(config, nodes=1))
