@@ -297,9 +297,7 @@ class HospitalGrid(InlineGrid):
 
 
 def gathered(grid: HospitalGrid, **options: Any) -> OwnDataFleet:
-    found = OwnDataFleet(
-        {"code": "c0de"}, len(grid.since), 5.0, labels=(), **options
-    )  # fmt: skip
+    found = OwnDataFleet({"code": "c0de"}, len(grid.since), 5.0, **options)
     found.gather(grid)
     return found
 
@@ -321,6 +319,13 @@ def test_labels_are_the_union_and_nodes_are_numbered_by_name(clock: Clock) -> No
     assert found.sizes == {0: 5, 1: 4, 2: 2}
     assert found.assign([0, 1, 2]) == {8: [0], 7: [1], 9: [2]}
     assert found.name(8) == "a (node 8)"
+
+
+def test_given_labels_change_nothing_about_the_numbers(clock: Clock) -> None:
+    grid = HospitalGrid({n: hospital(f"{9 - n}", x=n, z=1) for n in range(1, 9)})
+    found = gathered(grid, labels=["x", "y"])
+    assert found.classes == ["x", "y"]
+    assert found.assign(range(8)) == {n: [8 - n] for n in range(1, 9)}
 
 
 def test_a_nodes_own_number_is_kept(clock: Clock) -> None:
@@ -411,6 +416,12 @@ def test_a_node_with_too_few_usable_rows_is_left_out_by_name(clock: Clock) -> No
 def test_one_label_is_no_task(clock: Clock) -> None:
     with pytest.raises(FleetError, match=r"labels are \['x'\]; at least two"):
         gathered(HospitalGrid({7: hospital("a", x=3)}))
+
+
+def test_no_fitting_node_is_an_error_with_the_reasons(clock: Clock) -> None:
+    grid = HospitalGrid({7: hospital("a", x=1, y=1) | {"code": "old"}})
+    with pytest.raises(FleetError, match=r"no node can train \(node 7: code is 'old'"):
+        gathered(grid)
 
 
 @pytest.mark.parametrize(

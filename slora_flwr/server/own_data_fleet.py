@@ -82,6 +82,7 @@ class OwnDataFleet(Fleet):
         self._min_examples = min_examples
         self._described: dict[int, Description] = {}
         self._clients: dict[str, int] = {}
+        self._settled = False
 
     def name(self, node: int) -> str:
         """Give the name that the node's operator gave it, and its id."""
@@ -92,21 +93,21 @@ class OwnDataFleet(Fleet):
         self, node: int, described: Mapping[str, Any], metrics: Mapping[str, Any]
     ) -> None:
         self._described[node] = Description.read(described, metrics)
-        if self.classes:
+        if self._settled:
             self._place(node)
 
     def _settle(self) -> None:
-        if self.classes:
-            return
-        found = [d.labels for n, d in self._described.items() if n not in self.left_out]
-        self.classes = sorted(self._also.union(*found))
-        if len(self.classes) < 2:
+        there = {n: d for n, d in self._described.items() if n not in self.left_out}
+        if not self.classes:
+            found = [described.labels for described in there.values()]
+            self.classes = sorted(self._also.union(*found))
+        if there and len(self.classes) < 2:
             raise FleetError(
                 f"the nodes' labels are {self.classes}; at least two are needed"
             )
         log(INFO, "%d labels agreed: %s", len(self.classes), ", ".join(self.classes))
-        # Those with a number of their own first.
-        there = {n: d for n, d in self._described.items() if n not in self.left_out}
+        self._settled = True
+        # In the order of names, those with a number of their own first.
         order = sorted((d.client is None, d.name, n) for n, d in there.items())
         for _, _, node in order:
             try:
