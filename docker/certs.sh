@@ -100,10 +100,14 @@ node() {
 
 # Flower's command line inside the SuperLink's container, so that no host needs Python.
 flwr() {
-    local container
+    local container left=60
     container=$(docker ps --quiet --filter label=com.docker.compose.service=superlink \
         ${COMPOSE_PROJECT_NAME:+--filter label=com.docker.compose.project=$COMPOSE_PROJECT_NAME})
     [[ $container =~ ^[0-9a-f]+$ ]] || die "there must be one running SuperLink on this host"
+    until [ "$(docker inspect --format '{{.State.Health.Status}}' "$container")" = healthy ]; do
+        [ $((left--)) -gt 0 ] || die "the SuperLink is not healthy after a minute"
+        sleep 1
+    done
     docker exec --interactive "$container" "$@"
 }
 
