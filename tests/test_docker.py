@@ -23,7 +23,7 @@ def passed(*parts: str) -> list[str]:
         ).returncode
     )
     if not running and ENGINE.is_file() and os.getuid() == 0:
-        subprocess.run([ENGINE], check=True)
+        subprocess.run([ENGINE], check=False)  # without one the script below says so
     done = subprocess.run(
         [ROOT / "docker" / "test.sh", *parts],
         env={**os.environ, "PYTHON": sys.executable},
