@@ -20,7 +20,7 @@ from slora_flwr.adapters.masks import draw_lines, fingerprint, positions
 from slora_flwr.models.backbone import Backbone
 
 # On a CPU, masks of up to this density are quicker to sample than to gather from the
-# dense gradient: 5 to 10 times at 1%, about 2 at 5% (benchmarks/step.py has the step).
+# dense gradient: 2 to 4 times at 1%, on two cores and the shapes of MiniLM and BERT.
 SAMPLED_DENSITY = 0.05
 
 
