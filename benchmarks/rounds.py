@@ -13,19 +13,13 @@ round's seconds are those of the rounds after the first; all else is start-up.
 import argparse
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
+from simulation import APP, round_ends, simulate
 
-APP = Path(__file__).parents[1]
-FLWR = [sys.executable, "-m", "flwr.cli.app"]
 WAYS = ("bare", "slora-flwr", "usual recipe")
 
 
@@ -40,7 +34,9 @@ def run_config(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "data.max-test": 50,
         "clients.count": options.clients,
         "clients.per-round": options.clients,
-        "clients.partitioner": "iid",
+        "clients.partitioner": "virtual",
+        "clients.alpha": 1.0,
+        "clients.examples": options.examples,
         "run.eval-every": 0,
         "run.dir": str(folder / "run"),
     }
@@ -62,65 +58,6 @@ def bare(config: dict[str, Any]) -> list[float]:
     return ends
 
 
-def simulated(
-    app: Path, run: str, nodes: int, folder: Path, config: dict[str, Any]
-) -> list[float]:
-    """Run an app by `flwr run` on a SuperLink of its own; give the rounds' ends."""
-    home = folder / "flower"
-    ports = [str(_free_port()) for _ in range(2)]
-    environment = {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        **os.environ,
-        "FLWR_HOME": str(home),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0],
-        "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
-        "SLORA_HOME": str(folder / "slora"),
-    }
-    resources = f"num-supernodes={nodes} client-resources-num-cpus=1"
-    options = ["--run-config", run, "--federation-config", resources]
-    try:
-        # Not in the checkout, whose code the actors would find before the bundle's.
-        done = subprocess.run(
-            [*FLWR, "run", str(app), "--stream", *options],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        ends = _ends(folder, config)
-        if len(ends) < config["rounds"]:
-            raise SystemExit(f"the run did not end\n{done.stdout}")
-    finally:
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("FLWR_HOME") == str(home):
-                    process.send_signal(signal.SIGKILL)
-            except psutil.Error:  # gone, or another user's
-                continue
-    return ends
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _ends(folder: Path, config: dict[str, Any]) -> list[float]:
-    usual = folder / "recipe.json.times"
-    if usual.exists():
-        # The first is that of the evaluation before round 1.
-        return list(json.loads(usual.read_text()))[1:]
-    events = Path(config["run.dir"], "events.jsonl")
-    if not events.exists():
-        return []
-    rounds = map(json.loads, events.read_text().splitlines())
-    return [event["seconds"] for event in rounds if event["event"] == "round"]
-
-
 def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     """Run one of the three ways."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
@@ -128,17 +65,22 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
         config = run_config(options, folder)
         begun = time.perf_counter()
         if way == "bare":
-            ends = bare(config)
+            ends, output = bare(config), ""
         elif way == "slora-flwr":
-            run = " ".join(f"{key}={json.dumps(v)}" for key, v in config.items())
-            ends = simulated(APP, run, os.cpu_count() or 1, folder, config)
+            values = " ".join(f"{key}={json.dumps(v)}" for key, v in config.items())
+            output = simulate(APP, values, os.cpu_count() or 1, folder).output
+            ends = round_ends(folder / "run")
         else:
             recipe = folder / "recipe.json"
             recipe.write_text(json.dumps(config))
             app = Path(__file__).parent / "usual_recipe"
-            run = f'recipe="{recipe}"'
-            ends = simulated(app, run, options.clients, folder, config)
+            values = f'recipe="{recipe}"'
+            output = simulate(app, values, options.clients, folder).output
+            # The first is that of the evaluation before round 1.
+            ends = json.loads(Path(f"{recipe}.times").read_text())[1:]
         wall = time.perf_counter() - begun
+    if len(ends) < options.rounds:
+        raise SystemExit(f"the run did not end\n{output}")
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
     return {
         "round": seconds,
@@ -154,6 +96,7 @@ def main() -> None:
     parser.add_argument("--data", default="stdlib-docs")
     parser.add_argument("--clients", type=int, default=100, help="all in every round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--examples", type=int, default=32, help="of a client")
     parser.add_argument("--length", type=int, default=32, help="tokens of a text")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -1,9 +1,12 @@
 """Time and memory of a local training step, method against method, in one run.
 
-Each contender takes turns in a process of its own: full fine-tuning, sparse
-fine-tuning the usual way (dense gradients times a mask, dense AdamW), stock PEFT LoRA,
-and this project's adapters. Memory is the peak beyond the weights: of the process on a
-CPU, of the allocator on a GPU. Ratios are between medians over turns.
+Each contender has a process of its own, and they take turns step by step, so that
+whatever else the machine does hits all alike: full fine-tuning, sparse fine-tuning the
+usual way (dense gradients times a mask, dense AdamW), stock PEFT LoRA, and this
+project's adapters. All have PyTorch's fused AdamW. A ratio of times is the median over
+turns of two neighbours' ratio. Memory is the peak beyond the weights: of the process on
+a CPU, of the allocator on a GPU. The share of the matrix rate is the step's floating
+point operations in matrix products, over what one large product does in a second.
 """
 
 import argparse
@@ -18,8 +21,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertForSequenceClassification
+
+from slora_flwr.adapters import make_adapter
+from slora_flwr.config import RecipeConfig, parse
+from slora_flwr.models.backbone import Backbone, find_targets
+from slora_flwr.training.loop import make_optimizer
 
 MODELS: dict[str, dict[str, Any]] = {
     "minilm-l6": {
@@ -40,17 +51,8 @@ OWN: dict[str, dict[str, str]] = {
     "rows": {"sparse.mask": "rows"},
     "columns": {"sparse.mask": "columns"},
     "lora": {},
-    "fft": {},
 }
-CONTENDERS = (
-    "fft",
-    "masked gradients",
-    "peft lora",
-    "sparse",
-    "rows",
-    "columns",
-    "lora",
-)
+CONTENDERS = ("fft", "masked gradients", "peft lora", *OWN)
 RATIOS = [
     ("sparse", "fft"),
     ("masked gradients", "fft"),
@@ -69,8 +71,6 @@ Step = Callable[[Tensor, Tensor], None]
 
 def make_model(name: str, device: torch.device) -> Any:
     """Make an encoder with random weights; its architecture is what counts here."""
-    from transformers import BertConfig, BertForSequenceClassification
-
     torch.manual_seed(0)
     config = BertConfig(**MODELS[name])
     config.num_labels = LABELS
@@ -80,51 +80,44 @@ def make_model(name: str, device: torch.device) -> Any:
 
 def make_step(contender: str, model: Any, bf16: bool) -> Step:
     """Prepare a contender's training step on a batch of token ids and labels."""
-    after: Callable[[], None] = lambda: None  # noqa: E731
-    before = after
+    before: Callable[[], None] = lambda: None  # noqa: E731
+    after = before
     if contender in OWN:
-        from slora_flwr.adapters import make_adapter
-        from slora_flwr.config import RecipeConfig, parse
-        from slora_flwr.models.backbone import Backbone, find_targets
-        from slora_flwr.training.loop import make_optimizer
-
         model.requires_grad_(False)
         head = dict(model.classifier.named_parameters(prefix="classifier"))
         backbone = Backbone(model, None, find_targets(model), head)
         config = parse({"lora.rank": RANK, "sparse.density": DENSITY, **OWN[contender]})
-        kinds = {"fft": "full", "lora": "lora"}
-        adapter = make_adapter(kinds.get(contender, "sparse"), config)
+        kind = "lora" if contender == "lora" else "sparse"
+        adapter = make_adapter(kind, config)
         adapter.attach(backbone)
         optimizer = make_optimizer(adapter.parameters(), RecipeConfig(lr=LEARNING_RATE))
         after = adapter.commit
     elif contender == "peft lora":
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=RANK,
-                lora_alpha=2 * RANK,
-                target_modules=r".*encoder\.layer\..*(query|key|value|dense)",
-                modules_to_save=["classifier"],
-            ),
+        lora = peft.LoraConfig(
+            r=RANK,
+            lora_alpha=2 * RANK,
+            target_modules=r".*encoder\.layer\..*(query|key|value|dense)",
+            modules_to_save=["classifier"],
         )
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
-    else:
-        layers = dict(model.bert.encoder.named_modules())
-        weights = [m.weight for m in layers.values() if isinstance(m, nn.Linear)]
+        model = peft.get_peft_model(model, lora)
+        optimizer = _adamw([p for p in model.parameters() if p.requires_grad])
+    elif contender == "masked gradients":
+        layers = model.bert.encoder.modules()
+        weights = [m.weight for m in layers if isinstance(m, nn.Linear)]
         model.requires_grad_(False)
         trained = [*weights, *model.classifier.parameters()]
         for parameter in trained:
             parameter.requires_grad_()
         masks = [(torch.rand_like(w) < DENSITY).to(w.dtype) for w in weights]
-        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+        optimizer = _adamw(trained)
 
         def before() -> None:
             for weight, mask in zip(weights, masks, strict=True):
                 assert weight.grad is not None
                 weight.grad.mul_(mask)
+
+    else:
+        optimizer = _adamw(list(model.parameters()))
 
     def step(ids: Tensor, labels: Tensor) -> None:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
@@ -138,29 +131,50 @@ def make_step(contender: str, model: Any, bf16: bool) -> Step:
     return step
 
 
-def measure(contender: str, options: argparse.Namespace) -> dict[str, float]:
-    """Run one contender in this process."""
+def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+
+def contend(contender: str, options: argparse.Namespace) -> None:
+    """Be one contender: tell memory and work, then do a step for every line read."""
     device = torch.device(options.device)
     model = make_model(options.model[0], device)
     stream = torch.Generator().manual_seed(0)
     shape = (options.batch, options.length)
     ids = torch.randint(1000, 30000, shape, generator=stream).to(device)
     labels = torch.randint(LABELS, (options.batch,), generator=stream).to(device)
+    with torch.no_grad():  # what the libraries allot once is not the step's
+        model(input_ids=ids[:1, :2])
     weights = peak(device, reset=True)
     step = make_step(contender, model, options.bf16)
-    for _ in range(options.warm_up):
+    for _ in range(3):
         step(ids, labels)
-    seconds = []
-    for _ in range(options.steps):
+    memory = peak(device) - weights
+    with FlopCounterMode(display=False) as counted:
+        step(ids, labels)
+    told = {"bytes": memory, "flops": counted.get_total_flops()}
+    print(json.dumps(told), flush=True)
+    for _ in sys.stdin:
         started = time.perf_counter()
         step(ids, labels)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return {
-        "seconds": statistics.median(seconds),
-        "bytes": peak(device) - weights,
-    }
+        print(time.perf_counter() - started, flush=True)
+
+
+def matrix_rate(device: torch.device, bf16: bool) -> float:
+    """Measure the floating point operations a second of one large product."""
+    n = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    taken = []
+    for _ in range(6):
+        started = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return 2 * n**3 / min(taken)
 
 
 def peak(device: torch.device, reset: bool = False) -> int:
@@ -177,48 +191,71 @@ def peak(device: torch.device, reset: bool = False) -> int:
     return next(int(x.split()[1]) for x in lines if x.startswith("VmHWM")) * 1024
 
 
-def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Let the contenders take turns, for each model."""
-    found: dict[str, Any] = {}
-    for name in options.model:
-        turns: dict[str, list[dict[str, float]]] = {c: [] for c in CONTENDERS}
-        for _ in range(options.turns):
-            for contender in CONTENDERS:
-                command = [sys.executable, __file__, *sys.argv[1:], "--model", name]
-                done = subprocess.run(
-                    [*command, "--child", contender],
-                    stdout=subprocess.PIPE,
-                    check=True,
-                    text=True,
-                )
-                turns[contender].append(json.loads(done.stdout))
-        figures = {
-            contender: {
-                key: statistics.median(turn[key] for turn in taken)
-                for key in ("seconds", "bytes")
-            }
-            for contender, taken in turns.items()
+def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Let the contenders take turns on a model."""
+    children, told = [], {}
+    for contender in CONTENDERS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--model", name]
+        child = subprocess.Popen(
+            [*command, "--child", contender],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        children.append(child)
+        # One after the other: they would take memory from each other's measure.
+        told[contender] = json.loads(_read(child))
+    turns = [[_step(child) for child in children] for _ in range(options.turns)]
+    for child in children:
+        child.communicate()
+    rate = matrix_rate(torch.device(options.device), options.bf16)
+    seconds = dict(zip(CONTENDERS, zip(*turns, strict=True), strict=True))
+    tokens = options.batch * options.length
+    figures = {}
+    for contender in CONTENDERS:
+        taken = statistics.median(seconds[contender])
+        figures[contender] = {
+            "seconds": taken,
+            "bytes": told[contender]["bytes"],
+            "tokens a second": tokens / taken,
+            "share of the matrix rate": told[contender]["flops"] / taken / rate,
         }
-        ratios = {
-            f"{one} / {other}": {
-                key: figures[one][key] / figures[other][key]
-                for key in ("seconds", "bytes")
-            }
-            for one, other in RATIOS
+    ratios = {}
+    for one, other in RATIOS:
+        pairs = zip(seconds[one], seconds[other], strict=True)
+        ratios[f"{one} / {other}"] = {
+            "seconds": statistics.median(a / b for a, b in pairs),
+            "bytes": told[one]["bytes"] / told[other]["bytes"],
         }
-        found[name] = {"figures": figures, "ratios": ratios}
-    return found
+    return {"figures": figures, "ratios": ratios}
+
+
+def _read(child: "subprocess.Popen[str]") -> str:
+    assert child.stdout is not None
+    return child.stdout.readline()
+
+
+def _step(child: "subprocess.Popen[str]") -> float:
+    assert child.stdin is not None
+    print(file=child.stdin, flush=True)
+    return float(_read(child))
 
 
 def lines(found: dict[str, Any]) -> Iterable[str]:
     """Write the figures for a reader."""
     for model, part in found.items():
-        yield f"{model}: milliseconds a step, MB beyond the weights"
+        yield (
+            f"{model}: milliseconds a step, MB beyond the weights, tokens a second, "
+            "share of the matrix rate"
+        )
         for contender, figures in part["figures"].items():
-            seconds, size = figures["seconds"], figures["bytes"]
-            yield f"  {contender:<18} {1e3 * seconds:8.1f} ms {size / 1e6:8.1f} MB"
+            seconds, size, tokens, share = figures.values()
+            yield (
+                f"  {contender:<18} {1e3 * seconds:8.1f} ms {size / 1e6:8.1f} MB "
+                f"{tokens:9.0f} {100 * share:4.0f}%"
+            )
         for pair, ratio in part["ratios"].items():
-            seconds, size = ratio["seconds"], ratio["bytes"]
+            seconds, size = ratio.values()
             yield f"  {pair:<28} time {seconds:.2f}  memory {size:.2f}"
 
 
@@ -232,18 +269,15 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="autocast")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         options.model = options.model[-1:]
-        print(json.dumps(measure(options.child, options)))
+        contend(options.child, options)
         return
-    options.model = options.model or list(MODELS)
-    found = compare(options)
+    found = {name: compare(name, options) for name in options.model or MODELS}
     print(json.dumps(found, indent=2) if options.json else "\n".join(lines(found)))
 
 

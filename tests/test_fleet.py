@@ -47,15 +47,18 @@ class FakeGrid(InlineGrid):
         return list(self.online)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        replies = {i: self._replies[i] for i in message_ids if i in self._replies}
-        said = [
-            i for i, m in replies.items() if m.metadata.src_node_id not in self.silent
-        ]
-        return super().pull_messages(said)
+        heard = {i: self._sent[i] for i in message_ids if i in self._sent}
+        return super().pull_messages(
+            [i for i, m in heard.items() if m.metadata.dst_node_id not in self.silent]
+        )
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = list(messages)
+        self.asked += [message.metadata.dst_node_id for message in sent]
+        return super().push_messages(sent)
 
     def _answer(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
-        self.asked.append(node)
         if node in self.broken:
             return self.broken[node](message)
         clients = self.hosts.get(node, list(SIZES))

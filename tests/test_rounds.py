@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import tomllib
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -226,6 +227,64 @@ def test_nodes_do_not_change_the_result(config: Config, method: str) -> None:
     assert not differ(final(second), final(first))
     assert payloads(second) == payloads(first)
     assert one.mean(3).abs().max() > 1e-4
+
+
+class ShufflingGrid(RecordingGrid):
+    """Replies come one a poll, in an order that a seed draws."""
+
+    def __init__(self, config: Config, nodes: int, order: int) -> None:
+        super().__init__(config, nodes)
+        self.arrivals: list[int] = []
+        self._draw = random.Random(order)
+        self._ready: dict[str, Message] = {}
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        asked = list(message_ids)
+        for reply in super().pull_messages(asked):
+            self._ready[reply.metadata.reply_to_message_id] = reply
+        reply = self._ready.pop(self._draw.choice(asked))
+        self.arrivals.append(reply.metadata.src_node_id)
+        return [reply]
+
+
+@pytest.mark.parametrize("method", ["sft", "lora", "slora"])
+def test_the_order_of_replies_does_not_change_the_result(
+    config: Config, method: str
+) -> None:
+    config |= {"method": method}
+    grids, finals = [], []
+    for order in range(3):
+        config = elsewhere(config)
+        grids.append(ShufflingGrid(config, 5, order))
+        finals.append(final(start(config, grids[-1])))
+    assert len({tuple(grid.arrivals) for grid in grids}) == 3
+    assert not differ(finals[1], finals[0])
+    assert not differ(finals[2], finals[0])
+
+
+class CountingGrid(InlineGrid):
+    """Twenty nodes that have all answered by the first poll; counts what is alive."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, nodes=20)
+        self.most = 0
+        self._replies: list[weakref.ref[Array]] = []
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        for reply in replies:
+            if reply.metadata.message_type == MessageType.TRAIN:
+                self._replies.append(weakref.ref(Report.read(reply.content).update))
+        self.most = max(self.most, sum(array() is not None for array in self._replies))
+        return replies
+
+
+def test_memory_does_not_grow_with_the_replies(config: Config) -> None:
+    # One at a time more than are pulled at once: the last that was folded.
+    config |= {"clients.count": 20, "clients.per-round": 20, "rounds": 1}
+    grid = CountingGrid(config)
+    start(config, grid)
+    assert 1 < grid.most <= collect.PULLED_AT_ONCE + 1
 
 
 @pytest.mark.parametrize("mask", ["rows", "columns"])

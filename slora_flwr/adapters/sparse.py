@@ -208,7 +208,9 @@ class _MaskedLinear(torch.autograd.Function):
             grad_x = grad_y @ ctx.weight.to(grad_y.dtype)
         x, grad_y = x.flatten(0, -2), grad_y.flatten(0, -2)
         if mask.pattern is not None and x.dtype == grad_y.dtype == torch.float32:
-            sampled = torch.sparse.sampled_addmm(mask.pattern, grad_y.T, x, beta=0.0)
+            # It would make these copies itself, at half the speed.
+            left, right = grad_y.T.contiguous(), x.T.contiguous().T
+            sampled = torch.sparse.sampled_addmm(mask.pattern, left, right, beta=0.0)
             return grad_x, sampled.values(), None, None, None
         if mask.structure == "rows":
             grad_y = grad_y.index_select(1, mask.lines)

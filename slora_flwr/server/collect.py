@@ -9,6 +9,8 @@ from flwr.serverapp import Grid
 
 # Between polls; Flower's own `send_and_receive` sleeps three seconds.
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.01, 0.2
+# Asked for all at once, Flower would hold all the replies that are there in memory.
+PULLED_AT_ONCE = 8
 
 # With these the SuperLink answers for a node that is gone or came too late.
 _GONE = frozenset(
@@ -28,6 +30,8 @@ def collect(
 ) -> Iterator[Message]:
     """Send messages and yield each reply once, when it is there.
 
+    A reply's arrays are gone once the next reply is asked for.
+
     Parameters
     ----------
     grid : Grid
@@ -45,18 +49,24 @@ def collect(
     while pending:
         # Before the pull: replies that are there at the deadline count.
         late = time.monotonic() >= until
-        replies = pull(grid, pending)
-        for reply in replies:
+        before = len(pending)
+        for reply in pull(grid, pending):
             instead = again(reply)
             if instead is None:
                 yield reply
+                if reply.has_content():
+                    # Flower's records refer to themselves: what they hold would live
+                    # until the next full garbage collection, which is rare.
+                    reply.content.array_records.clear()
             else:
                 pending |= push(grid, [instead])
         if late:
             return
-        if not replies:
+        if len(pending) < before:
+            pause = FIRST_POLL_SECONDS
+        else:
             time.sleep(pause)
-        pause = FIRST_POLL_SECONDS if replies else min(2 * pause, LAST_POLL_SECONDS)
+            pause = min(2 * pause, LAST_POLL_SECONDS)
 
 
 def push(grid: Grid, messages: list[Message]) -> dict[str, int]:
@@ -66,17 +76,18 @@ def push(grid: Grid, messages: list[Message]) -> dict[str, int]:
     return {m.message_id: m.dst_node_id for m in sent if m.message_id in taken}
 
 
-def pull(grid: Grid, pending: dict[str, int]) -> list[Message]:
+def pull(grid: Grid, pending: dict[str, int]) -> Iterator[Message]:
     """Take the replies that are there, and their messages out of `pending`.
 
     A reply's source is the node that was asked, whoever answers for it.
     """
-    replies = list(grid.pull_messages(set(pending)))
-    for reply in replies:
-        node = pending.pop(reply.metadata.reply_to_message_id)
-        # For a node that is gone the SuperLink answers, under its own id.
-        reply.metadata.__dict__["_src_node_id"] = node
-    return replies
+    asked = list(pending)
+    for start in range(0, len(asked), PULLED_AT_ONCE):
+        for reply in grid.pull_messages(asked[start : start + PULLED_AT_ONCE]):
+            node = pending.pop(reply.metadata.reply_to_message_id)
+            # For a node that is gone the SuperLink answers, under its own id.
+            reply.metadata.__dict__["_src_node_id"] = node
+            yield reply
 
 
 def is_gone(reply: Message) -> bool:

@@ -58,8 +58,9 @@ class Fleet:
     @property
     def clients(self) -> list[int]:
         """The client population that nodes online can train, ascending."""
-        hosted = frozenset[int]().union(*(self._hosted[n] for n in self._online))
-        return sorted(hosted)
+        # Nodes of a simulation share one set.
+        hosted = {id(self._hosted[n]): self._hosted[n] for n in self._online}
+        return sorted(frozenset[int]().union(*hosted.values()))
 
     @property
     def _online(self) -> list[int]:
@@ -192,7 +193,7 @@ class Fleet:
             self._hear(grid)
 
     def _hear(self, grid: Grid) -> None:
-        for reply in pull(grid, self._pending) if self._pending else ():
+        for reply in pull(grid, self._pending):
             node = reply.metadata.src_node_id
             self.left_out.pop(node, None)
             if is_gone(reply):

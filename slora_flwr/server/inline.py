@@ -16,7 +16,7 @@ from slora_flwr.config import Value
 
 
 class InlineGrid(Grid):
-    """Nodes that live in this process and answer a message when it is pushed.
+    """Nodes that live in this process and answer a message when its reply is pulled.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class InlineGrid(Grid):
         # What Flower's own launcher tells a ServerApp's process; messages carry it.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, 0, 0
         self._ids = itertools.count(1)
-        self._replies: dict[str, Message] = {}
+        self._sent: dict[str, Message] = {}
         self._contexts = {
             node_id: Context(
                 run_id=run_id,
@@ -72,19 +72,19 @@ class InlineGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Let each message's node answer it now."""
+        """Keep messages until their replies are asked for."""
         ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(next(self._ids))
             ids.append(message.metadata.message_id)
-            # Through bytes and back, so that nothing is shared that the wire would not.
-            arrived = message_from_proto(message_to_proto(message))
-            self._replies[ids[-1]] = self._answer(arrived)
+            self._sent[ids[-1]] = message
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Give the replies that were not pulled yet."""
-        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+        """Let the nodes answer the messages that they have not answered yet."""
+        sent = [self._sent.pop(i) for i in message_ids if i in self._sent]
+        # One at a time, so that no more than one reply is in memory.
+        return map(self._answer, sent)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -93,6 +93,8 @@ class InlineGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _answer(self, message: Message) -> Message:
+        # Through bytes and back, so that nothing is shared that the wire would not.
+        message = message_from_proto(message_to_proto(message))
         context = self._contexts[message.metadata.dst_node_id]
         handler = node.HANDLERS[message.metadata.message_type]
         try:

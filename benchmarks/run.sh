@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Every benchmark of RESULTS.md, one after the other: benchmarks/run.sh [FOLDER]
+# Writes a JSON file each. With MiniLM below $SLORA_ASSETS/models also those on it.
+# About an hour on two cores; leave the machine alone meanwhile.
+set -euo pipefail
+cd "$(dirname "$0")"
+out=${1:-results}
+mkdir -p "$out"
+export HF_HUB_OFFLINE=1
+
+measure() { # NAME SCRIPT OPTIONS...
+    local name=$1 script=$2
+    shift 2
+    echo "== $name: $script $*"
+    python "$script" "$@" --json >"$out/$name.json"
+    python -c 'import json, sys; print(json.dumps(json.load(open(sys.argv[1]))["ratios"]
+        if "ratios" in json.load(open(sys.argv[1])) else "done"))' "$out/$name.json"
+}
+
+measure step-64 step.py
+measure step-32 step.py --length 32
+measure workers workers.py
+measure handoff handoff.py
+measure aggregation aggregation.py
+measure rounds-embedded rounds.py
+minilm=minilm-l6-h384-uncased
+if [ -d "${SLORA_ASSETS:-/nowhere}/models/$minilm" ]; then
+    measure rounds-minilm rounds.py --model "$minilm"
+fi
+measure scale scale.py

@@ -1,0 +1,111 @@
+"""Clients a minute of some worker processes on one machine's GPU or cores.
+
+The workers are this project's own, each with a resident backbone, without Flower: what
+is measured is how many of them the device feeds. On a CPU they share out the cores.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+
+WARM_UP = 2
+
+
+def work(options: argparse.Namespace) -> None:
+    """Be one worker: say when ready, train some clients when told to, say when done."""
+    import torch
+
+    from slora_flwr.config import Value, parse
+    from slora_flwr.training.worker import Worker
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.child))
+    config: dict[str, Value] = {
+        "method": options.method,
+        "rounds": 2,
+        "sparse.rounds": 1,
+        "model.name": options.model,
+        "data.max-length": options.length,
+        "clients.count": 1_000,
+        "clients.partitioner": "virtual",
+        "clients.examples": options.examples,
+        "train.precision": options.precision,
+    }
+    worker = Worker(parse(config))
+    phase = worker.schedule[0]
+    state = worker.enter(phase).state()
+    for client in range(WARM_UP):
+        worker.train_client(client, state, phase, 1)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for client in range(WARM_UP, WARM_UP + options.clients // options.child):
+        worker.train_client(client, state, phase, 1)
+    print("done", flush=True)
+
+
+def measure(count: int) -> float:
+    """Let some workers train; give the seconds that it took."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], "--child", str(count)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(count)
+    ]
+
+    def wait_for(word: str) -> None:
+        for worker in workers:
+            assert worker.stdout is not None
+            if worker.stdout.readline().strip() != word:
+                raise SystemExit(f"a worker of {count} ended before it said {word!r}")
+
+    wait_for("ready")
+    begun = time.perf_counter()
+    for worker in workers:
+        print(file=worker.stdin, flush=True)
+    wait_for("done")
+    seconds = time.perf_counter() - begun
+    for worker in workers:
+        worker.communicate()
+    return seconds
+
+
+def main() -> None:
+    """Measure each number of workers, and print ratios to one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--method", default="slora", help="its first phase")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bf16"])
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--examples", type=int, default=64, help="of a client")
+    parser.add_argument("--length", type=int, default=32, help="tokens of a text")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        work(options)
+        return
+    figures = {}
+    for count in options.workers:
+        trained = options.clients // count * count
+        figures[count] = 60 * trained / measure(count)
+    ratios = {
+        count: rate / figures[options.workers[0]] for count, rate in figures.items()
+    }
+    if options.json:
+        print(json.dumps({"figures": figures, "ratios": ratios}, indent=2))
+        return
+    for count, rate in figures.items():
+        print(
+            f"{count} workers: {rate:.0f} clients a minute, ratio {ratios[count]:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
