@@ -1,6 +1,10 @@
 """The Flower ClientApp."""
 
+import sys
+from logging import WARNING
+
 from flwr.clientapp import ClientApp
+from flwr.common.logger import log
 
 from slora_flwr.resident import handle
 
@@ -9,3 +13,13 @@ app = ClientApp()
 app.query()(handle)
 app.train()(handle)
 app.evaluate()(handle)
+
+# The process of Flower's simulation, which starts the workers next. Nowhere else is Ray
+# needed.
+if "flwr.server.superlink.fleet.vce" in sys.modules:
+    try:
+        from slora_flwr import ray_pool
+
+        ray_pool.install()
+    except ImportError as error:
+        log(WARNING, "A lost Ray worker will fail the run's messages: %s", error)

@@ -19,6 +19,7 @@ measure() { # NAME SCRIPT OPTIONS...
 
 measure step-64 step.py
 measure step-32 step.py --length 32
+measure masked-gradient masked_gradient.py
 measure workers workers.py
 measure handoff handoff.py
 measure aggregation aggregation.py

@@ -20,8 +20,8 @@ from slora_flwr.adapters.masks import draw_lines, fingerprint, positions
 from slora_flwr.models.backbone import Backbone
 
 # On a CPU, masks of up to this density are quicker to sample than to gather from the
-# dense gradient: 2 to 4 times at 1%, on two cores and the shapes of MiniLM and BERT.
-SAMPLED_DENSITY = 0.05
+# dense gradient: 2 to 5 times at 1% (benchmarks/masked_gradient.py).
+SAMPLED_DENSITY = 0.1
 
 
 class SparseAdapter(HeadAdapter):
@@ -106,8 +106,8 @@ class SparseAdapter(HeadAdapter):
             values = nn.Parameter(before.to(torch.float32, copy=True))
             trained[f"{name}.values"] = values
             pattern = None
-            if self._structure == "unstructured" and lines.device.type == "cpu":
-                pattern = _pattern(lines, _shape(module))
+            if self._structure == "unstructured" and _is_sampled(lines, module):
+                pattern = sparse_pattern(lines, _shape(module))
             mask = _Mask(lines, self._structure, pattern)
             module.forward = partial(_forward, module, values, mask)  # type: ignore[method-assign]
         self._fingerprint = fingerprint(masks)
@@ -131,19 +131,47 @@ class _Mask:
     pattern: Tensor | None
 
 
-def _pattern(positions: Tensor, shape: tuple[int, int]) -> Tensor | None:
-    """Give a mask as a sparse CSR matrix of zeros, None if it is too dense to pay."""
-    if len(positions) > SAMPLED_DENSITY * shape[0] * shape[1]:
-        return None
+def sparse_pattern(positions: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Give a mask's sorted positions as a sparse CSR matrix of zeros."""
     rows, columns = positions // shape[1], positions % shape[1]
     starts = torch.bincount(rows, minlength=shape[0]).cumsum(0)
     starts = torch.cat([starts.new_zeros(1), starts])
-    zeros = torch.zeros(len(positions))
+    zeros = torch.zeros(len(positions), device=positions.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in")
         return torch.sparse_csr_tensor(
             starts, columns, zeros, shape, check_invariants=False
         )
+
+
+def sampled_gradient(x: Tensor, grad_y: Tensor, pattern: Tensor) -> Tensor:
+    """Compute the masked entries of grad_yᵀ x and no others.
+
+    Parameters
+    ----------
+    x, grad_y : Tensor
+        float32, shapes (tokens, in) and (tokens, out).
+    pattern : Tensor
+        The mask by `sparse_pattern`, k entries.
+
+    Returns
+    -------
+    Tensor
+        Shape (k,).
+    """
+    # `sampled_addmm` would make these copies itself, at half the speed.
+    left, right = grad_y.T.contiguous(), x.T.contiguous().T
+    return torch.sparse.sampled_addmm(pattern, left, right, beta=0.0).values()
+
+
+def gathered_gradient(x: Tensor, grad_y: Tensor, positions: Tensor) -> Tensor:
+    """Compute all of grad_yᵀ x, and take the entries at a mask's positions."""
+    return (grad_y.T @ x).reshape(-1)[positions]
+
+
+def _is_sampled(positions: Tensor, module: nn.Linear) -> bool:
+    share = len(positions) / module.weight.numel()
+    return positions.device.type == "cpu" and share <= SAMPLED_DENSITY
 
 
 def _shape(module: nn.Linear) -> tuple[int, int]:
@@ -207,14 +235,12 @@ class _MaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ ctx.weight.to(grad_y.dtype)
         x, grad_y = x.flatten(0, -2), grad_y.flatten(0, -2)
-        if mask.pattern is not None and x.dtype == grad_y.dtype == torch.float32:
-            # It would make these copies itself, at half the speed.
-            left, right = grad_y.T.contiguous(), x.T.contiguous().T
-            sampled = torch.sparse.sampled_addmm(mask.pattern, left, right, beta=0.0)
-            return grad_x, sampled.values(), None, None, None
         if mask.structure == "rows":
             grad_y = grad_y.index_select(1, mask.lines)
-        grad_values = (grad_y.T @ x).reshape(-1)
-        if mask.structure == "unstructured":
-            grad_values = grad_values[mask.lines]
+        if mask.structure != "unstructured":
+            grad_values = (grad_y.T @ x).reshape(-1)
+        elif mask.pattern is not None and x.dtype == grad_y.dtype == torch.float32:
+            grad_values = sampled_gradient(x, grad_y, mask.pattern)
+        else:
+            grad_values = gathered_gradient(x, grad_y, mask.lines)
         return grad_x, grad_values.float(), None, None, None
