@@ -18,7 +18,7 @@ measure() { # NAME SCRIPT OPTIONS...
 }
 
 measure step-64 step.py
-measure step-32 step.py --length 32
+measure step-32 step.py --length 32 --model minilm-l6
 measure masked-gradient masked_gradient.py
 measure workers workers.py
 measure handoff handoff.py

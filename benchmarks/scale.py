@@ -60,7 +60,7 @@ def main() -> None:
     )
     parser.add_argument("--per-round", type=int, default=1_000)
     parser.add_argument("--examples", type=int, default=32, help="of a client")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--length", type=int, default=32, help="tokens of a text")
     parser.add_argument(
         "--nodes", type=int, default=1_000, help="of the run with a node a client"
