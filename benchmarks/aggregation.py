@@ -1,9 +1,10 @@
 """The server's memory against the number of replies of a round.
 
-A round of full fine-tuning over the in-process engine, a node and so a reply of the
-model's size for each client, each in a process of its own. Everything is real but the
-way: messages go through bytes, not over a socket. Memory is the process's peak, which
-the nodes' one backbone is part of, beyond that of one reply.
+A round of full fine-tuning, a node and so a reply of the model's size for each client,
+over the in-process engine, whose nodes answer when they are asked. So no reply waits
+here, as they do in a SuperLink: what is measured is what the ServerApp keeps of those
+it has had. Memory is the process's peak, of which the nodes' one backbone is part,
+beyond that with one reply.
 """
 
 import argparse

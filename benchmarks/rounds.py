@@ -1,18 +1,22 @@
-"""What a simulated round costs beside its training, against two others in one run.
+"""What a simulated round costs beside its training, against others in one run.
 
-- `bare`: the same clients trained one after the other in one process, without Flower.
+- `bare`: the same clients trained one after the other in one process on all cores,
+  without Flower.
+- `bare, parallel`: the same in a process for each core, each with its share of them.
 - `slora-flwr`: `flwr run` in simulation, as many nodes as cores.
 - `usual recipe`: benchmarks/usual_recipe, federated LoRA as Flower's examples have it:
   a node and a message for each client, the model loaded for each, an array for each
   tensor, `send_and_receive`.
 
-All three train the same clients on the same batches with LoRA of the same rank. A
+All train the same clients on the same batches with LoRA of the same rank. A
 round's seconds are those of the rounds after the first; all else is start-up.
 """
 
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,11 +24,12 @@ from typing import Any
 
 from simulation import APP, round_ends, simulate
 
-WAYS = ("bare", "slora-flwr", "usual recipe")
+WAYS = ("bare", "bare, parallel", "slora-flwr", "usual recipe")
+CORES = os.cpu_count() or 1
 
 
-def run_config(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Give the run config that all three follow."""
+def run_config(options: argparse.Namespace) -> dict[str, Any]:
+    """Give the run config that all follow."""
     return {
         "method": "lora",
         "rounds": options.rounds,
@@ -38,12 +43,11 @@ def run_config(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "clients.alpha": 1.0,
         "clients.examples": options.examples,
         "run.eval-every": 0,
-        "run.dir": str(folder / "run"),
     }
 
 
-def bare(config: dict[str, Any]) -> list[float]:
-    """Train all clients in this process, on all cores; give the rounds' ends."""
+def bare(config: dict[str, Any], first: int = 0, step: int = 1) -> list[float]:
+    """Train every so many clients in this process; give the rounds' ends."""
     from slora_flwr.config import parse
     from slora_flwr.training.worker import Worker
 
@@ -52,24 +56,43 @@ def bare(config: dict[str, Any]) -> list[float]:
     state = worker.enter(phase).state()
     ends = []
     for server_round in range(1, phase.rounds + 1):
-        for client in range(worker.config.clients.count):
+        for client in range(first, worker.config.clients.count, step):
             worker.train_client(client, state, phase, server_round)
         ends.append(time.perf_counter())
     return ends
 
 
+def parallel() -> list[float]:
+    """Let a process for each core train its share; give the rounds' ends."""
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], "--child", str(first)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for first in range(CORES)
+    ]
+    ends = [json.loads(child.communicate()[0]) for child in children]
+    return [max(of_round) for of_round in zip(*ends, strict=True)]
+
+
 def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
-    """Run one of the three ways."""
+    """Run one of the ways."""
+    output = ""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        config = run_config(options, folder)
+        config = run_config(options)
         begun = time.perf_counter()
         if way == "bare":
-            ends, output = bare(config), ""
+            ends = bare(config)
+        elif way == "bare, parallel":
+            ends = parallel()
         elif way == "slora-flwr":
+            config["run.dir"] = str(folder / "run")
             values = " ".join(f"{key}={json.dumps(v)}" for key, v in config.items())
-            output = simulate(APP, values, os.cpu_count() or 1, folder).output
-            ends = round_ends(folder / "run")
+            output = simulate(APP, values, CORES, folder).output
+            ends = round_ends(folder / "run", options.clients)
         else:
             recipe = folder / "recipe.json"
             recipe.write_text(json.dumps(config))
@@ -99,16 +122,20 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=32, help="of a client")
     parser.add_argument("--length", type=int, default=32, help="tokens of a text")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.child is not None:
+        print(json.dumps(bare(run_config(options), options.child, CORES)))
+        return
     found = {way: measure(way, options) for way in WAYS}
+    ours = found["slora-flwr"]
     ratios = {
-        "round, slora-flwr / bare": found["slora-flwr"]["round"]
-        / found["bare"]["round"],
-        "clients a minute, slora-flwr / usual recipe": found["slora-flwr"][
-            "clients a minute"
-        ]
-        / found["usual recipe"]["clients a minute"],
+        f"round, slora-flwr / {way}": ours["round"] / found[way]["round"]
+        for way in ("bare", "bare, parallel")
     }
+    ratios["clients a minute, slora-flwr / usual recipe"] = (
+        ours["clients a minute"] / found["usual recipe"]["clients a minute"]
+    )
     if options.json:
         print(json.dumps({"figures": found, "ratios": ratios}, indent=2))
         return

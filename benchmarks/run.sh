@@ -3,9 +3,9 @@
 # Writes a JSON file each. With MiniLM below $SLORA_ASSETS/models also those on it.
 # About an hour on two cores; leave the machine alone meanwhile.
 set -euo pipefail
+mkdir -p "${1:-results}"
+out=$(realpath "${1:-results}")
 cd "$(dirname "$0")"
-out=${1:-results}
-mkdir -p "$out"
 export HF_HUB_OFFLINE=1
 
 measure() { # NAME SCRIPT OPTIONS...
@@ -13,8 +13,6 @@ measure() { # NAME SCRIPT OPTIONS...
     shift 2
     echo "== $name: $script $*"
     python "$script" "$@" --json >"$out/$name.json"
-    python -c 'import json, sys; print(json.dumps(json.load(open(sys.argv[1]))["ratios"]
-        if "ratios" in json.load(open(sys.argv[1])) else "done"))' "$out/$name.json"
 }
 
 measure step-64 step.py
@@ -27,5 +25,6 @@ measure rounds-embedded rounds.py
 minilm=minilm-l6-h384-uncased
 if [ -d "${SLORA_ASSETS:-/nowhere}/models/$minilm" ]; then
     measure rounds-minilm rounds.py --model "$minilm"
+    measure rounds-minilm-8 rounds.py --model "$minilm" --examples 8
 fi
 measure scale scale.py

@@ -3,7 +3,7 @@
 Each population trains the same number of clients a round, `virtual` ones of the same
 size, by `flwr run` with a node for each core; the last row has a Flower node for every
 client. Seconds are those of the rounds after the first; all else is start-up. Memory is
-the largest process of each role.
+the resident size of the largest process of each role, looked at every second.
 """
 
 import argparse
@@ -37,9 +37,9 @@ def measure(
         }
         run_config = " ".join(f"{key}={json.dumps(v)}" for key, v in config.items())
         run = simulate(APP, run_config, nodes or clients, folder)
-        ends = round_ends(folder / "run")
-        if len(ends) < options.rounds:
-            raise SystemExit(f"the run did not end\n{run.output}")
+        ends = round_ends(folder / "run", per_round)
+    if len(ends) < options.rounds:
+        raise SystemExit(f"the run did not end\n{run.output}")
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
     return {
         "clients": clients,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,14 +81,19 @@ def simulate(app: Path, run_config: str, nodes: int, folder: Path) -> Watched:
             return Watched(seconds, largest, output.read())
     finally:
         for process in _processes(home):
-            process.send_signal(signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):  # ended with the one before
+                process.send_signal(signal.SIGKILL)
 
 
-def round_ends(run: Path) -> list[float]:
-    """Read from a run directory when each round ended, in seconds."""
+def round_ends(run: Path, clients: int) -> list[float]:
+    """Read from a run directory when each round ended, in seconds.
+
+    Rounds that some of their clients missed do not count.
+    """
     path = run / "events.jsonl"
     events = map(json.loads, path.read_text().splitlines() if path.exists() else ())
-    return [event["seconds"] for event in events if event["event"] == "round"]
+    rounds = (event for event in events if event["event"] == "round")
+    return [event["seconds"] for event in rounds if event["replied"] == clients]
 
 
 def _processes(home: Path) -> Iterator[psutil.Process]:

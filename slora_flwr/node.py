@@ -34,6 +34,7 @@ from slora_flwr.wire.messages import (
     MISSING_BASE,
     Instruction,
     Report,
+    release,
     write_evaluation,
 )
 from slora_flwr.wire.packing import STYPE, pack, unpack
@@ -127,6 +128,7 @@ def _name(context: Context) -> str:
 def train(message: Message, context: Context) -> Message:
     """Train some clients one after the other, and fold their updates into one."""
     instruction = Instruction.read(message.content)
+    release(message)
     worker = get_worker(context, instruction)
     state = _enter(worker, instruction)
     phase = worker.schedule[instruction.phase]
@@ -167,6 +169,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate a state on the held-out examples of some clients."""
     instruction = Instruction.read(message.content)
+    release(message)
     worker = get_worker(context, instruction)
     state = _enter(worker, instruction)
     results = [worker.evaluate_client(c, state) for c in instruction.clients]

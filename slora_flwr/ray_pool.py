@@ -8,7 +8,7 @@ training is a function of what a message holds.
 
 import threading
 import time
-from logging import INFO, WARNING
+from logging import WARNING
 from textwrap import shorten
 from typing import Any
 
@@ -54,6 +54,7 @@ class LastingPool(BasicActorPool):
         # the reference to their code's digest. That may take long: until a machine is
         # back that has room for the actor.
         self._starting: dict[Any, tuple[Any, int]] = {}
+        self._unfit: list[Any] = []
         self._jobs: dict[Any, tuple[Any, Any]] = {}
 
     def add_actors_to_pool(self, num_actors: int) -> None:
@@ -64,9 +65,9 @@ class LastingPool(BasicActorPool):
                 self._await(self.create_actor_fn())
 
     def terminate_all_actors(self) -> None:
-        """End the idle actors, and those that wait for a machine."""
+        """End the idle actors, the unfit, and those that wait for a machine."""
         super().terminate_all_actors()
-        for actor, _ in self._starting.values():
+        for actor in [*self._unfit, *(actor for actor, _ in self._starting.values())]:
             ray.kill(actor)
 
     def submit(self, actor_fn: Any, job: Any) -> Any:
@@ -143,22 +144,28 @@ class LastingPool(BasicActorPool):
             actor, lost = self._starting.pop(reference)
             try:
                 code = ray.get(reference)
-                if code != code_digest():
-                    raise RuntimeError(
-                        f"its slora-flwr has code {code}, the server's {code_digest()}"
-                    )
-            except Exception as error:  # whatever keeps an actor from starting
-                end = "" if lost < TRIES else ", and is given up"
-                log(WARNING, "A Ray worker does not start%s: %s", end, error)
+            except LOST as error:
+                log(WARNING, "A new or idle Ray worker has ended: %s", error)
                 ray.kill(actor)
-                if lost < TRIES:
+                if lost + 1 < TRIES:
                     self._await(self.create_actor_fn(), lost + 1)
                 else:
                     self.num_actors -= 1
-            else:
-                if lost:
-                    log(INFO, "A new Ray worker is ready")
+                continue
+            except Exception as error:  # what its machine's packages make of it
+                code = str(error)
+            if code == code_digest():
                 self.pool.append(actor)
+                continue
+            log(
+                WARNING,
+                "A Ray worker has no use: its slora-flwr is %s, the server's %s",
+                code,
+                code_digest(),
+            )
+            # It keeps its place, or Ray would try the next one there too.
+            self._unfit.append(actor)
+            self.num_actors -= 1
 
     def _replace(self, actor: Any) -> None:
         """Start another actor in place of a lost one."""

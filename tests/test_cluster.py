@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(420)
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 VALUES: dict[str, Any] = {
-    "rounds": 6,
+    "rounds": 9,
     "sparse.rounds": 3,
     "clients.per-round": 4,
     "data.max-test": 100,

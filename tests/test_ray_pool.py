@@ -117,7 +117,7 @@ def pids(log: Path) -> list[int]:
 def test_a_worker_that_never_starts_is_given_up(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ray_pool, "TRIES", 1)
+    monkeypatch.setattr(ray_pool, "TRIES", 2)
 
     @ray.remote
     class Broken:
@@ -128,21 +128,20 @@ def test_a_worker_that_never_starts_is_given_up(
     pool.add_actors_to_pool(1)
     with pytest.raises(TimeoutError, match="no Ray worker"):
         pool.submit(run, (run_app, {}, "0", None))
-    assert caplog.text.count("A Ray worker does not start:") == 1
-    assert caplog.text.count("A Ray worker does not start, and is given up:") == 1
+    assert caplog.text.count("A new or idle Ray worker has ended:") == 2
     assert "no model here" in caplog.text
 
 
 def test_a_worker_with_other_code_gets_no_message(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ray_pool, "TRIES", 0)
     monkeypatch.setattr(ray_pool, "code_digest", lambda: "c0de")
     pool = LastingPool(ClientAppActor, {"num_cpus": 1}, {})
     pool.add_actors_to_pool(1)
     with pytest.raises(TimeoutError, match="no Ray worker"):
         pool.submit(run, (run_app, {}, "0", None))
-    assert f"has code {code_digest()}, the server's c0de" in caplog.text
+    assert f"is {code_digest()}, the server's c0de" in caplog.text
+    pool.terminate_all_actors()
 
 
 def test_without_room_a_message_waits_so_long_and_fails(
@@ -207,7 +206,7 @@ def test_a_machine_is_lost_and_comes_back(
     with ThreadPoolExecutor(2) as threads:
         logs = [tmp_path / str(i) for i in range(2)]
         jobs = [
-            threads.submit(process, backend, value=i, log=str(log), seconds=2)
+            threads.submit(process, backend, value=i, log=str(log), seconds=5)
             for i, log in enumerate(logs)
         ]
         while not all(log.exists() for log in logs):

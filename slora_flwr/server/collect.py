@@ -7,6 +7,8 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from slora_flwr.wire.messages import release
+
 # Between polls; Flower's own `send_and_receive` sleeps three seconds.
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.01, 0.2
 # Asked for all at once, Flower would hold all the replies that are there in memory.
@@ -49,15 +51,12 @@ def collect(
     while pending:
         # Before the pull: replies that are there at the deadline count.
         late = time.monotonic() >= until
-        before = len(pending)
+        before, begun = len(pending), time.monotonic()
         for reply in pull(grid, pending):
             instead = again(reply)
             if instead is None:
                 yield reply
-                if reply.has_content():
-                    # Flower's records refer to themselves: what they hold would live
-                    # until the next full garbage collection, which is rare.
-                    reply.content.array_records.clear()
+                release(reply)
             else:
                 pending |= push(grid, [instead])
         if late:
@@ -65,7 +64,9 @@ def collect(
         if len(pending) < before:
             pause = FIRST_POLL_SECONDS
         else:
-            time.sleep(pause)
+            # At very many nodes one look takes long, and they share the machine in a
+            # simulation: most of the time is theirs.
+            time.sleep(max(pause, 4 * (time.monotonic() - begun)))
             pause = min(2 * pause, LAST_POLL_SECONDS)
 
 

@@ -13,6 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from slora_flwr import node
 from slora_flwr.config import Value
+from slora_flwr.wire.messages import release
 
 
 class InlineGrid(Grid):
@@ -104,4 +105,6 @@ class InlineGrid(Grid):
             reply = Message(
                 Error(0, f"{type(error).__name__}: {error}"), reply_to=message
             )
-        return message_from_proto(message_to_proto(reply))
+        arrived = message_from_proto(message_to_proto(reply))
+        release(reply)
+        return arrived

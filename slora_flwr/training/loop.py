@@ -101,7 +101,7 @@ def make_optimizer(
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
         )
-    # One kernel for all parameters, where the default is several for each.
+    # One pass over each parameter, where the default is several.
     return torch.optim.AdamW(
         parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
     )

@@ -223,6 +223,16 @@ def read_evaluation(content: RecordDict, classes: int) -> Evaluation | None:
     return found
 
 
+def release(message: Message) -> None:
+    """Free the arrays of a message that has been read.
+
+    Flower's records refer to themselves, so what they hold would else live until the
+    next full garbage collection, which is rare.
+    """
+    if message.has_content():
+        message.content.array_records.clear()
+
+
 def message_bytes(message: Message) -> int:
     """Count the bytes of a serialised Flower message, metadata included."""
     return int(message_to_proto(message).ByteSize())
