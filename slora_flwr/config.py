@@ -14,7 +14,7 @@ from typing import Any
 
 Value = bool | int | float | str
 
-METHODS = ("slora", "sft", "lora", "fft", "head")
+METHODS = ("slora", "sft", "lora", "fft", "bitfit", "houlsby", "pfeiffer", "head")
 PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual")
 # `data.name` for data that never leaves its node: each trains on its own.
 OWN_DATA = "node"
@@ -232,6 +232,17 @@ class LoraConfig(PhaseRecipeConfig):
 
 
 @dataclass(frozen=True)
+class BottleneckConfig(PhaseRecipeConfig):
+    """The bottlenecks of `houlsby` and `pfeiffer`: features / `reduction` within."""
+
+    reduction: int = 16
+
+    def __post_init__(self) -> None:
+        _check_recipe("bottleneck", self, lowest=0)
+        _at_least("bottleneck.reduction", self.reduction, 1)
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The server optimiser, applied to the mean update; `none` adds lr times it."""
 
@@ -276,6 +287,7 @@ class RunConfig:
     train: RecipeConfig = field(default_factory=RecipeConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     run: OutputConfig = field(default_factory=OutputConfig)
 
@@ -286,11 +298,14 @@ class RunConfig:
             raise _refuse("seed", self.seed, "a whole number from 0 to 2^63 - 1")
         if self.data.is_own:
             self._check_own_data()
-        if self.method == "fft" and self.model.dtype != "float32":
+        if self.method in ("fft", "bitfit", "houlsby") and (
+            self.model.dtype != "float32"
+        ):
             raise _refuse(
                 "model.dtype",
                 self.model.dtype,
-                "float32 for fft, whose updates bfloat16 weights would round away",
+                f"float32 for {self.method}, whose updates bfloat16 weights would "
+                "round away",
             )
         if self.method == "slora" and self.rounds < 2:
             raise _refuse("rounds", self.rounds, "at least 2 for slora's two phases")

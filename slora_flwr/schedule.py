@@ -11,10 +11,21 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     "sft": ("sparse",),
     "lora": ("lora",),
     "slora": ("sparse", "lora"),
+    "bitfit": ("bias",),
+    "houlsby": ("houlsby",),
+    "pfeiffer": ("pfeiffer",),
 }
 
 # The useful rates differ by an order of magnitude between adapters.
-DEFAULT_RATES = {"full": 5e-4, "head": 5e-3, "sparse": 1e-2, "lora": 2e-3}
+DEFAULT_RATES = {
+    "full": 5e-4,
+    "head": 5e-3,
+    "sparse": 1e-2,
+    "lora": 2e-3,
+    "bias": 5e-3,
+    "houlsby": 2e-3,
+    "pfeiffer": 2e-3,
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class Phase:
     Attributes
     ----------
     adapter : str
-        `full`, `head`, `sparse` or `lora`; it also names the phase.
+        One of `DEFAULT_RATES`; it also names the phase.
     rounds : int
         Number of rounds.
     recipe : RecipeConfig
@@ -54,9 +65,12 @@ def make_schedule(config: RunConfig) -> list[Phase]:
 
 
 def _recipe(config: RunConfig, adapter: str) -> RecipeConfig:
-    own = {"sparse": config.sparse, "lora": config.lora}.get(
-        adapter, PhaseRecipeConfig()
-    )
+    own: PhaseRecipeConfig = {
+        "sparse": config.sparse,
+        "lora": config.lora,
+        "houlsby": config.bottleneck,
+        "pfeiffer": config.bottleneck,
+    }.get(adapter, PhaseRecipeConfig())
     return replace(
         config.train,
         epochs=own.epochs or config.train.epochs,

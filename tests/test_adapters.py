@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ from transformers import (
 )
 
 from slora_flwr.adapters import (
+    BiasAdapter,
+    BottleneckAdapter,
     FullAdapter,
     HeadAdapter,
     LowRankAdapter,
@@ -39,15 +42,19 @@ from slora_flwr.adapters.masks import make_mask
 from slora_flwr.adapters.size import state_size
 from slora_flwr.config import ConfigError, ModelConfig, RecipeConfig, parse
 from slora_flwr.models.backbone import Backbone, load_backbone
+from slora_flwr.schedule import DEFAULT_RATES
 from slora_flwr.tasks.examples import Examples
 from slora_flwr.training.loop import evaluate, train
 
 DENSITY = 0.2
 ADAPTERS: dict[str, Callable[[], HeadAdapter]] = {
     "full": FullAdapter,
+    "bias": BiasAdapter,
     "head": HeadAdapter,
     "sparse": lambda: SparseAdapter(DENSITY, "unstructured", 5),
     "lora": lambda: LowRankAdapter(4, 12.0),
+    "houlsby": lambda: BottleneckAdapter("houlsby", 4),
+    "pfeiffer": lambda: BottleneckAdapter("pfeiffer", 4),
 }
 ADAMW = RecipeConfig(epochs=2, batch_size=8, lr=0.01, weight_decay=0.1)
 KEY = (0, 1, 2)
@@ -228,7 +235,7 @@ def test_size_is_known_without_attaching(backbone: Backbone) -> None:
         parse({"sparse.density": 0.03, "lora.rank": 3, "sparse.mask": structure})
         for structure in ("unstructured", "rows", "columns")
     ]
-    for name, config in itertools.product(("full", "head", "sparse", "lora"), configs):
+    for name, config in itertools.product(DEFAULT_RATES, configs):
         adapter = make_adapter(name, config)
         adapter.attach(backbone)
         expected = sum(tensor.numel() for tensor in adapter.state().values())
@@ -659,9 +666,71 @@ def test_unknown_targets_are_refused(
     assert repr(targets.split(",")[-1]) in str(error.value)
 
 
+def attended(layer: Any, x: Tensor) -> Tensor:
+    """Give what a block's attention adds to x, before any bottleneck."""
+    query, key, value = (
+        getattr(layer.attention.self, name)(x).unflatten(-1, (4, -1)).transpose(1, 2)
+        for name in ("query", "key", "value")
+    )
+    mixed = F.scaled_dot_product_attention(query, key, value)
+    return layer.attention.output.dense(mixed.transpose(1, 2).flatten(-2))
+
+
+@pytest.mark.parametrize("kind", ["houlsby", "pfeiffer"])
+def test_bottlenecks_are_where_their_papers_have_them(
+    tiny_models: dict[str, Path], kind: str
+) -> None:
+    """A block of BERT, by hand: x and y are what goes into and comes out of it."""
+    backbone = load_tiny(tiny_models["bert"])
+    adapter = BottleneckAdapter(kind, 4)
+    adapter.attach(backbone)
+    adapter.load(state := perturb(adapter.state(), 0.3))
+    layer = backbone.model.eval().bert.encoder.layer[0]
+    x = torch.randn(2, 5, 32)
+    name = "bert.encoder.layer.0"
+
+    def change(place: str, x: Tensor) -> Tensor:
+        parts = (state[f"{place}.{part}"] for part in ("down.weight", "down.bias"))
+        inner = F.linear(x, *parts)
+        inner = F.gelu(inner) if kind == "houlsby" else F.relu(inner)
+        return F.linear(inner, *(state[f"{place}.up.{p}"] for p in ("weight", "bias")))
+
+    given = attended(layer, x)
+    if kind == "houlsby":
+        given = given + change(f"{name}.attention.output.dropout", given)
+    middle = layer.attention.output.LayerNorm(x + given)
+    given = layer.output.dense(F.gelu(layer.intermediate.dense(middle)))
+    if kind == "houlsby":
+        given = given + change(f"{name}.output.dropout", given)
+        expected = layer.output.LayerNorm(middle + given)
+    else:
+        norm = layer.output.LayerNorm
+        weight, bias, eps = norm.weight, norm.bias, norm.eps
+        added = middle + given
+        normed = F.layer_norm(added, (32,), weight, bias, eps)
+        added = added + change(f"{name}.output.LayerNorm", normed)
+        expected = F.layer_norm(added, (32,), weight, bias, eps)
+    out = layer(x)
+    out = out[0] if isinstance(out, tuple) else out
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+def test_bitfit_trains_the_biases_alone(backbone: Backbone) -> None:
+    adapter = BiasAdapter()
+    adapter.attach(backbone)
+    own = set(adapter.state()) - set(backbone.head)
+    body = backbone.model.base_model
+    linear = sum(m.bias.numel() for m in body.modules() if isinstance(m, nn.Linear))
+    norms = sum(m.bias.numel() for m in body.modules() if isinstance(m, nn.LayerNorm))
+    heads = [n for n in backbone.head if n.startswith(backbone.model.base_model_prefix)]
+    in_head = sum(backbone.head[n].numel() for n in heads if n.endswith("bias"))
+    found = sum(adapter.state()[n].numel() for n in own)
+    assert found + in_head == linear + norms
+
+
 def test_unknown_adapter_is_refused() -> None:
-    with pytest.raises(ValueError, match="'houlsby'; allowed: full, head, sparse"):
-        make_adapter("houlsby", parse({}))
+    with pytest.raises(ValueError, match="'prompt', which no method has"):
+        make_adapter("prompt", parse({}))
 
 
 @pytest.mark.parametrize("missing", ["all", "config", "weights", "tokenizer"])

@@ -58,10 +58,15 @@ CHANGED: dict[str, Value] = {
     "sparse.mask": "rows",
     "sparse.schedule": "fixed",
     "lora.epochs": 4,
+    "bottleneck.epochs": 4,
     "lora.batch-size": 32,
+    "bottleneck.batch-size": 32,
     "lora.optimizer": "sgd",
+    "bottleneck.optimizer": "sgd",
     "lora.lr": 0.3,
+    "bottleneck.lr": 0.3,
     "lora.rank": 1,
+    "bottleneck.reduction": 1,
     "lora.alpha": 1.0,
     "lora.targets": "query, value",
     "lora.aggregator": "fedavg",
@@ -84,7 +89,7 @@ OPTIMIZERS = "adamw, sgd"
 # Key, a value of the right type that cannot be, and what its message says is allowed:
 # every one of the phrases.
 BAD: list[tuple[str, Value, str]] = [
-    ("method", "fedavg", "slora, sft, lora, fft, head"),
+    ("method", "fedavg", "slora, sft, lora, fft, bitfit, houlsby, pfeiffer, head"),
     ("rounds", 0, "a number of at least 1"),
     ("seed", -1, "a whole number from 0 to 2^63 - 1"),
     ("seed", 2**63, "a whole number from 0 to 2^63 - 1"),
@@ -129,10 +134,15 @@ BAD: list[tuple[str, Value, str]] = [
     ("sparse.mask", "diagonal", "unstructured, rows, columns"),
     ("sparse.schedule", "never", "fixed"),
     ("lora.epochs", -1, "a number of at least 0"),
+    ("bottleneck.epochs", -1, "a number of at least 0"),
     ("lora.batch-size", -1, "a number of at least 0"),
+    ("bottleneck.batch-size", -1, "a number of at least 0"),
     ("lora.optimizer", "adam", OPTIMIZERS),
+    ("bottleneck.optimizer", "adam", OPTIMIZERS),
     ("lora.lr", -0.1, "a number of at least 0"),
+    ("bottleneck.lr", -0.1, "a number of at least 0"),
     ("lora.rank", 0, "a number of at least 1"),
+    ("bottleneck.reduction", 0, "a number of at least 1"),
     ("lora.alpha", 0.0, "a number above 0"),
     ("lora.targets", "", "all-linear, or module names"),
     ("lora.targets", "query,,value", "all-linear, or module names"),
@@ -305,6 +315,9 @@ def test_slora_splits_its_rounds_in_two_phases() -> None:
     ("method", "adapter", "rate"),
     [
         ("fft", "full", 5e-4),
+        ("bitfit", "bias", 5e-3),
+        ("houlsby", "houlsby", 2e-3),
+        ("pfeiffer", "pfeiffer", 2e-3),
         ("head", "head", 5e-3),
         ("sft", "sparse", 1e-2),
         ("lora", "lora", 2e-3),
@@ -334,6 +347,7 @@ def test_a_phase_changes_only_what_it_names() -> None:
         "sparse.lr": 0.1,
         "lora.batch-size": 64,
         "lora.optimizer": "sgd",
+        "bottleneck.optimizer": "sgd",
     }
     sparse, lora = (phase.recipe for phase in make_schedule(parse(train | own)))
     assert (sparse.epochs, sparse.batch_size) == (3, 8)

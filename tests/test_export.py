@@ -18,11 +18,19 @@ from transformers import (
     BertModel,
 )
 
-from slora_flwr.adapters import FullAdapter, LowRankAdapter, SparseAdapter
+from slora_flwr.adapters import (
+    BottleneckAdapter,
+    FullAdapter,
+    LowRankAdapter,
+    SparseAdapter,
+)
 from slora_flwr.adapters.export import (
+    BOTTLENECK_FILE,
     PATCH_FILE,
     apply_base_patch,
+    apply_bottlenecks,
     export_adapter,
+    export_bottlenecks,
     export_classes,
     export_model,
 )
@@ -165,6 +173,22 @@ def test_stock_transformers_computes_the_same(
     text = "w7 w119 unheard"
     assert tokenizer(text)["input_ids"] == [7, 119, 1]
     assert tokenizer(text)["input_ids"] == backbone.tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["houlsby", "pfeiffer"])
+def test_bottlenecks_are_exported_beside_their_model(
+    backbone: Backbone, examples: Examples, tmp_path: Path, kind: str
+) -> None:
+    adapter = BottleneckAdapter(kind, 8)
+    adapter.attach(backbone)
+    train(backbone, adapter, examples, RECIPE, (0, 1, 0))
+    live = logits(backbone.model, examples)
+    export_model(tmp_path, backbone, ["a", "b", "c"])
+    export_bottlenecks(tmp_path, adapter.state(), kind, 8)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert (logits(model, examples) - live).abs().max() > 1e-4
+    apply_bottlenecks(model, tmp_path / BOTTLENECK_FILE)
+    torch.testing.assert_close(logits(model, examples), live, rtol=0, atol=1e-6)
 
 
 def test_sparse_model_is_exported_whole(

@@ -214,7 +214,9 @@ def differ(one: State, other: State) -> bool:
 # The number of nodes, and seeds
 
 
-@pytest.mark.parametrize("method", ["sft", "lora", "slora"])
+@pytest.mark.parametrize(
+    "method", ["sft", "lora", "slora", "bitfit", "houlsby", "pfeiffer"]
+)
 def test_nodes_do_not_change_the_result(config: Config, method: str) -> None:
     config |= {"method": method}
     one = RecordingGrid(config, nodes=1)

@@ -1,5 +1,7 @@
 """Adapters: what a client trains and sends, attached to a resident backbone."""
 
+from slora_flwr.adapters.bias import BiasAdapter
+from slora_flwr.adapters.bottleneck import KINDS, BottleneckAdapter
 from slora_flwr.adapters.full import FullAdapter
 from slora_flwr.adapters.head import HeadAdapter
 from slora_flwr.adapters.low_rank import LowRankAdapter
@@ -7,6 +9,8 @@ from slora_flwr.adapters.sparse import SparseAdapter
 from slora_flwr.config import RunConfig
 
 __all__ = [
+    "BiasAdapter",
+    "BottleneckAdapter",
     "FullAdapter",
     "HeadAdapter",
     "LowRankAdapter",
@@ -21,16 +25,20 @@ def make_adapter(name: str, config: RunConfig) -> HeadAdapter:
     Parameters
     ----------
     name : str
-        `full`, `head`, `sparse` or `lora`.
+        `full`, `bias`, `head`, `sparse`, `lora`, `houlsby` or `pfeiffer`.
     config : RunConfig
         The run.
     """
     if name == "full":
         return FullAdapter()
+    if name == "bias":
+        return BiasAdapter()
+    if name in KINDS:
+        return BottleneckAdapter(name, config.bottleneck.reduction)
     if name == "head":
         return HeadAdapter()
     if name == "sparse":
         return SparseAdapter(config.sparse.density, config.sparse.mask, config.seed)
     if name == "lora":
         return LowRankAdapter(config.lora.rank, config.lora.alpha)
-    raise ValueError(f"adapter is {name!r}; allowed: full, head, sparse, lora")
+    raise ValueError(f"adapter is {name!r}, which no method has")

@@ -9,12 +9,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slora_flwr.adapters.bottleneck import insert
 from slora_flwr.adapters.head import State
 from slora_flwr.adapters.low_rank import wrap
 from slora_flwr.models.backbone import Backbone
 from slora_flwr.models.base_patch import BasePatch
 
 PATCH_FILE = "base_patch.safetensors"
+BOTTLENECK_FILE = "bottlenecks.safetensors"
 
 
 def export_adapter(
@@ -84,6 +86,30 @@ def export_model(folder: Path, backbone: Backbone, classes: list[str]) -> None:
     config.label2id = {name: i for i, name in enumerate(classes)}
     backbone.model.save_pretrained(str(folder))
     backbone.tokenizer.save_pretrained(str(folder))
+
+
+def export_bottlenecks(folder: Path, state: State, kind: str, reduction: int) -> None:
+    """Write the bottlenecks of a state beside the model that they belong to."""
+    arrays = {n: t for n, t in state.items() if ".down." in n or ".up." in n}
+    facts = {"kind": kind, "reduction": str(reduction)}
+    save_file(arrays, folder / BOTTLENECK_FILE, facts)
+
+
+def apply_bottlenecks(model: nn.Module, path: Path) -> None:
+    """Put exported bottlenecks into the exported model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        From the folder that holds them, loaded by transformers.
+    path : Path
+        `bottlenecks.safetensors`.
+    """
+    with safe_open(path, "pt") as file, torch.no_grad():
+        facts = file.metadata()
+        parameters, _ = insert(model, facts["kind"], int(facts["reduction"]))
+        for name, parameter in parameters.items():
+            parameter.copy_(file.get_tensor(name))
 
 
 def export_classes(folder: Path, classes: list[str]) -> None:

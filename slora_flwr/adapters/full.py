@@ -18,10 +18,13 @@ class FullAdapter(HeadAdapter):
         body = {
             name: parameter
             for name, parameter in backbone.model.named_parameters()
-            if name not in backbone.head
+            if name not in backbone.head and self._trains(name)
         }
         self._before = {name: p.detach().clone() for name, p in body.items()}
         return body
+
+    def _trains(self, name: str) -> bool:
+        return True
 
     def _restore(self, backbone: Backbone) -> None:
         with torch.no_grad():

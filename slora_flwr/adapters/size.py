@@ -1,5 +1,11 @@
 """How many values an adapter's state holds, without attaching it."""
 
+from slora_flwr.adapters.bottleneck import (
+    KINDS,
+    bottleneck_shape,
+    find_norms,
+    find_places,
+)
 from slora_flwr.adapters.masks import mask_size
 from slora_flwr.config import RunConfig
 from slora_flwr.models.backbone import Backbone
@@ -11,9 +17,9 @@ def state_size(name: str, config: RunConfig, backbone: Backbone) -> int:
     Parameters
     ----------
     name : str
-        `full`, `head`, `sparse` or `lora`.
+        A phase's adapter.
     config : RunConfig
-        Density and rank.
+        Density, rank, reduction.
     backbone : Backbone
         Shapes, whatever is attached.
     """
@@ -28,4 +34,19 @@ def state_size(name: str, config: RunConfig, backbone: Backbone) -> int:
         )
     if name == "lora":
         return head + sum(config.lora.rank * (out + into) for out, into in shapes)
+    if name == "bias":
+        return head + sum(
+            parameter.numel()
+            for key, parameter in backbone.model.named_parameters()
+            if key.endswith(".bias") and key not in backbone.head
+        )
+    if name in KINDS:
+        width, inner = bottleneck_shape(backbone.model, config.bottleneck.reduction)
+        norms = find_norms(backbone.model).values() if name == "houlsby" else ()
+        places = len(find_places(backbone.model, name))
+        return (
+            head
+            + places * (2 * width * inner + width + inner)
+            + sum(parameter.numel() for parameter in norms)
+        )
     return head

@@ -171,24 +171,33 @@ def locate(name: str) -> str:
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
-def find_targets(model: Any, targets: str = "all-linear") -> dict[str, nn.Linear]:
-    """Find the target matrices: linear layers inside the transformer blocks.
+def block_modules(model: Any) -> dict[str, nn.Module]:
+    """List all modules inside the transformer blocks by their names in the model.
 
     Blocks are what the body keeps in a `ModuleList`, which leaves out poolers,
     projections of embeddings and the head.
+    """
+    body = model.base_model
+    lists = [n for n, m in body.named_modules() if isinstance(m, nn.ModuleList)]
+    return {
+        f"{model.base_model_prefix}.{name}": module
+        for name, module in body.named_modules()
+        if any(name.startswith(f"{block}.") for block in lists)
+    }
+
+
+def find_targets(model: Any, targets: str = "all-linear") -> dict[str, nn.Linear]:
+    """Find the target matrices: linear layers inside the transformer blocks.
 
     Raises
     ------
     ConfigError
         If no linear layer of the blocks has such a name.
     """
-    body = model.base_model
-    lists = [n for n, m in body.named_modules() if isinstance(m, nn.ModuleList)]
     linear = {
-        f"{model.base_model_prefix}.{name}": module
-        for name, module in body.named_modules()
+        name: module
+        for name, module in block_modules(model).items()
         if isinstance(module, nn.Linear)
-        and any(name.startswith(f"{block}.") for block in lists)
     }
     if targets == "all-linear":
         return linear

@@ -12,7 +12,13 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from slora_flwr import __version__
-from slora_flwr.adapters.export import export_adapter, export_classes, export_model
+from slora_flwr.adapters.bottleneck import KINDS
+from slora_flwr.adapters.export import (
+    export_adapter,
+    export_bottlenecks,
+    export_classes,
+    export_model,
+)
 from slora_flwr.adapters.size import state_size
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
 from slora_flwr.models.backbone import digest_of
@@ -204,4 +210,7 @@ def _export(
         worker.adapter.load(strategy.state)
         folder = directory.path / "model"
         export_model(folder, worker.backbone, worker.task.classes)
+        if last in KINDS:
+            reduction = config.bottleneck.reduction
+            export_bottlenecks(folder, strategy.state, last, reduction)
     export_classes(folder, worker.task.classes)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from slora_flwr.adapters import HeadAdapter, LowRankAdapter, SparseAdapter, make_adapter
+from slora_flwr.adapters.bottleneck import KINDS, find_places
 from slora_flwr.adapters.handoff import Handoff, hand_over
 from slora_flwr.adapters.head import State
 from slora_flwr.config import ConfigError, RunConfig
@@ -262,6 +263,8 @@ def _check_fit(config: RunConfig, backbone: Backbone) -> None:
                     f"{most}, the positions of model {config.model.name!r}"
                 )
     adapters = {phase.adapter for phase in make_schedule(config)}
+    for kind in adapters.intersection(KINDS):
+        find_places(backbone.model, kind)
     if adapters & {"sparse", "lora"} and not backbone.targets:
         raise ConfigError(
             f"model.name is {config.model.name!r}, whose blocks hold no linear layers; "
