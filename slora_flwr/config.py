@@ -14,7 +14,30 @@ from typing import Any
 
 Value = bool | int | float | str
 
-METHODS = ("slora", "sft", "lora", "fft", "bitfit", "houlsby", "pfeiffer", "head")
+METHODS = (
+    "slora",
+    "sft",
+    "lora",
+    "ffa-lora",
+    "alternate-lora",
+    "fedex-lora",
+    "flexlora",
+    "head-lora",
+    "fft",
+    "bitfit",
+    "houlsby",
+    "pfeiffer",
+    "head",
+)
+AGGREGATORS = ("fedavg", "ffa", "alternate", "exact", "flexlora")
+# Methods that are LoRA with an aggregator of their own.
+OWN_AGGREGATOR = {
+    "ffa-lora": "ffa",
+    "alternate-lora": "alternate",
+    "fedex-lora": "exact",
+    "flexlora": "flexlora",
+}
+TWO_PHASES = ("slora", "head-lora")
 PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual")
 # `data.name` for data that never leaves its node: each trains on its own.
 OWN_DATA = "node"
@@ -189,19 +212,27 @@ class PhaseRecipeConfig:
 
 @dataclass(frozen=True)
 class SparseConfig(PhaseRecipeConfig):
-    """The sparse phase: `rounds` of `slora`'s rounds are its, `sft` has it alone."""
+    """The sparse phase: `rounds` of `slora`'s rounds are its, `sft` has it alone.
+
+    `rounds` is also the length of `head-lora`'s first phase; 0 ends a sparse phase when
+    it stops gaining, see `slora_flwr.schedule.has_stopped_gaining`. `budget` deals the
+    masks' entries to the matrices, see `slora_flwr.adapters.masks.deal_densities`.
+    `schedule` is `fixed`, or `per-round` for a mask drawn anew in each round.
+    """
 
     density: float = 0.01
     rounds: int = 4
     mask: str = "unstructured"
     schedule: str = "fixed"
+    budget: str = "uniform"
 
     def __post_init__(self) -> None:
         _check_recipe("sparse", self, lowest=0)
         _fraction("sparse.density", self.density, one=True)
-        _at_least("sparse.rounds", self.rounds, 1)
+        _at_least("sparse.rounds", self.rounds, 0)
         _one_of("sparse.mask", self.mask, ("unstructured", "rows", "columns"))
-        _one_of("sparse.schedule", self.schedule, ("fixed",))
+        _one_of("sparse.schedule", self.schedule, ("fixed", "per-round"))
+        _one_of("sparse.budget", self.budget, ("uniform", "erdos-renyi", "equal"))
 
 
 @dataclass(frozen=True)
@@ -209,16 +240,24 @@ class LoraConfig(PhaseRecipeConfig):
     """The low-rank phase. `targets` also says which matrices are sparsely trained.
 
     `targets` is `all-linear` (those of the transformer blocks) or names of modules,
-    with commas, matched at the end: `query,value`. `base` and `factors`: see
-    `slora_flwr.adapters.priming`.
+    with commas, matched at the end: `query,value`. `ranks` are ranks of clients, with
+    commas: client i has the one at i modulo their number; empty for `rank` everywhere.
+    `scaling` divides `alpha` by `rank` or, as rsLoRA does, by its root. `aggregator`:
+    see `slora_flwr.server.stack`. `base` and `factors`: see
+    `slora_flwr.adapters.priming`; `auto` is `b` for `ffa`, whose A stays as it starts,
+    and else `balanced`. `start` is that of a phase which nothing primes: `peft`,
+    `orthonormal` or `federa`, see `slora_flwr.adapters.low_rank`.
     """
 
     rank: int = 8
+    ranks: str = ""
     alpha: float = 16.0
+    scaling: str = "rank"
     targets: str = "all-linear"
     aggregator: str = "fedavg"
     base: str = "residual"
-    factors: str = "balanced"
+    factors: str = "auto"
+    start: str = "peft"
 
     def __post_init__(self) -> None:
         _check_recipe("lora", self, lowest=0)
@@ -226,9 +265,24 @@ class LoraConfig(PhaseRecipeConfig):
         _positive("lora.alpha", self.alpha)
         if not all(part.strip() for part in self.targets.split(",")):
             raise _refuse("lora.targets", self.targets, "all-linear, or module names")
-        _one_of("lora.aggregator", self.aggregator, ("fedavg",))
+        _one_of("lora.scaling", self.scaling, ("rank", "root-rank"))
+        _one_of("lora.aggregator", self.aggregator, AGGREGATORS)
         _one_of("lora.base", self.base, ("residual", "w0", "warm-start"))
-        _one_of("lora.factors", self.factors, ("balanced", "b"))
+        _one_of("lora.factors", self.factors, ("auto", "balanced", "b"))
+        _one_of("lora.start", self.start, ("peft", "orthonormal", "federa"))
+        given = [part.strip() for part in self.ranks.split(",")]
+        if self.ranks and not all(
+            part.isdecimal() and 1 <= int(part) <= self.rank for part in given
+        ):
+            allowed = f"whole numbers from 1 to lora.rank, which is {self.rank}"
+            raise _refuse("lora.ranks", self.ranks, f"empty, or {allowed}, with commas")
+
+    def rank_of(self, client: int) -> int:
+        """Give a client's rank."""
+        if not self.ranks:
+            return self.rank
+        ranks = self.ranks.split(",")
+        return int(ranks[client % len(ranks)])
 
 
 @dataclass(frozen=True)
@@ -307,14 +361,56 @@ class RunConfig:
                 f"float32 for {self.method}, whose updates bfloat16 weights would "
                 "round away",
             )
-        if self.method == "slora" and self.rounds < 2:
-            raise _refuse("rounds", self.rounds, "at least 2 for slora's two phases")
-        if self.method == "slora" and self.sparse.rounds >= self.rounds:
+        self._check_phases()
+        self._check_aggregator()
+
+    @property
+    def aggregator(self) -> str:
+        """That of the low-rank phase: the method's own, or `lora.aggregator`."""
+        return OWN_AGGREGATOR.get(self.method, self.lora.aggregator)
+
+    def _check_phases(self) -> None:
+        if self.method in TWO_PHASES and self.rounds < 2:
+            allowed = f"at least 2 for the two phases of {self.method}"
+            raise _refuse("rounds", self.rounds, allowed)
+        if self.method in TWO_PHASES and self.sparse.rounds >= self.rounds:
             raise _refuse(
                 "sparse.rounds",
                 self.sparse.rounds,
-                f"1 to {self.rounds - 1} for slora, since rounds is {self.rounds}",
+                f"up to {self.rounds - 1} for {self.method}, since rounds is "
+                f"{self.rounds}",
             )
+        if self.method == "head-lora" and not self.sparse.rounds:
+            raise _refuse("sparse.rounds", 0, "at least 1 for head-lora")
+        redrawn = self.sparse.schedule == "per-round"
+        if (
+            redrawn
+            and self.method in ("slora", "sft")
+            and self.model.dtype != "float32"
+        ):
+            allowed = "float32, since sparse.schedule per-round writes to the weights"
+            raise _refuse("model.dtype", self.model.dtype, allowed)
+
+    def _check_aggregator(self) -> None:
+        given, used = self.lora.aggregator, self.aggregator
+        if given not in ("fedavg", used):
+            allowed = f"{used}, which is the one of {self.method}"
+            raise _refuse("lora.aggregator", given, allowed)
+        if self.lora.ranks and used not in ("fedavg", "flexlora"):
+            allowed = f"empty, since the aggregator is {used}; or fedavg or flexlora"
+            raise _refuse("lora.ranks", self.lora.ranks, allowed)
+        if used in ("exact", "flexlora"):
+            # Their result is a weight, which no step towards the mean's factors gives.
+            for name, value, plain in (
+                ("optimizer", self.server.optimizer, "none"),
+                ("lr", self.server.lr, 1.0),
+            ):
+                if value != plain:
+                    allowed = f"{plain}, since the aggregator is {used}"
+                    raise _refuse(f"server.{name}", value, allowed)
+        if used == "exact" and self.model.dtype != "float32":
+            allowed = "float32, since the aggregator exact adds to the weights"
+            raise _refuse("model.dtype", self.model.dtype, allowed)
 
     def _check_own_data(self) -> None:
         where = f"since data.name is {OWN_DATA}"

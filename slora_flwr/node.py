@@ -26,7 +26,8 @@ from slora_flwr.home import cache_folder, write_atomically
 from slora_flwr.models.backbone import digest_of
 from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.resident import code_digest
-from slora_flwr.server.aggregate import FoldError, Mean
+from slora_flwr.server.aggregate import FoldError
+from slora_flwr.server.stack import make_aggregate
 from slora_flwr.tasks.metrics import pool
 from slora_flwr.tasks.own_data import OwnData, OwnDataError
 from slora_flwr.training.worker import ClientError, Worker
@@ -132,7 +133,7 @@ def train(message: Message, context: Context) -> Message:
     worker = get_worker(context, instruction)
     state = _enter(worker, instruction)
     phase = worker.schedule[instruction.phase]
-    fold = Mean()
+    fold = make_aggregate(phase, worker.config)
     report = Report(
         instruction.server_round,
         instruction.phase,
@@ -147,11 +148,10 @@ def train(message: Message, context: Context) -> Message:
         started = time.perf_counter()
         try:
             turn = worker.train_client(client, state, phase, instruction.server_round)
-            fold.add(turn.update, turn.examples)
+            fold.add(turn.update, turn.examples, client)
         except (ClientError, FoldError) as error:
             report.failures[client] = str(error)
             continue
-        alone = turn.update
         report.clients.append(client)
         report.examples.append(turn.examples)
         report.losses.append(turn.loss)
@@ -159,9 +159,7 @@ def train(message: Message, context: Context) -> Message:
     if not report.clients:
         reasons = "; ".join(f"client {c}: {r}" for c, r in report.failures.items())
         return Message(Error(0, reasons), reply_to=message)
-    # One update is half the bytes of its exact multiple.
-    several = len(report.clients) > 1
-    report.update = pack(fold.sums, "int64") if several else pack(alone)
+    report.update = fold.packed()
     return Message(report.content(), reply_to=message)
 
 
@@ -212,35 +210,52 @@ def _one_client_per_node(config: RunConfig, context: Context) -> RunConfig:
 
 
 def _enter(worker: Worker, instruction: Instruction) -> State:
-    """Attach what the instruction is for, and unpack the state it brings."""
+    """Attach what the instruction is for, and complete the state it brings."""
     phase = worker.schedule[instruction.phase]
-    patch = None
-    if instruction.base and not worker.has_entered(phase, instruction.base):
-        patch = _base(worker, instruction)
-    adapter = worker.enter(phase, patch, instruction.base)
+    if not worker.has_entered(phase, instruction.base):
+        parcel = instruction.parcel
+        if parcel.weights is not None:
+            weights = unpack(parcel.weights, worker.target_shapes)
+            worker.enter(phase, BasePatch(weights=weights), instruction.base)
+        else:
+            if not worker.has_entered(phase, parcel.known):
+                patch = _base(worker, instruction) if parcel.known else None
+                worker.enter(phase, patch, parcel.known)
+            if parcel.moves:
+                moves = [_read_move(worker, packed) for packed in parcel.moves]
+                worker.move_base(moves, parcel.version + 1, instruction.base)
+    adapter = worker.enter(phase, None, instruction.base)
+    adapter.begin(instruction.phase_round)
     if adapter.fingerprint() != instruction.fingerprint:
         raise MismatchError(
             f"the {phase.adapter} adapter of this node has fingerprint "
             f"{adapter.fingerprint()}, the server's {instruction.fingerprint}: their "
             "masks or backbones differ"
         )
-    return unpack(instruction.state, adapter.shapes())
+    return adapter.complete(unpack(instruction.state, adapter.sent()))
+
+
+def _read_move(worker: Worker, packed: Array) -> State:
+    return unpack(packed, worker.move_shapes(len(packed.data) // 4))
 
 
 def _base(worker: Worker, instruction: Instruction) -> BasePatch:
-    """Take the base from the message, or from this machine's cache."""
-    shapes, positions, scaling = worker.patch_layout()
+    """Take the phase's first base from the message, or from this machine's cache."""
+    known, sent = instruction.parcel.known, instruction.parcel.start
     # Through bytes, so that what came over the network cannot be a path.
-    path = cache_folder() / f"base-{bytes.fromhex(instruction.base).hex()}"
-    sent = instruction.base_state
+    path = cache_folder() / f"base-{bytes.fromhex(known).hex()}"
     if sent is None and not path.is_file():
-        raise MissingBaseError(f"no base {instruction.base} here")
+        raise MissingBaseError(f"no base {known} here")
     data = path.read_bytes() if sent is None else sent.data
-    if blake2b(data, digest_size=16).hexdigest() != instruction.base:
+    if blake2b(data, digest_size=16).hexdigest() != known:
         if sent is None:
-            raise MissingBaseError(f"base {instruction.base} is damaged here")
+            raise MissingBaseError(f"base {known} is damaged here")
         raise MismatchError("the base that was sent does not have its digest")
     if sent is not None:
         write_atomically(path, data)
     packed = Array("float32", (len(data) // 4,), STYPE, data)
+    rounds_before = instruction.server_round - instruction.phase_round
+    shapes, positions, scaling = worker.patch_layout(
+        worker.schedule[instruction.phase], rounds_before
+    )
     return BasePatch.from_state(unpack(packed, shapes), positions, scaling)

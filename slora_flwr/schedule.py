@@ -1,5 +1,7 @@
 """Methods as schedules of phases."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from slora_flwr.config import PhaseRecipeConfig, RecipeConfig, RunConfig
@@ -10,7 +12,12 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     "head": ("head",),
     "sft": ("sparse",),
     "lora": ("lora",),
+    "ffa-lora": ("lora",),
+    "alternate-lora": ("lora",),
+    "fedex-lora": ("lora",),
+    "flexlora": ("lora",),
     "slora": ("sparse", "lora"),
+    "head-lora": ("head", "lora"),
     "bitfit": ("bias",),
     "houlsby": ("houlsby",),
     "pfeiffer": ("pfeiffer",),
@@ -30,24 +37,34 @@ DEFAULT_RATES = {
 
 @dataclass(frozen=True)
 class Phase:
-    """An adapter, a number of rounds, a local training recipe.
+    """An adapter, a number of rounds, a local training recipe, an aggregator.
 
     Attributes
     ----------
     adapter : str
         One of `DEFAULT_RATES`; it also names the phase.
     rounds : int
-        Number of rounds.
+        Number of rounds; the most that it may take where `is_open`.
     recipe : RecipeConfig
         Local training, every field resolved.
+    aggregator : str
+        What becomes of the clients' updates: `fedavg`, or another of the low-rank
+        phase's.
     primed : bool
-        True where the phase starts from the delta that the phase before it learned.
+        True where it starts from the delta that a sparse phase before it learned.
+    is_open : bool
+        True where the phase ends once it has stopped gaining.
+    moves_base : bool
+        True where each round changes the weights that the adapter stands on.
     """
 
     adapter: str
     rounds: int
     recipe: RecipeConfig
+    aggregator: str = "fedavg"
     primed: bool = False
+    is_open: bool = False
+    moves_base: bool = False
 
 
 def make_schedule(config: RunConfig) -> list[Phase]:
@@ -55,13 +72,51 @@ def make_schedule(config: RunConfig) -> list[Phase]:
     adapters = SCHEDULES[config.method]
     phases = []
     for i, adapter in enumerate(adapters):
-        rounds = config.rounds
+        rounds, is_open = config.rounds, False
         if len(adapters) == 2:
-            first = config.sparse.rounds
+            is_open = i == 0 and not config.sparse.rounds
+            first = config.sparse.rounds or config.rounds // 2
             rounds = first if i == 0 else config.rounds - first
-        recipe = _recipe(config, adapter)
-        phases.append(Phase(adapter, rounds, recipe, primed=i > 0))
+        aggregator = config.aggregator if adapter == "lora" else "fedavg"
+        redrawn = adapter == "sparse" and config.sparse.schedule == "per-round"
+        phases.append(
+            Phase(
+                adapter,
+                rounds,
+                _recipe(config, adapter),
+                aggregator,
+                primed=adapters[:i] == ("sparse",),
+                is_open=is_open,
+                moves_base=redrawn or aggregator == "exact",
+            )
+        )
     return phases
+
+
+# An open phase ends when neither figure has gained in so many rounds, by so much.
+PATIENCE, LEAST_GAIN = 3, 0.01
+
+
+def has_stopped_gaining(*figures: Sequence[float]) -> bool:
+    """Tell whether an open phase should end: each figure's best is `PATIENCE` old.
+
+    A figure (accuracy; share of the delta's energy that the rank keeps) gains in a
+    round if it exceeds the best before by `LEAST_GAIN`, absolute: one point.
+
+    Parameters
+    ----------
+    *figures : Sequence[float]
+        Each figure after every round so far, in order; all of one length.
+    """
+    return all(_rounds_without_gain(series) >= PATIENCE for series in figures)
+
+
+def _rounds_without_gain(series: Sequence[float]) -> int:
+    best, since = -math.inf, 0
+    for value in series:
+        since = 0 if value > best + LEAST_GAIN else since + 1
+        best = value if since == 0 else best
+    return since
 
 
 def _recipe(config: RunConfig, adapter: str) -> RecipeConfig:

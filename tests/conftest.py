@@ -1,7 +1,9 @@
 """What tests share: a quiet environment, tiny random models, examples."""
 
 import copy
+import csv
 import os
+import random
 import shutil
 import tempfile
 from functools import cache
@@ -44,6 +46,7 @@ torch.set_num_threads(1)
 FAMILIES = ("bert", "distilbert", "roberta", "albert", "deberta-v2")
 VOCAB = 120
 LABELS = 3
+CLASSES = ["apples", "bridges", "clouds"]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -186,6 +189,22 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp(family)
         folders[family] = save_checkpoint(make_body(family), folder)
     return folders
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of the words of a class and, nearly as many, of any words."""
+    draw = random.Random(0)
+    words = [f"w{i}" for i in range(len(SPECIAL), VOCAB)]
+    path = tmp_path_factory.mktemp("data") / "texts.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label"])
+        for _ in range(160):
+            c = draw.randrange(3)
+            own = draw.choices(words[20 * c : 20 * c + 20], k=5)
+            rows.writerow([" ".join(own + draw.choices(words, k=4)), CLASSES[c]])
+    return path
 
 
 @pytest.fixture(params=FAMILIES)

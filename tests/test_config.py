@@ -56,7 +56,8 @@ CHANGED: dict[str, Value] = {
     "sparse.density": 1.0,
     "sparse.rounds": 2,
     "sparse.mask": "rows",
-    "sparse.schedule": "fixed",
+    "sparse.schedule": "per-round",
+    "sparse.budget": "equal",
     "lora.epochs": 4,
     "bottleneck.epochs": 4,
     "lora.batch-size": 32,
@@ -65,20 +66,24 @@ CHANGED: dict[str, Value] = {
     "bottleneck.optimizer": "sgd",
     "lora.lr": 0.3,
     "bottleneck.lr": 0.3,
-    "lora.rank": 1,
+    "lora.rank": 4,
+    "lora.ranks": "1, 4",
+    "lora.scaling": "root-rank",
+    "lora.start": "federa",
     "bottleneck.reduction": 1,
     "lora.alpha": 1.0,
     "lora.targets": "query, value",
-    "lora.aggregator": "fedavg",
+    "lora.aggregator": "flexlora",
     "lora.base": "warm-start",
     "lora.factors": "b",
-    "server.optimizer": "fedadam",
-    "server.lr": 0.01,
+    "server.optimizer": "none",
+    "server.lr": 1.0,
     "run.dir": "/out",
     "run.eval-every": 0,
     "run.target": 1.0,
 }
-ONE_CHOICE = {"sparse.schedule", "lora.aggregator"}
+# What flexlora leaves no choice of, and data.labels, which is for data.name "node".
+KEPT = {"server.optimizer", "server.lr", "data.labels"}
 OWN: dict[str, Value] = {
     "data.name": "node",
     "clients.count": 0,
@@ -90,6 +95,7 @@ OPTIMIZERS = "adamw, sgd"
 # every one of the phrases.
 BAD: list[tuple[str, Value, str]] = [
     ("method", "fedavg", "slora, sft, lora, fft, bitfit, houlsby, pfeiffer, head"),
+    ("method", "fedex", "ffa-lora, alternate-lora, fedex-lora, flexlora, head-lora"),
     ("rounds", 0, "a number of at least 1"),
     ("seed", -1, "a whole number from 0 to 2^63 - 1"),
     ("seed", 2**63, "a whole number from 0 to 2^63 - 1"),
@@ -129,10 +135,11 @@ BAD: list[tuple[str, Value, str]] = [
     ("sparse.lr", -0.1, "a number of at least 0"),
     ("sparse.density", 0.0, "a number above 0 up to 1"),
     ("sparse.density", 1.5, "a number above 0 up to 1"),
-    ("sparse.rounds", 0, "a number of at least 1"),
-    ("sparse.rounds", 12, "1 to 11 for slora, since rounds is 12"),
+    ("sparse.rounds", -1, "a number of at least 0"),
+    ("sparse.rounds", 12, "up to 11 for slora, since rounds is 12"),
     ("sparse.mask", "diagonal", "unstructured, rows, columns"),
-    ("sparse.schedule", "never", "fixed"),
+    ("sparse.schedule", "never", "fixed, per-round"),
+    ("sparse.budget", "global", "uniform, erdos-renyi, equal"),
     ("lora.epochs", -1, "a number of at least 0"),
     ("bottleneck.epochs", -1, "a number of at least 0"),
     ("lora.batch-size", -1, "a number of at least 0"),
@@ -146,9 +153,14 @@ BAD: list[tuple[str, Value, str]] = [
     ("lora.alpha", 0.0, "a number above 0"),
     ("lora.targets", "", "all-linear, or module names"),
     ("lora.targets", "query,,value", "all-linear, or module names"),
-    ("lora.aggregator", "median", "fedavg"),
+    ("lora.ranks", "2,9", "empty, or whole numbers from 1 to lora.rank, which is 8"),
+    ("lora.ranks", "0", "empty, or whole numbers from 1 to lora.rank, which is 8"),
+    ("lora.ranks", "2,,4", "empty, or whole numbers from 1 to lora.rank, which is 8"),
+    ("lora.scaling", "none", "rank, root-rank"),
+    ("lora.start", "pissa", "peft, orthonormal, federa"),
+    ("lora.aggregator", "median", "fedavg, ffa, alternate, exact, flexlora"),
     ("lora.base", "w1", "residual, w0, warm-start"),
-    ("lora.factors", "a", "balanced, b"),
+    ("lora.factors", "a", "auto, balanced, b"),
     ("server.optimizer", "adam", "none, fedavgm, fedadam"),
     ("server.lr", 0.0, "a number above 0"),
     ("run.dir", "out", "an absolute path, or empty"),
@@ -194,7 +206,7 @@ def test_no_keys_mean_the_defaults() -> None:
 def test_every_key_can_be_changed_and_comes_back() -> None:
     assert CHANGED.keys() == DEFAULTS.keys()
     same = {key for key, value in CHANGED.items() if value == DEFAULTS[key]}
-    assert same <= ONE_CHOICE | {"data.labels"}  # which is for data.name "node" alone
+    assert same == KEPT
     config = parse(CHANGED)
     assert flatten(config) == CHANGED
     assert parse(flatten(config)) == config
@@ -270,7 +282,7 @@ def test_sparse_rounds_leave_one_for_lora() -> None:
     parse({"rounds": 5, "sparse.rounds": 4})
     message = refusal({"rounds": 4, "sparse.rounds": 4})
     assert message == (
-        "sparse.rounds is 4; allowed: 1 to 3 for slora, since rounds is 4"
+        "sparse.rounds is 4; allowed: up to 3 for slora, since rounds is 4"
     )
 
 

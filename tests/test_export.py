@@ -74,7 +74,7 @@ def run_and_export(
     lora.detach()
     if done.patch is not None:
         done.patch.remove(backbone)
-    export_adapter(out, backbone, state, RANK, ALPHA, done.patch)
+    export_adapter(out, backbone, state, RANK, ALPHA / RANK, done.patch)
     return live, learned
 
 

@@ -467,7 +467,8 @@ def test_patch_makes_the_base_and_takes_it_back(backbone: Backbone, rank: int) -
 def test_patch_travels(folder: Path, backbone: Backbone, rank: int) -> None:
     patch = random_patch(backbone, rank)
     state = patch.state()
-    shapes = BasePatch.shapes(backbone, patch.positions, rank)
+    factors = "ab" if rank else ""
+    shapes = BasePatch.shapes(backbone, patch.positions, rank, factors)
     assert {name: tuple(t.shape) for name, t in state.items()} == shapes
     assert list(state) == list(shapes)
     again = BasePatch.from_state(state, patch.positions, patch.scaling)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SPECIAL, VOCAB, Clock
+from conftest import CLASSES, Clock
 from flwr.app import Array, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.serde import message_to_proto
 from safetensors import safe_open
@@ -38,29 +38,12 @@ Config = dict[str, Value]
 Tamper = Callable[[Report], RecordDict | None]
 
 CLIENTS = list(range(6))
-CLASSES = ["apples", "bridges", "clouds"]
 HIDDEN, INNER, LAYERS, RANK = 32, 48, 2, 4  # of conftest's BERT
 # By hand: each layer has four matrices of 32 x 32 and two of 32 x 48, of which a mask
 # of density 0.05 takes round(51.2) and round(76.8) entries.
 SPARSE_VALUES = LAYERS * (4 * 51 + 2 * 77)
 LORA_VALUES = LAYERS * RANK * (4 * (HIDDEN + HIDDEN) + 2 * (HIDDEN + INNER))
 HEAD_VALUES = len(CLASSES) * HIDDEN + len(CLASSES)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts of the words of a class and, nearly as many, of any words."""
-    draw = random.Random(0)
-    words = [f"w{i}" for i in range(len(SPECIAL), VOCAB)]
-    path = tmp_path_factory.mktemp("data") / "texts.csv"
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["text", "label"])
-        for _ in range(160):
-            c = draw.randrange(3)
-            own = draw.choices(words[20 * c : 20 * c + 20], k=5)
-            rows.writerow([" ".join(own + draw.choices(words, k=4)), CLASSES[c]])
-    return path
 
 
 def make_config(corpus: Path, model: Path, directory: Path) -> Config:
@@ -620,7 +603,7 @@ class ForgetfulGrid(RecordingGrid):
     loses: tuple[str, ...] = ("process", "disk")
 
     def before(self, asked: Instruction) -> None:
-        if asked.server_round == 3 and asked.base_state is None:
+        if asked.server_round == 3 and asked.parcel.start is None:
             if "process" in self.loses:
                 node._worker.cache_clear()
             if "disk" in self.loses:
@@ -641,7 +624,7 @@ def test_a_node_that_lost_the_base_is_sent_it_again(
     config = elsewhere(two_phases)
     grid = ForgetfulGrid(config)
     directory = start(config, grid)
-    assert [(i.server_round, i.base_state is not None) for i in grid.asked] == [
+    assert [(i.server_round, i.parcel.start is not None) for i in grid.asked] == [
         (1, False),
         (2, True),
         (3, False),
@@ -658,7 +641,7 @@ def test_a_new_process_finds_the_base_on_disk(two_phases: Config) -> None:
     grid = ForgetfulGrid(config)
     grid.loses = ("process",)
     directory = start(config, grid)
-    sent = [i.server_round for i in grid.asked if i.base_state is not None]
+    sent = [i.server_round for i in grid.asked if i.parcel.start is not None]
     assert sent == [2]
     assert not differ(final(directory), final(undisturbed))
 
@@ -675,7 +658,7 @@ def test_base_w0_sends_no_base(two_phases: Config) -> None:
     grid = RecordingGrid(two_phases | {"lora.base": "w0"})
     start(two_phases | {"lora.base": "w0"}, grid)
     assert {i.base for i in grid.asked} == {""}
-    assert all(i.base_state is None for i in grid.asked)
+    assert all(i.parcel.start is None for i in grid.asked)
 
 
 def test_a_base_that_is_sent_again_is_in_the_ledger(two_phases: Config) -> None:

@@ -14,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slora_flwr.wire.ledger import Entry, Ledger
-from slora_flwr.wire.messages import Instruction, MessageError, Report, message_bytes
+from slora_flwr.wire.messages import (
+    Instruction,
+    MessageError,
+    Parcel,
+    Report,
+    message_bytes,
+)
 from slora_flwr.wire.packing import STYPE, PayloadError, pack, unpack
 
 SHAPES = st.dictionaries(
@@ -135,20 +141,34 @@ def test_another_array_is_refused(given: Array, told: str) -> None:
         unpack(given, KNOWN_SHAPES)
 
 
+def packed(*values: float) -> Array:
+    return pack({"values": torch.tensor(values)})
+
+
+@pytest.mark.parametrize(
+    "parcel",
+    [
+        Parcel(),
+        Parcel("0123456789abcdef"),
+        Parcel("0123456789abcdef", 0, packed(9.0), [packed(1.0), packed(2.0, 3.0)]),
+        Parcel("fedcba9876543210", 7, None, [packed(4.0)]),
+        Parcel(weights=packed(5.0)),
+    ],
+)
 @pytest.mark.parametrize("base", ["", "0123456789abcdef"])
-@pytest.mark.parametrize("with_state", [False, True])
-def test_an_instruction_arrives_as_it_was_sent(base: str, with_state: bool) -> None:
-    base_state = pack({"values": torch.tensor([9.0])}) if with_state else None
-    sent = Instruction(3, 1, [4, 0, 17], "f00d", pack(KNOWN), base, base_state)
+def test_an_instruction_arrives_as_it_was_sent(base: str, parcel: Parcel) -> None:
+    sent = Instruction(
+        3, 1, [4, 0, 17], "f00d", pack(KNOWN), base, phase_round=2, parcel=parcel
+    )
     got = Instruction.read(travel(sent.content()))
     assert (got.server_round, got.phase, got.clients) == (3, 1, [4, 0, 17])
-    assert (got.fingerprint, got.base) == ("f00d", base)
+    assert (got.fingerprint, got.base, got.phase_round) == ("f00d", base, 2)
     assert got.state.data == KNOWN_BYTES
-    if base_state is None:
-        assert got.base_state is None
-    else:
-        assert got.base_state is not None
-        assert got.base_state.data == struct.pack("<f", 9.0)
+    assert (got.parcel.known, got.parcel.version) == (parcel.known, parcel.version)
+    assert [m.data for m in got.parcel.moves] == [m.data for m in parcel.moves]
+    for name in ("start", "weights"):
+        there, here = getattr(got.parcel, name), getattr(parcel, name)
+        assert (there and there.data) == (here and here.data)
 
 
 def report() -> Report:

@@ -3,7 +3,7 @@
 from slora_flwr.adapters.bias import BiasAdapter
 from slora_flwr.adapters.bottleneck import KINDS, BottleneckAdapter
 from slora_flwr.adapters.full import FullAdapter
-from slora_flwr.adapters.head import HeadAdapter
+from slora_flwr.adapters.head import HeadAdapter, State
 from slora_flwr.adapters.low_rank import LowRankAdapter
 from slora_flwr.adapters.sparse import SparseAdapter
 from slora_flwr.config import RunConfig
@@ -19,7 +19,9 @@ __all__ = [
 ]
 
 
-def make_adapter(name: str, config: RunConfig) -> HeadAdapter:
+def make_adapter(
+    name: str, config: RunConfig, frozen: State | None = None
+) -> HeadAdapter:
     """Build the adapter of a phase, not yet attached.
 
     Parameters
@@ -28,6 +30,8 @@ def make_adapter(name: str, config: RunConfig) -> HeadAdapter:
         `full`, `bias`, `head`, `sparse`, `lora`, `houlsby` or `pfeiffer`.
     config : RunConfig
         The run.
+    frozen : State or None
+        For `lora` with aggregator `ffa`: A, where the phase's base brings it.
     """
     if name == "full":
         return FullAdapter()
@@ -38,7 +42,19 @@ def make_adapter(name: str, config: RunConfig) -> HeadAdapter:
     if name == "head":
         return HeadAdapter()
     if name == "sparse":
-        return SparseAdapter(config.sparse.density, config.sparse.mask, config.seed)
+        sparse = config.sparse
+        redrawn = sparse.schedule == "per-round"
+        return SparseAdapter(
+            sparse.density, sparse.mask, config.seed, sparse.budget, redrawn
+        )
     if name == "lora":
-        return LowRankAdapter(config.lora.rank, config.lora.alpha)
+        return LowRankAdapter(
+            config.lora.rank,
+            config.lora.alpha,
+            scaling=config.lora.scaling,
+            seed=config.seed,
+            aggregator=config.aggregator,
+            orthonormal=config.lora.start == "orthonormal",
+            frozen=frozen,
+        )
     raise ValueError(f"adapter is {name!r}, which no method has")

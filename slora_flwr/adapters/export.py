@@ -24,14 +24,15 @@ def export_adapter(
     backbone: Backbone,
     state: State,
     rank: int,
-    alpha: float,
+    scaling: float,
     patch: BasePatch | None,
 ) -> None:
     """Write a low-rank state in PEFT's format, with a patch of the base if it has one.
 
     Where the base subtracts s·B_0·A_0 (`residual`), the adapter is written with twice
     the rank: [B, -B_0]·[A; A_0], as PEFT does for PiSSA. Then the base differs from the
-    checkpoint by the sparse phase's values alone, which `base_patch.safetensors` holds.
+    checkpoint by the sparse phase's values alone, which `base_patch.safetensors` holds;
+    or by whole matrices where rounds have moved it.
 
     Parameters
     ----------
@@ -40,18 +41,18 @@ def export_adapter(
     backbone : Backbone
         With W_0 resident and nothing attached; it is used up.
     state : State
-        Of the low-rank adapter.
-    rank, alpha : int, float
+        Of the low-rank adapter, A included.
+    rank, scaling : int, float
         The adapter's.
     patch : BasePatch or None
         The base.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    doubled = 2 if patch is not None and patch.a else 1
+    rank *= 2 if patch is not None and patch.b else 1
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
-        r=doubled * rank,
-        lora_alpha=doubled * alpha,  # type: ignore[arg-type]
+        r=rank,
+        lora_alpha=scaling * rank,  # type: ignore[arg-type]
         target_modules=list(backbone.targets),
         modules_to_save=_head_modules(backbone),
         init_lora_weights=False,
@@ -63,7 +64,7 @@ def export_adapter(
     with torch.no_grad():
         for name in backbone.targets:
             a, b = state[f"{name}.lora_A"], state[f"{name}.lora_B"]
-            if patch is not None and patch.a:
+            if patch is not None and patch.b:
                 a = torch.cat([a, patch.a[name]])
                 b = torch.cat([b, -patch.b[name]], dim=1)
             layer = model.get_submodule(f"base_model.model.{name}")
@@ -75,7 +76,10 @@ def export_adapter(
         for name, positions in patch.positions.items():
             arrays[f"{name}.weight.positions"] = torch.from_numpy(positions)
             arrays[f"{name}.weight.values"] = patch.values[name].contiguous()
-        save_file(arrays, folder / PATCH_FILE, {"base": backbone.digest})
+        for name, weight in patch.weights.items():
+            arrays[f"{name}.weight.values"] = weight
+        if arrays:
+            save_file(arrays, folder / PATCH_FILE, {"base": backbone.digest})
 
 
 def export_model(folder: Path, backbone: Backbone, classes: list[str]) -> None:
@@ -131,9 +135,12 @@ def apply_base_patch(model: nn.Module, path: Path) -> None:
         names = {key.rsplit(".", 1)[0] for key in file.keys()}  # noqa: SIM118
         for name in names:
             weight = model.get_parameter(name)
-            positions = file.get_tensor(f"{name}.positions")
             values = file.get_tensor(f"{name}.values").to(weight.dtype)
-            weight.view(-1).index_copy_(0, positions, values)
+            if values.shape == weight.shape:
+                weight.copy_(values)
+            else:
+                positions = file.get_tensor(f"{name}.positions")
+                weight.view(-1).index_copy_(0, positions, values)
 
 
 def _head_modules(backbone: Backbone) -> list[str]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from slora_flwr.adapters.head import State
 from slora_flwr.adapters.low_rank import LowRankAdapter
@@ -39,7 +40,11 @@ class Handoff:
 
 
 def hand_over(
-    backbone: Backbone, sparse: SparseAdapter, state: State, config: LoraConfig
+    backbone: Backbone,
+    sparse: SparseAdapter,
+    state: State,
+    config: LoraConfig,
+    seed: int = 0,
 ) -> Handoff:
     """Prime the low-rank phase by the SVD of what the sparse phase learned.
 
@@ -48,52 +53,140 @@ def hand_over(
     backbone : Backbone
         With W_0 resident and `sparse` attached; on return nothing is attached.
     sparse : SparseAdapter
-        The sparse phase's adapter.
+        The sparse phase's adapter, with one mask for all rounds.
     state : State
         Its final state.
     config : LoraConfig
-        Rank, alpha, base and factors.
+        Rank, alpha, base, factors and aggregator.
+    seed : int
+        Of the start that nothing primes, for base `warm-start`.
 
     Raises
     ------
     HandoffError
         If the effective weights are not what the base intends.
     """
-    positions = sparse.masks(backbone)
-    delta = sparse.delta(state)
+    positions, values = sparse.learned(state, rounds=0)
     sparse.detach()
-    lora = LowRankAdapter(config.rank, config.alpha)
-    lora.attach(backbone)
-    start = lora.state()  # PEFT's own start, for `warm-start`
-    lora.detach()
-    start |= {name: state[name] for name in backbone.head}
+    head = {name: state[name] for name in backbone.head}
+    return prime_low_rank(backbone, positions, values, head, config, seed)
 
+
+def prime_low_rank(
+    backbone: Backbone,
+    positions: dict[str, NDArray[np.int64]],
+    values: State,
+    head: State,
+    config: LoraConfig,
+    seed: int = 0,
+) -> Handoff:
+    """Prime a low-rank phase by the SVD of learned weights' difference from W_0.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        With W_0 resident and nothing attached, before and after.
+    positions : dict[str, NDArray[np.int64]]
+        For each target matrix, row-major positions of the entries that changed, (k,).
+    values : State
+        The weights there, (k,).
+    head : State
+        The trained head.
+    config, seed
+        As of `hand_over`.
+
+    Raises
+    ------
+    HandoffError
+        If the effective weights are not what the base intends.
+    """
+    lora = LowRankAdapter(
+        config.rank,
+        config.alpha,
+        scaling=config.scaling,
+        seed=seed,
+        aggregator=config.aggregator,
+    )
+    lora.attach(backbone)
+    start = lora.whole(lora.state()) | head  # PEFT's own start, for `warm-start`
+    lora.detach()
+
+    frozen = config.aggregator == "ffa"
+    factors = config.factors
+    if factors == "auto":
+        factors = "b" if frozen else "balanced"
     a: State = {}
     b: State = {}
-    energies: dict[str, float] = {}
+    delta: State = {}
     svds: dict[str, TruncatedSvd] = {}
     for name, module in backbone.targets.items():
         shape = (module.out_features, module.in_features)
-        values = delta[name].numpy().astype(np.float64)
-        svds[name] = svd = truncated_svd(positions[name], values, shape, config.rank)
-        energies[name] = svd.energy
+        before = module.weight.detach().reshape(-1).float().cpu()
+        delta[name] = values[name] - before[torch.from_numpy(positions[name])]
+        learned = delta[name].numpy().astype(np.float64)
+        svds[name] = truncated_svd(positions[name], learned, shape, config.rank)
         if config.base != "warm-start":
-            a[name], b[name] = prime(svd, lora.scaling, config.factors)
+            a[name], b[name] = prime(svds[name], lora.scaling, factors)
             start[f"{name}.lora_A"], start[f"{name}.lora_B"] = a[name], b[name]
 
     patch = None
     if config.base != "w0":
-        values_by_name = {name: state[f"{name}.values"] for name in backbone.targets}
-        patch = BasePatch(positions, values_by_name, a, b, lora.scaling)
+        patch = BasePatch(positions, values, a, b, lora.scaling)
+    elif frozen:
+        patch = BasePatch(a=a)
     _check(backbone, lora.scaling, config.base, positions, delta, svds, start, patch)
-    return Handoff(start, patch, energies)
+    if frozen:
+        start = {n: t for n, t in start.items() if not n.endswith(".lora_A")}
+    return Handoff(start, patch, {name: svd.energy for name, svd in svds.items()})
+
+
+def start_from_weights(
+    backbone: Backbone, config: LoraConfig
+) -> tuple[State, BasePatch]:
+    """Start a low-rank phase from the SVD of W_0, and take that off the base.
+
+    FeDeRA (arXiv 2404.18848), PiSSA (arXiv 2404.02948): s·B·A = U_r S_r V_rᵀ of W_0,
+    base W_0 - s·B·A, so that the function is W_0's.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        With W_0 resident and nothing attached.
+    config : LoraConfig
+        Rank, alpha, factors and aggregator.
+
+    Returns
+    -------
+    state : State
+        The factors by their names in the low-rank adapter's state.
+    patch : BasePatch
+        The base.
+    """
+    scaling = LowRankAdapter(config.rank, config.alpha, scaling=config.scaling).scaling
+    frozen = config.aggregator == "ffa"
+    factors = config.factors
+    if factors == "auto":
+        factors = "b" if frozen else "balanced"
+    state: State = {}
+    patch = BasePatch(scaling=scaling)
+    for name, module in backbone.targets.items():
+        weight = module.weight.detach().double().cpu().numpy()
+        u, s, vt = np.linalg.svd(weight, full_matrices=False)
+        rank = config.rank
+        svd = TruncatedSvd(u[:, :rank], s[:rank], vt[:rank], energy=1.0)
+        a, b = prime(svd, scaling, factors)
+        patch.a[name], patch.b[name] = a, b
+        if not frozen:
+            state[f"{name}.lora_A"] = a
+        state[f"{name}.lora_B"] = b
+    return state, patch
 
 
 def _check(
     backbone: Backbone,
     scaling: float,
     base: str,
-    positions: dict[str, np.ndarray],
+    positions: dict[str, NDArray[np.int64]],
     delta: State,
     svds: dict[str, TruncatedSvd],
     start: State,

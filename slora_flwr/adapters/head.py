@@ -24,6 +24,8 @@ class HeadAdapter:
 
     def __init__(self) -> None:
         self._trained: dict[str, nn.Parameter] = {}
+        # Names in the state that this round does not train.
+        self._idle: set[str] = set()
         self._head_before: State = {}
 
     def attach(self, backbone: Backbone) -> None:
@@ -46,13 +48,36 @@ class HeadAdapter:
                 parameter.copy_(self._head_before[name])
         self._trained, self._head_before = {}, {}
 
+    def begin(self, phase_round: int) -> None:
+        """Make ready for a round of the phase, from 1; most train alike in all."""
+
     def parameters(self) -> list[nn.Parameter]:
         """List what the optimiser trains, in the order of `state`."""
-        return list(self._trained.values())
+        return [p for name, p in self._trained.items() if name not in self._idle]
 
     def shapes(self) -> dict[str, torch.Size]:
         """Give the layout of a state: names and shapes in their stable order."""
         return {name: p.shape for name, p in self._trained.items()}
+
+    def sent(self) -> dict[str, torch.Size]:
+        """Give the layout of what a client is sent of a state."""
+        return self.shapes()
+
+    def complete(self, sent: State) -> State:
+        """Make a whole state of what a client was sent."""
+        return sent
+
+    def returned(self) -> dict[str, torch.Size]:
+        """Give the layout of what a client returns: the part that this round trains."""
+        return {n: s for n, s in self.shapes().items() if n not in self._idle}
+
+    def move_shapes(self, backbone: Backbone, rank: int) -> dict[str, torch.Size]:
+        """Give the layout of a round's change of the base, where the phase has one."""
+        raise NotImplementedError
+
+    def move(self, backbone: Backbone, move: State, phase_round: int) -> None:
+        """Change the base as a round of the phase did, while detached."""
+        raise NotImplementedError
 
     def state(self) -> State:
         """Copy the trained values, float32 on the CPU, in their stable order."""

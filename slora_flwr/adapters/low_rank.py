@@ -1,21 +1,23 @@
 """Low-rank adaptation through PEFT's LoRA layers."""
 
+import hashlib
+import math
 import warnings
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from slora_flwr.adapters.head import HeadAdapter
+from slora_flwr.adapters.head import HeadAdapter, State
 from slora_flwr.models.backbone import Backbone
 
 
 class LowRankAdapter(HeadAdapter):
-    """Train factors of each target matrix: W = W_base + s·B·A with s = alpha / rank.
+    """Train factors of each target matrix: W = W_base + s·B·A.
 
     The state holds `<module>.lora_A`, shape (rank, in), and `<module>.lora_B`, shape
-    (out, rank). PEFT's start is A random, B zero; A then follows torch's global
-    generator. LoRA: arXiv 2106.09685.
+    (out, rank). They start as PEFT does, A random and B zero. LoRA: arXiv 2106.09685.
 
     Parameters
     ----------
@@ -23,37 +25,125 @@ class LowRankAdapter(HeadAdapter):
         Inner dimension r.
     alpha : float
         PEFT's `lora_alpha`.
+    scaling : str
+        s is alpha / r for `rank` and alpha / sqrt(r) for `root-rank` (rsLoRA, arXiv
+        2312.03732).
+    seed : int
+        Of the random start: on all machines the same.
+    aggregator : str
+        With `ffa` (FFA-LoRA, arXiv 2403.12313) A stays as it starts and is not in the
+        state. With `alternate` (RoLoRA, arXiv 2409.02346) odd rounds train and return
+        B, even ones A.
+    orthonormal : bool
+        Start with orthonormal rows in A.
+    frozen : State or None
+        For `ffa`, A by target matrix where it does not follow from the seed.
     """
 
-    def __init__(self, rank: int, alpha: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        alpha: float,
+        *,
+        scaling: str = "rank",
+        seed: int = 0,
+        aggregator: str = "fedavg",
+        orthonormal: bool = False,
+        frozen: State | None = None,
+    ) -> None:
         super().__init__()
-        self.rank, self.alpha = rank, alpha
-
-    @property
-    def scaling(self) -> float:
-        """The factor s in W = W_base + s·B·A."""
-        return self.alpha / self.rank
+        self.rank = rank
+        self.scaling = alpha / (rank if scaling == "rank" else math.sqrt(rank))
+        self._seed, self._aggregator = seed, aggregator
+        self._orthonormal, self._frozen = orthonormal, frozen
+        self._factors: State = {}
 
     def peft_config(self, backbone: Backbone) -> LoraConfig:
         """Describe this adapter to PEFT."""
         return LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_alpha=self.scaling * self.rank,  # type: ignore[arg-type]
             target_modules=list(backbone.targets),
         )
 
+    def begin(self, phase_round: int) -> None:
+        """Let the factor rest whose turn it is not."""
+        if self._aggregator != "alternate":
+            return
+        resting = ".lora_A" if phase_round % 2 else ".lora_B"
+        self._idle = {name for name in self._trained if name.endswith(resting)}
+        for name, parameter in self._trained.items():
+            parameter.requires_grad_(name not in self._idle)
+
+    def whole(self, state: State) -> State:
+        """Add A to a state that it is left out of."""
+        frozen = {f"{n}.lora_A": a.float().cpu() for n, a in self._factors.items()}
+        return state | frozen
+
+    def fingerprint(self) -> str:
+        """Digest the layout, and A where it is frozen."""
+        digest = hashlib.blake2b(super().fingerprint().encode(), digest_size=16)
+        for a in self._factors.values():
+            digest.update(a.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def move_shapes(self, backbone: Backbone, rank: int) -> dict[str, torch.Size]:
+        """Give the layout of a move: factors b, (out, rank), and a, (rank, in)."""
+        shapes = {}
+        for name, module in backbone.targets.items():
+            shapes[f"{name}.b"] = torch.Size([module.out_features, rank])
+            shapes[f"{name}.a"] = torch.Size([rank, module.in_features])
+        return shapes
+
+    def move(self, backbone: Backbone, move: State, phase_round: int) -> None:
+        """Add b·a to each target matrix."""
+        with torch.no_grad():
+            for name, module in backbone.targets.items():
+                # In float64, so that the last bit rarely depends on who multiplies.
+                product = move[f"{name}.b"].double() @ move[f"{name}.a"].double()
+                module.weight.add_(product.to(module.weight.device, torch.float32))
+
     def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        self._model = wrap(backbone.model, self.peft_config(backbone))
-        trained = {}
-        for name in backbone.targets:
-            layer = backbone.model.get_submodule(name)
-            trained[f"{name}.lora_A"] = layer.lora_A["default"].weight
-            trained[f"{name}.lora_B"] = layer.lora_B["default"].weight
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            self._model = wrap(backbone.model, self.peft_config(backbone))
+            trained = {}
+            for name in backbone.targets:
+                layer = backbone.model.get_submodule(name)
+                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                if self._orthonormal:
+                    nn.init.orthogonal_(a)
+                if self._aggregator == "ffa":
+                    if self._frozen is not None:
+                        a.data.copy_(self._frozen[name])
+                    a.requires_grad_(False)
+                    self._factors[name] = a.data
+                else:
+                    trained[f"{name}.lora_A"] = a
+                trained[f"{name}.lora_B"] = b
         return trained
 
     def _restore(self, backbone: Backbone) -> None:
         self._model.unload()
+        self._factors = {}
         del self._model
+
+
+def cut_ranks(state: State, rank: int) -> State:
+    """Leave a client the first slices of the factors: the others become zero.
+
+    A slice that is zero in both A and B has no gradient in either, so that a client
+    trains as if its factors had that rank.
+    """
+    cut = {}
+    for name, tensor in state.items():
+        if name.endswith(".lora_A"):
+            tensor = torch.cat([tensor[:rank], torch.zeros_like(tensor[rank:])])
+        elif name.endswith(".lora_B"):
+            rest = torch.zeros_like(tensor[:, rank:])
+            tensor = torch.cat([tensor[:, :rank], rest], dim=1)
+        cut[name] = tensor
+    return cut
 
 
 def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

@@ -6,6 +6,7 @@ over NumPy versions, unlike the methods of `Generator`.
 """
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,6 +118,46 @@ def positions(
     if structure == "columns":
         return (rows[:, None] * shape[1] + lines).ravel()
     return lines
+
+
+def deal_densities(
+    shapes: Mapping[str, tuple[int, int]], density: float, budget: str
+) -> dict[str, float]:
+    """Deal the entries that all masks may have together to the matrices.
+
+    Parameters
+    ----------
+    shapes : Mapping[str, tuple of int]
+        (output features, input features) by matrix.
+    density : float
+        Share of all entries of all matrices.
+    budget : str
+        `uniform`, each matrix that share of its own (the paper's); `equal`, as many
+        entries for each; `erdos-renyi`, m + n parts of them for an m x n matrix, so
+        that smaller ones are denser (SET, arXiv 1707.04780).
+
+    Returns
+    -------
+    dict[str, float]
+        Each matrix's density, at most 1: what one cannot take goes to the others.
+    """
+    parts = {
+        name: {"uniform": m * n, "equal": 1, "erdos-renyi": m + n}[budget]
+        for name, (m, n) in shapes.items()
+    }
+    sizes = {name: m * n for name, (m, n) in shapes.items()}
+    left = density * sum(sizes.values())
+    densities: dict[str, float] = {}
+    while parts:
+        share = left / sum(parts.values())
+        full = [name for name in parts if share * parts[name] >= sizes[name]]
+        if not full:
+            return densities | {n: share * parts[n] / sizes[n] for n in parts}
+        for name in full:
+            densities[name] = 1.0
+            left -= sizes[name]
+            del parts[name]
+    return densities
 
 
 def mask_size(shape: tuple[int, int], density: float, structure: str) -> int:

@@ -75,9 +75,43 @@ def truncated_svd(
     else:
         u, s, vt = _lanczos(at_row, at_column, values, thin, rank)
     kept = min(rank, len(s))
-    s = np.concatenate([s[:kept], np.zeros(rank - kept)])
     u = _spread(u[:, :kept], rows, shape[0], rank)
     vt = _spread(vt[:kept].T, columns, shape[1], rank).T
+    return _finish(u, s, vt, total)
+
+
+def truncated_product(left: Tensor, right: Tensor, rank: int) -> TruncatedSvd:
+    """Factor a product of thin matrices without forming it.
+
+    With left = Q_1 R_1 and rightᵀ = Q_2 R_2 the SVD of the small R_1 R_2ᵀ is that of
+    left · right, turned by Q_1 and Q_2.
+
+    Parameters
+    ----------
+    left, right : Tensor
+        float64, shapes (m, k) and (k, n).
+    rank : int
+        Number of singular triplets; at most min(m, n).
+    """
+    q1, r1 = np.linalg.qr(left.numpy())
+    q2, r2 = np.linalg.qr(right.numpy().T)
+    u, s, vt = np.linalg.svd(r1 @ r2.T, full_matrices=False)
+    kept = min(rank, len(s))
+    m, n = np.arange(left.shape[0]), np.arange(right.shape[1])
+    u = _spread(q1 @ u[:, :kept], m, len(m), rank)
+    vt = _spread(q2 @ vt[:kept].T, n, len(n), rank).T
+    return _finish(u, s, vt, float(s @ s))
+
+
+def _finish(
+    u: NDArray[np.float64],
+    s: NDArray[np.float64],
+    vt: NDArray[np.float64],
+    total: float,
+) -> TruncatedSvd:
+    """Cut the singular values to the vectors' number, and settle signs and energy."""
+    rank = len(vt)
+    s = np.concatenate([s[:rank], np.zeros(max(0, rank - len(s)))])
     # The sign of a singular pair is free: the largest entry of each row of vt is
     # made positive, so that two solvers agree.
     signs = np.sign(vt[np.arange(rank), np.abs(vt).argmax(axis=1)])

@@ -6,7 +6,7 @@ from slora_flwr.adapters.bottleneck import (
     find_norms,
     find_places,
 )
-from slora_flwr.adapters.masks import mask_size
+from slora_flwr.adapters.masks import deal_densities, mask_size
 from slora_flwr.config import RunConfig
 from slora_flwr.models.backbone import Backbone
 
@@ -24,16 +24,19 @@ def state_size(name: str, config: RunConfig, backbone: Backbone) -> int:
         Shapes, whatever is attached.
     """
     head = sum(parameter.numel() for parameter in backbone.head.values())
-    shapes = [module.weight.shape for module in backbone.targets.values()]
+    targets = backbone.targets
     if name == "full":
         return backbone.size
     if name == "sparse":
-        density, structure = config.sparse.density, config.sparse.mask
+        sparse = config.sparse
+        named = {name: (m.out_features, m.in_features) for name, m in targets.items()}
+        densities = deal_densities(named, sparse.density, sparse.budget)
         return head + sum(
-            mask_size((out, into), density, structure) for out, into in shapes
+            mask_size(shape, densities[name], sparse.mask)
+            for name, shape in named.items()
         )
     if name == "lora":
-        return head + sum(config.lora.rank * (out + into) for out, into in shapes)
+        return head + factors_size(config.lora.rank, backbone)
     if name == "bias":
         return head + sum(
             parameter.numel()
@@ -50,3 +53,9 @@ def state_size(name: str, config: RunConfig, backbone: Backbone) -> int:
             + sum(parameter.numel() for parameter in norms)
         )
     return head
+
+
+def factors_size(rank: int, backbone: Backbone) -> int:
+    """Count the values of all target matrices' A and B of a rank."""
+    modules = backbone.targets.values()
+    return rank * sum(module.out_features + module.in_features for module in modules)

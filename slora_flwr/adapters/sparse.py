@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from slora_flwr.adapters.head import HeadAdapter, State
-from slora_flwr.adapters.masks import draw_lines, fingerprint, positions
+from slora_flwr.adapters.masks import (
+    deal_densities,
+    draw_lines,
+    fingerprint,
+    positions,
+)
 from slora_flwr.models.backbone import Backbone
 
 # On a CPU, masks of up to this density are quicker to sample than to gather from the
@@ -38,28 +43,91 @@ class SparseAdapter(HeadAdapter):
     Parameters
     ----------
     density : float
-        Share of the entries of each target matrix.
+        Share of the entries of the target matrices.
     structure : str
         Structure of the mask, see `masks.draw_lines`. Of `rows` and `columns` only
         their slice of the weight's gradient is computed; `columns` also keeps only
         their slice of the activations.
     seed : int
         The seed that names the mask.
+    budget : str
+        How the density is dealt to the matrices, see `masks.deal_densities`.
+    redrawn : bool
+        Whether each round has a mask of its own. Then the base moves by what a round
+        trained, and its start need not travel: the values are the base's.
     """
 
-    def __init__(self, density: float, structure: str, seed: int) -> None:
+    def __init__(
+        self,
+        density: float,
+        structure: str,
+        seed: int,
+        budget: str = "uniform",
+        redrawn: bool = False,
+    ) -> None:
         super().__init__()
         self._density, self._structure, self._seed = density, structure, seed
+        self._budget, self._redrawn = budget, redrawn
+        self._number = 0  # of the round that the mask is for, 0 for all
         self._lines: dict[str, Tensor] = {}
         self._fingerprint = ""
         self._before: dict[str, Tensor] = {}
 
-    def masks(self, backbone: Backbone) -> dict[str, NDArray[np.int64]]:
-        """Draw the mask of each target matrix by its name: row-major positions."""
+    def masks(
+        self, backbone: Backbone, rounds: int = 0
+    ) -> dict[str, NDArray[np.int64]]:
+        """Give what the mask of each target matrix covers: row-major positions.
+
+        Parameters
+        ----------
+        backbone : Backbone
+            The matrices.
+        rounds : int
+            Where each round has a mask of its own, the union of the first so many.
+        """
+        numbers = range(1, rounds + 1) if self._redrawn else (0,)
+        masks = [self.mask_of(backbone, number) for number in numbers]
+        if len(masks) == 1:
+            return masks[0]
         return {
-            name: positions(self._draw(name, module), _shape(module), self._structure)
-            for name, module in backbone.targets.items()
+            name: np.unique(np.concatenate([mask[name] for mask in masks]))
+            for name in backbone.targets
         }
+
+    def begin(self, phase_round: int) -> None:
+        """Draw the round's mask, where each round has its own."""
+        if self._redrawn and phase_round != self._number:
+            self._restore(self.backbone)
+            self._number = phase_round
+            self._trained |= self._make(self.backbone)
+
+    def sent(self) -> dict[str, torch.Size]:
+        """Leave out values that the base holds already."""
+        shapes = self.shapes()
+        if not self._redrawn:
+            return shapes
+        return {name: s for name, s in shapes.items() if not name.endswith(".values")}
+
+    def complete(self, sent: State) -> State:
+        """Add the base's values to what was sent."""
+        if not self._redrawn:
+            return sent
+        values = {f"{name}.values": t.float().cpu() for name, t in self._before.items()}
+        return values | sent
+
+    def move_shapes(self, backbone: Backbone, rank: int) -> dict[str, torch.Size]:
+        """Give the layout of a move: the values under a round's mask."""
+        shapes = self.mask_of(backbone, 1)
+        return {f"{name}.values": torch.Size([len(p)]) for name, p in shapes.items()}
+
+    def move(self, backbone: Backbone, move: State, phase_round: int) -> None:
+        """Write the values that a round ended with into the base, while detached."""
+        with torch.no_grad():
+            for name, lines in self._draw(backbone, phase_round).items():
+                weight = backbone.targets[name].weight
+                at = torch.from_numpy(lines).to(weight.device)
+                values = move[f"{name}.values"].to(weight.device, weight.dtype)
+                _scatter(weight, at, values, self._structure)
 
     def commit(self) -> None:
         """Write the trained values into the resident weights."""
@@ -69,37 +137,63 @@ class SparseAdapter(HeadAdapter):
                 values = self._trained[f"{name}.values"].to(weight.dtype)
                 _scatter(weight, lines, values, self._structure)
 
-    def fingerprint(self) -> str:
-        """Digest the masks, so that nodes with other masks are told apart."""
-        return self._fingerprint
-
-    def delta(self, state: State) -> State:
-        """Give what a state changed of W_0 at the mask's positions, by module name.
+    def learned(
+        self, state: State, rounds: int
+    ) -> tuple[dict[str, NDArray[np.int64]], State]:
+        """Give the entries that so many rounds trained.
 
         Parameters
         ----------
         state : State
-            A state of this adapter, which must be attached.
+            The last round's, of this adapter, which must be attached.
+        rounds : int
+            Rounds of the phase so far.
 
         Returns
         -------
-        State
-            float32 values of shape (k,) for each target matrix.
+        positions : dict[str, NDArray[np.int64]]
+            For each target matrix, row-major positions, (k,).
+        values : State
+            The weights there, (k,), float32.
         """
+        positions = self.masks(self.backbone, rounds)
+        if not self._redrawn:
+            return positions, {n: state[f"{n}.values"] for n in self._before}
+        self.load(state)
+        values = {}
+        for name, module in self.backbone.targets.items():
+            weight = module.weight.detach().reshape(-1).float().cpu()
+            values[name] = weight[torch.from_numpy(positions[name])]
+        return positions, values
+
+    def fingerprint(self) -> str:
+        """Digest the masks, so that nodes with other masks are told apart."""
+        return self._fingerprint
+
+    def _draw(self, backbone: Backbone, number: int) -> dict[str, NDArray[np.int64]]:
+        """Draw the lines of each matrix's mask in a round."""
+        shapes = {name: _shape(module) for name, module in backbone.targets.items()}
+        densities = deal_densities(shapes, self._density, self._budget)
+        structure = self._structure
         return {
-            name: state[f"{name}.values"] - before.float().cpu()
-            for name, before in self._before.items()
+            name: draw_lines(
+                self._seed, name, shape, densities[name], structure, number
+            )
+            for name, shape in shapes.items()
         }
 
-    def _draw(self, name: str, module: nn.Linear) -> NDArray[np.int64]:
-        shape = _shape(module)
-        return draw_lines(self._seed, name, shape, self._density, self._structure)
+    def mask_of(self, backbone: Backbone, number: int) -> dict[str, NDArray[np.int64]]:
+        """Draw the mask of each target matrix in a round: row-major positions."""
+        return {
+            name: positions(lines, _shape(backbone.targets[name]), self._structure)
+            for name, lines in self._draw(backbone, number).items()
+        }
 
     def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
         trained = {}
         masks = {}
-        for name, module in backbone.targets.items():
-            drawn = self._draw(name, module)
+        for name, drawn in self._draw(backbone, self._number).items():
+            module = backbone.targets[name]
             masks[name] = positions(drawn, _shape(module), self._structure)
             self._lines[name] = lines = torch.from_numpy(drawn).to(module.weight.device)
             before = _gather(module.weight.detach(), lines, self._structure)

@@ -1,9 +1,12 @@
 """Aggregation: folds of updates whose order and grouping do not matter."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from flwr.app import Array
 from torch import Tensor
+
+from slora_flwr.wire.packing import pack, unpack
 
 # Sums are whole multiples of 1 / SCALE. With weights of at least 1 that is finer than
 # float32 resolves an update of 1e-2, and leaves room for sums up to 2^32.
@@ -21,13 +24,22 @@ class Mean:
     The same object folds a node's clients and the server's nodes. It sums in whole
     numbers, which no order or grouping changes, so the mean is the same bit for bit
     however many nodes share a cohort and whoever answers first.
+
+    Parameters
+    ----------
+    rank_of : Callable or None
+        Where clients have LoRA factors of different ranks, each client's: a slice of
+        the factors is then averaged over the clients that have it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rank_of: Callable[[int], int] | None = None) -> None:
         self.sums: dict[str, Tensor] = {}
         self.weight = 0
+        self._alone: Mapping[str, Tensor] = {}
+        self._rank_of = rank_of
+        self._weights: dict[int, int] = {}  # by rank
 
-    def add(self, update: Mapping[str, Tensor], weight: int) -> None:
+    def add(self, update: Mapping[str, Tensor], weight: int, client: int = 0) -> None:
         """Add one client's update.
 
         Parameters
@@ -36,6 +48,8 @@ class Mean:
             float32, the same names and shapes each time.
         weight : int
             The client's number of examples, above 0.
+        client : int
+            Its id.
 
         Raises
         ------
@@ -45,7 +59,44 @@ class Mean:
         scaled = {name: t.double() * (weight * SCALE) for name, t in update.items()}
         for name, tensor in scaled.items():
             _check_range(name, tensor)
+        self._alone = {} if self.weight else update
         self.merge({name: t.round_().long() for name, t in scaled.items()}, weight)
+        self._count(client, weight)
+
+    def packed(self) -> Array:
+        """Pack what a node sends: one client's update float32, several's sums int64."""
+        # One update is half the bytes of its exact multiple.
+        return pack(self._alone) if self._alone else pack(self.sums, "int64")
+
+    def take(
+        self,
+        array: Array,
+        shapes: Mapping[str, Sequence[int]],
+        clients: Sequence[int],
+        weights: Sequence[int],
+    ) -> None:
+        """Add what a node packed.
+
+        Parameters
+        ----------
+        array : Array
+            By `packed`.
+        shapes : Mapping[str, Sequence[int]]
+            The layout of an update.
+        clients, weights : Sequence[int]
+            The ids of the node's clients, and how many examples each has.
+
+        Raises
+        ------
+        FoldError, PayloadError
+            If it cannot be; nothing is added then.
+        """
+        if len(clients) == 1:
+            self.add(unpack(array, shapes), weights[0], clients[0])
+            return
+        self.merge(unpack(array, shapes, "int64"), sum(weights))
+        for client, weight in zip(clients, weights, strict=True):
+            self._count(client, weight)
 
     def merge(self, sums: Mapping[str, Tensor], weight: int) -> None:
         """Add another fold's sums, int64, and its weight.
@@ -65,8 +116,26 @@ class Mean:
 
     def result(self) -> dict[str, Tensor]:
         """Give the mean so far, float32."""
-        share = 1.0 / (self.weight * SCALE)
-        return {name: (s.double() * share).float() for name, s in self.sums.items()}
+        return {
+            name: (sums.double() / (self._divisor(name, sums) * SCALE)).float()
+            for name, sums in self.sums.items()
+        }
+
+    def _count(self, client: int, weight: int) -> None:
+        if self._rank_of is not None:
+            rank = self._rank_of(client)
+            self._weights[rank] = self._weights.get(rank, 0) + weight
+
+    def _divisor(self, name: str, sums: Tensor) -> Tensor | int:
+        """Give the weight of those who have each slice of a factor."""
+        if self._rank_of is None or not name.endswith((".lora_A", ".lora_B")):
+            return self.weight
+        along = int(name.endswith(".lora_B"))
+        slices = range(sums.shape[along])
+        held = [sum(w for r, w in self._weights.items() if r > i) for i in slices]
+        # A slice that nobody has was sent by nobody: its sum is zero.
+        shape = (-1, 1) if along == 0 else (1, -1)
+        return torch.tensor(held).clamp(min=1).view(shape)
 
 
 def _check_range(name: str, tensor: Tensor) -> None:
@@ -109,7 +178,8 @@ class ServerOptimizer:
         assert self._optimizer is not None
         for name, parameter in self._parameters.items():
             parameter.data.copy_(state[name])
-            parameter.grad = -update[name]
+            # None for what a round does not train: it stays, and so do its moments.
+            parameter.grad = -update[name] if name in update else None
         self._optimizer.step()
         return {name: p.detach().clone() for name, p in self._parameters.items()}
 

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from slora_flwr import __version__
+from slora_flwr.adapters import LowRankAdapter
 from slora_flwr.adapters.bottleneck import KINDS
 from slora_flwr.adapters.export import (
     export_adapter,
@@ -22,6 +23,7 @@ from slora_flwr.adapters.export import (
 from slora_flwr.adapters.size import state_size
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
 from slora_flwr.models.backbone import digest_of
+from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.reports.table import closing_table
 from slora_flwr.resident import code_digest
 from slora_flwr.server.fleet import Fleet
@@ -157,12 +159,12 @@ def _summarise(
         }
 
     phases: dict[str, Any] = {}
-    done, before = 0, 0.0
-    for phase in worker.schedule:
-        done += phase.rounds
-        last = strategy.history[done - 1]
+    before = 0.0
+    for i, phase in enumerate(worker.schedule):
+        rounds = [figures for figures in strategy.history if figures["phase"] == i]
+        last = rounds[-1]
         phases[phase.adapter] = {
-            "rounds": phase.rounds,
+            "rounds": len(rounds),
             "seconds": last["seconds"] - before,
             # None where no client could evaluate, and the server has no test data.
             **{name: last.get(name) for name in figures},
@@ -194,16 +196,14 @@ def _export(
 ) -> None:
     last = worker.schedule[-1].adapter
     if last == "lora":
+        assert isinstance(worker.adapter, LowRankAdapter)
+        lora, patch = worker.adapter, strategy.patch
+        state = lora.whole(strategy.state)
+        if worker.schedule[-1].moves_base:
+            patch = BasePatch(weights=worker.base_weights())
         worker.leave()
         folder = directory.path / "adapter"
-        export_adapter(
-            folder,
-            worker.backbone,
-            strategy.state,
-            config.lora.rank,
-            config.lora.alpha,
-            strategy.patch,
-        )
+        export_adapter(folder, worker.backbone, state, lora.rank, lora.scaling, patch)
     else:
         # PEFT has no format for these, so the whole model is written.
         assert worker.adapter is not None

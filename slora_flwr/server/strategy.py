@@ -2,14 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from logging import INFO, WARNING
 from statistics import fmean
 
+import torch
 from flwr.app import (
-    Array,
     ArrayRecord,
     ConfigRecord,
     Message,
@@ -20,14 +19,18 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from slora_flwr.adapters import HeadAdapter, LowRankAdapter
 from slora_flwr.adapters.head import State
+from slora_flwr.adapters.size import factors_size
 from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.reports.progress import progress_line
-from slora_flwr.schedule import Phase
+from slora_flwr.schedule import Phase, has_stopped_gaining
 from slora_flwr.server.aggregate import FoldError, Mean, ServerOptimizer
+from slora_flwr.server.base import Base
 from slora_flwr.server.collect import collect, is_gone
 from slora_flwr.server.fleet import Fleet, sample_cohort
 from slora_flwr.server.run_directory import RunDirectory
+from slora_flwr.server.stack import Stack, make_aggregate, redistribute, residual
 from slora_flwr.tasks.metrics import Evaluation, pool
 from slora_flwr.training.worker import Worker
 from slora_flwr.wire.ledger import Entry
@@ -95,12 +98,8 @@ class PhasedStrategy(Strategy):
         self.state: State = {}
         self._worker = worker
         self._directory = directory
-        self._base: tuple[str, BasePatch, Array] | None = None
-        # Who has the base of this phase: nodes, for what is sent, and clients, for the
-        # ledger's count of each client as if it were a node of its own.
-        self._base_nodes: set[int] = set()
-        self._base_clients: set[int] = set()
         self._best = -1.0
+        self._server_round = 0
         self._enter(0)
 
     @property
@@ -126,7 +125,7 @@ class PhasedStrategy(Strategy):
 
     def initial_state(self) -> State:
         """Give the first phase's start: W_0's own values and a seeded head."""
-        return self._adapter.state()
+        return self.state
 
     def start(
         self,
@@ -163,21 +162,26 @@ class PhasedStrategy(Strategy):
         self.summary()
         result = Result(arrays=initial_arrays)
         arrays = initial_arrays
+        self.state = unpack(arrays["state"], self._adapter.shapes())
         started = time.perf_counter()
-        server_round = 0
         for index, phase in enumerate(self._worker.schedule):
-            if phase.primed:
-                arrays = self._hand_over()
-            self._enter(index)
-            self.state = unpack(arrays["state"], self._adapter.shapes())
-            for number in range(1, phase.rounds + 1):
-                server_round += 1
+            if index:
+                self._enter(index)
+                arrays = ArrayRecord({"state": pack(self.state)})
+            # What an open phase leaves is the last one's.
+            is_last = index == len(self._worker.schedule) - 1
+            rounds = phase.rounds
+            if is_last:
+                rounds = self.config.rounds - self._server_round
+            for number in range(1, rounds + 1):
+                self._server_round = server_round = self._server_round + 1
+                self._phase_round = number
                 arrays, metrics = self._train_round(
                     server_round, arrays, train_config or ConfigRecord(), grid, timeout
                 )
                 result.arrays = arrays
                 result.train_metrics_clientapp[server_round] = metrics
-                if self._is_due(server_round, last=number == phase.rounds):
+                if self._is_due(server_round, last=number == rounds):
                     found = self._evaluate_clients(
                         server_round, arrays, evaluate_config, grid, timeout
                     )
@@ -189,6 +193,8 @@ class PhasedStrategy(Strategy):
                     if evaluated is not None:
                         result.evaluate_metrics_serverapp[server_round] = evaluated
                 self._close_round(server_round, metrics, result, started)
+                if phase.is_open and has_stopped_gaining(*self._gains()):
+                    break
         return result
 
     def configure_train(
@@ -203,16 +209,12 @@ class PhasedStrategy(Strategy):
             server_round,
         )
         self._round = Round(server_round, self.fleet.assign(cohort))
-        messages = self._instruct(
-            MessageType.TRAIN, self._round.cohort, arrays["state"]
-        )
-        payload = len(arrays["state"].data) * len(cohort)
-        if self._base is not None:
-            new = set(cohort) - self._base_clients
-            payload += len(self._base[2].data) * len(new)
-            self._base_clients |= new
+        self._adapter.begin(self._phase_round)
+        self._fingerprint = self._adapter.fingerprint()
+        self.state = self._adapter.complete(self._sent())
+        messages = self._instruct(MessageType.TRAIN, self._round.cohort)
         sent = sum(message_bytes(message) for message in messages)
-        self._note("down", len(cohort), payload, sent)
+        self._note("down", len(cohort), self._payload_down(cohort), sent)
         return messages
 
     def aggregate_train(
@@ -227,7 +229,7 @@ class PhasedStrategy(Strategy):
             `clients.min-replies` are in the aggregate.
         """
         current = self._round
-        fold = Mean()
+        fold = make_aggregate(self.phase, self.config)
         for reply in replies:
             current.up_message_bytes += message_bytes(reply)
             node = reply.metadata.src_node_id
@@ -235,7 +237,12 @@ class PhasedStrategy(Strategy):
                 self.fleet.forget(node)
             try:
                 report = self._check(reply)
-                self._fold(fold, report)
+                fold.take(
+                    report.update,
+                    self._adapter.returned(),
+                    report.clients,
+                    report.examples,
+                )
             except (MessageError, PayloadError, FoldError) as error:
                 if isinstance(error, ChangedDataError):
                     self.fleet.forget(node)
@@ -258,7 +265,7 @@ class PhasedStrategy(Strategy):
                     self.fleet.forget(node)
         if len(answered) < self.config.clients.min_replies:
             return None, None
-        self.state = self._optimizer.step(self.state, fold.result())
+        self._step(fold)
         metrics = MetricRecord(
             {"num-examples": fold.weight, "train-loss": current.loss}
         )
@@ -282,7 +289,7 @@ class PhasedStrategy(Strategy):
         }
         if not len(self._worker.task.test):
             self._evaluating = self.fleet.assign(self.fleet.clients)
-        return self._instruct(MessageType.EVALUATE, self._evaluating, arrays["state"])
+        return self._instruct(MessageType.EVALUATE, self._evaluating)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -323,17 +330,79 @@ class PhasedStrategy(Strategy):
 
     @property
     def patch(self) -> BasePatch | None:
-        """The base of the phase under way, None for W_0."""
-        return None if self._base is None else self._base[1]
+        """What the base of the phase under way starts from, None for W_0."""
+        return self._base.patch
 
     def _enter(self, index: int) -> None:
-        """Attach a phase's adapter here, and forget the server optimiser's moments."""
-        self._phase = index
-        digest = self._base[0] if self._base else ""
-        self._adapter = self._worker.enter(self.phase, self.patch, digest)
-        self._fingerprint = self._adapter.fingerprint()
+        """Begin a phase: its base, its adapter, where it starts, a new optimiser."""
+        worker = self._worker
+        phase = worker.schedule[index]
+        start: State = {}
+        patch = None
+        if phase.primed:
+            start, patch = self._hand_over()
+        elif phase.adapter == "lora" and self.config.lora.start == "federa":
+            start, patch = worker.start_low_rank()
+        self._phase, self._phase_round = index, 0
+        size = 4 * sum(shape.numel() for shape in worker.target_shapes.values())
+        self._base = Base(patch, size, lambda: pack(worker.base_weights()))
+        if patch is not None:
+            digest = self._base.digest
+            self._directory.save_state("base", patch.state(), digest=digest)
+        self._adapter: HeadAdapter = worker.enter(phase, patch, self._base.digest)
+        head = {n: t for n, t in self.state.items() if n in worker.backbone.head}
+        self.state = {**self._adapter.state(), **head, **start}
         server = self.config.server
         self._optimizer = ServerOptimizer(server.optimizer, server.lr)
+
+    def _step(self, fold: Mean) -> None:
+        """Go from the round's start to the next one's, in state and base."""
+        before = self.state
+        self.state = self._optimizer.step(before, fold.result())
+        aggregator = self.phase.aggregator
+        if aggregator == "flexlora":
+            assert isinstance(fold, Stack)
+            self.state |= redistribute(fold, before)
+        if not self.phase.moves_base:
+            return
+        if aggregator == "exact":
+            assert isinstance(fold, Stack)
+            assert isinstance(self._adapter, LowRankAdapter)
+            move = residual(fold, before, self.state, self._adapter.scaling)
+        else:
+            sent = self._adapter.sent()
+            move = {name: t for name, t in self.state.items() if name not in sent}
+        self._base.move(pack(move))
+        digest = self._base.digest
+        self._worker.move_base([move], self._phase_round, digest)
+        self._directory.save_state("base", self._worker.base_weights(), digest=digest)
+
+    def _sent(self) -> State:
+        """Take what a client is sent of the state."""
+        return {name: self.state[name] for name in self._adapter.sent()}
+
+    def _payload_down(self, clients: Iterable[int]) -> int:
+        """Count what clients are sent, each as if it were a node of its own."""
+        sent = self._adapter.sent()
+        return sum(
+            4 * self._values(sent, client) + self._base.owed(("client", client))
+            for client in clients
+        )
+
+    def _values(self, shapes: Mapping[str, torch.Size], client: int) -> int:
+        """Count the values of a layout for a client, whose rank may be smaller."""
+        values = sum(shape.numel() for shape in shapes.values())
+        if self.phase.adapter == "lora":
+            lora = self.config.lora
+            cut = lora.rank - lora.rank_of(client)
+            values -= factors_size(cut, self._worker.backbone)
+        return values
+
+    def _gains(self) -> list[list[float]]:
+        """List what an open phase's end depends on, round by round."""
+        rounds = [h for h in self.history if h["phase"] == self._phase]
+        accuracy = [h["accuracy"] for h in rounds if "accuracy" in h]
+        return [[h["kept_energy"] for h in rounds], *([accuracy] if accuracy else [])]
 
     def _is_due(self, server_round: int, last: bool) -> bool:
         every = self.config.run.eval_every
@@ -351,10 +420,11 @@ class PhasedStrategy(Strategy):
         for attempt in (1, 2):
             messages = self.configure_train(server_round, arrays, config, grid)
             replies = collect(grid, messages, timeout, self._with_base)
+            returned = self._adapter.returned()
             after, metrics = self.aggregate_train(server_round, replies)
-            size = 4 * sum(tensor.numel() for tensor in self.state.values())
-            replied = len(self._round.clients)
-            self._note("up", replied, size * replied, self._round.up_message_bytes)
+            clients = self._round.clients
+            size = 4 * sum(self._values(returned, client) for client in clients)
+            self._note("up", len(clients), size, self._round.up_message_bytes)
             if after is not None and metrics is not None:
                 return after, metrics
             log(
@@ -386,30 +456,34 @@ class PhasedStrategy(Strategy):
         if not messages:
             return None
         replies = list(collect(grid, messages, timeout, self._with_base))
-        clients = sum(len(clients) for clients in self._evaluating.values())
+        clients = [c for clients in self._evaluating.values() for c in clients]
         for direction, payload, sent in (
-            ("down", len(arrays["state"].data) * clients, messages),
+            ("down", self._payload_down(clients), messages),
             ("up", 0, replies),
         ):
             size = sum(message_bytes(message) for message in sent)
-            self._note(direction, clients, payload, size)
+            self._note(direction, len(clients), payload, size)
         return self.aggregate_evaluate(server_round, replies)
 
     def _instruct(
-        self, message_type: str, cohort: dict[int, list[int]], state: Array
+        self, message_type: str, cohort: dict[int, list[int]]
     ) -> list[Message]:
         messages = []
+        state = pack(self._sent())
+        self._sent_anew: set[int] = set()
         for node, clients in cohort.items():
             instruction = Instruction(
-                self._round.number, self._phase, clients, self._fingerprint, state
+                self._round.number,
+                self._phase,
+                clients,
+                self._fingerprint,
+                state,
+                base=self._base.digest,
+                phase_round=self._phase_round,
             )
             if self.config.data.is_own:
                 instruction.classes = self._worker.classes
-            if self._base is not None:
-                instruction.base = self._base[0]
-                if node not in self._base_nodes:
-                    instruction.base_state = self._base[2]
-                    self._base_nodes.add(node)
+            instruction.parcel = self._base.parcel(node)
             messages.append(
                 Message(
                     instruction.content(),
@@ -428,10 +502,12 @@ class PhasedStrategy(Strategy):
         if not reply.has_error() or reply.error.code != MISSING_BASE:
             return None
         sent = self._instructions[reply.metadata.src_node_id]
-        instruction = Instruction.read(sent.content)
-        if instruction.base_state is not None or self._base is None:
+        node = sent.metadata.dst_node_id
+        if node in self._sent_anew:
             return None  # it had the base, so this is a failure like any other
-        instruction.base_state = self._base[2]
+        self._sent_anew.add(node)
+        instruction = Instruction.read(sent.content)
+        instruction.parcel = self._base.parcel(node, anew=True)
         message = Message(
             instruction.content(),
             dst_node_id=sent.metadata.dst_node_id,
@@ -483,14 +559,6 @@ class PhasedStrategy(Strategy):
                 raise MessageError(f"its {name} are {figures}, not one for each client")
         return report
 
-    def _fold(self, fold: Mean, report: Report) -> None:
-        shapes = self._adapter.shapes()
-        weight = sum(report.examples)
-        if len(report.clients) > 1:
-            fold.merge(unpack(report.update, shapes, "int64"), weight)
-        else:
-            fold.add(unpack(report.update, shapes), weight)
-
     def _fail(self, node: int, clients: list[int], reason: str | None) -> None:
         failure = {"node": node, "clients": clients, "reason": reason}
         self._round.failed.update(clients)
@@ -517,6 +585,7 @@ class PhasedStrategy(Strategy):
         seconds = time.perf_counter() - started
         figures: dict[str, float] = {
             "round": server_round,
+            "phase": self._phase,
             "replied": len(current.clients),
             "train_loss": current.loss,
             "seconds": seconds,
@@ -531,6 +600,9 @@ class PhasedStrategy(Strategy):
             for name, value in (found or {}).items():
                 if name != "num-examples":
                     figures[prefix + name.replace("-", "_")] = float(value)  # type: ignore[arg-type]
+        if self.phase.is_open:
+            kept = self._worker.kept_energy(self.state, self._phase_round)
+            figures["kept_energy"] = kept
         self.history.append(figures)
         directory.event(
             "round",
@@ -547,7 +619,7 @@ class PhasedStrategy(Strategy):
                     strict=True,
                 )
             },
-            **{k: v for k, v in figures.items() if k != "seconds"},
+            **{k: v for k, v in figures.items() if k not in ("seconds", "phase")},
         )
         facts = {"round": str(server_round), "phase": self.phase.adapter}
         directory.save_state("last", self.state, **facts)
@@ -566,15 +638,10 @@ class PhasedStrategy(Strategy):
             ),
         )
 
-    def _hand_over(self) -> ArrayRecord:
+    def _hand_over(self) -> tuple[State, BasePatch | None]:
         """Prime the next phase by what the sparse phase learned."""
         started = time.perf_counter()
-        handoff = self._worker.hand_over(self.state)
-        if handoff.patch is not None:
-            packed = pack(handoff.patch.state())
-            digest = blake2b(packed.data, digest_size=16).hexdigest()
-            self._base = (digest, handoff.patch, packed)
-            self._directory.save_state("base", handoff.patch.state(), digest=digest)
+        handoff = self._worker.hand_over(self.state, self._phase_round)
         kept = fmean(handoff.energies.values())
         log(
             INFO,
@@ -589,7 +656,7 @@ class PhasedStrategy(Strategy):
             energies=handoff.energies,
             took=round(time.perf_counter() - started, 3),
         )
-        return ArrayRecord({"state": pack(handoff.state)})
+        return handoff.state, handoff.patch
 
 
 def _metrics(found: Evaluation) -> MetricRecord:

@@ -1,9 +1,10 @@
 """One process's resident backbone with a phase's adapter attached, and its data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -12,8 +13,11 @@ from torch import nn
 
 from slora_flwr.adapters import HeadAdapter, LowRankAdapter, SparseAdapter, make_adapter
 from slora_flwr.adapters.bottleneck import KINDS, find_places
-from slora_flwr.adapters.handoff import Handoff, hand_over
+from slora_flwr.adapters.handoff import Handoff, prime_low_rank, start_from_weights
 from slora_flwr.adapters.head import State
+from slora_flwr.adapters.low_rank import cut_ranks
+from slora_flwr.adapters.priming import truncated_svd
+from slora_flwr.adapters.size import factors_size
 from slora_flwr.config import ConfigError, RunConfig
 from slora_flwr.models.backbone import Backbone, load_backbone
 from slora_flwr.models.base_patch import BasePatch
@@ -138,14 +142,55 @@ class Worker:
         """
         if not self.has_entered(phase, patch_digest):
             self.leave()
+            if patch is None and phase.moves_base:
+                patch = BasePatch()  # keeps W_0 aside
             if patch is not None:
                 patch.apply(self.backbone)
                 self._patch = patch
-            self.adapter = make_adapter(phase.adapter, self.config)
+            frozen = patch.a if patch is not None and patch.a else None
+            self.adapter = make_adapter(phase.adapter, self.config, frozen)
             self.adapter.attach(self.backbone)
             self._entered = (phase, patch_digest)
         assert self.adapter is not None
         return self.adapter
+
+    def move_base(self, moves: Sequence[State], first: int, digest: str) -> None:
+        """Change the base under the attached adapter.
+
+        Parameters
+        ----------
+        moves : Sequence[State]
+            What some rounds of the phase changed of it, one after the other.
+        first : int
+            The round within the phase of the first move.
+        digest : str
+            Names the base then.
+        """
+        assert self.adapter is not None
+        assert self._entered is not None
+        self.adapter.detach()
+        for number, move in enumerate(moves, start=first):
+            self.adapter.move(self.backbone, move, number)
+        self.adapter.attach(self.backbone)
+        self._entered = (self._entered[0], digest)
+
+    def move_shapes(self, values: int) -> dict[str, torch.Size]:
+        """Give the layout of a move of so many values."""
+        assert self.adapter is not None
+        rank = values // factors_size(1, self.backbone)
+        return self.adapter.move_shapes(self.backbone, rank)
+
+    @property
+    def target_shapes(self) -> dict[str, torch.Size]:
+        """The layout of the base's target matrices."""
+        return {name: m.weight.shape for name, m in self.backbone.targets.items()}
+
+    def base_weights(self) -> State:
+        """Copy the base's target matrices, float32 on the CPU."""
+        return {
+            name: module.weight.detach().to("cpu", torch.float32, copy=True)
+            for name, module in self.backbone.targets.items()
+        }
 
     def has_entered(self, phase: Phase, patch_digest: str) -> bool:
         """Tell whether the phase's adapter is attached over that base."""
@@ -159,27 +204,71 @@ class Worker:
             self._patch.remove(self.backbone)
         self.adapter, self._patch, self._entered = None, None, None
 
-    def hand_over(self, state: State) -> Handoff:
-        """End the sparse phase that is attached; nothing is attached afterwards."""
-        assert isinstance(self.adapter, SparseAdapter)
-        # `warm-start` draws from torch's generator, which training has moved on.
-        torch.manual_seed(self.config.seed)
-        handoff = hand_over(self.backbone, self.adapter, state, self.config.lora)
-        self.adapter, self._entered = None, None
-        return handoff
+    def hand_over(self, state: State, rounds: int) -> Handoff:
+        """End the sparse phase that is attached, after so many rounds.
+
+        Nothing is attached afterwards, and W_0 is resident.
+        """
+        sparse = self.adapter
+        assert isinstance(sparse, SparseAdapter)
+        positions, values = sparse.learned(state, rounds)
+        self.leave()
+        head = {name: state[name] for name in self.backbone.head}
+        lora, seed = self.config.lora, self.config.seed
+        return prime_low_rank(self.backbone, positions, values, head, lora, seed)
+
+    def kept_energy(self, state: State, rounds: int) -> float:
+        """Give the share of the sparse deltas' energy that a handoff now would keep.
+
+        It is the mean over the target matrices, as the handoff reports it.
+        """
+        sparse = self.adapter
+        assert isinstance(sparse, SparseAdapter)
+        positions, values = sparse.learned(state, rounds)
+        sparse.detach()
+        first = self.base_weights() if self._patch is None else self._patch.before
+        sparse.attach(self.backbone)
+        energies = []
+        for name, weight in first.items():
+            at = torch.from_numpy(positions[name])
+            delta = (values[name] - weight.reshape(-1).cpu()[at]).double().numpy()
+            m, n = weight.shape
+            rank = self.config.lora.rank
+            energies.append(truncated_svd(positions[name], delta, (m, n), rank).energy)
+        return fmean(energies)
+
+    def start_low_rank(self) -> tuple[State, BasePatch]:
+        """Start a low-rank phase from W_0's own factors; nothing is attached then."""
+        self.leave()
+        config = replace(self.config.lora, aggregator=self.config.aggregator)
+        return start_from_weights(self.backbone, config)
 
     def patch_layout(
-        self,
+        self, phase: Phase, rounds_before: int
     ) -> tuple[dict[str, tuple[int, ...]], dict[str, NDArray[np.int64]], float]:
-        """Give shapes, mask positions and s of the base that the config calls for."""
+        """Give shapes, mask positions and s of a low-rank phase's base.
+
+        Parameters
+        ----------
+        phase : Phase
+            The low-rank phase.
+        rounds_before : int
+            Rounds of the phase before it.
+        """
         config = self.config
-        sparse = make_adapter("sparse", config)
         lora = make_adapter("lora", config)
-        assert isinstance(sparse, SparseAdapter)
         assert isinstance(lora, LowRankAdapter)
-        positions = sparse.masks(self.backbone)
-        rank = config.lora.rank if config.lora.base == "residual" else 0
-        shapes = BasePatch.shapes(self.backbone, positions, rank)
+        positions: dict[str, NDArray[np.int64]] = {}
+        factors = "ab"
+        if phase.primed:
+            base = config.lora.base
+            factors = {"residual": "ab", "w0": "a", "warm-start": ""}[base]
+            if base != "w0":
+                sparse = make_adapter("sparse", config)
+                assert isinstance(sparse, SparseAdapter)
+                positions = sparse.masks(self.backbone, rounds_before)
+        rank = config.lora.rank
+        shapes = BasePatch.shapes(self.backbone, positions, rank, factors)
         return shapes, positions, lora.scaling
 
     def host(self, client: int, source: OwnData) -> None:
@@ -221,13 +310,13 @@ class Worker:
         examples, _ = self.examples(client)
         if not len(examples):
             raise ClientError("no examples")
+        if phase.adapter == "lora" and self.config.lora.ranks:
+            state = cut_ranks(state, self.config.lora.rank_of(client))
         self.adapter.load(state)
         rng_key = (self.config.seed, server_round, client)
         loss = train(self.backbone, self.adapter, examples, phase.recipe, rng_key)
-        update = {
-            name: after.sub_(state[name])
-            for name, after in self.adapter.state().items()
-        }
+        after = self.adapter.state()
+        update = {n: after[n].sub_(state[n]) for n in self.adapter.returned()}
         if not all(bool(tensor.isfinite().all()) for tensor in update.values()):
             raise ClientError(f"the update is not finite (loss {loss:.3g})")
         return Trained(update, len(examples), loss)

@@ -25,13 +25,39 @@ class MessageError(ValueError):
 
 
 @dataclass
+class Parcel:
+    """What turns the base that a node has into the one that an instruction is for.
+
+    Attributes
+    ----------
+    known : str
+        Digest of the version of the base at which the moves begin; empty for W_0.
+    version : int
+        Its number: how many rounds of the phase have moved it.
+    start : Array or None
+        That version, packed, for a node that has nothing; it is the phase's first.
+    moves : list[Array]
+        What the rounds since have changed, one each.
+    weights : Array or None
+        The target matrices of the base, in place of all of these.
+    """
+
+    known: str = ""
+    version: int = 0
+    start: Array | None = None
+    moves: list[Array] = field(default_factory=list)
+    weights: Array | None = None
+
+
+@dataclass
 class Instruction:
     """What the server asks a node to do with some of its clients.
 
     Attributes
     ----------
-    server_round, phase : int
-        The round from 1, and the index of its phase.
+    server_round, phase, phase_round : int
+        The round from 1, the index of its phase, and the round within the phase, from
+        1; 0 before the phase's first.
     clients : list[int]
         Client ids.
     classes : list[str]
@@ -42,8 +68,8 @@ class Instruction:
         The packed state to start from.
     base : str
         Digest of the phase's base, empty for W_0.
-    base_state : Array or None
-        The packed base itself, for a node that is not known to have it.
+    parcel : Parcel
+        What the node lacks of the base.
     """
 
     server_round: int
@@ -52,24 +78,35 @@ class Instruction:
     fingerprint: str
     state: Array
     base: str = ""
-    base_state: Array | None = None
     classes: list[str] = field(default_factory=list)
+    phase_round: int = 1
+    parcel: Parcel = field(default_factory=Parcel)
 
     def content(self) -> RecordDict:
         """Write the records."""
         arrays = ArrayRecord({"state": self.state})
-        if self.base_state is not None:
-            arrays["base"] = self.base_state
+        parcel = self.parcel
+        if parcel.start is not None:
+            arrays["base"] = parcel.start
+        if parcel.weights is not None:
+            arrays["weights"] = parcel.weights
+        for i, move in enumerate(parcel.moves):
+            arrays[f"move-{i}"] = move
         config = ConfigRecord(
             {
                 "server-round": self.server_round,
                 "phase": self.phase,
+                "phase-round": self.phase_round,
                 "clients": self.clients,
                 "fingerprint": self.fingerprint,
+                "version": parcel.version,
+                "moves": len(parcel.moves),
             }
         )
         if self.base:  # Flower cannot count the bytes of an empty string
             config["base"] = self.base
+        if parcel.known:
+            config["known"] = parcel.known
         if self.classes:
             config["classes"] = self.classes
         return RecordDict({"arrays": arrays, "config": config})
@@ -84,11 +121,18 @@ class Instruction:
         return cls(
             server_round=int(config["server-round"]),  # type: ignore[arg-type]
             phase=int(config["phase"]),  # type: ignore[arg-type]
+            phase_round=int(config["phase-round"]),  # type: ignore[arg-type]
             clients=list(config["clients"]),  # type: ignore[arg-type]
             fingerprint=str(config["fingerprint"]),
             state=arrays["state"],
             base=str(config.get("base", "")),
-            base_state=arrays.get("base"),
+            parcel=Parcel(
+                known=str(config.get("known", "")),
+                version=int(config["version"]),  # type: ignore[arg-type]
+                start=arrays.get("base"),
+                moves=[arrays[f"move-{i}"] for i in range(int(config["moves"]))],  # type: ignore[arg-type]
+                weights=arrays.get("weights"),
+            ),
             classes=list(config.get("classes", [])),  # type: ignore[arg-type]
         )
 

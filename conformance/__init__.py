@@ -1,0 +1,1 @@
+"""Vectors in weight space for aggregators of federated LoRA, and their runner."""

@@ -1,0 +1,188 @@
+"""Hold an implementation of aggregators against the vectors; see README.md."""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Case = dict[str, Any]
+Answer = list[dict[str, Any]]
+Implementation = Callable[[Case], Answer]
+# Round, layer (empty for the head), matrix.
+Place = tuple[int, str, NDArray[np.float64]]
+
+VECTORS = Path(__file__).parent / "vectors"
+
+
+class AnswerError(ValueError):
+    """An answer that cannot be compared, with what is wrong about it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """How far the layers, or the head, of an answer are from the right ones.
+
+    Parameters
+    ----------
+    name : str
+        `layers` or `head`.
+    error : float
+        The largest over rounds and matrices, each relative to the right matrix's
+        largest entry.
+    passes : bool
+        The error is within the case's tolerance.
+    trap : str
+        The trap that gives just this answer, if it is a known one.
+    """
+
+    name: str
+    error: float
+    passes: bool
+    trap: str = ""
+
+    def __str__(self) -> str:
+        known = f": {self.trap}" if self.trap else ""
+        return f"{self.name} off by {self.error:.1e}{known}"
+
+
+def load() -> dict[str, Case]:
+    """Read all cases by name, matrices as float64 arrays."""
+    cases = (
+        json.loads(path.read_text(), object_hook=_with_arrays)
+        for path in sorted(VECTORS.glob("*.json"))
+    )
+    return {case["name"]: case for case in cases}
+
+
+def _with_arrays(found: dict[str, Any]) -> dict[str, Any]:
+    # Matrices are the only lists of lists.
+    return {
+        key: np.array(value)
+        if isinstance(value, list) and value and isinstance(value[0], list)
+        else value
+        for key, value in found.items()
+    }
+
+
+def check(case: Case, answer: Answer) -> list[Part]:
+    """Compare an answer with the right one, and if it is off with the traps'.
+
+    Raises
+    ------
+    AnswerError
+        If the answer lacks a matrix or has one of another shape.
+    """
+    expected = case["expected"]
+    if len(answer) != len(expected):
+        raise AnswerError(f"{len(answer)} rounds in the answer, not {len(expected)}")
+    parts = []
+    for name, key in (("layers", "effective"), ("head", "head")):
+        right = list(_places([found[key] for found in expected]))
+        given = list(_given(key, answer, right))
+        error = _error(given, right)
+        if error <= case["tolerance"]:
+            parts.append(Part(name, error, True))
+            continue
+        traps = (
+            wrong["trap"]
+            for wrong in case["wrong"]
+            if key in wrong
+            and _error(given, list(_places(wrong[key]))) <= case["tolerance"]
+        )
+        parts.append(Part(name, error, False, next(traps, "")))
+    return parts
+
+
+def _places(rounds: list[Any]) -> Iterator[Place]:
+    """Give the matrices of each round's layers, or of its head."""
+    for number, found in enumerate(rounds, start=1):
+        layers = found if isinstance(found, dict) else {"": found}
+        for layer, matrix in layers.items():
+            yield number, layer, matrix
+
+
+def _given(key: str, answer: Answer, right: list[Place]) -> Iterator[Place]:
+    """Give the answer's matrices in the order of the right ones."""
+    for number, layer, matrix in right:
+        place = f"round {number}, {layer or key}"
+        try:
+            found = answer[number - 1][key]
+            given = np.asarray(found[layer] if layer else found, dtype=np.float64)
+        except KeyError as error:
+            raise AnswerError(f"{place}: the answer has no {error}") from None
+        if given.shape != matrix.shape:
+            raise AnswerError(f"{place}: shape {given.shape}, not {matrix.shape}")
+        yield number, layer, given
+
+
+def _error(given: list[Place], right: list[Place]) -> float:
+    errors = [
+        np.abs(found - matrix).max() / np.abs(matrix).max()
+        for (_, _, found), (_, _, matrix) in zip(given, right, strict=True)
+    ]
+    # Not max(), to which NaN can be the smaller.
+    return float(np.max(errors))
+
+
+def find(text: str) -> Implementation:
+    """Import MODULE:FUNCTION, also from the working directory."""
+    module, _, function = text.partition(":")
+    sys.path.insert(0, "")
+    try:
+        found: Implementation = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not MODULE:FUNCTION: {error}"
+        ) from None
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a line for each case; give 1 if one fails, else 0."""
+    cases = load()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("implementation", metavar="MODULE:FUNCTION", type=find)
+    parser.add_argument("--only", metavar="NAME", choices=cases, help="one case")
+    options = parser.parse_args(arguments)
+    if options.only:
+        cases = {options.only: cases[options.only]}
+    counts = {"ok": 0, "FAILED": 0, "not offered": 0}
+    declined = set()
+    for name, case in cases.items():
+        verdict, note = judge(options.implementation, case)
+        counts[verdict] += 1
+        if verdict == "not offered":
+            declined.add(case["aggregator"])
+        print(f"{verdict:<11}  {name:<34}  {note}".rstrip())
+    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    if declined:
+        print("not offered:", ", ".join(sorted(declined)))
+    return 1 if counts["FAILED"] else 0
+
+
+def judge(implementation: Implementation, case: Case) -> tuple[str, str]:
+    """Ask for a case's answer: `ok`, `FAILED` or `not offered`, and how far off."""
+    answers = ("expected", "wrong", "tests")
+    problem = {key: value for key, value in case.items() if key not in answers}
+    try:
+        parts = check(case, implementation(problem))
+    except NotImplementedError:
+        return "not offered", ""
+    # One broken case must not hide the others.
+    except Exception as error:
+        return "FAILED", f"{type(error).__name__}: {error}"
+    off = [part for part in parts if not part.passes]
+    if off:
+        return "FAILED", ", ".join(map(str, off))
+    return "ok", f"{max(part.error for part in parts):.1e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""slora-flwr's own aggregators, for `run.py`.
+
+python conformance/run.py conformance.slora_flwr_binding:aggregate
+"""
+
+from typing import Any
+
+import torch
+
+from conformance.run import Answer, Case
+from slora_flwr.adapters.head import State
+from slora_flwr.adapters.low_rank import cut_ranks
+from slora_flwr.server.aggregate import Mean, ServerOptimizer
+from slora_flwr.server.stack import Stack, redistribute, residual
+
+HEAD = "head"
+
+
+def aggregate(case: Case) -> Answer:
+    """Answer a case: fold the clients' float32 updates, step, and multiply out."""
+    scaling, aggregator = case["scaling"]["s"], case["aggregator"]
+    start = case["start"]["layers"]
+    base = {name: torch.tensor(layer["W"]) for name, layer in start.items()}
+    state = read_state({"layers": start, "head": case["start"]["head"]}, 0)
+    frozen: State = {}
+    if aggregator == "ffa":
+        frozen = {n: state.pop(n) for n in list(state) if n.endswith(".lora_A")}
+    optimizer = ServerOptimizer("none", 1.0)
+    answers = []
+    for current in case["rounds"]:
+        clients = current["clients"]
+        ranks = {i: client["rank"] for i, client in enumerate(clients)}
+        kind = Stack if aggregator in ("exact", "flexlora") else Mean
+        fold = kind(ranks.__getitem__)
+        for i, client in enumerate(clients):
+            sent = cut_ranks(state, ranks[i])
+            after = read_state(client, case["scaling"]["rank"])
+            trained = {n for n in sent if n == HEAD or n[-1] in current["trains"]}
+            update = {
+                name: after[name] - sent[name] for name in sent if name in trained
+            }
+            fold.add(update, client["examples"], i)
+        before, state = state, optimizer.step(state, fold.result())
+        if isinstance(fold, Stack) and aggregator == "flexlora":
+            state |= redistribute(fold, before)
+        if isinstance(fold, Stack) and aggregator == "exact":
+            move = residual(fold, before, state, scaling)
+            for name in base:
+                base[name] = base[name] + (move[f"{name}.b"] @ move[f"{name}.a"])
+        answers.append(
+            {
+                "effective": {
+                    name: (weight + scaling * product(state | frozen, name)).numpy()
+                    for name, weight in base.items()
+                },
+                "head": state[HEAD].numpy(),
+            }
+        )
+    return answers
+
+
+def read_state(result: dict[str, Any], rank: int) -> State:
+    """Read factors and head, float32, with zeros up to a rank."""
+    state = {}
+    for name, layer in result["layers"].items():
+        a, b = (torch.tensor(layer[factor]).float() for factor in "AB")
+        missing = max(0, rank - len(a))
+        state[f"{name}.lora_A"] = torch.cat([a, torch.zeros(missing, a.shape[1])])
+        state[f"{name}.lora_B"] = torch.cat([b, torch.zeros(len(b), missing)], dim=1)
+    state[HEAD] = torch.tensor(result["head"]).float()
+    return state
+
+
+def product(state: State, name: str) -> torch.Tensor:
+    """Multiply a layer's factors in float64, so that only they are rounded."""
+    return state[f"{name}.lora_B"].double() @ state[f"{name}.lora_A"].double()

@@ -1,0 +1,160 @@
+"""Aggregators that need each client's factors: `exact` and `flexlora`.
+
+The mean of A and the mean of B do not multiply to the mean of B·A. With P the mean of
+the clients' products B_i·A_i, weighted by examples:
+
+- `exact` (FedEx-LoRA, arXiv 2410.09432) takes the means of the factors and adds what
+  their product lacks, P - B·A, to the base.
+- `flexlora` (FlexLoRA, arXiv 2402.11505) takes the best factors of the rank, by the SVD
+  of P, which the QR factors of the stacks give without the dense product (FLoRIST,
+  arXiv 2506.09199).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from flwr.app import Array
+from torch import Tensor
+
+from slora_flwr.adapters.head import State
+from slora_flwr.adapters.priming import prime, truncated_product
+from slora_flwr.config import RunConfig
+from slora_flwr.schedule import Phase
+from slora_flwr.server.aggregate import Mean
+from slora_flwr.wire.packing import pack, unpack
+
+# Singular values of a residual below this share of the product's largest are what
+# float32 rounded off.
+NEGLIGIBLE = 1e-7
+
+
+class Stack(Mean):
+    """The mean, and each client's factors beside it.
+
+    It grows with the cohort; a node sends its clients' updates one after the other.
+    """
+
+    def __init__(self, rank_of: Callable[[int], int] | None = None) -> None:
+        super().__init__(rank_of)
+        self._updates: dict[int, tuple[int, Mapping[str, Tensor]]] = {}
+
+    def add(self, update: Mapping[str, Tensor], weight: int, client: int = 0) -> None:
+        """Add one client's update; see `Mean.add`."""
+        super().add(update, weight, client)
+        self._updates[client] = (weight, update)
+
+    def packed(self) -> Array:
+        """Pack the clients' updates, float32, in the order in which they came."""
+        updates = enumerate(update for _, update in self._updates.values())
+        return pack({f"{i} {name}": t for i, u in updates for name, t in u.items()})
+
+    def take(
+        self,
+        array: Array,
+        shapes: Mapping[str, Sequence[int]],
+        clients: Sequence[int],
+        weights: Sequence[int],
+    ) -> None:
+        """Add what a node packed; see `Mean.take`."""
+        count = range(len(clients))
+        layout = {f"{i} {name}": s for i in count for name, s in shapes.items()}
+        values = unpack(array, layout)
+        node = Stack(self._rank_of)
+        for i, client in enumerate(clients):
+            update = {name: values[f"{i} {name}"] for name in shapes}
+            node.add(update, weights[i], client)
+        self.merge(node.sums, node.weight)
+        self._updates |= node._updates
+        for rank, weight in node._weights.items():
+            self._weights[rank] = self._weights.get(rank, 0) + weight
+
+    def products(self, sent: State) -> dict[str, tuple[Tensor, Tensor]]:
+        """Stack the clients' weighted factors, so that left @ right is P.
+
+        Parameters
+        ----------
+        sent : State
+            What the clients started from.
+
+        Returns
+        -------
+        dict
+            By target matrix, float64: left (out, K) and right (K, in), with K the sum
+            of the clients' ranks. In the order of client ids, whoever answered first.
+        """
+        found = {}
+        for name in [n.removesuffix(".lora_A") for n in sent if n.endswith(".lora_A")]:
+            start_a, start_b = sent[f"{name}.lora_A"], sent[f"{name}.lora_B"]
+            left, right = [], []
+            for client, (weight, update) in sorted(self._updates.items()):
+                rank = self._rank_of(client) if self._rank_of else len(start_a)
+                a = start_a.double() + update[f"{name}.lora_A"].double()
+                b = start_b.double() + update[f"{name}.lora_B"].double()
+                right.append(a[:rank])
+                left.append(b[:, :rank] * (weight / self.weight))
+            found[name] = torch.cat(left, dim=1), torch.cat(right)
+        return found
+
+
+def make_aggregate(phase: Phase, config: RunConfig) -> Mean:
+    """Make the fold of a phase's updates."""
+    rank_of = None
+    if phase.adapter == "lora" and config.lora.ranks:
+        rank_of = config.lora.rank_of
+    return (Stack if phase.aggregator in ("exact", "flexlora") else Mean)(rank_of)
+
+
+def redistribute(stack: Stack, sent: State) -> State:
+    """Give FlexLoRA's new factors: B·A is the best approximation of P of their rank.
+
+    Both get the root of the singular values, and slices are in their order, so a client
+    of a smaller rank takes the first ones.
+
+    Parameters
+    ----------
+    stack : Stack
+        The round's.
+    sent : State
+        What its clients started from.
+    """
+    factors: State = {}
+    for name, (left, right) in stack.products(sent).items():
+        svd = truncated_product(left, right, len(sent[f"{name}.lora_A"]))
+        a, b = prime(svd, 1.0, "balanced")
+        factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = a, b
+    return factors
+
+
+def residual(stack: Stack, sent: State, after: State, scaling: float) -> State:
+    """Give what FedEx-LoRA adds to the base: s·(P - B·A).
+
+    Parameters
+    ----------
+    stack : Stack
+        The round's.
+    sent, after : State
+        What its clients started from, and the new state with the factors' means.
+    scaling : float
+        s.
+
+    Returns
+    -------
+    State
+        `<module>.b` (out, k) and `<module>.a` (k, in), with b·a the change and one k
+        for all matrices, the largest rank that is not negligible.
+    """
+    svds = {}
+    rank = 0
+    for name, (left, right) in stack.products(sent).items():
+        largest = truncated_product(left, right, 1).s[0]
+        a, b = after[f"{name}.lora_A"].double(), after[f"{name}.lora_B"].double()
+        left, right = torch.cat([left, -b], dim=1), torch.cat([right, a])
+        most = min(left.shape[0], right.shape[1], left.shape[1])
+        svds[name] = svd = truncated_product(left, right, most)
+        rank = max(rank, int((svd.s > NEGLIGIBLE * largest).sum()))
+    change: State = {}
+    for name, svd in svds.items():
+        root = (svd.s[:rank] * scaling) ** 0.5
+        change[f"{name}.b"] = torch.from_numpy(svd.u[:, :rank] * root).float()
+        change[f"{name}.a"] = torch.from_numpy(root[:, None] * svd.vt[:rank]).float()
+    return change
