@@ -20,6 +20,7 @@ from flwr.app import (
 from flwr.common.logger import log
 
 import slora_flwr
+from slora_flwr.adapters.handoff import base_layout
 from slora_flwr.adapters.head import State
 from slora_flwr.config import RunConfig, parse
 from slora_flwr.home import cache_folder, write_atomically
@@ -255,7 +256,10 @@ def _base(worker: Worker, instruction: Instruction) -> BasePatch:
         write_atomically(path, data)
     packed = Array("float32", (len(data) // 4,), STYPE, data)
     rounds_before = instruction.server_round - instruction.phase_round
-    shapes, positions, scaling = worker.patch_layout(
-        worker.schedule[instruction.phase], rounds_before
+    shapes, positions, scaling = base_layout(
+        worker.schedule[instruction.phase],
+        worker.config,
+        worker.backbone,
+        rounds_before,
     )
     return BasePatch.from_state(unpack(packed, shapes), positions, scaling)

@@ -1,5 +1,6 @@
 """Whole runs of every method: aggregators, controls, ranks, masks that change."""
 
+import csv
 import math
 from pathlib import Path
 
@@ -339,3 +340,19 @@ def test_a_head_first_keeps_its_head(config: Config) -> None:
 def test_what_does_not_go_together(values: dict[str, Value], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         parse(values)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_ledger_is_as_planned(config: Config, name: str) -> None:
+    """Formulas from the config against the shapes of what was sent."""
+    config |= {**RUNS[name], "clients.per-round": 4, "rounds": 4}
+    directory = start(config, RecordingGrid(config))
+    with (directory / "ledger.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    for row in rows:
+        planned, sent = int(row["planned_payload_bytes"]), int(row["payload_bytes"])
+        if "exact" in name or "fedex" in name:  # moves are of rank 4 · 4 at most
+            assert sent <= planned
+        else:
+            assert sent == planned

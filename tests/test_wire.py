@@ -286,6 +286,7 @@ def test_the_ledger_is_a_csv_file_as_it_grows(tmp_path: Path) -> None:
         "clients": "4",
         "payload_bytes": "400",
         "message_bytes": "450",
+        "planned_payload_bytes": "",
     }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from slora_flwr.adapters import make_adapter
 from slora_flwr.adapters.head import State
 from slora_flwr.adapters.low_rank import LowRankAdapter
 from slora_flwr.adapters.priming import (
@@ -15,9 +16,10 @@ from slora_flwr.adapters.priming import (
     truncated_svd,
 )
 from slora_flwr.adapters.sparse import SparseAdapter
-from slora_flwr.config import LoraConfig
+from slora_flwr.config import LoraConfig, RunConfig
 from slora_flwr.models.backbone import Backbone
 from slora_flwr.models.base_patch import BasePatch
+from slora_flwr.schedule import Phase
 
 
 @dataclass
@@ -180,6 +182,45 @@ def start_from_weights(
             state[f"{name}.lora_A"] = a
         state[f"{name}.lora_B"] = b
     return state, patch
+
+
+def base_layout(
+    phase: Phase, config: RunConfig, backbone: Backbone, rounds_before: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, NDArray[np.int64]], float]:
+    """Give what the base that a low-rank phase starts from is made of.
+
+    Parameters
+    ----------
+    phase : Phase
+        The low-rank phase.
+    config : RunConfig
+        The run.
+    backbone : Backbone
+        The target matrices.
+    rounds_before : int
+        Rounds of the phase before it.
+
+    Returns
+    -------
+    shapes : dict
+        The layout of the patch's state, empty for W_0.
+    positions : dict
+        The masks' positions.
+    scaling : float
+        s.
+    """
+    lora, frozen = config.lora, config.aggregator == "ffa"
+    positions: dict[str, NDArray[np.int64]] = {}
+    start = lora.base if phase.primed else lora.start
+    if start in ("residual", "warm-start"):
+        sparse = make_adapter("sparse", config)
+        assert isinstance(sparse, SparseAdapter)
+        positions = sparse.masks(backbone, rounds_before)
+    factors = {"residual": "ab", "federa": "ab", "w0": "a" if frozen else ""}
+    shapes = BasePatch.shapes(backbone, positions, lora.rank, factors.get(start, ""))
+    adapter = make_adapter("lora", config)
+    assert isinstance(adapter, LowRankAdapter)
+    return shapes, positions, adapter.scaling
 
 
 def _check(

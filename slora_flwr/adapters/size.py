@@ -9,6 +9,7 @@ from slora_flwr.adapters.bottleneck import (
 from slora_flwr.adapters.masks import deal_densities, mask_size
 from slora_flwr.config import RunConfig
 from slora_flwr.models.backbone import Backbone
+from slora_flwr.schedule import Phase
 
 
 def state_size(name: str, config: RunConfig, backbone: Backbone) -> int:
@@ -53,6 +54,49 @@ def state_size(name: str, config: RunConfig, backbone: Backbone) -> int:
             + sum(parameter.numel() for parameter in norms)
         )
     return head
+
+
+def traffic(
+    phase: Phase, config: RunConfig, backbone: Backbone, phase_round: int, rank: int
+) -> tuple[int, int]:
+    """Count the values that a client is sent in a round, its base apart, and returns.
+
+    Parameters
+    ----------
+    phase : Phase
+        One of the schedule's.
+    config, backbone
+        As of `state_size`.
+    phase_round : int
+        The round within the phase, from 1.
+    rank : int
+        The client's, for `lora`.
+
+    Returns
+    -------
+    tuple of int
+        Down and up.
+    """
+    whole = state_size(phase.adapter, config, backbone)
+    head = state_size("head", config, backbone)
+    if phase.adapter == "lora":
+        modules = backbone.targets.values()
+        a = rank * sum(module.in_features for module in modules)
+        b = rank * sum(module.out_features for module in modules)
+        both, odd = a + b + head, phase_round % 2
+        if phase.aggregator == "ffa":
+            return b + head, b + head
+        if phase.aggregator == "alternate":
+            return both, head + (b if odd else a)
+        return both, both
+    if phase.adapter == "sparse" and phase.moves_base:
+        return head, whole
+    return whole, whole
+
+
+def targets_size(backbone: Backbone) -> int:
+    """Count the values of all target matrices."""
+    return sum(module.weight.numel() for module in backbone.targets.values())
 
 
 def factors_size(rank: int, backbone: Backbone) -> int:

@@ -10,6 +10,41 @@ from slora_flwr.wire.messages import Parcel
 from slora_flwr.wire.packing import pack
 
 
+class Holdings:
+    """Bytes of a base's versions, and who has which.
+
+    Parameters
+    ----------
+    start : int
+        Bytes of the first version, 0 for W_0.
+    most : int
+        Bytes of all target matrices, which go in place of more moves than that.
+    """
+
+    def __init__(self, start: int, most: int) -> None:
+        self.start, self.most = start, most
+        self.moves: list[int] = []
+        self._held: dict[Hashable, int] = {}
+
+    def update(self, holder: Hashable) -> int | None:
+        """Note that somebody gets the current version; give the one it had."""
+        version = self._held.get(holder)
+        self._held[holder] = len(self.moves)
+        return version
+
+    def is_whole(self, version: int) -> bool:
+        """Tell whether the matrices themselves cost less than the moves since."""
+        return sum(self.moves[version:]) > self.most
+
+    def owed(self, holder: Hashable) -> int:
+        """Count the bytes of what somebody lacks, and note that it gets them."""
+        version = self.update(holder)
+        if self.is_whole(version or 0):
+            return self.most
+        start = self.start if version is None else 0
+        return start + sum(self.moves[version or 0 :])
+
+
 class Base:
     """Versions of a base: the phase's start, then one after each round that moves it.
 
@@ -34,9 +69,9 @@ class Base:
         self._start = pack(state) if state else None
         self._digests = [_digest(self._start.data) if self._start else ""]
         self._moves: list[Array] = []
-        self._sizes: list[int] = []
-        self._size, self._weights = size, weights
-        self._held: dict[Hashable, int] = {}
+        self._weights = weights
+        start = len(self._start.data) if self._start else 0
+        self.holdings = Holdings(start, size)
 
     @property
     def digest(self) -> str:
@@ -47,40 +82,28 @@ class Base:
         """Go on to the next version."""
         self._digests.append(_digest(self.digest.encode(), move.data))
         self._moves.append(move)
-        self._sizes.append(len(move.data))
-        # Whoever lacks more than the matrices' size gets these instead.
-        for i, _ in enumerate(self._moves):
-            if sum(self._sizes[i:]) <= self._size:
-                break
-            self._moves[i] = _NO_MOVE
+        self.holdings.moves.append(len(move.data))
+        for version in range(len(self._moves)):
+            if self.holdings.is_whole(version):
+                self._moves[version] = _NO_MOVE  # nobody will be sent it
 
-    def owed(self, holder: Hashable) -> int:
-        """Count the bytes of what somebody lacks, and note that it gets them."""
-        version = self._held.get(holder)
-        self._held[holder] = len(self._moves)
-        moved = sum(self._sizes[version or 0 :])
-        if moved > self._size:
-            return self._size
-        start = len(self._start.data) if self._start and version is None else 0
-        return start + moved
-
-    def parcel(self, holder: Hashable, *, anew: bool = False) -> Parcel:
+    def parcel(self, node: int, *, anew: bool = False) -> Parcel:
         """Give what a node lacks, and note that it gets it.
 
         Parameters
         ----------
-        holder : Hashable
-            The node.
+        node : int
+            The node's id.
         anew : bool
             It lost what it had.
         """
-        version = None if anew else self._held.get(holder)
-        self._held[holder] = len(self._moves)
-        moved = sum(self._sizes[version or 0 :])
-        if moved > self._size:
+        version = self.holdings.update(node)
+        if anew:
+            version = None
+        begun = version or 0
+        if self.holdings.is_whole(begun):
             return Parcel(weights=self._weights())
         start = self._start if version is None else None
-        begun = version or 0
         return Parcel(self._digests[begun], begun, start, self._moves[begun:])
 
 

@@ -21,8 +21,9 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from slora_flwr.adapters import HeadAdapter, LowRankAdapter
 from slora_flwr.adapters.head import State
-from slora_flwr.adapters.size import factors_size
+from slora_flwr.adapters.size import factors_size, targets_size
 from slora_flwr.models.base_patch import BasePatch
+from slora_flwr.plan import plan_rounds
 from slora_flwr.reports.progress import progress_line
 from slora_flwr.schedule import Phase, has_stopped_gaining
 from slora_flwr.server.aggregate import FoldError, Mean, ServerOptimizer
@@ -160,6 +161,8 @@ class PhasedStrategy(Strategy):
             If a round fails twice; the last state is in the run directory.
         """
         self.summary()
+        plan = plan_rounds(self.config, self._worker.backbone, self.fleet.clients)
+        self._planned = {planned.number: planned for planned in plan}
         result = Result(arrays=initial_arrays)
         arrays = initial_arrays
         self.state = unpack(arrays["state"], self._adapter.shapes())
@@ -214,7 +217,9 @@ class PhasedStrategy(Strategy):
         self.state = self._adapter.complete(self._sent())
         messages = self._instruct(MessageType.TRAIN, self._round.cohort)
         sent = sum(message_bytes(message) for message in messages)
-        self._note("down", len(cohort), self._payload_down(cohort), sent)
+        planned = self._planned[server_round]
+        payload = self._payload_down(cohort)
+        self._note("down", len(cohort), payload, sent, planned.down)
         return messages
 
     def aggregate_train(
@@ -344,7 +349,7 @@ class PhasedStrategy(Strategy):
         elif phase.adapter == "lora" and self.config.lora.start == "federa":
             start, patch = worker.start_low_rank()
         self._phase, self._phase_round = index, 0
-        size = 4 * sum(shape.numel() for shape in worker.target_shapes.values())
+        size = 4 * targets_size(worker.backbone)
         self._base = Base(patch, size, lambda: pack(worker.base_weights()))
         if patch is not None:
             digest = self._base.digest
@@ -385,7 +390,8 @@ class PhasedStrategy(Strategy):
         """Count what clients are sent, each as if it were a node of its own."""
         sent = self._adapter.sent()
         return sum(
-            4 * self._values(sent, client) + self._base.owed(("client", client))
+            4 * self._values(sent, client)
+            + self._base.holdings.owed(("client", client))
             for client in clients
         )
 
@@ -424,7 +430,8 @@ class PhasedStrategy(Strategy):
             after, metrics = self.aggregate_train(server_round, replies)
             clients = self._round.clients
             size = 4 * sum(self._values(returned, client) for client in clients)
-            self._note("up", len(clients), size, self._round.up_message_bytes)
+            sent, planned = self._round.up_message_bytes, self._planned[server_round]
+            self._note("up", len(clients), size, sent, planned.up)
             if after is not None and metrics is not None:
                 return after, metrics
             log(
@@ -566,10 +573,17 @@ class PhasedStrategy(Strategy):
         log(WARNING, "%s, clients %s left out: %s", name, clients, reason)
         self._directory.event("failure", round=self._round.number, **failure)
 
-    def _note(self, direction: str, clients: int, payload: int, sent: int) -> None:
+    def _note(
+        self,
+        direction: str,
+        clients: int,
+        payload: int,
+        sent: int,
+        planned: int | None = None,
+    ) -> None:
         number, phase = self._round.number, self.phase.adapter
         self._directory.ledger.add(
-            Entry(number, phase, direction, clients, payload, sent)
+            Entry(number, phase, direction, clients, payload, sent, planned)
         )
 
     def _close_round(

@@ -8,10 +8,9 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from slora_flwr.adapters import HeadAdapter, LowRankAdapter, SparseAdapter, make_adapter
+from slora_flwr.adapters import HeadAdapter, SparseAdapter, make_adapter
 from slora_flwr.adapters.bottleneck import KINDS, find_places
 from slora_flwr.adapters.handoff import Handoff, prime_low_rank, start_from_weights
 from slora_flwr.adapters.head import State
@@ -242,34 +241,6 @@ class Worker:
         self.leave()
         config = replace(self.config.lora, aggregator=self.config.aggregator)
         return start_from_weights(self.backbone, config)
-
-    def patch_layout(
-        self, phase: Phase, rounds_before: int
-    ) -> tuple[dict[str, tuple[int, ...]], dict[str, NDArray[np.int64]], float]:
-        """Give shapes, mask positions and s of a low-rank phase's base.
-
-        Parameters
-        ----------
-        phase : Phase
-            The low-rank phase.
-        rounds_before : int
-            Rounds of the phase before it.
-        """
-        config = self.config
-        lora = make_adapter("lora", config)
-        assert isinstance(lora, LowRankAdapter)
-        positions: dict[str, NDArray[np.int64]] = {}
-        factors = "ab"
-        if phase.primed:
-            base = config.lora.base
-            factors = {"residual": "ab", "w0": "a", "warm-start": ""}[base]
-            if base != "w0":
-                sparse = make_adapter("sparse", config)
-                assert isinstance(sparse, SparseAdapter)
-                positions = sparse.masks(self.backbone, rounds_before)
-        rank = config.lora.rank
-        shapes = BasePatch.shapes(self.backbone, positions, rank, factors)
-        return shapes, positions, lora.scaling
 
     def host(self, client: int, source: OwnData) -> None:
         """Make a node's own data a client's; rows of other labels are left out."""

@@ -24,6 +24,9 @@ class Entry:
         its own: the same for any number of nodes.
     message_bytes : int
         Bytes of the serialised messages that were really sent, one for each node.
+    planned_payload_bytes : int or None
+        What `slora plan` predicts for training messages if the whole cohort answers;
+        None for an evaluation's.
     """
 
     round: int
@@ -32,6 +35,7 @@ class Entry:
     clients: int
     payload_bytes: int
     message_bytes: int
+    planned_payload_bytes: int | None = None
 
 
 class Ledger:
