@@ -38,6 +38,7 @@ from slora_flwr.adapters import (
     make_adapter,
 )
 from slora_flwr.adapters.head import StateError
+from slora_flwr.adapters.low_rank import cut_ranks
 from slora_flwr.adapters.masks import make_mask
 from slora_flwr.adapters.size import state_size
 from slora_flwr.config import ConfigError, ModelConfig, RecipeConfig, parse
@@ -52,7 +53,10 @@ ADAPTERS: dict[str, Callable[[], HeadAdapter]] = {
     "bias": BiasAdapter,
     "head": HeadAdapter,
     "sparse": lambda: SparseAdapter(DENSITY, "unstructured", 5),
+    "redrawn": lambda: SparseAdapter(DENSITY, "rows", 5, "equal", redrawn=True),
     "lora": lambda: LowRankAdapter(4, 12.0),
+    "ffa": lambda: LowRankAdapter(4, 12.0, aggregator="ffa", orthonormal=True),
+    "root-rank": lambda: LowRankAdapter(4, 12.0, scaling="root-rank", seed=3),
     "houlsby": lambda: BottleneckAdapter("houlsby", 4),
     "pfeiffer": lambda: BottleneckAdapter("pfeiffer", 4),
 }
@@ -243,7 +247,94 @@ def test_size_is_known_without_attaching(backbone: Backbone) -> None:
         assert state_size(name, config, backbone) == expected
 
 
+# --- low-rank
+
+
+@pytest.mark.parametrize("phase_round", [1, 2])
+def test_alternating_factors_take_turns(
+    backbone: Backbone, examples: Examples, phase_round: int
+) -> None:
+    adapter = LowRankAdapter(4, 12.0, aggregator="alternate")
+    adapter.attach(backbone)
+    start = perturb(adapter.state(), 0.05)  # B is no longer zero
+    adapter.load(start)
+    adapter.begin(phase_round)
+    turn, other = ("lora_B", "lora_A") if phase_round == 1 else ("lora_A", "lora_B")
+    assert not any(name.endswith(other) for name in adapter.returned())
+    assert adapter.sent() == adapter.shapes()
+    train(backbone, adapter, examples, ADAMW, KEY)
+    for name, after in adapter.state().items():
+        if name.endswith(other):
+            assert torch.equal(after, start[name]), name
+        else:
+            assert name.endswith(turn) or name in backbone.head
+            assert name in adapter.returned()
+            assert (after != start[name]).float().mean() > 0.5, name
+
+
+def test_a_cut_rank_trains_as_a_smaller_adapter(
+    folder: Path, examples: Examples
+) -> None:
+    """Rank 4 cut to 2 with s = 12 / 4 computes what rank 2 with s = 6 / 2 does."""
+    states = []
+    for rank, alpha in ((4, 12.0), (2, 6.0)):
+        backbone = no_dropout(load_tiny(folder))
+        adapter = LowRankAdapter(rank, alpha, seed=1)
+        adapter.attach(backbone)
+        if not states:
+            start = cut_ranks(perturb(adapter.state(), 0.05), 2)
+        adapter.load(
+            {
+                name: t[tuple(map(slice, adapter.shapes()[name]))]
+                for name, t in start.items()
+            }
+        )
+        train(backbone, adapter, examples, ADAMW, KEY)
+        states.append(adapter.state())
+    wide, narrow = states
+    for name, tensor in narrow.items():
+        inside = tuple(map(slice, tensor.shape))
+        assert torch.allclose(wide[name][inside], tensor, atol=1e-5), name
+        assert wide[name].count_nonzero() <= tensor.numel()
+
+
+def test_frozen_a_is_the_same_everywhere(folder: Path) -> None:
+    fingerprints, factors = set(), []
+    for noise in (0, 1):
+        torch.manual_seed(noise)
+        backbone = load_tiny(folder)
+        adapter = LowRankAdapter(4, 12.0, seed=7, aggregator="ffa", orthonormal=True)
+        adapter.attach(backbone)
+        fingerprints.add(adapter.fingerprint())
+        factors.append(adapter.whole(adapter.state()))
+    assert len(fingerprints) == 1
+    for name in backbone.targets:
+        a = factors[0][f"{name}.lora_A"]
+        assert torch.equal(a, factors[1][f"{name}.lora_A"])
+        assert torch.allclose(a @ a.T, torch.eye(4), atol=1e-5)
+    other = LowRankAdapter(4, 12.0, seed=8, aggregator="ffa")
+    other.attach(load_tiny(folder))
+    assert other.fingerprint() not in fingerprints
+
+
+def test_scaling_by_the_root_of_the_rank() -> None:
+    assert LowRankAdapter(4, 12.0).scaling == 3.0
+    assert LowRankAdapter(4, 12.0, scaling="root-rank").scaling == 6.0
+
+
 # --- sparse
+
+
+@pytest.mark.parametrize("budget", ["uniform", "equal", "erdos-renyi"])
+def test_size_of_a_dealt_density(backbone: Backbone, budget: str) -> None:
+    config = parse({"sparse.density": 0.1, "sparse.budget": budget})
+    adapter = make_adapter("sparse", config)
+    adapter.attach(backbone)
+    trained = sum(p.numel() for p in adapter.parameters())
+    assert state_size("sparse", config, backbone) == trained
+    whole = sum(module.weight.numel() for module in backbone.targets.values())
+    head = sum(p.numel() for p in backbone.head.values())
+    assert trained - head == pytest.approx(0.1 * whole, abs=len(backbone.targets))
 
 
 @pytest.mark.parametrize("structure", ["unstructured", "rows", "columns"])
