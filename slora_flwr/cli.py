@@ -1,6 +1,7 @@
 """The command line: `slora`."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -68,6 +69,129 @@ def run(
         _run_inline(values, nodes or 1)
     else:
         _run_flower(folder, run_config or [], nodes)
+
+
+@app.command()
+def plan(
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option("--run-config", "-c", help="As `flwr run` takes it."),
+    ] = None,
+) -> None:
+    """Say what a run would train, send and need in memory; nothing is trained."""
+    try:
+        config = parse(parse_config_args(run_config))
+        from rich.console import Console
+
+        from slora_flwr.plan import plan_table
+        from slora_flwr.training.worker import Worker
+
+        Console().print(plan_table(config, Worker(config).backbone))
+    except (ConfigError, ValueError, OSError, click.ClickException) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def sweep(
+    study: Annotated[
+        Path, typer.Argument(help="TOML file, such as experiments/skew.toml.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for its runs; else results/<study> beside the file."),
+    ] = None,
+    keep_states: Annotated[
+        bool, typer.Option(help="Keep checkpoints and models of finished runs.")
+    ] = False,
+) -> None:
+    """Make every run of a study that is not finished yet, several at once."""
+    from slora_flwr.sweep import sweep as sweep_study
+
+    try:
+        failed = sweep_study(study, out, keep_states)
+    except ConfigError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    if failed:
+        typer.echo(f"Error: failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            help="Run directory, or its name below $SLORA_HOME/runs; else the newest."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; else report.html in the run directory."),
+    ] = None,
+) -> None:
+    """Write a page on one run: figures, bytes, curves, clients, failures, config."""
+    from slora_flwr.reports.page import render
+    from slora_flwr.reports.report import report as lay_out
+    from slora_flwr.reports.runs import RunError, find_run, read_run
+
+    try:
+        path = find_run(run)
+        page = lay_out(read_run(path))
+    except RunError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    out = out or path / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(render(page))
+    typer.echo(out)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Run directories, their names below $SLORA_HOME/runs, or folders that "
+            "hold some.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for compare.html and its tables.")
+    ] = Path("comparison"),
+    target: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Accuracy whose bytes and time to compare; else a point below fft's.",
+        ),
+    ] = None,
+    uplink: Annotated[
+        str, typer.Option(help="Mbit/s of the modelled times, with commas.")
+    ] = "1,10,100",
+) -> None:
+    """Compare runs on one page: those that differ by the seed alone are one group."""
+    from slora_flwr.reports.compare import compare as lay_out
+    from slora_flwr.reports.page import write
+    from slora_flwr.reports.runs import RunError, find_runs, read_run
+
+    try:
+        rates = [float(rate) for rate in uplink.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        allowed = "numbers above 0 with commas, in Mbit/s"
+        typer.echo(f"Error: --uplink is {uplink!r}; allowed: {allowed}", err=True)
+        raise typer.Exit(2)
+    try:
+        found = [read_run(path) for path in find_runs(runs)]
+    except RunError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(write(lay_out(found, rates, target), out, "compare"))
 
 
 def _run_inline(values: dict[str, Any], nodes: int) -> None:

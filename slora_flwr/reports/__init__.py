@@ -1,1 +1,1 @@
-"""What a run says: progress lines and the closing table."""
+"""What runs say: progress lines, the closing table, pages on one and on many."""

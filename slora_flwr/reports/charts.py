@@ -1,0 +1,291 @@
+"""Charts as inline SVG whose text is text."""
+
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+# Those of Okabe and Ito that stand out from white, and tell apart in grey with dashes.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#222222")
+DASHES: tuple[tuple[float, tuple[float, ...]], ...] = (
+    (0, ()),
+    (0, (5, 2)),
+    (0, (1.2, 1.8)),
+    (0, (6, 2, 1.2, 2)),
+)
+MARKERS = "osD^vPX*<>hp"
+GREY = "#595959"
+_MARKERS_IN_LINE = 8
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "slora",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
+    "font.size": 11,
+    "axes.axisbelow": True,
+    "axes.labelcolor": "#1a1a1a",
+    "axes.edgecolor": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.markersize": 4,
+    "figure.facecolor": "none",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What tells a line from the others, in grey too."""
+
+    colour: str
+    dash: tuple[float, tuple[float, ...]]
+    marker: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points to join; `low` and `high` bound a band around them, if given."""
+
+    label: str
+    look: Look
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing, made when its page is.
+
+    Attributes
+    ----------
+    caption : str
+        What it shows.
+    told : str
+        The same for those who cannot see it.
+    draw : Callable
+        Draws on empty axes.
+    size : tuple[float, float]
+        In inches, of which only the ratio to the text counts.
+    """
+
+    caption: str
+    told: str
+    draw: Callable[[Axes], None]
+    size: tuple[float, float] = (4.6, 3.1)
+
+    def svg(self, name: str) -> Markup:
+        """Draw an element of an HTML document, in which `name` is the chart's own."""
+        buffer = io.StringIO()
+        with rc_context(_STYLE):
+            figure = Figure(figsize=self.size, layout="constrained")
+            self.draw(figure.subplots())
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(buffer, format="svg", metadata=nothing)
+        return _embedded(buffer.getvalue(), name, self.told)
+
+
+def looks(names: Iterable[str], kinds: Iterable[str]) -> dict[str, Look]:
+    """Give each name a look; those of one kind share a colour if there are enough."""
+    pairs = list(zip(names, kinds, strict=True))
+    distinct = list(dict.fromkeys(kind for _, kind in pairs))
+    if len(distinct) > len(COLOURS):
+        distinct = [name for name, _ in pairs]
+        pairs = [(name, name) for name, _ in pairs]
+    colours = dict(zip(distinct, cycle(COLOURS)))
+    used = dict.fromkeys(COLOURS, 0)
+    found = {}
+    for (name, kind), marker in zip(pairs, cycle(MARKERS)):
+        colour = colours[kind]
+        found[name] = Look(colour, DASHES[used[colour] % len(DASHES)], marker)
+        used[colour] += 1
+    return found
+
+
+def keys(found: dict[str, Look]) -> list[Chart]:
+    """Draw the key to looks: a sample of each line, its name as the caption."""
+
+    def sample(look: Look) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            axes.set_axis_off()
+            axes.plot([0, 1, 2], [0, 0, 0], **_line(look), markevery=[1])
+
+        return draw
+
+    return [
+        Chart(name, f"Line of {name}", sample(look), (0.5, 0.16))
+        for name, look in found.items()
+    ]
+
+
+def line_chart(
+    caption: str,
+    lines: Sequence[Line],
+    *,
+    x: str,
+    y: str,
+    log: bool = False,
+    whole: bool = False,
+    ticks: Sequence[str] = (),
+    boundaries: Sequence[tuple[float, str]] = (),
+    level: float | None = None,
+) -> Chart:
+    """Draw lines with their bands.
+
+    Parameters
+    ----------
+    caption : str
+        What it shows.
+    lines : Sequence[Line]
+        In the order of the key.
+    x, y : str
+        What the axes are.
+    log : bool
+        Whether x is on a logarithmic scale, where it spans a factor of ten.
+    whole : bool
+        Whether x are whole numbers.
+    ticks : Sequence[str]
+        Names of x = 0, 1, …, where x are no numbers.
+    boundaries : Sequence[tuple[float, str]]
+        Upright lines at x, with what begins there.
+    level : float or None
+        A dotted line across.
+    """
+
+    def draw(axes: Axes) -> None:
+        for line in lines:
+            every = max(1, -(-len(line.x) // _MARKERS_IN_LINE))
+            axes.plot(line.x, line.y, **_line(line.look), markevery=every)
+            if line.low:
+                axes.fill_between(
+                    line.x,
+                    line.low,
+                    line.high,
+                    color=line.look.colour,
+                    alpha=0.15,
+                    linewidth=0,
+                )
+        axes.set(xlabel=x, ylabel=y)
+        if log:
+            _scale(axes)
+        if ticks:
+            axes.set_xticks(range(len(ticks)), [t.replace(" ", "\n") for t in ticks])
+            axes.margins(x=0.1)
+        if whole:
+            axes.xaxis.set_major_locator(_whole_numbers())
+        if level is not None:
+            axes.axhline(level, color=GREY, linestyle=":", linewidth=1)
+        top = axes.get_xaxis_transform()
+        for at, begins in boundaries:
+            axes.axvline(at, color=GREY, linewidth=1)
+            # Above the plot, where no line can cross it.
+            axes.text(at, 1.02, begins, transform=top, color=GREY, fontsize=9)
+
+    ends = (f"{line.label}, from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in lines)
+    told = f"{caption} Lines of {y} against {x}: {'; '.join(ends)}."
+    return Chart(caption, told, draw)
+
+
+def bar_chart(
+    caption: str,
+    edges: Sequence[float],
+    counts: Sequence[int],
+    *,
+    x: str,
+    y: str,
+) -> Chart:
+    """Draw a histogram."""
+
+    def draw(axes: Axes) -> None:
+        axes.stairs(counts, edges, fill=True, color=COLOURS[0], alpha=0.75)
+        axes.stairs(counts, edges, color=COLOURS[0])
+        axes.set(xlabel=x, ylabel=y)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(_whole_numbers())
+
+    return Chart(caption, caption, draw)
+
+
+def box_chart(
+    caption: str, boxes: Sequence[tuple[str, Sequence[float]]], *, x: str
+) -> Chart:
+    """Draw minimum, quartiles and maximum of each label, the first one on top."""
+
+    def draw(axes: Axes) -> None:
+        heights = range(len(boxes), 0, -1)
+        beside = axes.get_yaxis_transform()
+        for height, (label, (low, first, median, third, high)) in zip(
+            heights, boxes, strict=True
+        ):
+            # Above its box, where a long one takes no width from the boxes.
+            text = axes.text(0.01, height + 0.4, label, transform=beside, va="center")
+            text.set_in_layout(False)
+            axes.plot([low, high], [height, height], color=COLOURS[0], linewidth=1)
+            axes.barh(height, third - first, 0.4, first, color="#cfe3f1")
+            axes.plot([median] * 2, [height - 0.2, height + 0.2], color="black")
+        axes.set(xlabel=x, ylim=(0.5, len(boxes) + 1), yticks=[])
+
+    told = (
+        f"{label}, {', '.join(f'{v:.3g}' for v in values)}" for label, values in boxes
+    )
+    size = (Chart.size[0], 0.8 + 0.45 * len(boxes))
+    return Chart(caption, f"{caption} {'; '.join(told)}.", draw, size)
+
+
+def _embedded(svg: str, name: str, label: str) -> Markup:
+    """Cut a file down to what a page needs."""
+    view = re.search(r'viewBox="[^"]*"', svg)
+    assert view is not None
+    body = svg[svg.index("</style>") : svg.rindex("</svg>")]
+    body = re.sub(r"</style>\s*</defs>", "", body)
+    body = body.replace("xlink:href", "href")
+    # Groups' ids serve nobody; the others are referred to, and must be the page's own.
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
+    body = re.sub(r' (?:d|x|y|width|height|transform)="[^"]*"', _shortened, body)
+    body = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", body)
+    body = re.sub(r"\s*\n\s*", " ", body)
+    head = Markup('<svg role="img" aria-label="{}" {}>').format(label, Markup(view[0]))
+    return head + Markup(body + "</svg>")
+
+
+def _scale(axes: Axes) -> None:
+    low, high = axes.dataLim.intervalx
+    if high < 10 * low:
+        return
+    axes.set_xscale("log")
+    subs = (1, 2, 5) if high < 300 * low else (1,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    # The usual one writes powers in TeX.
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.12g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _whole_numbers() -> MaxNLocator:
+    return MaxNLocator("auto", integer=True)
+
+
+def _shortened(attribute: re.Match[str]) -> str:
+    return re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", attribute[0])
+
+
+def _line(look: Look) -> dict[str, Any]:
+    return {
+        "color": look.colour,
+        "linestyle": look.dash,
+        "marker": look.marker,
+        "linewidth": 1.6,
+    }

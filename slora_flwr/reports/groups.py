@@ -1,0 +1,341 @@
+"""Runs that differ by the seed alone as groups, and the figures of a group."""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import ceil
+from statistics import fmean
+
+from slora_flwr.config import METHODS, PARTITIONERS, RunConfig, Value, flatten
+from slora_flwr.reports.runs import Run
+from slora_flwr.schedule import SCHEDULES
+
+LAST = 5  # evaluations of the steadier accuracy
+
+# Sections that say nothing about methods without one of these phases.
+_SECTIONS = {
+    "sparse": {"sparse"},
+    "lora": {"lora"},
+    "bottleneck": {"houlsby", "pfeiffer"},
+}
+# Keys that say nothing about other partitioners.
+_PARTITIONERS = {
+    "clients.alpha": ("dirichlet", "virtual"),
+    "clients.classes": ("pathological",),
+    "clients.examples": ("virtual",),
+}
+HETEROGENEITY = ("clients.partitioner", *_PARTITIONERS)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one config, whatever their seed.
+
+    Attributes
+    ----------
+    label : str
+        The method, and the keys that tell it from the other groups.
+    config : dict[str, Value]
+        The keys that matter to the method; without seed and `run.*`.
+    runs : list[Run]
+        Those that ended or, if none did, all: the ones whose figures count.
+    others : list[Run]
+        Those that did not end, where another did.
+    """
+
+    label: str
+    config: dict[str, Value]
+    runs: list[Run]
+    others: list[Run]
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return str(self.config["method"])
+
+    @property
+    def ended(self) -> bool:
+        """Whether its runs did."""
+        return self.runs[0].summary is not None
+
+    @property
+    def setting(self) -> Hashable:
+        """What groups must share to be compared as methods."""
+        return _frozen({k: v for k, v in self.config.items() if not _is_own(k)})
+
+    @property
+    def elsewhere(self) -> Hashable:
+        """The setting but for its heterogeneity."""
+        return _frozen(
+            {
+                key: value
+                for key, value in self.config.items()
+                if not (_is_own(key) or key in HETEROGENEITY)
+            }
+        )
+
+    @property
+    def heterogeneity(self) -> str:
+        """How unevenly the data is dealt: `iid`, `alpha=0.1`, …."""
+        return heterogeneity(self.config)
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluation that all runs of a group held.
+
+    Attributes
+    ----------
+    round : int
+        After which.
+    phase : str
+        That round's.
+    accuracies : list[float]
+        Of each run.
+    megabytes : float
+        Payload so far, both directions, mean over runs.
+    seconds : list[float]
+        Modelled, so far, at each rate; mean over runs.
+    """
+
+    round: int
+    phase: str
+    accuracies: list[float]
+    megabytes: float
+    seconds: list[float]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over runs."""
+        return fmean(self.accuracies)
+
+
+def group_runs(runs: Iterable[Run]) -> list[Group]:
+    """Put runs together whose configs differ by the seed, or not at all.
+
+    Keys that the method or the partitioner does not read make no difference.
+    """
+    together: dict[Hashable, list[Run]] = {}
+    for run in runs:
+        together.setdefault(_frozen(_effective(run.config)), []).append(run)
+    groups = []
+    configs = [_effective(members[0].config) for members in together.values()]
+    for config, members in zip(configs, together.values(), strict=True):
+        members.sort(key=lambda run: (run.config["seed"], str(run.path)))
+        ended = [run for run in members if run.summary is not None]
+        counted = ended or members
+        label = _label(config, configs, heterogeneity) + ("" if ended else " (stopped)")
+        others = [run for run in members if run not in counted]
+        groups.append(Group(label, config, counted, others))
+    return sorted(groups, key=_order)
+
+
+def curve(group: Group, rates: Sequence[float]) -> list[Point]:
+    """Give a group's mean curve, with modelled seconds at each rate in Mbit/s."""
+    common = sorted(
+        set.intersection(*({r.number for r in run.evaluated} for run in group.runs))
+    )
+    done = [{r.number: r for r in run.rounds} for run in group.runs]
+    seconds = [
+        [
+            dict(zip(rounds, modelled_seconds(run, rate), strict=True))
+            for run, rounds in zip(group.runs, done, strict=True)
+        ]
+        for rate in rates
+    ]
+    return [
+        Point(
+            round=number,
+            phase=done[0][number].phase,
+            accuracies=[rounds[number].metrics["accuracy"] for rounds in done],
+            megabytes=fmean(rounds[number].payload_bytes / 1e6 for rounds in done),
+            seconds=[fmean(by_round[number] for by_round in at) for at in seconds],
+        )
+        for number in common
+    ]
+
+
+def modelled_seconds(run: Run, rate: float) -> list[float]:
+    """Model when each round would have ended, were each client a machine of its own.
+
+    A round lasts as long as its slowest client trained, and as a client needs to take
+    and to send its payload of mean size, both at `rate`. An attempt that failed counts
+    as transfer.
+
+    Parameters
+    ----------
+    run : Run
+        With bytes and seconds of each round.
+    rate : float
+        Mbit/s.
+
+    Returns
+    -------
+    list of float
+        Seconds from the start to the end of each of the run's rounds.
+    """
+    sizes: dict[int, float] = {}
+    for line in run.ledger:
+        if line.clients:
+            mean = line.payload_bytes / line.clients
+            sizes[line.round] = sizes.get(line.round, 0.0) + mean
+    return list(
+        accumulate(
+            sizes.get(done.number, 0.0) * 8 / (rate * 1e6)
+            + max((did.seconds for did in done.clients.values()), default=0.0)
+            for done in run.rounds
+        )
+    )
+
+
+def final(run: Run, metric: str) -> float | None:
+    """Give a metric of a run's last evaluation."""
+    return run.evaluated[-1].metrics[metric] if run.evaluated else None
+
+
+def last_mean(run: Run) -> float | None:
+    """Give the mean accuracy of a run's last evaluations."""
+    accuracies = [done.metrics["accuracy"] for done in run.evaluated[-LAST:]]
+    return fmean(accuracies) if accuracies else None
+
+
+def over_runs(group: Group, figure: Callable[[Run], float | None]) -> list[float]:
+    """Give a figure of each run that has it."""
+    return [value for run in group.runs if (value := figure(run)) is not None]
+
+
+def fft_beside(group: Group, groups: Iterable[Group]) -> Group | None:
+    """Find full fine-tuning in a group's setting: the best, by its last evaluations."""
+    found = [
+        other
+        for other in groups
+        if other.method == "fft"
+        and other.ended
+        and other.setting == group.setting
+        and over_runs(other, last_mean)
+    ]
+    return max(found, key=lambda g: fmean(over_runs(g, last_mean)), default=None)
+
+
+def reached(points: Iterable[Point], target: float) -> Point | None:
+    """Find where a mean curve first reaches an accuracy."""
+    return next((point for point in points if point.accuracy >= target), None)
+
+
+def late_losses(group: Group) -> list[float]:
+    """Give each client's mean training loss in the last fifth of a run's rounds."""
+    losses: list[float] = []
+    for run in group.runs:
+        late: dict[int, list[float]] = {}
+        for done in run.rounds[-ceil(len(run.rounds) / 5) :]:
+            for client, did in done.clients.items():
+                late.setdefault(client, []).append(did.loss)
+        losses += map(fmean, late.values())
+    return losses
+
+
+def heterogeneity(config: dict[str, Value]) -> str:
+    """Write how a config deals its data, in short."""
+    partitioner = str(config["clients.partitioner"])
+    told = [
+        f"{_short(key)}={_value(config[key])}"
+        for key, known in _PARTITIONERS.items()
+        if partitioner in known
+    ]
+    name = [] if partitioner == "dirichlet" else [partitioner]
+    return " ".join(name + told)
+
+
+def _effective(config: dict[str, Value]) -> dict[str, Value]:
+    phases = set(SCHEDULES.get(str(config["method"]), ()))
+    partitioner = config["clients.partitioner"]
+
+    def matters(key: str) -> bool:
+        section = key.split(".")[0]
+        if key == "seed" or section == "run":
+            return False
+        if key == "lora.targets":
+            return bool(phases & {"sparse", "lora"})
+        if key == "sparse.rounds":
+            return len(phases) != 1
+        return partitioner in _PARTITIONERS.get(key, (partitioner,)) and bool(
+            not phases or phases & _SECTIONS.get(section, phases)
+        )
+
+    return {key: value for key, value in config.items() if matters(key)}
+
+
+def _is_own(key: str) -> bool:
+    """Tell whether a key is a method's own affair, such as its learning rate."""
+    return key in ("method", "train.lr") or key.split(".")[0] in _SECTIONS
+
+
+def _label(
+    config: dict[str, Value],
+    configs: list[dict[str, Value]],
+    *tellers: Callable[[dict[str, Value]], str],
+) -> str:
+    """Write the method, what differs of what `tellers` say, and the keys that do."""
+    same = [other for other in configs if other["method"] == config["method"]]
+    told = [tell(config) for tell in tellers if len({*map(tell, configs)}) > 1]
+    for key in config:
+        beside = same if _is_own(key) else configs
+        values = {other[key] for other in beside if key in other}
+        if len(values) > 1 and key not in ("method", *HETEROGENEITY):
+            told.append(f"{_short(key)}={_value(config[key])}")
+    return " ".join([str(config["method"]), *told])
+
+
+def _short(key: str) -> str:
+    section, _, last = key.rpartition(".")
+    named = [known for known in flatten(RunConfig()) if known.split(".")[-1] == last]
+    return last if section == "clients" or len(named) == 1 else key
+
+
+def _value(value: Value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _order(group: Group) -> tuple[object, ...]:
+    methods = {name: i for i, name in enumerate(METHODS)}
+    return evenness(group.config), methods.get(group.method, len(methods)), group.label
+
+
+def evenness(config: dict[str, Value]) -> tuple[int, float]:
+    """Give a key that sorts configs from evenly to unevenly dealt data."""
+    partitioner = str(config["clients.partitioner"])
+    spread = config.get("clients.alpha", config.get("clients.classes", 0))
+    return PARTITIONERS.index(partitioner), -float(spread)
+
+
+def _frozen(config: dict[str, Value]) -> Hashable:
+    return frozenset(config.items())
+
+
+def rows_of_methods(family: Sequence[Group]) -> dict[str, list[Group]]:
+    """Sort groups that differ by method and heterogeneity into rows, one a method.
+
+    Variants of a method are rows of their own; its learning rate may differ between
+    heterogeneities, but two rates for one heterogeneity are two variants.
+    """
+
+    def sort(leave_out_rates: bool) -> dict[str, list[Group]]:
+        own = [
+            {
+                key: value
+                for key, value in group.config.items()
+                if _is_own(key) and not (leave_out_rates and key.endswith(".lr"))
+            }
+            for group in family
+        ]
+        rows: dict[str, list[Group]] = {}
+        for group, config in zip(family, own, strict=True):
+            rows.setdefault(_label(config, own), []).append(group)
+        return rows
+
+    rows = sort(leave_out_rates=True)
+    is_clear = all(
+        len({group.heterogeneity for group in members}) == len(members)
+        for members in rows.values()
+    )
+    return rows if is_clear else sort(leave_out_rates=False)

@@ -1,0 +1,192 @@
+"""A page of sections, and its tables as HTML, CSV and LaTeX."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from slora_flwr.reports.charts import Chart
+
+Cell = str | int | float | None
+NOTHING = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes
+    ----------
+    heading : str
+        On the page and in LaTeX.
+    name : str
+        In CSV, where numbers have all their digits.
+    spec : str
+        How numbers are written elsewhere; empty for a column of text.
+    """
+
+    heading: str
+    name: str
+    spec: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under columns; a cell without a value is None.
+
+    Attributes
+    ----------
+    name : str
+        Of its files.
+    caption : str
+        What it shows and how it was computed.
+    columns : list[Column]
+        The first names the row.
+    rows : list of sequences of str, float or None
+        A cell a column.
+    folded : bool
+        Whether a page shows it only when asked.
+    """
+
+    name: str
+    caption: str
+    columns: list[Column]
+    rows: Sequence[Sequence[Cell]]
+    folded: bool = False
+
+    @property
+    def written(self) -> list[list[str]]:
+        """The cells as a reader sees them."""
+        return [
+            [
+                _write(cell, column.spec)
+                for cell, column in zip(row, self.columns, strict=True)
+            ]
+            for row in self.rows
+        ]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what there is to say, then charts under their key, then tables."""
+
+    title: str
+    text: Sequence[str] = ()
+    keys: Sequence[Chart] = ()
+    charts: Sequence[Chart] = ()
+    tables: Sequence[Table] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page: its title, headline figures as name and value, sections.
+
+    `notice` is what a reader must know before anything else. `data` is what charts are
+    drawn from, too long for the page.
+    """
+
+    title: str
+    subtitle: str
+    sections: Sequence[Section]
+    figures: Sequence[tuple[str, str]] = ()
+    notice: str = ""
+    data: Sequence[Table] = ()
+
+
+def render(page: Page) -> str:
+    """Write a page as one HTML document that loads nothing."""
+    environment = Environment(
+        loader=PackageLoader("slora_flwr.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(page=page)
+
+
+def write(page: Page, folder: Path, name: str) -> Path:
+    """Write a page, and beside it its tables as CSV and LaTeX and its data as CSV.
+
+    Parameters
+    ----------
+    page : Page
+        What to write.
+    folder : Path
+        Made if it is not there.
+    name : str
+        Of the page's file, and with what each table is called of theirs.
+
+    Returns
+    -------
+    Path
+        The page's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = [table for section in page.sections for table in section.tables]
+    for table in [*page.data, *tables]:
+        write_csv(table, folder / f"{name}-{table.name}.csv")
+    for table in tables:
+        write_latex(table, folder / f"{name}-{table.name}.tex")
+    path = folder / f"{name}.html"
+    path.write_text(render(page))
+    return path
+
+
+def write_csv(table: Table, path: Path) -> None:
+    """Write a table with six significant digits and empty cells for no value."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(column.name for column in table.columns)
+        for row in table.rows:
+            rows.writerow(
+                f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row
+            )
+
+
+def write_latex(table: Table, path: Path) -> None:
+    """Write a table as a booktabs tabular."""
+    alignment = "".join("r" if column.spec else "l" for column in table.columns)
+    heading = [column.heading for column in table.columns]
+    body = "\n".join(map(_latex_row, table.written))
+    lines = (
+        "% needs \\usepackage{booktabs}",
+        f"\\begin{{tabular}}{{{alignment}}}",
+        "\\toprule",
+        _latex_row(heading),
+        "\\midrule",
+        body,
+        "\\bottomrule",
+        "\\end{tabular}",
+    )
+    path.write_text("\n".join(lines) + "\n")
+
+
+_LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {
+        "\\": "\\textbackslash{}",
+        "~": "\\textasciitilde{}",
+        "^": "\\textasciicircum{}",
+        "<": "\\textless{}",
+        ">": "\\textgreater{}",
+        "±": "$\\pm$",
+        MINUS: "$-$",
+        NOTHING: "--",
+        "…": "\\dots{}",
+        "\n": " ",
+    }
+)
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cell.translate(_LATEX) for cell in cells) + " \\\\"
+
+
+def _write(cell: Cell, spec: str) -> str:
+    if cell is None:
+        return NOTHING
+    return cell if isinstance(cell, str) else format(cell, spec).replace("-", MINUS)

@@ -1,0 +1,519 @@
+"""Reports of runs: their figures by hand, what they hold, and what they refuse."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from slora_flwr.cli import app
+from slora_flwr.config import Value, parse
+from slora_flwr.reports.compare import compare
+from slora_flwr.reports.groups import Group, curve, group_runs, modelled_seconds
+from slora_flwr.reports.page import Page, Table, render
+from slora_flwr.reports.report import report
+from slora_flwr.reports.runs import by_layer, find_runs, read_run
+from slora_flwr.server.run_directory import RunDirectory
+
+# Of each client in each round: the mean payload, in bytes, and seconds of training.
+DOWN, UP, SECONDS = 2_000_000, 1_000_000, {"0": 3.0, "1": 5.0}
+Config = dict[str, Value]
+HOSTILE = "</svg><script>alert('$x^2$ & \"')</script>"
+
+
+def write_run(
+    path: Path,
+    config: Config | None = None,
+    accuracies: Sequence[float] = (0.2, 0.3, 0.4),
+    *,
+    failures: Sequence[str] = (),
+    energies: Mapping[str, float] | None = None,
+    ended: bool = True,
+    planned: int | None = None,
+) -> Path:
+    """Write what a run leaves in whose every round two clients took part."""
+    common: Config = {"method": "lora", "rounds": 6, "run.dir": str(path)}
+    parsed = parse(common | {"clients.per-round": 2} | (config or {}))
+    directory = RunDirectory(parsed, 1)
+    directory.write_config(parsed, {"classes": ["a", "b"]})
+    names = ["round", "phase", "direction", "clients", "payload_bytes", "message_bytes"]
+    names += ["planned_payload_bytes"] if planned is not None else []
+    lines = [names]
+    for number, accuracy in enumerate(accuracies, start=1):
+        is_sparse = parsed.method == "slora" and number <= parsed.sparse.rounds
+        phase = "sparse" if is_sparse else "lora"
+        for direction, size in (("down", DOWN), ("up", UP)):
+            line = [number, phase, direction, 2, 2 * size, 2 * size + 50]
+            lines.append([str(cell) for cell in line])
+            if planned is not None:
+                lines[-1].append(str(planned))
+        directory.event(
+            "round",
+            seconds=10.0 * number,
+            round=number,
+            phase=phase,
+            cohort=[0, 1, 7],
+            clients={
+                client: {"examples": 10, "loss": 1.0 / number, "seconds": seconds}
+                for client, seconds in SECONDS.items()
+            },
+            train_loss=1.0 / number,
+            payload_bytes=number * 2 * (UP + DOWN),
+            accuracy=accuracy,
+            macro_f1=accuracy / 2,
+            loss=1.0,
+            new_fact="of a later version",
+        )
+    with (path / "ledger.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    for reason in failures:
+        directory.event("failure", round=1, node=4, clients=[7], reason=reason)
+    if energies:
+        directory.event("handoff", base="residual", energies=energies, took=0.1)
+    if ended:
+        directory.write_summary(
+            {"seconds": 99.0, "majority_accuracy": 0.1, "phases": {}, "same_rounds": {}}
+        )
+    else:
+        directory.event("stopped", reason="TooFewRepliesError: 0 good replies twice")
+    return path
+
+
+def groups_of(*paths: Path) -> list[Group]:
+    return group_runs(map(read_run, paths))
+
+
+def page_of(*paths: Path, target: float | None = None) -> Page:
+    return compare([read_run(path) for path in paths], (1, 10), target)
+
+
+def table_of(page: Page, name: str) -> Table:
+    tables = [table for section in page.sections for table in section.tables]
+    return next(table for table in tables if table.name == name)
+
+
+def rows_of(page: Page, name: str) -> list[dict[str, object]]:
+    table = table_of(page, name)
+    names = [column.name for column in table.columns]
+    return [dict(zip(names, row, strict=True)) for row in table.rows]
+
+
+def slora(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_round_lasts_as_long_as_transfer_and_the_slowest_client(
+    tmp_path: Path,
+) -> None:
+    path = write_run(tmp_path / "run")
+    # (2 MB + 1 MB) * 8 bit / 1 Mbit/s = 24 s, and 5 s of training.
+    assert modelled_seconds(read_run(path), 1) == pytest.approx([29, 58, 87])
+    assert modelled_seconds(read_run(path), 10) == pytest.approx([7.4, 14.8, 22.2])
+    # An attempt at round 2 that nobody answered, and messages that are no payload.
+    with (path / "ledger.csv").open("a") as file:
+        file.write(f"2,lora,down,2,{2 * DOWN},0\n2,lora,up,0,0,9\n2,lora,down,0,0,9\n")
+    assert modelled_seconds(read_run(path), 1) == pytest.approx([29, 74, 103])
+
+
+def test_runs_that_differ_by_the_seed_alone_are_one_group(tmp_path: Path) -> None:
+    configs: list[Config] = [
+        {},
+        {"seed": 3},
+        {"seed": 3, "run.target": 0.5},
+        {"sparse.density": 0.5},  # which lora does not have
+        {"lora.lr": 0.01},
+        {"method": "fft", "lora.rank": 2},
+        {"clients.partitioner": "iid", "clients.alpha": 9.0},
+    ]
+    paths = [write_run(tmp_path / str(i), config) for i, config in enumerate(configs)]
+    groups = groups_of(*paths)
+    assert [(group.label, len(group.runs)) for group in groups] == [
+        ("lora iid lora.lr=0", 1),
+        ("lora alpha=0.1 lora.lr=0", 4),
+        ("lora alpha=0.1 lora.lr=0.01", 1),
+        ("fft alpha=0.1", 1),
+    ]
+    assert [run.config["seed"] for run in groups[1].runs] == [0, 0, 3, 3]
+
+
+def test_labels_name_what_differs(tmp_path: Path) -> None:
+    configs: list[Config] = [
+        {"method": method, "clients.alpha": alpha, "sparse.density": density}
+        for method, alpha, density in (
+            ("slora", 0.1, 0.02),
+            ("slora", 0.1, 0.01),
+            ("slora", 1.0, 0.02),
+            ("lora", 0.1, 0.02),
+        )
+    ]
+    paths = [write_run(tmp_path / str(i), config) for i, config in enumerate(configs)]
+    assert [group.label for group in groups_of(*paths)] == [
+        "slora alpha=1 density=0.02",
+        "slora alpha=0.1 density=0.01",
+        "slora alpha=0.1 density=0.02",
+        "lora alpha=0.1",
+    ]
+
+
+def test_results_are_means_over_seeds(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / "a", {"seed": 0}, (0.1, 0.2, 0.2, 0.2, 0.2, 0.7)),
+        write_run(tmp_path / "b", {"seed": 1}, (0.9, 0.3, 0.3, 0.3, 0.3, 0.3)),
+    ]
+    (row,) = rows_of(page_of(*paths), "results")
+    # The last five: 0.3 in both. The last: 0.7 and 0.3, √(2 · 0.2²) apart from 0.5.
+    assert (row["runs"], row["seeds"], row["rounds"]) == (2, "0, 1", 6)
+    assert row["accuracy_percent"] == pytest.approx(50)
+    assert row["accuracy_sd"] == pytest.approx(28.2842712)
+    assert row["last_5_percent"] == pytest.approx(30)
+    assert row["last_5_sd"] == pytest.approx(0, abs=1e-9)
+    assert row["macro_f1"] == pytest.approx(0.25)
+    assert (row["megabytes_up"], row["megabytes_down"]) == (12, 24)
+    assert row["seconds"] == 99
+
+
+def test_the_target_is_reached_by_the_mean_curve(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / "a", {"seed": 0}, (0.2, 0.3, 0.6)),
+        write_run(tmp_path / "b", {"seed": 1}, (0.4, 0.6, 0.8)),
+    ]
+    page = page_of(*paths, target=0.5)
+    # Means 0.3, 0.45, 0.7: the third of rounds of 6 MB and 29 or 7.4 seconds.
+    (row,) = rows_of(page, "target")
+    assert (row["round"], row["megabytes"]) == (3, pytest.approx(18))
+    assert row["seconds_at_1"] == pytest.approx(87)
+    assert row["seconds_at_10"] == pytest.approx(22.2)
+    (row,) = rows_of(page_of(*paths, target=0.71), "target")
+    assert row["round"] is row["megabytes"] is row["seconds_at_1"] is None
+    assert "target" not in [section.title for section in page_of(*paths).sections]
+
+
+def test_the_target_is_a_point_below_full_fine_tuning(tmp_path: Path) -> None:
+    fft: Config = {"method": "fft"}
+    paths = [
+        # Full fine-tuning twice in lora's setting; its rate is its own affair.
+        write_run(tmp_path / "bad", fft | {"train.lr": 1.0}, [0.1] * 6),
+        write_run(tmp_path / "fft", fft, (0.9, 0.5, 0.5, 0.5, 0.5, 0.6)),
+        write_run(tmp_path / "lora", {"lora.lr": 0.1}, (0.5, 0.509, 0.511)),
+        write_run(tmp_path / "other", {"lora.lr": 0.1, "clients.count": 30}),
+    ]
+    rows = {row["group"]: row for row in rows_of(page_of(*paths), "target")}
+    assert "lora count=30" not in rows  # nothing to measure it by
+    row = rows["lora count=20"]
+    assert row["target_percent"] == pytest.approx(51)
+    assert row["round"] == 3
+
+
+def test_the_gap_to_full_fine_tuning_by_heterogeneity(tmp_path: Path) -> None:
+    runs: list[tuple[float, Config]] = [
+        (0.50, {"method": "fft", "clients.alpha": 0.1}),
+        (0.80, {"method": "fft", "clients.alpha": 10.0}),
+        (0.47, {"clients.alpha": 0.1, "lora.lr": 0.1}),
+        (0.80, {"clients.alpha": 10.0, "lora.lr": 0.2}),
+        (0.81, {"clients.partitioner": "iid"}),
+        (0.10, {"clients.alpha": 0.1, "clients.count": 99}),
+    ]
+    paths = [
+        write_run(tmp_path / str(i), config, [accuracy] * 2)
+        for i, (accuracy, config) in enumerate(runs)
+    ]
+    page = page_of(*paths)
+    rows = rows_of(page, "heterogeneity-1")
+    assert [row["method"] for row in rows] == ["lora", "fft"]
+    assert [n for n in rows[0] if "gap" not in n] == [
+        "method",
+        "iid",
+        "alpha=10",
+        "alpha=0.1",
+    ]
+    lora, fft = rows
+    assert lora["alpha=0.1"] == pytest.approx(47)
+    assert lora["alpha=0.1 gap"] == pytest.approx(-3)
+    assert lora["alpha=10 gap"] == pytest.approx(0)
+    assert (lora["iid"], lora["iid gap"]) == (pytest.approx(81), None)
+    assert fft["iid"] is None
+    assert len([s for s in page.sections for t in s.tables if "gap" in t.caption]) == 1
+
+
+def test_two_rates_for_one_heterogeneity_are_two_variants(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / "a", {"method": "fft"}),
+        write_run(tmp_path / "b", {"lora.lr": 0.1}),
+        write_run(tmp_path / "c", {"lora.lr": 0.2}),
+    ]
+    rows = rows_of(page_of(*paths), "heterogeneity")
+    names = [row["method"] for row in rows]
+    assert names == ["lora lora.lr=0.1", "lora lora.lr=0.2", "fft"]
+
+
+def test_sections_without_anything_to_compare_are_left_out(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run"))
+    titles = [section.title for section in page.sections]
+    assert titles == ["Results", "Curves", "Spread over clients", "Runs"]
+
+
+def test_runs_for_tuning_are_left_out(tmp_path: Path) -> None:
+    tested = write_run(tmp_path / "tested")
+    tuning = write_run(tmp_path / "tuning", {"data.validation": 0.1}, [0.9] * 3)
+    (row,) = rows_of(page_of(tested, tuning), "results")
+    assert row["accuracy_percent"] == pytest.approx(40)
+    assert "1 of the runs are left out" in page_of(tested, tuning).notice
+    (row,) = rows_of(page_of(tuning), "results")
+    assert row["accuracy_percent"] == pytest.approx(90)
+
+
+def test_the_spread_is_that_of_clients_in_the_last_fifth(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", {"rounds": 10}, [0.1] * 10)
+    # The last two of ten rounds, with losses 1/9 and 1/10, of two clients alike.
+    (row,) = rows_of(page_of(path), "spread")
+    assert row["clients"] == 2
+    assert row["minimum"] == row["maximum"] == pytest.approx((1 / 9 + 1 / 10) / 2)
+
+
+def test_energies_by_kind_and_layer(tmp_path: Path) -> None:
+    assert by_layer({"encoder.layer.0.a.q": 0.1, "encoder.layer.11.a.q": 0.3}) == {
+        "a.q": {0: 0.1, 11: 0.3}
+    }
+    assert by_layer({"groups.0.layers.0.q": 0.1, "groups.1.layers.0.q": 0.3}) == {
+        "groups.0.layers.q": {0: 0.1},
+        "groups.1.layers.q": {0: 0.3},
+    }
+    paths = [
+        write_run(
+            tmp_path / str(seed),
+            {"method": "slora", "seed": seed},
+            energies={"layer.0.q": 0.1 + 0.2 * seed, "layer.1.q": 0.5},
+        )
+        for seed in (0, 1)
+    ]
+    (row,) = rows_of(page_of(*paths), "energies")
+    assert row["layer_0"] == pytest.approx(20)
+    assert row["mean"] == pytest.approx(35)
+
+
+def test_a_stopped_run_says_so(tmp_path: Path) -> None:
+    config: Config = {"method": "slora", "sparse.rounds": 2}
+    path = write_run(tmp_path / "run", config, ended=False)
+    with (path / "events.jsonl").open("a") as file:
+        file.write('{"event": "round", "sec')  # killed while it wrote
+    html = render(report(read_run(path)))
+    assert "This run has not ended: 3 of 6 rounds are done." in html
+    assert "It was stopped: TooFewRepliesError: 0 good replies twice" in html
+    rows = rows_of(report(read_run(path)), "phases")
+    assert [(r["phase"], r["rounds"], r["seconds"]) for r in rows] == [
+        ("sparse", 2, 20),
+        ("lora", 1, 10),
+        ("slora", 3, 30),
+    ]
+    assert [group.label for group in groups_of(path)] == ["slora (stopped)"]
+    ended = write_run(tmp_path / "ended", config | {"seed": 1})
+    (group,) = groups_of(path, ended)
+    assert [run.path for run in group.runs] == [ended]
+    assert "1 of the runs did not end" in render(page_of(path, ended))
+
+
+def test_a_run_without_a_round_has_a_report(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", accuracies=(), ended=False)
+    assert "0 of 6 rounds are done" in render(report(read_run(path)))
+    (path / "events.jsonl").unlink()
+    titles = [section.title for section in report(read_run(path)).sections]
+    assert titles == ["Phases", "Config"]
+    assert "lora (stopped)" in render(page_of(path))
+
+
+def test_a_round_that_was_held_again_counts_once(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", accuracies=(0.2, 0.3))
+    lines = (path / "events.jsonl").read_text().splitlines()
+    again = json.loads(lines[-1]) | {"accuracy": 0.9}
+    with (path / "events.jsonl").open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    assert [r.metrics["accuracy"] for r in read_run(path).rounds] == [0.2, 0.9]
+
+
+def test_only_evaluations_that_all_runs_held_are_on_the_curve(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / "a", {"seed": 0}, (0.2, 0.3, 0.4)),
+        write_run(tmp_path / "b", {"seed": 1}, (0.4, 0.5)),
+    ]
+    (group,) = groups_of(*paths)
+    points = curve(group, [1])
+    assert [(p.round, p.accuracy) for p in points] == [
+        (1, pytest.approx(0.3)),
+        (2, pytest.approx(0.4)),
+    ]
+    assert [p.megabytes for p in points] == pytest.approx([6, 12])
+    assert [p.seconds for p in points] == [pytest.approx([29]), pytest.approx([58])]
+
+
+def test_planned_bytes_stand_beside_those_sent(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "planned", planned=500_000)
+    (row, _) = rows_of(report(read_run(path)), "phases")
+    assert (row["payload_megabytes_up"], row["planned_megabytes_up"]) == (6, 1.5)
+    (row, _) = rows_of(report(read_run(write_run(tmp_path / "other"))), "phases")
+    assert "planned_megabytes_up" not in row
+
+
+class Reader(HTMLParser):
+    """Collects what a page loads, its ids, and tags that are not closed in order."""
+
+    VOID = ("meta", "br", "use")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.unlabelled = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.loads += [v or "" for k, v in attrs if k.endswith(("src", "href"))]
+        self.loads += re.findall(r"url\(([^)]*)\)", found.get("style") or "")
+        self.ids += [v or "" for k, v in attrs if k == "id"]
+        self.unlabelled += tag == "svg" and not found.get("aria-label")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check_page(html: str) -> None:
+    reader = Reader()
+    reader.feed(html)
+    assert not reader.open
+    assert all(load.startswith("#") for load in reader.loads)
+    assert {load[1:] for load in reader.loads} <= set(reader.ids)
+    assert len(reader.ids) == len(set(reader.ids))
+    assert reader.unlabelled == 0
+    assert "<script" not in html
+    assert not re.search(r"https?:|@import|@font-face", html)
+
+
+def test_pages_load_nothing_and_hostile_text_stays_text(tmp_path: Path) -> None:
+    paths = [
+        write_run(
+            tmp_path / str(seed),
+            {"method": "slora", "seed": seed, "data.name": f"{HOSTILE}{seed}"},
+            failures=[HOSTILE],
+            energies={f"layer.0.{HOSTILE}": 0.1},
+        )
+        for seed in (0, 1)
+    ]
+    pages = [render(report(read_run(paths[0]))), render(page_of(*paths))]
+    assert pages[1] == render(page_of(*paths))
+    # In a drawing too, where it is no formula either.
+    assert re.search(r"<text[^>]*>slora data\.name=&lt;/svg&gt;[^<]*\$x\^2\$", pages[1])
+    for html in pages:
+        check_page(html)
+        assert html.count("&lt;/svg&gt;&lt;script&gt;alert(") >= 2
+
+
+def test_tables_as_csv_and_latex(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / str(seed), {"seed": seed}, failures=["50% & a_b <\\"])
+        for seed in (0, 1)
+    ]
+    out = tmp_path / "out"
+    done = slora("compare", *paths, "--out", out, "--target", "0.3", "--uplink", "1")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{out / 'compare.html'}\n"
+    lines = (out / "compare-target.csv").read_text().splitlines()
+    assert lines == [
+        "group,target_percent,round,megabytes,seconds_at_1",
+        "lora,30,2,12,58",
+    ]
+    assert (out / "compare-target.tex").read_text().splitlines() == [
+        "% needs \\usepackage{booktabs}",
+        "\\begin{tabular}{lrrrr}",
+        "\\toprule",
+        "group & target, \\% & round & MB & s at 1 Mbit/s \\\\",
+        "\\midrule",
+        "lora & 30.0 & 2 & 12.00 & 58.0 \\\\",
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    escaped = "lora & 2 & 50\\% \\& a\\_b \\textless{}\\textbackslash{} \\\\"
+    assert escaped in (out / "compare-failures.tex").read_text()
+    curves = list(csv.DictReader((out / "compare-curves.csv").open()))
+    assert [row["mean_percent"] for row in curves] == ["20", "30", "40"]
+
+
+def test_a_page_of_twelve_groups_is_small(tmp_path: Path) -> None:
+    paths = [
+        write_run(
+            tmp_path / f"{method}-{alpha}-{seed}",
+            {"method": method, "seed": seed, "clients.alpha": alpha, "rounds": 100},
+            [0.1 + 0.001 * i + 0.01 * seed for i in range(100)],
+        )
+        for method in ("slora", "sft", "lora", "fft")
+        for alpha in (0.1, 1.0, 10.0)
+        for seed in (0, 1)
+    ]
+    html = render(page_of(*paths))
+    assert len(html.encode()) < 1_000_000
+    check_page(html)
+
+
+def test_runs_are_found_by_path_name_and_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLORA_HOME", str(tmp_path))
+    runs = tmp_path / "runs"
+    first = write_run(runs / "20260101-lora-1")
+    second = write_run(runs / "20260102-lora-2")
+    nested = write_run(runs / "study" / "a" / "seed-0")
+    assert find_runs([str(first), first.name]) == [first]
+    assert find_runs(["study", str(second)]) == [nested, second]
+    assert find_runs([str(runs)]) == [first, second, nested]
+    assert slora("report", first.name).stdout == f"{first / 'report.html'}\n"
+    assert slora("report").stdout == f"{second / 'report.html'}\n"
+    assert "lora on stdlib-docs" in (second / "report.html").read_text()
+    out = tmp_path / "new" / "page.html"
+    assert slora("report", nested, "--out", out).exit_code == 0
+    assert out.is_file()
+
+
+def test_a_run_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLORA_HOME", str(tmp_path))
+    damaged = write_run(tmp_path / "damaged")
+    (damaged / "config.toml").write_text("method = ")
+    other = tmp_path / "other"
+    other.mkdir()
+    for arguments, told in {
+        ("report",): f"{tmp_path / 'runs'} holds no run; allowed: a run directory",
+        ("report", other): f"{other} is not a run; allowed: a run directory, which",
+        ("compare", other): f"{other} is not a run; allowed: a run directory, which",
+        ("compare", "absent"): "absent is not a run; allowed: a run directory, which",
+        ("report", damaged): f"{damaged} cannot be read as a run directory",
+        ("compare", damaged, "--uplink", "1,fast"): "--uplink is '1,fast'; allowed",
+        ("compare", damaged, "--uplink", "0"): "--uplink is '0'; allowed: numbers",
+    }.items():
+        done = slora(*arguments)
+        assert done.exit_code == 2
+        assert done.stderr.startswith(f"Error: {told}")
+        assert done.stderr.count("\n") == 1
+
+
+def test_reports_need_no_torch(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    code = (
+        "import sys; from slora_flwr.cli import app\n"
+        f"for command in ['report'], ['compare', '--out', {str(tmp_path)!r}]:\n"
+        f"    app([*command, {str(path)!r}], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
