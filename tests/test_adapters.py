@@ -37,7 +37,7 @@ from slora_flwr.adapters import (
     SparseAdapter,
     make_adapter,
 )
-from slora_flwr.adapters.head import StateError
+from slora_flwr.adapters.head import State, StateError
 from slora_flwr.adapters.low_rank import cut_ranks
 from slora_flwr.adapters.masks import make_mask
 from slora_flwr.adapters.size import state_size
@@ -276,12 +276,13 @@ def test_a_cut_rank_trains_as_a_smaller_adapter(
     folder: Path, examples: Examples
 ) -> None:
     """Rank 4 cut to 2 with s = 12 / 4 computes what rank 2 with s = 6 / 2 does."""
-    states = []
+    states: list[State] = []
+    start: State = {}
     for rank, alpha in ((4, 12.0), (2, 6.0)):
         backbone = no_dropout(load_tiny(folder))
         adapter = LowRankAdapter(rank, alpha, seed=1)
         adapter.attach(backbone)
-        if not states:
+        if not start:
             start = cut_ranks(perturb(adapter.state(), 0.05), 2)
         adapter.load(
             {
