@@ -32,7 +32,7 @@ class Engine(StrEnum):
 
 @app.callback()
 def main() -> None:
-    """Keep `run` a command of its own although it is the only one."""
+    """Take the options that all commands share, of which there are none."""
 
 
 @app.command()
@@ -86,7 +86,14 @@ def plan(
         from slora_flwr.plan import plan_table
         from slora_flwr.training.worker import Worker
 
-        Console().print(plan_table(config, Worker(config).backbone))
+        labels = [name.strip() for name in config.data.labels.split(",")]
+        if config.data.is_own and not config.data.labels:
+            raise ConfigError(
+                "data.labels is ''; allowed: the label names, with commas, without "
+                "which the head's size is not known before the nodes are"
+            )
+        worker = Worker(config, labels if config.data.is_own else ())
+        Console().print(plan_table(config, worker.backbone))
     except (ConfigError, ValueError, OSError, click.ClickException) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error

@@ -243,10 +243,11 @@ class LoraConfig(PhaseRecipeConfig):
     with commas, matched at the end: `query,value`. `ranks` are ranks of clients, with
     commas: client i has the one at i modulo their number; empty for `rank` everywhere.
     `scaling` divides `alpha` by `rank` or, as rsLoRA does, by its root. `aggregator`:
-    see `slora_flwr.server.stack`. `base` and `factors`: see
+    for `ffa` and `alternate` see `slora_flwr.adapters.low_rank`, for `exact` and
+    `flexlora` `slora_flwr.server.stack`. `base` and `factors`: see
     `slora_flwr.adapters.priming`; `auto` is `b` for `ffa`, whose A stays as it starts,
     and else `balanced`. `start` is that of a phase which nothing primes: `peft`,
-    `orthonormal` or `federa`, see `slora_flwr.adapters.low_rank`.
+    `orthonormal`, or `federa`, see `slora_flwr.adapters.handoff`.
     """
 
     rank: int = 8
@@ -382,6 +383,9 @@ class RunConfig:
             )
         if self.method == "head-lora" and not self.sparse.rounds:
             raise _refuse("sparse.rounds", 0, "at least 1 for head-lora")
+        if self.method == "slora" and self.lora.start != "peft":
+            allowed = "peft for slora, whose sparse phase primes the start"
+            raise _refuse("lora.start", self.lora.start, allowed)
         redrawn = self.sparse.schedule == "per-round"
         if (
             redrawn
@@ -390,6 +394,14 @@ class RunConfig:
         ):
             allowed = "float32, since sparse.schedule per-round writes to the weights"
             raise _refuse("model.dtype", self.model.dtype, allowed)
+        if (
+            redrawn
+            and self.method in ("slora", "sft")
+            and (self.server.optimizer != "none")
+        ):
+            # Moments of one round's weights would move the next one's.
+            allowed = "none, since sparse.schedule is per-round"
+            raise _refuse("server.optimizer", self.server.optimizer, allowed)
 
     def _check_aggregator(self) -> None:
         given, used = self.lora.aggregator, self.aggregator
@@ -399,6 +411,11 @@ class RunConfig:
         if self.lora.ranks and used not in ("fedavg", "flexlora"):
             allowed = f"empty, since the aggregator is {used}; or fedavg or flexlora"
             raise _refuse("lora.ranks", self.lora.ranks, allowed)
+        kept = self.method == "slora" and self.lora.base == "residual"
+        if self.lora.ranks and (kept or self.lora.start == "federa"):
+            # A client of a smaller rank would miss what the base gave up.
+            key = "lora.base is residual" if kept else "lora.start is federa"
+            raise _refuse("lora.ranks", self.lora.ranks, f"empty, since {key}")
         if used in ("exact", "flexlora"):
             # Their result is a weight, which no step towards the mean's factors gives.
             for name, value, plain in (

@@ -22,6 +22,7 @@ from flwr.common.logger import log
 import slora_flwr
 from slora_flwr.adapters.handoff import base_layout
 from slora_flwr.adapters.head import State
+from slora_flwr.adapters.low_rank import fill_slices, rank_shapes
 from slora_flwr.config import RunConfig, parse
 from slora_flwr.home import cache_folder, write_atomically
 from slora_flwr.models.backbone import digest_of
@@ -233,7 +234,13 @@ def _enter(worker: Worker, instruction: Instruction) -> State:
             f"{adapter.fingerprint()}, the server's {instruction.fingerprint}: their "
             "masks or backbones differ"
         )
-    return adapter.complete(unpack(instruction.state, adapter.sent()))
+    layout = adapter.sent()
+    lora = worker.config.lora
+    if phase.adapter == "lora" and lora.ranks:
+        largest = max(map(lora.rank_of, instruction.clients))
+        sent = unpack(instruction.state, rank_shapes(layout, largest))
+        return fill_slices(sent, layout)
+    return adapter.complete(unpack(instruction.state, layout))
 
 
 def _read_move(worker: Worker, packed: Array) -> State:

@@ -1,6 +1,6 @@
 """What a run will train, send and need in memory, from its config alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 from slora_flwr.adapters import make_adapter
 from slora_flwr.adapters.handoff import base_layout
 from slora_flwr.adapters.size import factors_size, state_size, targets_size, traffic
-from slora_flwr.config import RunConfig
+from slora_flwr.config import RecipeConfig, RunConfig
 from slora_flwr.models.backbone import Backbone
 from slora_flwr.schedule import Phase, make_schedule
 from slora_flwr.server.base import Holdings
 from slora_flwr.server.fleet import sample_cohort
+from slora_flwr.training.loop import precision_of
 
 # What a run is held against, in the same rounds.
 REFERENCES = ("fft", "lora")
@@ -47,20 +48,26 @@ class Memory:
         optimiser's moments.
     activations : int
         What a forward pass of one full batch keeps for the backward pass.
+    aside : int
+        Copies of W_0's weights that the phase changes, to give them back.
     """
 
     weights: int
     trained: int
     activations: int
+    aside: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.trained + self.activations
+        return self.weights + self.trained + self.activations + self.aside
 
 
 def plan_rounds(
-    config: RunConfig, backbone: Backbone, clients: list[int]
+    config: RunConfig,
+    backbone: Backbone,
+    clients: list[int],
+    lengths: Sequence[int] = (),
 ) -> list[PlannedRound]:
     """Predict the payload bytes of every round.
 
@@ -73,14 +80,18 @@ def plan_rounds(
     clients : list[int]
         The client population: the seed tells who is drawn in which round, and so who
         lacks what of a phase's base.
+    lengths : Sequence[int]
+        Rounds of each phase, where that is known better than from the config.
     """
     rounds = []
     number = 0
-    for index, phase in enumerate(make_schedule(config)):
+    schedule = make_schedule(config)
+    lengths = lengths or [phase.rounds for phase in schedule]
+    for index, phase in enumerate(schedule):
         before = number
         matrices = 4 * targets_size(backbone)
         holdings = Holdings(4 * start_size(phase, config, backbone, before), matrices)
-        for phase_round in range(1, phase.rounds + 1):
+        for phase_round in range(1, lengths[index] + 1):
             number += 1
             per_round = config.clients.per_round
             cohort = sample_cohort(clients, per_round, config.seed, number)
@@ -116,9 +127,11 @@ def move_size(phase: Phase, config: RunConfig, backbone: Backbone, cohort: int) 
     if phase.adapter == "sparse":
         head = state_size("head", config, backbone)
         return state_size("sparse", config, backbone) - head
-    # Clients' deviations from their mean: one of them follows from the others.
+    # The mean of the products lacks the products of the clients' deviations from the
+    # means, and one client's deviations follow from the others'.
     sides = [min(m.weight.shape) for m in backbone.targets.values()]
-    return factors_size(min(cohort * config.lora.rank, max(sides)), backbone)
+    rank = min((cohort - 1) * config.lora.rank, max(sides))
+    return factors_size(rank, backbone)
 
 
 def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
@@ -146,13 +159,18 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
     )
     # Adam has two moments, and SGD one with momentum.
     moments = 2 if phase.recipe.optimizer == "adamw" else phase.recipe.momentum > 0
-    kept = _activation_bytes(backbone, phase.recipe.batch_size, config.data.max_length)
+    kept = _activation_bytes(backbone, phase.recipe, config.data.max_length)
     adapter.detach()
     weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
-    return Memory(weights, 4 * (beside + (1 + moments) * trained), kept)
+    aside = 0
+    if phase.adapter == "full":
+        aside = weights
+    elif phase.moves_base or start_size(phase, config, backbone, 1):
+        aside = 4 * targets_size(backbone)
+    return Memory(weights, 4 * (beside + (1 + moments) * trained), kept, aside)
 
 
-def _activation_bytes(backbone: Backbone, batch_size: int, length: int) -> int:
+def _activation_bytes(backbone: Backbone, recipe: RecipeConfig, length: int) -> int:
     """Count what a forward pass on a batch keeps, weights apart."""
     model = backbone.model.train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -164,8 +182,10 @@ def _activation_bytes(backbone: Backbone, batch_size: int, length: int) -> int:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.ones(batch_size, length, dtype=torch.long, device=backbone.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    size = (recipe.batch_size, length)
+    ids = torch.ones(size, dtype=torch.long, device=backbone.device)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, precision_of(backbone, recipe.precision):
         # Held until counted: freed storages would be counted as one another.
         kept = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     del kept
@@ -220,8 +240,8 @@ def plan_table(config: RunConfig, backbone: Backbone) -> Table:
         table.add_section()
     table.caption = (
         "bytes of the tensors, each client as if it were a node of its own, if all of "
-        "a cohort answer; memory of one step: weights, trained values with gradients "
-        "and moments, activations of a full batch"
+        "a cohort answer; memory of one step: weights, those kept aside, trained "
+        "values with gradients and moments, activations of a full batch"
     )
     return table
 
@@ -235,5 +255,7 @@ def _variants(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     yield config.method, config
     plain = replace(config.lora, aggregator="fedavg", start="peft", ranks="")
     for name in REFERENCES:
-        if name != config.method:
+        # Full fine-tuning wants float32 weights, so another backbone.
+        fits = name != "fft" or config.model.dtype == "float32"
+        if name != config.method and fits:
             yield name, replace(config, method=name, lora=plain)

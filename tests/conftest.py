@@ -37,7 +37,10 @@ from transformers import (
     RobertaModel,
 )
 
-from slora_flwr.config import ModelConfig
+from slora_flwr.adapters import SparseAdapter
+from slora_flwr.adapters.handoff import Handoff, prime_low_rank
+from slora_flwr.adapters.head import State
+from slora_flwr.config import LoraConfig, ModelConfig
 from slora_flwr.models.backbone import Backbone, load_backbone
 from slora_flwr.tasks.examples import Examples
 
@@ -178,6 +181,16 @@ def perturb(state: dict[str, Tensor], scale: float, seed: int = 0) -> dict[str, 
         name: tensor + scale * torch.randn(tensor.shape, generator=generator)
         for name, tensor in state.items()
     }
+
+
+def hand_over(
+    backbone: Backbone, sparse: SparseAdapter, state: State, config: LoraConfig
+) -> Handoff:
+    """End a sparse phase with one mask, as a worker does."""
+    positions, values = sparse.learned(state, rounds=0)
+    sparse.detach()
+    head = {name: state[name] for name in backbone.head}
+    return prime_low_rank(backbone, positions, values, head, config)
 
 
 @pytest.fixture(scope="session")

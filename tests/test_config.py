@@ -69,7 +69,7 @@ CHANGED: dict[str, Value] = {
     "lora.rank": 4,
     "lora.ranks": "1, 4",
     "lora.scaling": "root-rank",
-    "lora.start": "federa",
+    "lora.start": "orthonormal",
     "bottleneck.reduction": 1,
     "lora.alpha": 1.0,
     "lora.targets": "query, value",

@@ -6,7 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, load_tiny, logits, make_examples, save_checkpoint
+from conftest import (
+    LABELS,
+    hand_over,
+    load_tiny,
+    logits,
+    make_examples,
+    save_checkpoint,
+)
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from safetensors import safe_open
@@ -34,7 +41,6 @@ from slora_flwr.adapters.export import (
     export_classes,
     export_model,
 )
-from slora_flwr.adapters.handoff import hand_over
 from slora_flwr.adapters.masks import make_mask
 from slora_flwr.config import LoraConfig, RecipeConfig
 from slora_flwr.models.backbone import Backbone

@@ -5,12 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import copy_parameters, load_tiny, logits, make_examples, perturb
+from conftest import (
+    copy_parameters,
+    hand_over,
+    load_tiny,
+    logits,
+    make_examples,
+    perturb,
+)
 from numpy.typing import NDArray
 from torch import Tensor
 
 from slora_flwr.adapters import LowRankAdapter, SparseAdapter, handoff
-from slora_flwr.adapters.handoff import Handoff, hand_over
+from slora_flwr.adapters.handoff import Handoff
 from slora_flwr.adapters.masks import make_mask
 from slora_flwr.adapters.priming import (
     DENSE_SIDE,

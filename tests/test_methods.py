@@ -23,6 +23,7 @@ from test_rounds import (
     differ,
     elsewhere,
     events,
+    facts,
     final,
     make_config,
     payloads,
@@ -34,8 +35,8 @@ from slora_flwr.adapters import make_adapter
 from slora_flwr.adapters.masks import make_mask
 from slora_flwr.config import METHODS, Value, parse
 from slora_flwr.models.base_patch import BasePatch
-from slora_flwr.wire.messages import Instruction
-from slora_flwr.wire.packing import unpack
+from slora_flwr.wire.messages import Instruction, Report
+from slora_flwr.wire.packing import pack, unpack
 
 CLIENTS = 6
 # By hand: all B are 32 or 48 by rank, all A rank by 32 or 48.
@@ -69,7 +70,9 @@ RUNS: dict[str, Config] = {
     "budget": {"method": "sft", "sparse.budget": "erdos-renyi"},
     "federa": {"method": "lora", "lora.start": "federa"},
     "federa-ffa": {"method": "ffa-lora", "lora.start": "federa"},
-    "orthonormal": {"method": "ffa-lora", "lora.start": "orthonormal"},
+    "orthonormal": {"method": "lora", "lora.start": "orthonormal"},
+    "orthonormal-ffa": {"method": "ffa-lora", "lora.start": "orthonormal"},
+    "slora-ranks": {"method": "slora", "lora.base": "w0", "lora.ranks": "1,2,4"},
     "ranks": {"method": "lora", "lora.ranks": "1,2,4"},
     "ranks-flexlora": {"method": "flexlora", "lora.ranks": "1,2,4"},
     "root-rank": {"method": "lora", "lora.scaling": "root-rank"},
@@ -126,7 +129,39 @@ def test_bytes_of_unequal_ranks(config: Config) -> None:
     config |= {"method": "flexlora", "lora.ranks": "1,2,4"}
     slices = 2 * (1 + 2 + 4)  # of six clients
     sent = 4 * (slices * LORA_VALUES // RANK + CLIENTS * HEAD_VALUES)
-    assert round_bytes(start(config, RecordingGrid(config))) == 3 * [(sent, sent)]
+    grid = RecordingGrid(config, nodes=CLIENTS)
+    assert round_bytes(start(config, grid)) == 3 * [(sent, sent)]
+    # With a client each, nodes are sent that and no more, and so is the server.
+    assert sum(len(i.state.data) for i in grid.asked) == 3 * sent
+    assert sum(len(report.update.data) for report in grid.reports) == 3 * sent
+
+
+@pytest.mark.parametrize("method", ["lora", "flexlora"])
+def test_slices_of_ranks_that_a_client_lacks_are_refused(
+    config: Config, method: str
+) -> None:
+    """A reply of the full rank, from the clients of rank 1 at node 2."""
+
+    def widen(report: Report) -> None:
+        values = torch.ones(LORA_VALUES + HEAD_VALUES)
+        report.update = pack({"all": values})
+
+    config |= {"method": method, "lora.ranks": "1", "rounds": 1}
+    grid = RecordingGrid(config, nodes=CLIENTS, tampers={1: widen})
+    directory = start(config, grid)
+    [failure] = events(directory, "failure")
+    assert "the array has shape" in failure["reason"]
+    assert float(final(directory)["classifier.bias"].abs().max()) < 0.5
+
+
+def test_a_clients_id_is_a_whole_number(config: Config) -> None:
+    def as_floats(report: Report) -> None:
+        report.clients = [float(client) for client in report.clients]  # type: ignore[misc]
+
+    config |= {"method": "lora", "lora.ranks": "1,2", "rounds": 1}
+    grid = RecordingGrid(config, nodes=CLIENTS, tampers={1: as_floats})
+    [failure] = events(start(config, grid), "failure")
+    assert "not client ids" in failure["reason"]
 
 
 def test_bytes_of_masks_drawn_anew(config: Config) -> None:
@@ -293,6 +328,24 @@ def test_an_open_phase_ends_by_its_rule(config: Config) -> None:
     energies = handoff["energies"].values()
     kept = math.fsum(energies) / len(energies)
     assert sparse[-1]["kept_energy"] == pytest.approx(kept, rel=1e-6)
+    assert all("accuracy" in e for e in sparse)
+    with (directory / "ledger.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            assert row["planned_payload_bytes"] == row["payload_bytes"]
+
+
+def test_the_best_state_has_its_base(config: Config) -> None:
+    config |= {"method": "fedex-lora", "rounds": 4}
+    directory = start(config, RecordingGrid(config))
+    for name, base in (("last", "base"), ("best", "best-base")):
+        assert facts(directory, name)["base"] == facts(directory, base)["digest"]
+
+
+def test_a_base_that_no_longer_holds_is_gone(config: Config) -> None:
+    config |= {**RUNS["per-round-slora"], "lora.base": "w0"}
+    directory = start(config, RecordingGrid(config))
+    assert not (directory / "checkpoints" / "base.safetensors").exists()
+    assert facts(directory, "last")["base"] == ""
 
 
 def test_federa_begins_with_the_checkpoints_function(config: Config) -> None:
@@ -335,6 +388,16 @@ def test_a_head_first_keeps_its_head(config: Config) -> None:
             "per-round writes to the weights",
         ),
         ({"method": "head-lora", "sparse.rounds": 0}, "at least 1 for head-lora"),
+        ({"lora.start": "federa"}, "peft for slora"),
+        ({"lora.ranks": "1,2"}, "empty, since lora.base is residual"),
+        (
+            {"method": "lora", "lora.start": "federa", "lora.ranks": "1"},
+            "empty, since lora.start is federa",
+        ),
+        (
+            {"sparse.schedule": "per-round", "server.optimizer": "fedavgm"},
+            "none, since sparse.schedule is per-round",
+        ),
     ],
 )
 def test_what_does_not_go_together(values: dict[str, Value], told: str) -> None:

@@ -75,7 +75,10 @@ def test_memory_by_hand(config: Config, bert: Backbone) -> None:
     assert sparse.trained == 4 * (4 * SPARSE_VALUES + 3 * head)
     plain = memory(config, bert, method="fft", **{"train.optimizer": "sgd"})
     assert plain.trained == 4 * bert.size
-    assert full.total == full.weights + full.trained + full.activations
+    assert full.total == full.weights + full.trained + full.activations + full.aside
+    assert (full.aside, lora.aside) == (weights, 0)  # to give W_0 back
+    exact = memory(config, bert, method="fedex-lora")
+    assert exact.aside == 4 * LAYERS * (4 * 32 * 32 + 2 * 32 * 48)
 
 
 def test_columns_keep_a_slice_of_the_activations(
@@ -118,6 +121,30 @@ def test_the_command(config: Config, tmp_path: Path) -> None:
     assert rows[3][5] == f"{4 * trained / 1e3:,.1f}"
     assert rows[3][7] == f"{4 * 3 * 6 * trained / 1e6:,.2f}"
     assert (RANK, len(CLASSES)) == (4, 3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_bfloat16_can_be_planned(
+    config: Config, tmp_path: Path, precision: str
+) -> None:
+    path = tmp_path / "run.toml"
+    changes = {"model.dtype": "bfloat16", "train.precision": precision}
+    path.write_text(tomli_w.dumps(config | changes))
+    found = CliRunner().invoke(app, ["plan", "-c", str(path)], env={"COLUMNS": "160"})
+    assert found.exit_code == 0, found.output
+    assert "fft" not in found.output  # which has no bfloat16
+
+
+def test_a_plan_for_nodes_data_needs_labels(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    changes = {"data.name": "node", "clients.count": 0, "clients.holdout": 0.2}
+    path.write_text(tomli_w.dumps(config | changes))
+    found = CliRunner().invoke(app, ["plan", "-c", str(path)])
+    assert found.exit_code == 2
+    assert "data.labels is ''" in found.output
+    path.write_text(tomli_w.dumps(config | changes | {"data.labels": "a,b,c"}))
+    found = CliRunner().invoke(app, ["plan", "-c", str(path)], env={"COLUMNS": "160"})
+    assert f"{LORA_VALUES + HEAD_VALUES:,}" in found.output
 
 
 def test_a_bad_config_is_refused() -> None:

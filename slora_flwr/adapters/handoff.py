@@ -41,39 +41,6 @@ class Handoff:
     energies: dict[str, float]
 
 
-def hand_over(
-    backbone: Backbone,
-    sparse: SparseAdapter,
-    state: State,
-    config: LoraConfig,
-    seed: int = 0,
-) -> Handoff:
-    """Prime the low-rank phase by the SVD of what the sparse phase learned.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        With W_0 resident and `sparse` attached; on return nothing is attached.
-    sparse : SparseAdapter
-        The sparse phase's adapter, with one mask for all rounds.
-    state : State
-        Its final state.
-    config : LoraConfig
-        Rank, alpha, base, factors and aggregator.
-    seed : int
-        Of the start that nothing primes, for base `warm-start`.
-
-    Raises
-    ------
-    HandoffError
-        If the effective weights are not what the base intends.
-    """
-    positions, values = sparse.learned(state, rounds=0)
-    sparse.detach()
-    head = {name: state[name] for name in backbone.head}
-    return prime_low_rank(backbone, positions, values, head, config, seed)
-
-
 def prime_low_rank(
     backbone: Backbone,
     positions: dict[str, NDArray[np.int64]],
@@ -94,8 +61,10 @@ def prime_low_rank(
         The weights there, (k,).
     head : State
         The trained head.
-    config, seed
-        As of `hand_over`.
+    config : LoraConfig
+        Rank, alpha, base, factors and aggregator.
+    seed : int
+        Of the start that nothing primes, for base `warm-start`.
 
     Raises
     ------
@@ -216,7 +185,8 @@ def base_layout(
         sparse = make_adapter("sparse", config)
         assert isinstance(sparse, SparseAdapter)
         positions = sparse.masks(backbone, rounds_before)
-    factors = {"residual": "ab", "federa": "ab", "w0": "a" if frozen else ""}
+    alone = "a" if frozen else ""
+    factors = {"residual": "ab", "federa": "ab", "w0": alone, "orthonormal": alone}
     shapes = BasePatch.shapes(backbone, positions, lora.rank, factors.get(start, ""))
     adapter = make_adapter("lora", config)
     assert isinstance(adapter, LowRankAdapter)

@@ -3,10 +3,11 @@
 import hashlib
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slora_flwr.adapters.head import HeadAdapter, State
@@ -135,15 +136,40 @@ def cut_ranks(state: State, rank: int) -> State:
     A slice that is zero in both A and B has no gradient in either, so that a client
     trains as if its factors had that rank.
     """
-    cut = {}
-    for name, tensor in state.items():
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    return fill_slices(take_slices(state, rank), shapes)
+
+
+def rank_shapes(
+    shapes: Mapping[str, Sequence[int]], rank: int
+) -> dict[str, tuple[int, ...]]:
+    """Give a layout whose factors have their first slices alone, as they travel."""
+    cut = {name: tuple(shape) for name, shape in shapes.items()}
+    for name, shape in cut.items():
         if name.endswith(".lora_A"):
-            tensor = torch.cat([tensor[:rank], torch.zeros_like(tensor[rank:])])
+            cut[name] = (rank, shape[1])
         elif name.endswith(".lora_B"):
-            rest = torch.zeros_like(tensor[:, rank:])
-            tensor = torch.cat([tensor[:, :rank], rest], dim=1)
-        cut[name] = tensor
+            cut[name] = (shape[0], rank)
     return cut
+
+
+def take_slices(state: Mapping[str, Tensor], rank: int) -> State:
+    """Take the first slices of factors."""
+    shapes = rank_shapes({name: t.shape for name, t in state.items()}, rank)
+    return {n: t[tuple(map(slice, shapes[n]))] for n, t in state.items()}
+
+
+def fill_slices(
+    state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+) -> State:
+    """Put zeros in the place of slices that did not travel."""
+    filled = {}
+    for name, tensor in state.items():
+        filled[name] = tensor
+        if tensor.shape != torch.Size(shapes[name]):
+            filled[name] = tensor.new_zeros(tuple(shapes[name]))
+            filled[name][tuple(map(slice, tensor.shape))] = tensor
+    return filled
 
 
 def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

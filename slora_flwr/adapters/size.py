@@ -13,7 +13,7 @@ from slora_flwr.schedule import Phase
 
 
 def state_size(name: str, config: RunConfig, backbone: Backbone) -> int:
-    """Count the values that a client sends in a round.
+    """Count the values of an adapter's state, A and B both for `lora`.
 
     Parameters
     ----------

@@ -6,6 +6,7 @@ import torch
 from flwr.app import Array
 from torch import Tensor
 
+from slora_flwr.adapters.low_rank import fill_slices, rank_shapes, take_slices
 from slora_flwr.wire.packing import pack, unpack
 
 # Sums are whole multiples of 1 / SCALE. With weights of at least 1 that is finer than
@@ -66,7 +67,12 @@ class Mean:
     def packed(self) -> Array:
         """Pack what a node sends: one client's update float32, several's sums int64."""
         # One update is half the bytes of its exact multiple.
-        return pack(self._alone) if self._alone else pack(self.sums, "int64")
+        values, dtype = (
+            (self._alone, "float32") if self._alone else (self.sums, "int64")
+        )
+        if self._rank_of is not None:
+            values = take_slices(values, max(self._weights))
+        return pack(values, dtype)
 
     def take(
         self,
@@ -91,10 +97,15 @@ class Mean:
         FoldError, PayloadError
             If it cannot be; nothing is added then.
         """
+        dtype = "float32" if len(clients) == 1 else "int64"
+        layout = shapes
+        if self._rank_of is not None:
+            layout = rank_shapes(shapes, max(map(self._rank_of, clients)))
+        values = fill_slices(unpack(array, layout, dtype), shapes)
         if len(clients) == 1:
-            self.add(unpack(array, shapes), weights[0], clients[0])
+            self.add(values, weights[0], clients[0])
             return
-        self.merge(unpack(array, shapes, "int64"), sum(weights))
+        self.merge(values, sum(weights))
         for client, weight in zip(clients, weights, strict=True):
             self._count(client, weight)
 

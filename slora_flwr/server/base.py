@@ -1,6 +1,6 @@
 """The base that a phase's adapter stands on, and who has which version of it."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from hashlib import blake2b
 
 from flwr.app import Array
@@ -24,25 +24,27 @@ class Holdings:
     def __init__(self, start: int, most: int) -> None:
         self.start, self.most = start, most
         self.moves: list[int] = []
-        self._held: dict[Hashable, int] = {}
+        self._held: dict[int, int] = {}
 
-    def update(self, holder: Hashable) -> int | None:
+    def update(self, holder: int) -> int | None:
         """Note that somebody gets the current version; give the one it had."""
         version = self._held.get(holder)
         self._held[holder] = len(self.moves)
         return version
 
-    def is_whole(self, version: int) -> bool:
-        """Tell whether the matrices themselves cost less than the moves since."""
-        return sum(self.moves[version:]) > self.most
-
-    def owed(self, holder: Hashable) -> int:
-        """Count the bytes of what somebody lacks, and note that it gets them."""
-        version = self.update(holder)
-        if self.is_whole(version or 0):
-            return self.most
+    def cost(self, version: int | None) -> int:
+        """Count the bytes that lead from a version, None for nothing, to the last."""
         start = self.start if version is None else 0
         return start + sum(self.moves[version or 0 :])
+
+    def is_whole(self, version: int | None) -> bool:
+        """Tell whether the matrices themselves cost less than that."""
+        return bool(self.moves) and self.cost(version) > self.most
+
+    def owed(self, holder: int) -> int:
+        """Count the bytes of what somebody lacks, and note that it gets them."""
+        version = self.update(holder)
+        return self.most if self.is_whole(version) else self.cost(version)
 
 
 class Base:
@@ -71,7 +73,8 @@ class Base:
         self._moves: list[Array] = []
         self._weights = weights
         start = len(self._start.data) if self._start else 0
-        self.holdings = Holdings(start, size)
+        # Messages go to nodes; the ledger counts clients as if each were one.
+        self.nodes, self.clients = Holdings(start, size), Holdings(start, size)
 
     @property
     def digest(self) -> str:
@@ -82,9 +85,10 @@ class Base:
         """Go on to the next version."""
         self._digests.append(_digest(self.digest.encode(), move.data))
         self._moves.append(move)
-        self.holdings.moves.append(len(move.data))
+        for holdings in (self.nodes, self.clients):
+            holdings.moves.append(len(move.data))
         for version in range(len(self._moves)):
-            if self.holdings.is_whole(version):
+            if self.nodes.is_whole(version):
                 self._moves[version] = _NO_MOVE  # nobody will be sent it
 
     def parcel(self, node: int, *, anew: bool = False) -> Parcel:
@@ -97,13 +101,13 @@ class Base:
         anew : bool
             It lost what it had.
         """
-        version = self.holdings.update(node)
+        version = self.nodes.update(node)
         if anew:
             version = None
-        begun = version or 0
-        if self.holdings.is_whole(begun):
+        if self.nodes.is_whole(version):
             return Parcel(weights=self._weights())
         start = self._start if version is None else None
+        begun = version or 0
         return Parcel(self._digests[begun], begun, start, self._moves[begun:])
 
 

@@ -68,9 +68,27 @@ class RunDirectory:
             file.write(line + "\n")
 
     def save_state(self, name: str, state: State, **facts: str) -> None:
-        """Write a state to checkpoints/, `last`, `best` or `base`, as safetensors."""
-        path = self.path / "checkpoints" / f"{name}.safetensors"
-        write_atomically(path, save(state, metadata=facts))
+        """Write a state to checkpoints/ as safetensors.
+
+        It is `last` or `best`, or the `base` that the last one stands on; the base of
+        the best is `best-base`.
+        """
+        write_atomically(self._state(name), save(state, metadata=facts))
+
+    def copy_state(self, name: str, other: str) -> None:
+        """Keep a state under another name too, or none if there is no such state."""
+        path = self._state(name)
+        if path.is_file():
+            write_atomically(self._state(other), path.read_bytes())
+        else:
+            self.drop_state(other)
+
+    def drop_state(self, name: str) -> None:
+        """Remove a state that no longer holds, if there is one."""
+        self._state(name).unlink(missing_ok=True)
+
+    def _state(self, name: str) -> Path:
+        return self.path / "checkpoints" / f"{name}.safetensors"
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""

@@ -17,14 +17,15 @@ from flwr.app import Array
 from torch import Tensor
 
 from slora_flwr.adapters.head import State
+from slora_flwr.adapters.low_rank import fill_slices, rank_shapes, take_slices
 from slora_flwr.adapters.priming import prime, truncated_product
 from slora_flwr.config import RunConfig
 from slora_flwr.schedule import Phase
 from slora_flwr.server.aggregate import Mean
 from slora_flwr.wire.packing import pack, unpack
 
-# Singular values of a residual below this share of the product's largest are what
-# float32 rounded off.
+# Singular values of a residual below this share of the product's norm are what float32
+# rounded off.
 NEGLIGIBLE = 1e-7
 
 
@@ -45,8 +46,13 @@ class Stack(Mean):
 
     def packed(self) -> Array:
         """Pack the clients' updates, float32, in the order in which they came."""
-        updates = enumerate(update for _, update in self._updates.values())
-        return pack({f"{i} {name}": t for i, u in updates for name, t in u.items()})
+        updates = [
+            update if self._rank_of is None else take_slices(update, self._rank_of(c))
+            for c, (_, update) in self._updates.items()
+        ]
+        return pack(
+            {f"{i} {name}": t for i, u in enumerate(updates) for name, t in u.items()}
+        )
 
     def take(
         self,
@@ -56,13 +62,17 @@ class Stack(Mean):
         weights: Sequence[int],
     ) -> None:
         """Add what a node packed; see `Mean.take`."""
-        count = range(len(clients))
-        layout = {f"{i} {name}": s for i in count for name, s in shapes.items()}
+        layout: dict[str, Sequence[int]] = {}
+        for i, client in enumerate(clients):
+            own: Mapping[str, Sequence[int]] = shapes
+            if self._rank_of is not None:
+                own = rank_shapes(shapes, self._rank_of(client))
+            layout |= {f"{i} {name}": shape for name, shape in own.items()}
         values = unpack(array, layout)
         node = Stack(self._rank_of)
         for i, client in enumerate(clients):
             update = {name: values[f"{i} {name}"] for name in shapes}
-            node.add(update, weights[i], client)
+            node.add(fill_slices(update, shapes), weights[i], client)
         self.merge(node.sums, node.weight)
         self._updates |= node._updates
         for rank, weight in node._weights.items():
@@ -146,7 +156,8 @@ def residual(stack: Stack, sent: State, after: State, scaling: float) -> State:
     svds = {}
     rank = 0
     for name, (left, right) in stack.products(sent).items():
-        largest = truncated_product(left, right, 1).s[0]
+        # The norm of P, by the small Gram matrices of its factors.
+        largest = float(((left.T @ left) * (right @ right.T)).sum()) ** 0.5
         a, b = after[f"{name}.lora_A"].double(), after[f"{name}.lora_B"].double()
         left, right = torch.cat([left, -b], dim=1), torch.cat([right, a])
         most = min(left.shape[0], right.shape[1], left.shape[1])

@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from slora_flwr.adapters import HeadAdapter, LowRankAdapter
 from slora_flwr.adapters.head import State
+from slora_flwr.adapters.low_rank import take_slices
 from slora_flwr.adapters.size import factors_size, targets_size
 from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.plan import plan_rounds
@@ -161,8 +162,7 @@ class PhasedStrategy(Strategy):
             If a round fails twice; the last state is in the run directory.
         """
         self.summary()
-        plan = plan_rounds(self.config, self._worker.backbone, self.fleet.clients)
-        self._planned = {planned.number: planned for planned in plan}
+        self._lengths = [phase.rounds for phase in self._worker.schedule]
         result = Result(arrays=initial_arrays)
         arrays = initial_arrays
         self.state = unpack(arrays["state"], self._adapter.shapes())
@@ -176,6 +176,7 @@ class PhasedStrategy(Strategy):
             rounds = phase.rounds
             if is_last:
                 rounds = self.config.rounds - self._server_round
+            self._plan(index, rounds)
             for number in range(1, rounds + 1):
                 self._server_round = server_round = self._server_round + 1
                 self._phase_round = number
@@ -184,7 +185,9 @@ class PhasedStrategy(Strategy):
                 )
                 result.arrays = arrays
                 result.train_metrics_clientapp[server_round] = metrics
-                if self._is_due(server_round, last=number == rounds):
+                # An open phase ends by what its evaluations say.
+                last = number == rounds or phase.is_open
+                if self._is_due(server_round, last):
                     found = self._evaluate_clients(
                         server_round, arrays, evaluate_config, grid, timeout
                     )
@@ -197,6 +200,7 @@ class PhasedStrategy(Strategy):
                         result.evaluate_metrics_serverapp[server_round] = evaluated
                 self._close_round(server_round, metrics, result, started)
                 if phase.is_open and has_stopped_gaining(*self._gains()):
+                    self._lengths[index] = number
                     break
         return result
 
@@ -346,12 +350,14 @@ class PhasedStrategy(Strategy):
         patch = None
         if phase.primed:
             start, patch = self._hand_over()
-        elif phase.adapter == "lora" and self.config.lora.start == "federa":
+        elif phase.adapter == "lora":
             start, patch = worker.start_low_rank()
         self._phase, self._phase_round = index, 0
         size = 4 * targets_size(worker.backbone)
         self._base = Base(patch, size, lambda: pack(worker.base_weights()))
-        if patch is not None:
+        if patch is None:
+            self._directory.drop_state("base")
+        else:
             digest = self._base.digest
             self._directory.save_state("base", patch.state(), digest=digest)
         self._adapter: HeadAdapter = worker.enter(phase, patch, self._base.digest)
@@ -390,8 +396,7 @@ class PhasedStrategy(Strategy):
         """Count what clients are sent, each as if it were a node of its own."""
         sent = self._adapter.sent()
         return sum(
-            4 * self._values(sent, client)
-            + self._base.holdings.owed(("client", client))
+            4 * self._values(sent, client) + self._base.clients.owed(client)
             for client in clients
         )
 
@@ -403,6 +408,14 @@ class PhasedStrategy(Strategy):
             cut = lora.rank - lora.rank_of(client)
             values -= factors_size(cut, self._worker.backbone)
         return values
+
+    def _plan(self, index: int, rounds: int) -> None:
+        """Plan the run again, now that it is known how long a phase takes at most."""
+        self._lengths[index] = rounds
+        plan = plan_rounds(
+            self.config, self._worker.backbone, self.fleet.clients, self._lengths
+        )
+        self._planned = {planned.number: planned for planned in plan}
 
     def _gains(self) -> list[list[float]]:
         """List what an open phase's end depends on, round by round."""
@@ -478,7 +491,11 @@ class PhasedStrategy(Strategy):
         messages = []
         state = pack(self._sent())
         self._sent_anew: set[int] = set()
+        lora = self.config.lora
         for node, clients in cohort.items():
+            if self.phase.adapter == "lora" and lora.ranks:
+                largest = max(map(lora.rank_of, clients))
+                state = pack(take_slices(self._sent(), largest))
             instruction = Instruction(
                 self._round.number,
                 self._phase,
@@ -547,6 +564,9 @@ class PhasedStrategy(Strategy):
             if given != wanted:
                 raise MessageError(f"its {name} is {given}, not {wanted}")
         asked = self._round.cohort.get(node, [])
+        # A number that only equals a client's id would not do as one.
+        if not all(type(client) is int for client in report.clients):
+            raise MessageError(f"it answers for {report.clients}, not client ids")
         if not set(report.clients) <= set(asked) or not report.clients:
             raise MessageError(f"it answers for {report.clients}, asked for {asked}")
         if len({*report.clients}) != len(report.clients):
@@ -636,11 +656,13 @@ class PhasedStrategy(Strategy):
             **{k: v for k, v in figures.items() if k not in ("seconds", "phase")},
         )
         facts = {"round": str(server_round), "phase": self.phase.adapter}
+        facts["base"] = self._base.digest
         directory.save_state("last", self.state, **facts)
         accuracy = figures.get("accuracy", -1.0)
         if accuracy > self._best:
             self._best = accuracy
             directory.save_state("best", self.state, **facts)
+            directory.copy_state("base", "best-base")
         asked = sum(len(clients) for clients in current.cohort.values())
         log(
             INFO,

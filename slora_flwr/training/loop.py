@@ -53,7 +53,7 @@ def train(
     for _ in range(recipe.epochs):
         for rows in examples.shuffled(recipe.batch_size, stream):
             ids, mask, labels = (t.to(backbone.device) for t in examples.batch(rows))
-            with _precision(backbone, recipe.precision):
+            with precision_of(backbone, recipe.precision):
                 logits = model(input_ids=ids, attention_mask=mask).logits
             loss = F.cross_entropy(logits.float(), labels)
             loss.backward()
@@ -80,7 +80,7 @@ def evaluate(
     model = backbone.model.eval()
     predicted = np.empty(len(examples), dtype=np.int64)
     total = 0.0
-    with torch.inference_mode(), _precision(backbone, precision):
+    with torch.inference_mode(), precision_of(backbone, precision):
         for rows in examples.in_order_of_length(batch_size):
             ids, mask, labels = (t.to(backbone.device) for t in examples.batch(rows))
             logits = model(input_ids=ids, attention_mask=mask).logits.float()
@@ -107,7 +107,8 @@ def make_optimizer(
     )
 
 
-def _precision(backbone: Backbone, precision: str) -> AbstractContextManager[object]:
+def precision_of(backbone: Backbone, precision: str) -> AbstractContextManager[object]:
+    """Give the context of a forward pass: bf16 autocast, or none."""
     if precision == "bf16" or backbone.model.dtype == torch.bfloat16:
         return torch.autocast(backbone.device.type, torch.bfloat16)
     return nullcontext()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from slora_flwr.adapters import HeadAdapter, SparseAdapter, make_adapter
+from slora_flwr.adapters import HeadAdapter, LowRankAdapter, SparseAdapter, make_adapter
 from slora_flwr.adapters.bottleneck import KINDS, find_places
 from slora_flwr.adapters.handoff import Handoff, prime_low_rank, start_from_weights
 from slora_flwr.adapters.head import State
@@ -167,11 +167,12 @@ class Worker:
         """
         assert self.adapter is not None
         assert self._entered is not None
+        phase, self._entered = self._entered[0], None  # until it is whole again
         self.adapter.detach()
         for number, move in enumerate(moves, start=first):
             self.adapter.move(self.backbone, move, number)
         self.adapter.attach(self.backbone)
-        self._entered = (self._entered[0], digest)
+        self._entered = (phase, digest)
 
     def move_shapes(self, values: int) -> dict[str, torch.Size]:
         """Give the layout of a move of so many values."""
@@ -236,11 +237,30 @@ class Worker:
             energies.append(truncated_svd(positions[name], delta, (m, n), rank).energy)
         return fmean(energies)
 
-    def start_low_rank(self) -> tuple[State, BasePatch]:
-        """Start a low-rank phase from W_0's own factors; nothing is attached then."""
+    def start_low_rank(self) -> tuple[State, BasePatch | None]:
+        """Start a low-rank phase that nothing primes; nothing is attached then.
+
+        Returns
+        -------
+        state : State
+            Factors that are not the adapter's own start.
+        patch : BasePatch or None
+            The base, None for W_0.
+        """
         self.leave()
         config = replace(self.config.lora, aggregator=self.config.aggregator)
-        return start_from_weights(self.backbone, config)
+        if config.start == "federa":
+            return start_from_weights(self.backbone, config)
+        if config.start == "orthonormal" and config.aggregator == "ffa":
+            # It travels, since the last bits of a QR depend on the machine.
+            lora = make_adapter("lora", self.config)
+            assert isinstance(lora, LowRankAdapter)
+            lora.attach(self.backbone)
+            whole = lora.whole({})
+            lora.detach()
+            a = {name: whole[f"{name}.lora_A"] for name in self.backbone.targets}
+            return {}, BasePatch(a=a)
+        return {}, None
 
     def host(self, client: int, source: OwnData) -> None:
         """Make a node's own data a client's; rows of other labels are left out."""
@@ -281,8 +301,7 @@ class Worker:
         examples, _ = self.examples(client)
         if not len(examples):
             raise ClientError("no examples")
-        if phase.adapter == "lora" and self.config.lora.ranks:
-            state = cut_ranks(state, self.config.lora.rank_of(client))
+        state = self._own_ranks(client, state)
         self.adapter.load(state)
         rng_key = (self.config.seed, server_round, client)
         loss = train(self.backbone, self.adapter, examples, phase.recipe, rng_key)
@@ -292,13 +311,18 @@ class Worker:
             raise ClientError(f"the update is not finite (loss {loss:.3g})")
         return Trained(update, len(examples), loss)
 
+    def _own_ranks(self, client: int, state: State) -> State:
+        """Cut low-rank factors to a client's rank."""
+        lora = self.config.lora
+        return cut_ranks(state, lora.rank_of(client)) if lora.ranks else state
+
     def evaluate_client(self, client: int, state: State) -> Evaluation | None:
         """Evaluate a state on a client's held-out examples, None without any."""
         assert self.adapter is not None
         _, held = self.examples(client)
         if not len(held):
             return None
-        self.adapter.load(state)
+        self.adapter.load(self._own_ranks(client, state))
         return evaluate(self.backbone, held, self.config.train.precision)
 
     def evaluate_test(self, state: State) -> Evaluation | None:

@@ -25,8 +25,9 @@ class Entry:
     message_bytes : int
         Bytes of the serialised messages that were really sent, one for each node.
     planned_payload_bytes : int or None
-        What `slora plan` predicts for training messages if the whole cohort answers;
-        None for an evaluation's.
+        What `slora plan` predicts for training messages if the whole cohort answers
+        and no evaluation on clients has brought a part of the base before; None for
+        an evaluation's own.
     """
 
     round: int
