@@ -3,11 +3,13 @@
 import csv
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, load_tiny
+from conftest import CLASSES, load_tiny, logits
+from peft import PeftModel
 from safetensors.torch import load_file
 from test_rounds import (
     HEAD_VALUES,
@@ -30,11 +32,16 @@ from test_rounds import (
     start,
     summary,
 )
+from torch.nn import functional as F  # noqa: N812
+from transformers import AutoModelForSequenceClassification
 
 from slora_flwr.adapters import make_adapter
+from slora_flwr.adapters.export import PATCH_FILE, apply_base_patch
 from slora_flwr.adapters.masks import make_mask
 from slora_flwr.config import METHODS, Value, parse
 from slora_flwr.models.base_patch import BasePatch
+from slora_flwr.schedule import make_schedule
+from slora_flwr.training.worker import Worker
 from slora_flwr.wire.messages import Instruction, Report
 from slora_flwr.wire.packing import pack, unpack
 
@@ -95,6 +102,25 @@ def test_one_node_is_many_nodes(config: Config, name: str) -> None:
     moved = (one / "checkpoints" / "base.safetensors").exists()
     assert moved == (many / "checkpoints" / "base.safetensors").exists()
     assert not moved or not differ(final(one, "base"), final(many, "base"))
+
+
+LOW_RANK = [n for n, c in RUNS.items() if make_schedule(parse(c))[-1].adapter == "lora"]
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_stock_peft_computes_what_the_run_evaluated(config: Config, name: str) -> None:
+    config |= RUNS[name]
+    directory = start(config, RecordingGrid(config))
+    folder = directory / "adapter"
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        str(config["model.name"]), num_labels=len(CLASSES)
+    )
+    if (folder / PATCH_FILE).exists():
+        apply_base_patch(model, folder / PATCH_FILE)
+    model = PeftModel.from_pretrained(model, folder)
+    test = Worker(parse(config)).task.test
+    loss = F.cross_entropy(logits(model, test), torch.from_numpy(test.labels))
+    assert float(loss) == pytest.approx(summary(directory)["loss"], abs=1e-4)
 
 
 def round_bytes(directory: Path) -> list[tuple[int, int]]:
