@@ -564,7 +564,7 @@ def test_too_few_good_replies_twice_stop_the_run(config: Config) -> None:
     [stopped] = events(directory, "stopped")
     assert stopped["reason"].startswith("TooFewRepliesError: round 2 got 0 good")
     assert [e["round"] for e in events(directory, "round")] == [1]
-    assert facts(directory, "last") == {"round": "1", "phase": "lora"}
+    assert facts(directory, "last") == {"round": "1", "phase": "lora", "base": ""}
     worker = Worker(parse(config))
     shapes = worker.enter(worker.schedule[0]).shapes()
     expected = unpack(grid.asked[-1].state, shapes)
@@ -828,8 +828,8 @@ def test_checkpoints_hold_the_last_and_the_best_state(config: Config) -> None:
     directory = start(config, RecordingGrid(config))
     accuracies = [event["accuracy"] for event in events(directory, "round")]
     best = accuracies.index(max(accuracies)) + 1
-    assert facts(directory, "last") == {"round": "3", "phase": "lora"}
-    assert facts(directory, "best") == {"round": str(best), "phase": "lora"}
+    assert facts(directory, "last") == {"round": "3", "phase": "lora", "base": ""}
+    assert facts(directory, "best") == {"round": str(best), "phase": "lora", "base": ""}
     worker = Worker(parse(config))
     worker.enter(worker.schedule[0])
     found = [worker.evaluate_test(final(directory, name)) for name in ("last", "best")]
