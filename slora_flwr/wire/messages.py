@@ -274,7 +274,8 @@ def release(message: Message) -> None:
     next full garbage collection, which is rare.
     """
     if message.has_content():
-        message.content.array_records.clear()
+        for record in message.content.array_records.values():
+            record.clear()
 
 
 def message_bytes(message: Message) -> int:
