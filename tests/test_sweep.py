@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from typing import Any
 import psutil
 import pytest
 import tomli_w
-from conftest import SPECIAL, VOCAB
 from typer.testing import CliRunner
 
 from slora_flwr import sweep as sweeping
@@ -42,7 +40,6 @@ from slora_flwr.study import (
 from slora_flwr.sweep import sweep
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-CLASSES = ["apples", "bridges", "clouds"]
 SWEEP = [sys.executable, "-c", "from slora_flwr.cli import app; app()", "sweep"]
 
 
@@ -338,24 +335,11 @@ def test_a_score_is_the_mean_of_the_last_three_evaluations() -> None:
 
 
 @pytest.fixture(scope="module")
-def base(
-    tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Config:
-    """Texts of which half the words tell the label, for a tiny model."""
-    draw = random.Random(0)
-    words = [f"w{i}" for i in range(len(SPECIAL), VOCAB)]
-    path = tmp_path_factory.mktemp("data") / "texts.csv"
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["text", "label"])
-        for _ in range(160):
-            c = draw.randrange(3)
-            own = draw.choices(words[20 * c : 20 * c + 20], k=5)
-            rows.writerow([" ".join(own + draw.choices(words, k=4)), CLASSES[c]])
+def base(tiny_models: dict[str, Path], corpus: Path) -> Config:
     return {
         "rounds": 2,
         "model.name": str(tiny_models["bert"]),
-        "data.name": str(path),
+        "data.name": str(corpus),
         "data.max-length": 12,
         "clients.count": 4,
         "clients.per-round": 4,

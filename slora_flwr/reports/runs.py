@@ -11,6 +11,7 @@ from typing import Any
 
 from slora_flwr.config import RunConfig, Value, flatten
 from slora_flwr.home import home
+from slora_flwr.wire.ledger import Entry
 
 
 class RunError(ValueError):
@@ -71,19 +72,6 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """A line of the ledger; `planned_payload_bytes` is None where nothing was."""
-
-    round: int
-    phase: str
-    direction: str
-    clients: int
-    payload_bytes: int
-    message_bytes: int
-    planned_payload_bytes: int | None
-
-
-@dataclass(frozen=True)
 class Run:
     """A run that ended, was stopped, or is still going.
 
@@ -113,7 +101,7 @@ class Run:
     rounds: list[Round]
     failures: list[Failure]
     energies: dict[str, float]
-    ledger: list[Transfer]
+    ledger: list[Entry]
 
     @property
     def method(self) -> str:
@@ -170,7 +158,7 @@ def read_run(path: Path) -> Run:
         events = _events(path / "events.jsonl")
         summary = path / "summary.json"
         with (path / "ledger.csv").open(newline="") as file:
-            ledger = [_transfer(row) for row in csv.DictReader(file)]
+            ledger = [_entry(row) for row in csv.DictReader(file)]
         return Run(
             path=path,
             facts={name: document.pop(name, {}) for name in ("versions", "resolved")},
@@ -331,9 +319,9 @@ def _failure(event: dict[str, Any]) -> Failure:
     )
 
 
-def _transfer(row: dict[str, str]) -> Transfer:
+def _entry(row: dict[str, str]) -> Entry:
     planned = row.get("planned_payload_bytes")
-    return Transfer(
+    return Entry(
         int(row["round"]),
         row["phase"],
         row["direction"],
