@@ -523,7 +523,11 @@ def test_no_worker_outlives_the_sweep(
 ) -> None:
     study = {"sweep": {"processes": 1}, "base": base | {"rounds": 100_000}}
     path = write_study(tmp_path / "study.toml", study)
-    with subprocess.Popen([*SWEEP, str(path)], stdout=subprocess.PIPE) as process:
+    # A shell's background jobs ignore it, and so would what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen([*SWEEP, str(path)], stdout=subprocess.DEVNULL)
+    signal.signal(signal.SIGINT, before)
+    try:
         deadline = time.monotonic() + 60
         workers: list[psutil.Process] = []
         while len(workers) < 2:  # one is multiprocessing's own
@@ -532,6 +536,9 @@ def test_no_worker_outlives_the_sweep(
             workers = psutil.Process(process.pid).children()
         process.send_signal(how)
         assert process.wait(30)
+    finally:
+        process.kill()
+        process.wait()
     assert psutil.wait_procs(workers, timeout=10)[1] == []
 
 
