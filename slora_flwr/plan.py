@@ -130,7 +130,7 @@ def move_size(phase: Phase, config: RunConfig, backbone: Backbone, cohort: int) 
     # The mean of the products lacks the products of the clients' deviations from the
     # means, and one client's deviations follow from the others'.
     sides = [min(m.weight.shape) for m in backbone.targets.values()]
-    rank = min((cohort - 1) * config.lora.rank, max(sides))
+    rank = min(max(0, cohort - 1) * config.lora.rank, max(sides))
     return factors_size(rank, backbone)
 
 

@@ -41,6 +41,7 @@ from slora_flwr.adapters.masks import make_mask
 from slora_flwr.config import METHODS, Value, parse
 from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.schedule import make_schedule
+from slora_flwr.server.base import Holdings
 from slora_flwr.training.worker import Worker
 from slora_flwr.wire.messages import Instruction, Report
 from slora_flwr.wire.packing import pack, unpack
@@ -199,7 +200,7 @@ def test_bytes_of_masks_drawn_anew(config: Config) -> None:
     assert found == [(head, up), (values + head, up), (values + head, up)]
 
 
-def test_a_client_gets_what_it_missed_at_most_the_matrices(config: Config) -> None:
+def test_a_client_gets_what_it_missed(config: Config) -> None:
     config |= {**RUNS["per-round"], "clients.per-round": 1, "rounds": 30}
     grid = RecordingGrid(config)
     directory = start(config, grid)
@@ -207,12 +208,21 @@ def test_a_client_gets_what_it_missed_at_most_the_matrices(config: Config) -> No
     for number, (down, _) in enumerate(round_bytes(directory)):
         [client] = grid.asked[number].clients
         missed = (number - seen.get(client, 0)) * SPARSE_VALUES
-        expected = 4 * (HEAD_VALUES + min(missed, TARGET_VALUES))
-        assert down == expected
+        assert down == 4 * (HEAD_VALUES + min(missed, TARGET_VALUES))
         seen[client] = number
-    # At 5% a round the matrices are cheaper for who comes after round 20.
-    late = [n for n, i in enumerate(grid.asked) if n > 20]
-    assert any(grid.asked[n].parcel.weights is None for n in late)
+
+
+def test_the_matrices_go_where_they_are_cheaper() -> None:
+    """A start of 30 bytes, matrices of 100, and moves of 40 each."""
+    holdings = Holdings(30, 100)
+    assert holdings.owed(1) == 30
+    assert holdings.owed(1) == 0
+    holdings.moves += [40, 40]
+    assert holdings.owed(1) == 80
+    assert holdings.owed(2) == 100  # for 30 + 80
+    holdings.moves.append(40)
+    assert [holdings.owed(client) for client in (1, 2, 3)] == [40, 40, 100]
+    assert Holdings(130, 100).owed(1) == 130  # a start alone is no move
 
 
 def base_of(directory: Path) -> State:

@@ -83,9 +83,7 @@ def prime_low_rank(
     lora.detach()
 
     frozen = config.aggregator == "ffa"
-    factors = config.factors
-    if factors == "auto":
-        factors = "b" if frozen else "balanced"
+    factors = _resolve(config)
     a: State = {}
     b: State = {}
     delta: State = {}
@@ -109,6 +107,13 @@ def prime_low_rank(
     if frozen:
         start = {n: t for n, t in start.items() if not n.endswith(".lora_A")}
     return Handoff(start, patch, {name: svd.energy for name, svd in svds.items()})
+
+
+def _resolve(config: LoraConfig) -> str:
+    """Choose the factors of `auto`: a frozen A is best orthonormal."""
+    if config.factors != "auto":
+        return config.factors
+    return "b" if config.aggregator == "ffa" else "balanced"
 
 
 def start_from_weights(
@@ -135,9 +140,7 @@ def start_from_weights(
     """
     scaling = LowRankAdapter(config.rank, config.alpha, scaling=config.scaling).scaling
     frozen = config.aggregator == "ffa"
-    factors = config.factors
-    if factors == "auto":
-        factors = "b" if frozen else "balanced"
+    factors = _resolve(config)
     state: State = {}
     patch = BasePatch(scaling=scaling)
     for name, module in backbone.targets.items():
