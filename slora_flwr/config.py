@@ -38,6 +38,7 @@ OWN_AGGREGATOR = {
     "flexlora": "flexlora",
 }
 TWO_PHASES = ("slora", "head-lora")
+DOWNLOAD_DTYPES = ("float32", "float16", "bfloat16", "int8")
 PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual")
 # `data.name` for data that never leaves its node: each trains on its own.
 OWN_DATA = "node"
@@ -310,6 +311,42 @@ class ServerConfig:
 
 
 @dataclass(frozen=True)
+class UploadConfig:
+    """How updates travel, see `slora_flwr.wire`.
+
+    `top_k` is the share of its update's entries that a client sends, those of largest
+    `importance`; 0 for all. A sparse phase sends all, since its mask has chosen
+    already. With `feedback` a client keeps what rounding and selection leave out, and
+    adds it to its next update. `lossless` compresses what that gives.
+    """
+
+    dtype: str = "float32"
+    top_k: float = 0.0
+    importance: str = "magnitude"
+    feedback: bool = True
+    lossless: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("upload.dtype", self.dtype, (*DOWNLOAD_DTYPES, "int4"))
+        _fraction("upload.top-k", self.top_k, zero=True, one=True)
+        _one_of("upload.importance", self.importance, ("magnitude", "product"))
+
+
+@dataclass(frozen=True)
+class DownloadConfig:
+    """How states travel, see `slora_flwr.wire`.
+
+    With `lossless` a client that has the last state is sent the difference to it.
+    """
+
+    dtype: str = "float32"
+    lossless: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("download.dtype", self.dtype, DOWNLOAD_DTYPES)
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     """Where a run writes, and how often it evaluates; 0 for at the end of each phase.
 
@@ -344,6 +381,8 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    upload: UploadConfig = field(default_factory=UploadConfig)
+    download: DownloadConfig = field(default_factory=DownloadConfig)
     run: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
@@ -416,6 +455,11 @@ class RunConfig:
             # A client of a smaller rank would miss what the base gave up.
             key = "lora.base is residual" if kept else "lora.start is federa"
             raise _refuse("lora.ranks", self.lora.ranks, f"empty, since {key}")
+        if self.lora.ranks and self.download != DownloadConfig():
+            # Slices of a rank are coded by themselves, so that what a client starts
+            # from would depend on the others of its node.
+            allowed = "empty, or download.dtype float32 without download.lossless"
+            raise _refuse("lora.ranks", self.lora.ranks, allowed)
         if used in ("exact", "flexlora"):
             # Their result is a weight, which no step towards the mean's factors gives.
             for name, value, plain in (
@@ -506,7 +550,12 @@ def _typed(key: str, value: Value, wanted: Any) -> Value:
     if wanted is float and type(value) is int:
         return float(value)
     if type(value) is not wanted:
-        names = {int: "a whole number", float: "a number", str: "a string"}
+        names = {
+            bool: "true or false",
+            int: "a whole number",
+            float: "a number",
+            str: "a string",
+        }
         raise _refuse(key, value, names[wanted])
     return value
 

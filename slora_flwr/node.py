@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import lru_cache, wraps
 from hashlib import blake2b
 from logging import ERROR
+from math import prod
 
 import numpy as np
 from flwr.app import (
@@ -18,6 +19,7 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.common.logger import log
+from torch import Size
 
 import slora_flwr
 from slora_flwr.adapters.handoff import base_layout
@@ -28,25 +30,33 @@ from slora_flwr.home import cache_folder, write_atomically
 from slora_flwr.models.backbone import digest_of
 from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.resident import code_digest
+from slora_flwr.sender import Sender
 from slora_flwr.server.aggregate import FoldError
+from slora_flwr.server.broadcast import name_version
 from slora_flwr.server.stack import make_aggregate
 from slora_flwr.tasks.metrics import pool
 from slora_flwr.tasks.own_data import OwnData, OwnDataError
 from slora_flwr.training.worker import ClientError, Worker
+from slora_flwr.wire.codec import Codec, add
 from slora_flwr.wire.messages import (
     MISSING_BASE,
+    MISSING_STATE,
     Instruction,
     Report,
     release,
     write_evaluation,
 )
-from slora_flwr.wire.packing import STYPE, pack, unpack
+from slora_flwr.wire.packing import pack, unpack
 
 Handler = Callable[[Message, Context], Message]
 
 
 class MissingBaseError(LookupError):
     """The base that an instruction names is not on this node."""
+
+
+class MissingStateError(LookupError):
+    """The state to which an instruction brings the difference is not on this node."""
 
 
 class MismatchError(RuntimeError):
@@ -62,6 +72,8 @@ def _with_known_errors(handler: Handler) -> Handler:
             return handler(message, context)
         except MissingBaseError as error:
             return Message(Error(MISSING_BASE, str(error)), reply_to=message)
+        except MissingStateError as error:
+            return Message(Error(MISSING_STATE, str(error)), reply_to=message)
         except OwnDataError as error:
             # Said here alone: paths and columns are nothing that the server needs.
             log(ERROR, "%s", error)
@@ -135,7 +147,7 @@ def train(message: Message, context: Context) -> Message:
     worker = get_worker(context, instruction)
     state = _enter(worker, instruction)
     phase = worker.schedule[instruction.phase]
-    fold = make_aggregate(phase, worker.config)
+    fold = make_aggregate(phase, worker.config, worker.backbone.head_size)
     report = Report(
         instruction.server_round,
         instruction.phase,
@@ -145,23 +157,31 @@ def train(message: Message, context: Context) -> Message:
         examples=[],
         losses=[],
         seconds=[],
+        payloads=[],
     )
+    sender = Sender(worker, context, instruction)
+    alone = pack({})
     for client in instruction.clients:
         started = time.perf_counter()
         try:
             turn = worker.train_client(client, state, phase, instruction.server_round)
-            fold.add(turn.update, turn.examples, client)
+            upload = sender.code(client, turn.update, state)
+            fold.add(upload.update, turn.examples, client)
         except (ClientError, FoldError) as error:
             report.failures[client] = str(error)
             continue
         report.clients.append(client)
         report.examples.append(turn.examples)
         report.losses.append(turn.loss)
+        sender.keep(client, upload)
+        alone = upload.array
+        report.payloads.append(len(alone.data))
         report.seconds.append(time.perf_counter() - started)
     if not report.clients:
         reasons = "; ".join(f"client {c}: {r}" for c, r in report.failures.items())
         return Message(Error(0, reasons), reply_to=message)
-    report.update = fold.packed()
+    # One coded update is less than an eighth of its exact sums.
+    report.update = alone if len(report.clients) == 1 else fold.packed()
     return Message(report.content(), reply_to=message)
 
 
@@ -234,13 +254,30 @@ def _enter(worker: Worker, instruction: Instruction) -> State:
             f"{adapter.fingerprint()}, the server's {instruction.fingerprint}: their "
             "masks or backbones differ"
         )
-    layout = adapter.sent()
+    return adapter.complete(_read_state(worker, adapter.sent(), instruction))
+
+
+def _read_state(
+    worker: Worker, layout: dict[str, Size], instruction: Instruction
+) -> State:
+    """Read what a client is sent of the state."""
     lora = worker.config.lora
-    if phase.adapter == "lora" and lora.ranks:
+    if worker.schedule[instruction.phase].adapter == "lora" and lora.ranks:
         largest = max(map(lora.rank_of, instruction.clients))
         sent = unpack(instruction.state, rank_shapes(layout, largest))
         return fill_slices(sent, layout)
-    return adapter.complete(unpack(instruction.state, layout))
+    codec = Codec.of_download(worker.config.download, worker.backbone.head_size)
+    if not codec.lossless:
+        return add(codec.decode(instruction.state, layout), worker.reference)
+    known = b""
+    if instruction.since:
+        if instruction.since not in worker.received:
+            raise MissingStateError(f"no state {instruction.since} here")
+        known = worker.received[instruction.since]
+    count = sum(shape.numel() for shape in layout.values())
+    data = codec.open(instruction.state, count, known)
+    worker.receive(name_version(data), data)
+    return add(codec.read(data, layout), worker.reference)
 
 
 def _read_move(worker: Worker, packed: Array) -> State:
@@ -252,6 +289,7 @@ def _base(worker: Worker, instruction: Instruction) -> BasePatch:
     known, sent = instruction.parcel.known, instruction.parcel.start
     # Through bytes, so that what came over the network cannot be a path.
     path = cache_folder() / f"base-{bytes.fromhex(known).hex()}"
+    codec = Codec.of_download(worker.config.download, head=0)
     if sent is None and not path.is_file():
         raise MissingBaseError(f"no base {known} here")
     data = path.read_bytes() if sent is None else sent.data
@@ -261,7 +299,6 @@ def _base(worker: Worker, instruction: Instruction) -> BasePatch:
         raise MismatchError("the base that was sent does not have its digest")
     if sent is not None:
         write_atomically(path, data)
-    packed = Array("float32", (len(data) // 4,), STYPE, data)
     rounds_before = instruction.server_round - instruction.phase_round
     shapes, positions, scaling = base_layout(
         worker.schedule[instruction.phase],
@@ -269,4 +306,7 @@ def _base(worker: Worker, instruction: Instruction) -> BasePatch:
         worker.backbone,
         rounds_before,
     )
-    return BasePatch.from_state(unpack(packed, shapes), positions, scaling)
+    size = sum(prod(shape) for shape in shapes.values())
+    change = codec.decode(Array(codec.dtype, (size,), codec.stype, data), shapes)
+    known_of = {} if codec.is_exact else worker.known_of(positions)
+    return BasePatch.from_state(add(change, known_of), positions, scaling)

@@ -10,12 +10,13 @@ from torch import Tensor
 from slora_flwr.adapters import make_adapter
 from slora_flwr.adapters.handoff import base_layout
 from slora_flwr.adapters.size import factors_size, state_size, targets_size, traffic
-from slora_flwr.config import RecipeConfig, RunConfig
+from slora_flwr.config import DownloadConfig, RecipeConfig, RunConfig, UploadConfig
 from slora_flwr.models.backbone import Backbone
 from slora_flwr.schedule import Phase, make_schedule
 from slora_flwr.server.base import Holdings
 from slora_flwr.server.fleet import sample_cohort
 from slora_flwr.training.loop import precision_of
+from slora_flwr.wire.codec import Codec
 
 # What a run is held against, in the same rounds.
 REFERENCES = ("fft", "lora")
@@ -23,7 +24,7 @@ REFERENCES = ("fft", "lora")
 
 @dataclass(frozen=True)
 class PlannedRound:
-    """Bytes of one round's tensors if the whole cohort answers.
+    """Bytes of one round's tensors if the whole cohort answers, before compression.
 
     `phase` is the phase's index; `down` and `up` count each client as if it were a node
     of its own, as the ledger's payload bytes do.
@@ -85,12 +86,17 @@ def plan_rounds(
     """
     rounds = []
     number = 0
+    head = state_size("head", config, backbone)
     schedule = make_schedule(config)
     lengths = lengths or [phase.rounds for phase in schedule]
     for index, phase in enumerate(schedule):
         before = number
+        down_codec = Codec.of_download(config.download, head)
+        up_codec = Codec.of_upload(config.upload, phase.adapter, head)
+        start = start_size(phase, config, backbone, before)
         matrices = 4 * targets_size(backbone)
-        holdings = Holdings(4 * start_size(phase, config, backbone, before), matrices)
+        base_codec = replace(down_codec, head=0)
+        holdings = Holdings(base_codec.size(start) if start else 0, matrices)
         for phase_round in range(1, lengths[index] + 1):
             number += 1
             per_round = config.clients.per_round
@@ -103,8 +109,8 @@ def plan_rounds(
             down = up = 0
             for client in cohort:
                 sent, back = sizes[ranks[client]]
-                down += 4 * sent + holdings.owed(client)
-                up += 4 * back
+                down += down_codec.size(sent) + holdings.owed(client)
+                up += up_codec.size(back)
             rounds.append(PlannedRound(number, index, down, up))
             holdings.moves.append(4 * move_size(phase, config, backbone, len(cohort)))
     return rounds
@@ -254,6 +260,7 @@ def population(config: RunConfig) -> list[int]:
 def _variants(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     yield config.method, config
     plain = replace(config.lora, aggregator="fedavg", start="peft", ranks="")
+    config = replace(config, upload=UploadConfig(), download=DownloadConfig())
     for name in REFERENCES:
         # Full fine-tuning wants float32 weights, so another backbone.
         fits = name != "fft" or config.model.dtype == "float32"

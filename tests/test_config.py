@@ -78,12 +78,26 @@ CHANGED: dict[str, Value] = {
     "lora.factors": "b",
     "server.optimizer": "none",
     "server.lr": 1.0,
+    "upload.dtype": "int4",
+    "upload.top-k": 0.1,
+    "upload.importance": "product",
+    "upload.feedback": False,
+    "upload.lossless": True,
+    "download.dtype": "float32",
+    "download.lossless": False,
     "run.dir": "/out",
     "run.eval-every": 0,
     "run.target": 1.0,
 }
-# What flexlora leaves no choice of, and data.labels, which is for data.name "node".
-KEPT = {"server.optimizer", "server.lr", "data.labels"}
+# What flexlora and lora.ranks leave no choice of, and data.labels, which is for
+# data.name "node".
+KEPT = {
+    "server.optimizer",
+    "server.lr",
+    "download.dtype",
+    "download.lossless",
+    "data.labels",
+}
 OWN: dict[str, Value] = {
     "data.name": "node",
     "clients.count": 0,
@@ -163,14 +177,22 @@ BAD: list[tuple[str, Value, str]] = [
     ("lora.factors", "a", "auto, balanced, b"),
     ("server.optimizer", "adam", "none, fedavgm, fedadam"),
     ("server.lr", 0.0, "a number above 0"),
+    ("upload.dtype", "int2", "float32, float16, bfloat16, int8, int4"),
+    ("upload.top-k", 1.5, "a number from 0 up to 1"),
+    ("upload.top-k", -0.1, "a number from 0 up to 1"),
+    ("upload.importance", "random", "magnitude, product"),
+    ("download.dtype", "int4", "float32, float16, bfloat16, int8"),
     ("run.dir", "out", "an absolute path, or empty"),
     ("run.eval-every", -1, "a number of at least 0"),
     ("run.target", 1.1, "a number from 0 up to 1"),
 ]
 # Any string will do here; what they name is looked up later.
 FREE = {"model.revision", "data.train", "data.test", "data.text", "data.label"}
+# Both values will do.
+FREE |= {"upload.feedback", "upload.lossless", "download.lossless"}
 
 WRONG_TYPES: dict[type, tuple[list[Value], str]] = {
+    bool: ([1, 0.0, "true"], "true or false"),
     int: ([True, 1.0, "1"], "a whole number"),
     float: ([True, "1.0"], "a number"),
     str: ([1, 0.5, False], "a string"),

@@ -395,6 +395,8 @@ BAD: dict[str, tuple[Tamper, str]] = {
     "no-clients": (set_to(clients=[]), "it answers for [], asked for "),
     "other-clients": (foreign, "it answers for [10"),
     "one-client-twice": (twice, "it answers twice for one of "),
+    "payloads-missing": (set_to(payloads=[8]), "its payloads are [8]"),
+    "negative-payload": (set_to(payloads=[-8, 8]), "its payloads are [-8, 8]"),
     "no-arrays": (without("arrays"), "records are off: KeyError('arrays')"),
     "no-metrics": (without("metrics"), "records are off: KeyError('metrics')"),
     "no-config": (without("config"), "records are off: KeyError('config')"),

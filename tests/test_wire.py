@@ -157,13 +157,12 @@ def packed(*values: float) -> Array:
 )
 @pytest.mark.parametrize("base", ["", "0123456789abcdef"])
 def test_an_instruction_arrives_as_it_was_sent(base: str, parcel: Parcel) -> None:
-    sent = Instruction(
-        3, 1, [4, 0, 17], "f00d", pack(KNOWN), base, phase_round=2, parcel=parcel
-    )
+    sent = Instruction(3, 1, [4, 0, 17], "f00d", pack(KNOWN), base, phase_round=2)
+    sent.parcel, sent.since = parcel, base
     got = Instruction.read(travel(sent.content()))
     assert (got.server_round, got.phase, got.clients) == (3, 1, [4, 0, 17])
     assert (got.fingerprint, got.base, got.phase_round) == ("f00d", base, 2)
-    assert got.state.data == KNOWN_BYTES
+    assert (got.state.data, got.since) == (KNOWN_BYTES, base)
     assert (got.parcel.known, got.parcel.version) == (parcel.known, parcel.version)
     assert [m.data for m in got.parcel.moves] == [m.data for m in parcel.moves]
     for name in ("start", "weights"):
@@ -181,6 +180,7 @@ def report() -> Report:
         examples=[10, 30],
         losses=[0.5, 0.25],
         seconds=[1.5, 2.5],
+        payloads=[12, 9],
     )
 
 
@@ -193,6 +193,7 @@ def test_a_report_arrives_as_it_was_sent(failures: dict[int, str]) -> None:
     assert (got.server_round, got.phase, got.fingerprint) == (3, 1, "f00d")
     assert (got.clients, got.examples) == ([4, 17], [10, 30])
     assert (got.losses, got.seconds) == ([0.5, 0.25], [1.5, 2.5])
+    assert got.payloads == [12, 9]
     assert got.failures == failures
     assert got.update.data == KNOWN_BYTES
     assert content.metric_records["metrics"]["num-examples"] == 40
@@ -214,6 +215,7 @@ def test_a_missing_record_is_an_error(record: str) -> None:
         ("metrics", "examples"),
         ("metrics", "losses"),
         ("metrics", "seconds"),
+        ("metrics", "payloads"),
         ("config", "server-round"),
         ("config", "phase"),
         ("config", "fingerprint"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.hooks import RemovableHandle
 
-from slora_flwr.adapters.head import HeadAdapter
+from slora_flwr.adapters.head import HeadAdapter, State
 from slora_flwr.config import ConfigError
 from slora_flwr.models.backbone import Backbone, block_modules
 
@@ -63,6 +63,10 @@ class BottleneckAdapter(HeadAdapter):
     def __init__(self, kind: str, reduction: int) -> None:
         super().__init__()
         self._kind, self._reduction = kind, reduction
+
+    def known(self) -> State:
+        """Copy the normalisations: bottlenecks start at random."""
+        return {name: t for name, t in self.state().items() if name in self._norms}
 
     def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
         model = backbone.model

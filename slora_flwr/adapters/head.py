@@ -86,6 +86,14 @@ class HeadAdapter:
             for name, p in self._trained.items()
         }
 
+    def known(self) -> State:
+        """Copy the values that whoever has W_0 knows without a message.
+
+        Just after `attach`. A random start, of a head or of factors, is not among them,
+        since its bits may depend on the machine.
+        """
+        return {n: t for n, t in self.state().items() if n not in self.backbone.head}
+
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Set the trained values.
 

@@ -81,6 +81,10 @@ class LowRankAdapter(HeadAdapter):
         frozen = {f"{n}.lora_A": a.float().cpu() for n, a in self._factors.items()}
         return state | frozen
 
+    def known(self) -> State:
+        """Copy nothing: factors start at random."""
+        return {}
+
     def fingerprint(self) -> str:
         """Digest the layout, and A where it is frozen."""
         digest = hashlib.blake2b(super().fingerprint().encode(), digest_size=16)

@@ -24,7 +24,7 @@ def state_size(name: str, config: RunConfig, backbone: Backbone) -> int:
     backbone : Backbone
         Shapes, whatever is attached.
     """
-    head = sum(parameter.numel() for parameter in backbone.head.values())
+    head = backbone.head_size
     targets = backbone.targets
     if name == "full":
         return backbone.size

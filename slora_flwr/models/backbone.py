@@ -29,8 +29,8 @@ class Backbone:
         The target matrices by module name, in the model's order.
     head : dict[str, nn.Parameter]
         The task's own output layers, and what else the checkpoint does not hold.
-    size : int
-        Number of weights, head included.
+    size, head_size : int
+        Number of weights, head included; number of the head's.
     """
 
     model: Any
@@ -38,9 +38,11 @@ class Backbone:
     targets: dict[str, nn.Linear]
     head: dict[str, nn.Parameter]
     size: int = field(init=False)
+    head_size: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.size = sum(parameter.numel() for parameter in self.model.parameters())
+        self.head_size = sum(parameter.numel() for parameter in self.head.values())
 
     @property
     def device(self) -> torch.device:

@@ -7,12 +7,15 @@ from flwr.app import Array
 from torch import Tensor
 
 from slora_flwr.adapters.low_rank import fill_slices, rank_shapes, take_slices
+from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.packing import pack, unpack
 
 # Sums are whole multiples of 1 / SCALE. With weights of at least 1 that is finer than
 # float32 resolves an update of 1e-2, and leaves room for sums up to 2^32.
 SCALE = 2.0**30
 LARGEST = 2**62
+
+PLAIN = Codec()
 
 
 class FoldError(ValueError):
@@ -31,13 +34,19 @@ class Mean:
     rank_of : Callable or None
         Where clients have LoRA factors of different ranks, each client's: a slice of
         the factors is then averaged over the clients that have it.
+    codec : Codec
+        How the update of a node's only client travels.
     """
 
-    def __init__(self, rank_of: Callable[[int], int] | None = None) -> None:
+    def __init__(
+        self,
+        rank_of: Callable[[int], int] | None = None,
+        codec: Codec = PLAIN,
+    ) -> None:
         self.sums: dict[str, Tensor] = {}
         self.weight = 0
-        self._alone: Mapping[str, Tensor] = {}
         self._rank_of = rank_of
+        self._codec = codec
         self._weights: dict[int, int] = {}  # by rank
 
     def add(self, update: Mapping[str, Tensor], weight: int, client: int = 0) -> None:
@@ -60,19 +69,15 @@ class Mean:
         scaled = {name: t.double() * (weight * SCALE) for name, t in update.items()}
         for name, tensor in scaled.items():
             _check_range(name, tensor)
-        self._alone = {} if self.weight else update
         self.merge({name: t.round_().long() for name, t in scaled.items()}, weight)
         self._count(client, weight)
 
     def packed(self) -> Array:
-        """Pack what a node sends: one client's update float32, several's sums int64."""
-        # One update is half the bytes of its exact multiple.
-        values, dtype = (
-            (self._alone, "float32") if self._alone else (self.sums, "int64")
-        )
+        """Pack what a node of several clients sends: their sums, int64."""
+        sums: Mapping[str, Tensor] = self.sums
         if self._rank_of is not None:
-            values = take_slices(values, max(self._weights))
-        return pack(values, dtype)
+            sums = take_slices(sums, max(self._weights))
+        return pack(sums, "int64")
 
     def take(
         self,
@@ -81,12 +86,12 @@ class Mean:
         clients: Sequence[int],
         weights: Sequence[int],
     ) -> None:
-        """Add what a node packed.
+        """Add what a node sent.
 
         Parameters
         ----------
         array : Array
-            By `packed`.
+            By `packed`, or the coded update of its only client.
         shapes : Mapping[str, Sequence[int]]
             The layout of an update.
         clients, weights : Sequence[int]
@@ -97,15 +102,14 @@ class Mean:
         FoldError, PayloadError
             If it cannot be; nothing is added then.
         """
-        dtype = "float32" if len(clients) == 1 else "int64"
         layout = shapes
         if self._rank_of is not None:
             layout = rank_shapes(shapes, max(map(self._rank_of, clients)))
-        values = fill_slices(unpack(array, layout, dtype), shapes)
         if len(clients) == 1:
-            self.add(values, weights[0], clients[0])
+            update = self._codec.decode(array, layout)
+            self.add(fill_slices(update, shapes), weights[0], clients[0])
             return
-        self.merge(values, sum(weights))
+        self.merge(fill_slices(unpack(array, layout, "int64"), shapes), sum(weights))
         for client, weight in zip(clients, weights, strict=True):
             self._count(client, weight)
 

@@ -5,7 +5,9 @@ from hashlib import blake2b
 
 from flwr.app import Array
 
+from slora_flwr.adapters.head import State
 from slora_flwr.models.base_patch import BasePatch
+from slora_flwr.wire.codec import Codec, add, subtract
 from slora_flwr.wire.messages import Parcel
 from slora_flwr.wire.packing import pack
 
@@ -61,14 +63,27 @@ class Base:
         Bytes of all target matrices: what more moves than that would cost.
     weights : Callable
         Packs the target matrices of the current version.
+    codec : Codec
+        How the start travels. The base is what is read of it, on the server too.
+    reference : State
+        What a node knows of the start, see `Broadcast`.
     """
 
     def __init__(
-        self, patch: BasePatch | None, size: int, weights: Callable[[], Array]
+        self,
+        patch: BasePatch | None,
+        size: int,
+        weights: Callable[[], Array],
+        codec: Codec,
+        reference: State,
     ) -> None:
-        self.patch = patch
         state = patch.state() if patch is not None else {}
-        self._start = pack(state) if state else None
+        self._start = codec.encode(subtract(state, reference)) if state else None
+        if patch is not None and self._start is not None:
+            shapes = {name: tensor.shape for name, tensor in state.items()}
+            read = add(codec.decode(self._start, shapes), reference)
+            patch = BasePatch.from_state(read, patch.positions, patch.scaling)
+        self.patch = patch
         self._digests = [_digest(self._start.data) if self._start else ""]
         self._moves: list[Array] = []
         self._weights = weights

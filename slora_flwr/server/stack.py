@@ -21,7 +21,8 @@ from slora_flwr.adapters.low_rank import fill_slices, rank_shapes, take_slices
 from slora_flwr.adapters.priming import prime, truncated_product
 from slora_flwr.config import RunConfig
 from slora_flwr.schedule import Phase
-from slora_flwr.server.aggregate import Mean
+from slora_flwr.server.aggregate import PLAIN, Mean
+from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.packing import pack, unpack
 
 # Singular values of a residual below this share of the product's norm are what float32
@@ -35,8 +36,12 @@ class Stack(Mean):
     It grows with the cohort; a node sends its clients' updates one after the other.
     """
 
-    def __init__(self, rank_of: Callable[[int], int] | None = None) -> None:
-        super().__init__(rank_of)
+    def __init__(
+        self,
+        rank_of: Callable[[int], int] | None = None,
+        codec: Codec = PLAIN,
+    ) -> None:
+        super().__init__(rank_of, codec)
         self._updates: dict[int, tuple[int, Mapping[str, Tensor]]] = {}
 
     def add(self, update: Mapping[str, Tensor], weight: int, client: int = 0) -> None:
@@ -61,7 +66,10 @@ class Stack(Mean):
         clients: Sequence[int],
         weights: Sequence[int],
     ) -> None:
-        """Add what a node packed; see `Mean.take`."""
+        """Add what a node sent; see `Mean.take`."""
+        if len(clients) == 1:
+            super().take(array, shapes, clients, weights)
+            return
         layout: dict[str, Sequence[int]] = {}
         for i, client in enumerate(clients):
             own: Mapping[str, Sequence[int]] = shapes
@@ -106,12 +114,14 @@ class Stack(Mean):
         return found
 
 
-def make_aggregate(phase: Phase, config: RunConfig) -> Mean:
-    """Make the fold of a phase's updates."""
+def make_aggregate(phase: Phase, config: RunConfig, head: int) -> Mean:
+    """Make the fold of a phase's updates, whose last `head` values are the head's."""
     rank_of = None
     if phase.adapter == "lora" and config.lora.ranks:
         rank_of = config.lora.rank_of
-    return (Stack if phase.aggregator in ("exact", "flexlora") else Mean)(rank_of)
+    codec = Codec.of_upload(config.upload, phase.adapter, head)
+    kind = Stack if phase.aggregator in ("exact", "flexlora") else Mean
+    return kind(rank_of, codec)
 
 
 def redistribute(stack: Stack, sent: State) -> State:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
 from statistics import fmean
 
@@ -29,15 +29,18 @@ from slora_flwr.reports.progress import progress_line
 from slora_flwr.schedule import Phase, has_stopped_gaining
 from slora_flwr.server.aggregate import FoldError, Mean, ServerOptimizer
 from slora_flwr.server.base import Base
+from slora_flwr.server.broadcast import Broadcast
 from slora_flwr.server.collect import collect, is_gone
 from slora_flwr.server.fleet import Fleet, sample_cohort
 from slora_flwr.server.run_directory import RunDirectory
 from slora_flwr.server.stack import Stack, make_aggregate, redistribute, residual
 from slora_flwr.tasks.metrics import Evaluation, pool
 from slora_flwr.training.worker import Worker
+from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.ledger import Entry
 from slora_flwr.wire.messages import (
     MISSING_BASE,
+    MISSING_STATE,
     Instruction,
     MessageError,
     Report,
@@ -219,6 +222,8 @@ class PhasedStrategy(Strategy):
         self._adapter.begin(self._phase_round)
         self._fingerprint = self._adapter.fingerprint()
         self.state = self._adapter.complete(self._sent())
+        # What the cohort starts from.
+        self._start = self.state | self._broadcast.publish(self._sent())
         messages = self._instruct(MessageType.TRAIN, self._round.cohort)
         sent = sum(message_bytes(message) for message in messages)
         planned = self._planned[server_round]
@@ -238,7 +243,7 @@ class PhasedStrategy(Strategy):
             `clients.min-replies` are in the aggregate.
         """
         current = self._round
-        fold = make_aggregate(self.phase, self.config)
+        fold = make_aggregate(self.phase, self.config, self._worker.backbone.head_size)
         for reply in replies:
             current.up_message_bytes += message_bytes(reply)
             node = reply.metadata.src_node_id
@@ -259,9 +264,12 @@ class PhasedStrategy(Strategy):
                 continue
             for client, reason in report.failures.items():
                 self._fail(node, [client], reason)
+            if len(report.clients) == 1:
+                report.payloads = [len(report.update.data)]
             # The tensors are folded; only the figures are kept.
             report.update = pack({})
             current.reports.append(report)
+            self._broadcast.received(node, report.clients)
         answered = set(current.clients)
         for node, clients in current.cohort.items():
             silent = [c for c in clients if c not in answered | current.failed]
@@ -298,6 +306,7 @@ class PhasedStrategy(Strategy):
         }
         if not len(self._worker.task.test):
             self._evaluating = self.fleet.assign(self.fleet.clients)
+        self._broadcast.publish(self._sent())
         return self._instruct(MessageType.EVALUATE, self._evaluating)
 
     def aggregate_evaluate(
@@ -317,6 +326,7 @@ class PhasedStrategy(Strategy):
             except MessageError as error:
                 self._fail(node, clients, str(error))
                 continue
+            self._broadcast.received(node, clients)
             if figures is None:
                 continue
             most = sum(self.fleet.sizes[client] for client in clients)
@@ -353,8 +363,18 @@ class PhasedStrategy(Strategy):
         elif phase.adapter == "lora":
             start, patch = worker.start_low_rank()
         self._phase, self._phase_round = index, 0
-        size = 4 * targets_size(worker.backbone)
-        self._base = Base(patch, size, lambda: pack(worker.base_weights()))
+        codec = Codec.of_download(self.config.download, worker.backbone.head_size)
+        known: State = {}
+        if patch is not None and not codec.is_exact:
+            known = worker.known_of(patch.positions)
+        self._base = Base(
+            patch,
+            4 * targets_size(worker.backbone),
+            lambda: pack(worker.base_weights()),
+            replace(codec, head=0),
+            known,
+        )
+        patch = self._base.patch
         if patch is None:
             self._directory.drop_state("base")
         else:
@@ -362,7 +382,12 @@ class PhasedStrategy(Strategy):
             self._directory.save_state("base", patch.state(), digest=digest)
         self._adapter: HeadAdapter = worker.enter(phase, patch, self._base.digest)
         head = {n: t for n, t in self.state.items() if n in worker.backbone.head}
+        # What the base gave up is what the factors start from, as it was read.
+        given = {f"{n}.lora_A": t for n, t in patch.a.items()} if patch else {}
+        given |= {f"{n}.lora_B": t for n, t in patch.b.items()} if patch else {}
+        start |= {name: t for name, t in given.items() if name in start}
         self.state = {**self._adapter.state(), **head, **start}
+        self._broadcast = Broadcast(codec, worker.reference)
         server = self.config.server
         self._optimizer = ServerOptimizer(server.optimizer, server.lr)
 
@@ -373,13 +398,13 @@ class PhasedStrategy(Strategy):
         aggregator = self.phase.aggregator
         if aggregator == "flexlora":
             assert isinstance(fold, Stack)
-            self.state |= redistribute(fold, before)
+            self.state |= redistribute(fold, self._start)
         if not self.phase.moves_base:
             return
         if aggregator == "exact":
             assert isinstance(fold, Stack)
             assert isinstance(self._adapter, LowRankAdapter)
-            move = residual(fold, before, self.state, self._adapter.scaling)
+            move = residual(fold, self._start, self.state, self._adapter.scaling)
         else:
             sent = self._adapter.sent()
             move = {name: t for name, t in self.state.items() if name not in sent}
@@ -394,11 +419,11 @@ class PhasedStrategy(Strategy):
 
     def _payload_down(self, clients: Iterable[int]) -> int:
         """Count what clients are sent, each as if it were a node of its own."""
+        bases = sum(self._base.clients.owed(client) for client in clients)
+        if not self.config.lora.ranks:
+            return bases + self._broadcast.owed(clients)
         sent = self._adapter.sent()
-        return sum(
-            4 * self._values(sent, client) + self._base.clients.owed(client)
-            for client in clients
-        )
+        return bases + sum(4 * self._values(sent, client) for client in clients)
 
     def _values(self, shapes: Mapping[str, torch.Size], client: int) -> int:
         """Count the values of a layout for a client, whose rank may be smaller."""
@@ -438,11 +463,10 @@ class PhasedStrategy(Strategy):
         """Hold a round, a second time if it gets too few good replies."""
         for attempt in (1, 2):
             messages = self.configure_train(server_round, arrays, config, grid)
-            replies = collect(grid, messages, timeout, self._with_base)
-            returned = self._adapter.returned()
+            replies = collect(grid, messages, timeout, self._with_missing)
             after, metrics = self.aggregate_train(server_round, replies)
             clients = self._round.clients
-            size = 4 * sum(self._values(returned, client) for client in clients)
+            size = sum(n for report in self._round.reports for n in report.payloads)
             sent, planned = self._round.up_message_bytes, self._planned[server_round]
             self._note("up", len(clients), size, sent, planned.up)
             if after is not None and metrics is not None:
@@ -475,7 +499,7 @@ class PhasedStrategy(Strategy):
         messages = list(messages)
         if not messages:
             return None
-        replies = list(collect(grid, messages, timeout, self._with_base))
+        replies = list(collect(grid, messages, timeout, self._with_missing))
         clients = [c for clients in self._evaluating.values() for c in clients]
         for direction, payload, sent in (
             ("down", self._payload_down(clients), messages),
@@ -489,10 +513,10 @@ class PhasedStrategy(Strategy):
         self, message_type: str, cohort: dict[int, list[int]]
     ) -> list[Message]:
         messages = []
-        state = pack(self._sent())
-        self._sent_anew: set[int] = set()
+        self._sent_anew: set[tuple[int, int]] = set()
         lora = self.config.lora
         for node, clients in cohort.items():
+            state, since = self._broadcast.letter(node)
             if self.phase.adapter == "lora" and lora.ranks:
                 largest = max(map(lora.rank_of, clients))
                 state = pack(take_slices(self._sent(), largest))
@@ -504,6 +528,7 @@ class PhasedStrategy(Strategy):
                 state,
                 base=self._base.digest,
                 phase_round=self._phase_round,
+                since=since,
             )
             if self.config.data.is_own:
                 instruction.classes = self._worker.classes
@@ -521,17 +546,22 @@ class PhasedStrategy(Strategy):
         self._instructions = {m.metadata.dst_node_id: m for m in messages}
         return messages
 
-    def _with_base(self, reply: Message) -> Message | None:
-        """Write the instruction again with the base, for a node that lost it."""
-        if not reply.has_error() or reply.error.code != MISSING_BASE:
+    def _with_missing(self, reply: Message) -> Message | None:
+        """Write the instruction again, for a node that lost the base or the state."""
+        if not reply.has_error():
             return None
+        code = reply.error.code
         sent = self._instructions[reply.metadata.src_node_id]
         node = sent.metadata.dst_node_id
-        if node in self._sent_anew:
-            return None  # it had the base, so this is a failure like any other
-        self._sent_anew.add(node)
+        if code not in (MISSING_BASE, MISSING_STATE) or (node, code) in self._sent_anew:
+            return None  # had it been sent that already, it would be another failure
+        self._sent_anew.add((node, code))
         instruction = Instruction.read(sent.content)
-        instruction.parcel = self._base.parcel(node, anew=True)
+        if code == MISSING_BASE:
+            instruction.parcel = self._base.parcel(node, anew=True)
+        else:
+            state, since = self._broadcast.letter(node, anew=True)
+            instruction.state, instruction.since = state, since
         message = Message(
             instruction.content(),
             dst_node_id=sent.metadata.dst_node_id,
@@ -580,6 +610,10 @@ class PhasedStrategy(Strategy):
                 f"its weights are {report.examples}, not from 1 to {owned}, which are "
                 "its clients' examples"
             )
+        if len(report.payloads) != len(owned) or not all(
+            type(given) is int and given > 0 for given in report.payloads
+        ):
+            raise MessageError(f"its payloads are {report.payloads}, not bytes of each")
         for name in ("losses", "seconds"):
             figures = getattr(report, name)
             if len(figures) != len(owned) or not all(map(math.isfinite, figures)):

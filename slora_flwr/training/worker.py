@@ -1,6 +1,6 @@
 """One process's resident backbone with a phase's adapter attached, and its data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -8,6 +8,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from slora_flwr.adapters import HeadAdapter, LowRankAdapter, SparseAdapter, make_adapter
@@ -71,6 +72,10 @@ class Worker:
         self.schedule = make_schedule(config)
         self.adapter: HeadAdapter | None = None
         self._entered: tuple[Phase, str] | None = None
+        # Of the phase's states, what both sides know without a message.
+        self.reference: State = {}
+        # The last states that came, as `Codec.write` gave them, by their digests.
+        self.received: dict[str, bytes] = {}
         self._patch: BasePatch | None = None
 
     @cached_property
@@ -150,8 +155,40 @@ class Worker:
             self.adapter = make_adapter(phase.adapter, self.config, frozen)
             self.adapter.attach(self.backbone)
             self._entered = (phase, patch_digest)
+            self.reference = {}
+            if self.config.download.dtype != "float32":
+                self.reference = self._known(phase, patch)
         assert self.adapter is not None
         return self.adapter
+
+    def _known(self, phase: Phase, patch: BasePatch | None) -> State:
+        """Give what is known of states: W_0's values, and the factors of the base."""
+        assert self.adapter is not None
+        known = self.adapter.known()
+        # A base that moves may have come without the factors that it began with.
+        if patch is not None and not phase.moves_base:
+            named = {f"{n}.lora_A": t for n, t in patch.a.items()}
+            named |= {f"{n}.lora_B": t for n, t in patch.b.items()}
+            known |= {n: t for n, t in named.items() if n in self.adapter.shapes()}
+        return known
+
+    def known_of(self, positions: Mapping[str, NDArray[np.int64]]) -> State:
+        """Give W_0's values at positions of target matrices, as a patch names them."""
+        self.leave()
+        return {
+            f"{name}.values": weight.reshape(-1)[torch.from_numpy(positions[name])]
+            for name, weight in self.base_weights().items()
+            if name in positions
+        }
+
+    def receive(self, digest: str, data: bytes) -> None:
+        """Keep a state for the differences to it, and the one that came before.
+
+        Nodes of one process can be told of different ones.
+        """
+        self.received.pop(digest, None)
+        before = list(self.received.items())[-1:]
+        self.received = {**dict(before), digest: data}
 
     def move_base(self, moves: Sequence[State], first: int, digest: str) -> None:
         """Change the base under the attached adapter.

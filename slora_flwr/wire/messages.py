@@ -16,8 +16,9 @@ from flwr.common.serde import message_to_proto
 
 from slora_flwr.tasks.metrics import Evaluation
 
-# Code of the error reply of a node that lacks the base which an instruction names.
-MISSING_BASE = 2404
+# Codes of the error replies of a node that lacks the base which an instruction names,
+# or the state to which it brings the difference.
+MISSING_BASE, MISSING_STATE = 2404, 2405
 
 
 class MessageError(ValueError):
@@ -65,11 +66,13 @@ class Instruction:
     fingerprint : str
         Of the adapter's layout and mask; the mask itself follows from the run's seed.
     state : Array
-        The packed state to start from.
+        The coded state to start from.
     base : str
         Digest of the phase's base, empty for W_0.
     parcel : Parcel
         What the node lacks of the base.
+    since : str
+        Digest of the state to which `state` is the difference; empty where it is whole.
     """
 
     server_round: int
@@ -81,6 +84,7 @@ class Instruction:
     classes: list[str] = field(default_factory=list)
     phase_round: int = 1
     parcel: Parcel = field(default_factory=Parcel)
+    since: str = ""
 
     def content(self) -> RecordDict:
         """Write the records."""
@@ -107,6 +111,8 @@ class Instruction:
             config["base"] = self.base
         if parcel.known:
             config["known"] = parcel.known
+        if self.since:
+            config["since"] = self.since
         if self.classes:
             config["classes"] = self.classes
         return RecordDict({"arrays": arrays, "config": config})
@@ -134,6 +140,7 @@ class Instruction:
                 weights=arrays.get("weights"),
             ),
             classes=list(config.get("classes", [])),  # type: ignore[arg-type]
+            since=str(config.get("since", "")),
         )
 
 
@@ -146,9 +153,10 @@ class Report:
     server_round, phase, fingerprint
         As in the instruction that it answers.
     update : Array
-        The packed update of a single client, float32, or the fold's sums, int64.
-    clients, examples, losses, seconds : list
-        Of the clients that are in the aggregate, in one order.
+        The coded update of a single client, or what the fold packs of several.
+    clients, examples, losses, seconds, payloads : list
+        Of the clients that are in the aggregate, in one order. `payloads` are the bytes
+        of their coded updates.
     failures : dict[int, str]
         The clients that are not, with reasons.
     """
@@ -161,6 +169,7 @@ class Report:
     examples: list[int]
     losses: list[float]
     seconds: list[float]
+    payloads: list[int]
     failures: dict[int, str] = field(default_factory=dict)
 
     def content(self) -> RecordDict:
@@ -172,6 +181,7 @@ class Report:
                 "examples": self.examples,
                 "losses": self.losses,
                 "seconds": self.seconds,
+                "payloads": self.payloads,
             }
         )
         config = ConfigRecord(
@@ -213,6 +223,7 @@ class Report:
                 examples=list(metrics["examples"]),  # type: ignore[arg-type]
                 losses=list(metrics["losses"]),  # type: ignore[arg-type]
                 seconds=list(metrics["seconds"]),  # type: ignore[arg-type]
+                payloads=list(metrics["payloads"]),  # type: ignore[arg-type]
                 failures=dict(
                     zip(
                         config.get("failed", []),  # type: ignore[arg-type]

@@ -1,0 +1,75 @@
+"""A node's way of sending its clients' updates: coded, with what was lost before."""
+
+from dataclasses import replace
+
+from flwr.app import Context
+from numpy.random import Philox
+
+from slora_flwr.adapters.head import State
+from slora_flwr.adapters.low_rank import fill_slices, take_slices
+from slora_flwr.adapters.masks import key
+from slora_flwr.config import parse
+from slora_flwr.residuals import Residuals
+from slora_flwr.training.worker import Worker
+from slora_flwr.wire.codec import Codec
+from slora_flwr.wire.messages import Instruction
+from slora_flwr.wire.upload import Upload, code_update
+
+
+class Sender:
+    """Codes the updates that an instruction asks for.
+
+    Parameters
+    ----------
+    worker : Worker
+        With the phase's adapter attached.
+    context : Context
+        The node's.
+    instruction : Instruction
+        The round's.
+    """
+
+    def __init__(
+        self, worker: Worker, context: Context, instruction: Instruction
+    ) -> None:
+        self._worker, self._instruction = worker, instruction
+        config, phase = worker.config, worker.schedule[instruction.phase]
+        self._codec = Codec.of_upload(
+            config.upload, phase.adapter, worker.backbone.head_size
+        )
+        self._has_ranks = phase.adapter == "lora" and bool(config.lora.ranks)
+        self._remembers = config.upload.feedback and not self._codec.is_exact
+        self._before: State = {}
+        self._tag = f"{instruction.phase} {instruction.fingerprint} "
+        is_only_client = parse(context.run_config).clients.count == 0
+        self._residuals = Residuals(context, is_only_client=is_only_client)
+
+    def code(self, client: int, update: State, start: State) -> Upload:
+        """Code a client's update; `start` is the state that it was sent."""
+        config = self._worker.config
+        shapes = {name: tensor.shape for name, tensor in update.items()}
+        rank = config.lora.rank_of(client)
+        if self._remembers:
+            self._before = self._residuals.take(client, self._tag)
+        if self._has_ranks:
+            update, start = take_slices(update, rank), take_slices(start, rank)
+        upload = code_update(
+            update,
+            self._codec,
+            residual=self._before,
+            start=start,
+            importance=config.upload.importance,
+            stream=self._stream(client),
+        )
+        return replace(upload, update=fill_slices(upload.update, shapes))
+
+    def keep(self, client: int, upload: Upload) -> None:
+        """Keep what the upload just coded lacks, for the client's next one."""
+        if self._remembers:
+            # A factor whose turn it was not has what it had.
+            residual = self._before | upload.residual
+            self._residuals.keep(client, self._tag, residual)
+
+    def _stream(self, client: int) -> Philox:
+        round_ = self._instruction.server_round
+        return Philox(key=key("upload", self._worker.config.seed, round_, client))

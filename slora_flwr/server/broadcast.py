@@ -1,0 +1,97 @@
+"""The state that a round sends, as its clients read it, and who has which version."""
+
+from collections.abc import Iterable
+from hashlib import blake2b
+
+from flwr.app import Array
+
+from slora_flwr.adapters.head import State
+from slora_flwr.wire.codec import Codec, add, subtract
+
+
+class Broadcast:
+    """A phase's states on their way down.
+
+    All clients of a round start from the same values, whatever each had before: a
+    difference is exact. So the result of a run does not depend on who shares a node.
+
+    Parameters
+    ----------
+    codec : Codec
+        How states travel.
+    reference : State
+        What both sides know without a message, and so is not sent: a state is coded as
+        its difference to this. Unused where the codec is exact.
+    """
+
+    def __init__(self, codec: Codec, reference: State) -> None:
+        self._codec, self._reference = codec, reference
+        # What `write` gave for the last version and the one before, by digest.
+        self._written: dict[str, bytes] = {}
+        self._digest = ""
+        self._arrays: dict[str, Array] = {}
+        self._values = 0
+        # Messages go to nodes; the ledger counts clients as if each were one.
+        self._nodes: dict[int, str] = {}
+        self._clients: dict[int, str] = {}
+
+    def publish(self, state: State) -> State:
+        """Make a state the one that is sent; give what its readers start from."""
+        codec = self._codec
+        self._values = sum(tensor.numel() for tensor in state.values())
+        if codec.is_plain:
+            self._arrays = {"": codec.encode(state)}
+            return state
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        change = state if codec.is_exact else subtract(state, self._reference)
+        data = codec.write(change)
+        digest = name_version(data)
+        if digest != self._digest:
+            before = self._written.get(self._digest)
+            self._written = {} if before is None else {self._digest: before}
+            self._written[digest] = data
+            self._digest = digest
+            self._arrays = {"": codec.seal(data, self._values)}
+        if codec.is_exact:
+            return state
+        return add(codec.read(data, shapes), self._reference)
+
+    def letter(self, node: int, *, anew: bool = False) -> tuple[Array, str]:
+        """Give what a node is sent, and the digest of the version it is to have.
+
+        Parameters
+        ----------
+        node : int
+            The node's id.
+        anew : bool
+            It lost what it had.
+        """
+        since = "" if anew else self._since(self._nodes.get(node))
+        return self._array(since), since
+
+    def owed(self, clients: Iterable[int]) -> int:
+        """Count the bytes that clients are sent, each as if it were a node."""
+        return sum(
+            len(self._array(self._since(self._clients.get(client))).data)
+            for client in clients
+        )
+
+    def received(self, node: int, clients: Iterable[int]) -> None:
+        """Note that a node has the version sent last, and so each of its clients."""
+        if self._codec.lossless:
+            self._nodes[node] = self._digest
+            self._clients |= dict.fromkeys(clients, self._digest)
+
+    def _since(self, version: str | None) -> str:
+        return version if version is not None and version in self._written else ""
+
+    def _array(self, since: str) -> Array:
+        if since not in self._arrays:
+            data, known = self._written[self._digest], self._written[since]
+            self._arrays[since] = self._codec.seal(data, self._values, known)
+        return self._arrays[since]
+
+
+def name_version(data: bytes) -> str:
+    """Name a version: BLAKE2b of what `Codec.write` gave, 32 hex digits."""
+    return blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,176 @@
+"""Values as codes of fewer bits, and back.
+
+`int8` and `int4` code blocks of `BLOCK` values against the largest of each: a float32
+scale, and whole numbers up to 127 or 7 of it. `float16` and `bfloat16` are the formats
+of these names, largest finite value in place of an overflow.
+
+Given a bit stream, rounding is stochastic: up or down to a neighbouring code with the
+probabilities that make the mean right, so that errors average out over clients and
+rounds (QSGD, arXiv 1610.02132). Without one it is to the nearest.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 128
+# Values that are worked on at once, so that they stay in the processor's cache.
+_CHUNK = 256 * BLOCK
+_LEVELS = {"int8": 127, "int4": 7}
+_CODE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
+# A little less than the largest float32, so that a code times its scale is finite.
+_LARGEST = 3.4028e38
+# Below it a scale's inverse would overflow: such a block is all zeros.
+_TINY = 1e-37
+
+Values = NDArray[np.float32]
+
+
+def codes_size(count: int, dtype: str) -> int:
+    """Count the bytes of the codes of so many values."""
+    return -(-count * _CODE_BITS[dtype] // 8)
+
+
+def scales_size(count: int, dtype: str) -> int:
+    """Count the bytes of their scales."""
+    return 4 * -(-count // BLOCK) if dtype in _LEVELS else 0
+
+
+def quantize(
+    values: Values, dtype: str, stream: np.random.Philox | None = None
+) -> tuple[bytes, bytes]:
+    """Code values.
+
+    Parameters
+    ----------
+    values : NDArray[np.float32]
+        Shape (n,), finite.
+    dtype : str
+        `float32`, `float16`, `bfloat16`, `int8` or `int4`.
+    stream : numpy.random.Philox or None
+        For stochastic rounding.
+
+    Returns
+    -------
+    codes, scales : bytes
+        `codes_size` and `scales_size` bytes, little-endian.
+    """
+    if dtype == "float32":
+        return values.astype("<f4", copy=False).tobytes(), b""
+    codes, scales = bytearray(), bytearray()
+    for start in range(0, len(values), _CHUNK):
+        part = values[start : start + _CHUNK]
+        noise = _noise(len(part), stream)
+        if dtype == "float16":
+            codes += _to_float16(part, noise).tobytes()
+        elif dtype == "bfloat16":
+            codes += _to_bfloat16(part, noise).tobytes()
+        else:
+            whole, scale = _to_integers(part, _LEVELS[dtype], noise)
+            codes += (_to_nibbles(whole) if dtype == "int4" else whole).tobytes()
+            scales += scale.tobytes()
+    return bytes(codes), bytes(scales)
+
+
+def dequantize(codes: bytes, scales: bytes, count: int, dtype: str) -> Values:
+    """Give the values that codes stand for.
+
+    Parameters
+    ----------
+    codes, scales : bytes
+        By `quantize`, and of its sizes.
+    count : int
+        Number of values.
+    dtype : str
+        As there.
+
+    Returns
+    -------
+    NDArray[np.float32]
+        Shape (count,), to write to.
+    """
+    if dtype in ("float32", "float16"):
+        kind = "<f4" if dtype == "float32" else "<f2"
+        return np.frombuffer(codes, kind).astype(np.float32)
+    if dtype == "bfloat16":
+        halves = np.frombuffer(codes, "<u2").astype(np.uint32)
+        return np.left_shift(halves, 16, out=halves).view(np.float32)
+    if dtype == "int8":
+        whole = np.frombuffer(codes, np.int8)
+    else:
+        pairs = np.frombuffer(codes, np.uint8)
+        whole = np.empty(2 * len(pairs), np.int8)
+        whole[::2], whole[1::2] = pairs & 15, pairs >> 4
+        whole = whole[:count] - np.int8(8)
+    values = whole.astype(np.float32)
+    scale = np.frombuffer(scales, "<f4")
+    full = count // BLOCK
+    values[: full * BLOCK].reshape(full, BLOCK)[:] *= scale[:full, None]
+    values[full * BLOCK :] *= scale[full:]
+    return values
+
+
+def _noise(count: int, stream: np.random.Philox | None) -> NDArray[np.uint16] | None:
+    """Draw 16 bits for each value."""
+    if stream is None:
+        return None
+    return stream.random_raw(-(-count // 4)).view(np.uint16)[:count]
+
+
+def _to_integers(
+    values: Values, levels: int, noise: NDArray[np.uint16] | None
+) -> tuple[NDArray[np.int8], Values]:
+    count = len(values)
+    if count % BLOCK:
+        values = np.pad(values, (0, -count % BLOCK))
+    blocks = values.reshape(-1, BLOCK)
+    peaks = np.maximum(blocks.max(axis=1), -blocks.min(axis=1))
+    scales = np.minimum(peaks, np.float32(_LARGEST)) / np.float32(levels)
+    scales[scales < _TINY] = 0
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scales > 0, 1 / scales, 0).astype(np.float32)
+    scaled = (blocks * inverse[:, None]).reshape(-1)[:count]
+    if noise is None:
+        np.rint(scaled, out=scaled)
+    else:
+        # In the middle of 2^16 intervals: the mean is right to 2^-17 of a step.
+        scaled += noise * np.float32(2.0**-16)
+        scaled += np.float32(2.0**-17)
+        np.floor(scaled, out=scaled)
+    np.clip(scaled, -levels, levels, out=scaled)
+    return scaled.astype(np.int8), scales
+
+
+def _to_bfloat16(
+    values: Values, noise: NDArray[np.uint16] | None
+) -> NDArray[np.uint16]:
+    bits = values.view(np.uint32)
+    added = noise if noise is not None else np.uint32(0x7FFF) + ((bits >> 16) & 1)
+    halves = ((bits + added) >> 16).astype(np.uint16)
+    # Infinity, by a carry.
+    halves -= (halves & 0x7FFF) == 0x7F80
+    return halves
+
+
+def _to_float16(
+    values: Values, noise: NDArray[np.uint16] | None
+) -> NDArray[np.float16]:
+    if noise is None:
+        near = np.clip(values, -65504, 65504)
+    else:
+        # 13 bits of a float32 are more than float16 has; below 2^-14 its steps are all
+        # 2^-24.
+        bits = values.view(np.uint32) + (noise >> 3)
+        near = (bits & np.uint32(0xFFFFE000)).view(np.float32)
+        near = np.clip(near, -65504, 65504)
+        small = np.abs(values) < 2.0**-14
+        steps = values[small] * np.float32(2.0**24)
+        steps += noise[small] * np.float32(2.0**-16) + np.float32(2.0**-17)
+        near[small] = np.floor(steps) * np.float32(2.0**-24)
+    return near.astype("<f2")
+
+
+def _to_nibbles(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
+    shifted = (codes + np.int8(8)).view(np.uint8)
+    if len(shifted) % 2:
+        shifted = np.append(shifted, np.uint8(8))
+    return shifted[::2] | np.left_shift(shifted[1::2], 4, dtype=np.uint8)

@@ -1,0 +1,67 @@
+"""Which values of an update travel where only a share of them does."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slora_flwr.adapters.head import State
+
+Positions = NDArray[np.int64]
+
+
+def weigh_by_product(
+    update: Mapping[str, Tensor], start: Mapping[str, Tensor]
+) -> State:
+    """Weigh LoRA's entries by what they do to B·A: FedSRD (arXiv 2510.04601).
+
+    A change of B_ij moves row i of B·A by |dB_ij|·‖A_j‖, with A_j the j-th row of A;
+    one of A_jk moves column k by ‖B_j‖·|dA_jk|, with B_j the j-th column of B. Norms
+    are of the factors after training, start + update. All else counts by magnitude.
+
+    Parameters
+    ----------
+    update : Mapping[str, Tensor]
+        `<module>.lora_A`, (rank, in), and `<module>.lora_B`, (out, rank), or one of
+        them; the head.
+    start : Mapping[str, Tensor]
+        What the client was sent, both factors.
+    """
+    weights = {name: tensor.abs() for name, tensor in update.items()}
+    for name, tensor in weights.items():
+        module, _, part = name.rpartition(".")
+        other = {"lora_A": f"{module}.lora_B", "lora_B": f"{module}.lora_A"}.get(part)
+        if other is None:
+            continue
+        factor = start[other] + update[other] if other in update else start[other]
+        if part == "lora_A":
+            tensor.mul_(factor.norm(dim=0)[:, None])
+        else:
+            tensor.mul_(factor.norm(dim=1)[None, :])
+    return weights
+
+
+def choose(weights: Mapping[str, Tensor], parts: Sequence[int], head: int) -> Positions:
+    """Choose the entries of largest weight, of the adapter's and of the head's.
+
+    Parameters
+    ----------
+    weights : Mapping[str, Tensor]
+        Of each entry, not negative.
+    parts : Sequence[int]
+        How many of the adapter's entries, and how many of the head's.
+    head : int
+        How many entries at the end are the head's.
+
+    Returns
+    -------
+    NDArray[np.int64]
+        Positions in the state as one vector, ascending.
+    """
+    flat = torch.cat([tensor.reshape(-1) for tensor in weights.values()])
+    cut = len(flat) - head
+    of_adapter = flat[:cut].topk(parts[0], sorted=False).indices
+    of_head = flat[cut:].topk(parts[1], sorted=False).indices
+    return np.sort(torch.cat([of_adapter, of_head + cut]).numpy())
