@@ -24,7 +24,7 @@ from torch import Tensor
 from slora_flwr.adapters.head import State
 from slora_flwr.config import DownloadConfig, UploadConfig
 from slora_flwr.wire.frame import HEADER_SIZE, unwrap, wrap
-from slora_flwr.wire.packing import STYPE, PayloadError, pack, unpack
+from slora_flwr.wire.packing import STYPE, PayloadError, flatten, pack, unpack
 from slora_flwr.wire.positions import (
     decode_positions,
     encode_positions,
@@ -157,10 +157,9 @@ class Codec:
         stream: np.random.Philox | None = None,
     ) -> bytes:
         """Write the bytes of a state's values, without a frame."""
-        data = pack(state).data
+        values = flatten(state)
         if self.is_exact:
-            return data
-        values = np.frombuffer(data, np.float32)
+            return values.astype("<f4", copy=False).tobytes()
         count, positions = len(values), b""
         if self.share:
             assert chosen is not None

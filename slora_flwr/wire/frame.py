@@ -115,7 +115,10 @@ def _unshuffle(data: bytes, itemsize: int) -> bytes:
         return data
     cut = len(data) - len(data) % itemsize
     planes = np.frombuffer(data[:cut], np.uint8).reshape(itemsize, -1)
-    return planes.T.tobytes() + data[cut:]
+    items = np.empty(planes.shape[::-1], dtype=np.uint8)
+    for i, plane in enumerate(planes):  # quicker than the transposed copy
+        items[:, i] = plane
+    return items.tobytes() + data[cut:]
 
 
 def _subtract(data: bytes, known: bytes, itemsize: int) -> bytes:

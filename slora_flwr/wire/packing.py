@@ -7,10 +7,12 @@ know them from the phase, and a fingerprint says whether they agree.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import Array
+from numpy.typing import NDArray
 from torch import Tensor
 
 STYPE = "slora.packed"
@@ -31,11 +33,14 @@ def pack(state: Mapping[str, Tensor], dtype: str = "float32") -> Array:
     dtype : str
         `float32` for states and updates, `int64` for the sums of a fold.
     """
-    flat = [tensor.detach().cpu().reshape(-1).numpy() for tensor in state.values()]
-    values = np.concatenate([*flat, np.empty(0, dtype)]).astype(
-        _WIRE[dtype], copy=False
-    )
+    values = flatten(state, dtype).astype(_WIRE[dtype], copy=False)
     return Array(dtype=dtype, shape=(len(values),), stype=STYPE, data=values.tobytes())
+
+
+def flatten(state: Mapping[str, Tensor], dtype: str = "float32") -> NDArray[Any]:
+    """Join a state's values to one vector."""
+    flat = [tensor.detach().cpu().reshape(-1).numpy() for tensor in state.values()]
+    return np.concatenate([np.empty(0, dtype), *flat], dtype=dtype, casting="unsafe")
 
 
 def unpack(

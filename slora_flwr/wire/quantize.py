@@ -10,6 +10,7 @@ rounds (QSGD, arXiv 1610.02132). Without one it is to the nearest.
 """
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 BLOCK = 128
@@ -88,12 +89,14 @@ def dequantize(codes: bytes, scales: bytes, count: int, dtype: str) -> Values:
     NDArray[np.float32]
         Shape (count,), to write to.
     """
-    if dtype in ("float32", "float16"):
-        kind = "<f4" if dtype == "float32" else "<f2"
-        return np.frombuffer(codes, kind).astype(np.float32)
+    if dtype == "float32":
+        return np.frombuffer(codes, "<f4").astype(np.float32)
+    if dtype == "float16":
+        halves = np.frombuffer(codes, "<f2").astype(np.float16)
+        return torch.from_numpy(halves).float().numpy()
     if dtype == "bfloat16":
-        halves = np.frombuffer(codes, "<u2").astype(np.uint32)
-        return np.left_shift(halves, 16, out=halves).view(np.float32)
+        bits = np.frombuffer(codes, "<u2").astype(np.uint32)
+        return np.left_shift(bits, 16, out=bits).view(np.float32)
     if dtype == "int8":
         whole = np.frombuffer(codes, np.int8)
     else:
@@ -120,24 +123,31 @@ def _to_integers(
     values: Values, levels: int, noise: NDArray[np.uint16] | None
 ) -> tuple[NDArray[np.int8], Values]:
     count = len(values)
-    if count % BLOCK:
-        values = np.pad(values, (0, -count % BLOCK))
-    blocks = values.reshape(-1, BLOCK)
-    peaks = np.maximum(blocks.max(axis=1), -blocks.min(axis=1))
+    blocks = np.pad(values, (0, -count % BLOCK)).reshape(-1, BLOCK)
+    peaks = torch.from_numpy(blocks).abs().amax(dim=1).numpy()
     scales = np.minimum(peaks, np.float32(_LARGEST)) / np.float32(levels)
     scales[scales < _TINY] = 0
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scales > 0, 1 / scales, 0).astype(np.float32)
-    scaled = (blocks * inverse[:, None]).reshape(-1)[:count]
+    inverse = np.zeros_like(scales)
+    np.divide(1, scales, out=inverse, where=scales > 0)
+    blocks *= inverse[:, None]
+    scaled = blocks.reshape(-1)[:count]
     if noise is None:
         np.rint(scaled, out=scaled)
     else:
-        # In the middle of 2^16 intervals: the mean is right to 2^-17 of a step.
-        scaled += noise * np.float32(2.0**-16)
-        scaled += np.float32(2.0**-17)
+        scaled += _unit(noise)
         np.floor(scaled, out=scaled)
     np.clip(scaled, -levels, levels, out=scaled)
     return scaled.astype(np.int8), scales
+
+
+def _unit(noise: NDArray[np.uint16]) -> Values:
+    """Give the middle of one of 2^16 intervals of (0, 1) for each.
+
+    So the mean of what is rounded is right to 2^-17 of a step.
+    """
+    unit = np.multiply(noise, np.float32(2.0**-16), dtype=np.float32)
+    unit += np.float32(2.0**-17)
+    return unit
 
 
 def _to_bfloat16(
@@ -164,9 +174,10 @@ def _to_float16(
         near = np.clip(near, -65504, 65504)
         small = np.abs(values) < 2.0**-14
         steps = values[small] * np.float32(2.0**24)
-        steps += noise[small] * np.float32(2.0**-16) + np.float32(2.0**-17)
+        steps += _unit(noise[small])
         near[small] = np.floor(steps) * np.float32(2.0**-24)
-    return near.astype("<f2")
+    # By torch, which has the processor's instruction for it.
+    return torch.from_numpy(near).half().numpy().astype("<f2", copy=False)
 
 
 def _to_nibbles(codes: NDArray[np.int8]) -> NDArray[np.uint8]:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -60,8 +59,20 @@ def choose(weights: Mapping[str, Tensor], parts: Sequence[int], head: int) -> Po
     NDArray[np.int64]
         Positions in the state as one vector, ascending.
     """
-    flat = torch.cat([tensor.reshape(-1) for tensor in weights.values()])
+    flat = np.concatenate([tensor.reshape(-1).numpy() for tensor in weights.values()])
     cut = len(flat) - head
-    of_adapter = flat[:cut].topk(parts[0], sorted=False).indices
-    of_head = flat[cut:].topk(parts[1], sorted=False).indices
-    return np.sort(torch.cat([of_adapter, of_head + cut]).numpy())
+    of_adapter = _largest(flat[:cut], parts[0])
+    return np.concatenate([of_adapter, _largest(flat[cut:], parts[1]) + cut])
+
+
+def _largest(weights: NDArray[np.float32], count: int) -> Positions:
+    """Give the positions of the largest, ascending; of equal ones the first."""
+    if not count:
+        return np.empty(0, dtype=np.int64)
+    start = len(weights) - count
+    least = np.partition(weights, start)[start]
+    chosen = np.flatnonzero(weights >= least)
+    if len(chosen) > count:
+        equal = chosen[weights[chosen] == least]
+        chosen = np.setdiff1d(chosen, equal[count - len(chosen) :], assume_unique=True)
+    return chosen
