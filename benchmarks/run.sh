@@ -21,6 +21,7 @@ measure masked-gradient masked_gradient.py
 measure workers workers.py
 measure handoff handoff.py
 measure aggregation aggregation.py
+measure codec codec.py
 measure rounds-embedded rounds.py
 minilm=minilm-l6-h384-uncased
 if [ -d "${SLORA_ASSETS:-/nowhere}/models/$minilm" ]; then

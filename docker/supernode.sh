@@ -10,7 +10,7 @@ for folder in /nodes/*/; do
     # whatever way.
     exec 9< "$folder/key"
     flock --nonblock 9 || continue
-    config="name=\"${folder##*/}\" data-path=\"$folder/data\""
+    config="name=\"${folder##*/}\" data-path=\"$folder/data\" wire-interface=\"eth0\""
     [ ! -f "$folder/config" ] || config+=" $(tr '\n' ' ' < "$folder/config")"
     echo "node ${folder##*/}: $config"
     # shellcheck disable=SC2093

@@ -293,6 +293,10 @@ for i, way in enumerate(("down", "up")):
     told = sum(int(row["message_bytes"]) for row in ledger if row["direction"] == way) / 3
     wire = [int(b[i]) - int(a[i]) for a, b in zip(before, after)]
     known = 3 * A_ROUND + (ONCE if way == "down" else 0)
+    counted = sum(int(row["wire_bytes"] or 0) for row in ledger if row["direction"] == way) / 3
+    # From a node's first reply to its third: two of three rounds, and not the app.
+    if not 0.6 * told <= counted <= 0.7 * max(wire) + known:
+        sys.exit(f"{way}: the ledger counts {counted} bytes on the wire of {wire}")
     print(f"{way}: ledger {told / 1e6:.3f} MB a node, wire {min(wire) / 1e6:.3f} to {max(wire) / 1e6:.3f} MB;", end=" ")
     if not all(told <= w <= 1.05 * told + known for w in wire):
         sys.exit(1)

@@ -38,6 +38,7 @@ from slora_flwr.tasks.metrics import pool
 from slora_flwr.tasks.own_data import OwnData, OwnDataError
 from slora_flwr.training.worker import ClientError, Worker
 from slora_flwr.wire.codec import Codec, add
+from slora_flwr.wire.interface import count_wire
 from slora_flwr.wire.messages import (
     MISSING_BASE,
     MISSING_STATE,
@@ -158,6 +159,7 @@ def train(message: Message, context: Context) -> Message:
         losses=[],
         seconds=[],
         payloads=[],
+        wire=count_wire(str(context.node_config.get("wire-interface", ""))),
     )
     sender = Sender(worker, context, instruction)
     alone = pack({})

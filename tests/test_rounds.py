@@ -396,6 +396,8 @@ BAD: dict[str, tuple[Tamper, str]] = {
     "other-clients": (foreign, "it answers for [10"),
     "one-client-twice": (twice, "it answers twice for one of "),
     "payloads-missing": (set_to(payloads=[8]), "its payloads are [8]"),
+    "wire-missing": (set_to(wire=[8]), "its wire bytes are [8]"),
+    "negative-wire": (set_to(wire=[8, -8]), "its wire bytes are [8, -8]"),
     "negative-payload": (set_to(payloads=[-8, 8]), "its payloads are [-8, 8]"),
     "no-arrays": (without("arrays"), "records are off: KeyError('arrays')"),
     "no-metrics": (without("metrics"), "records are off: KeyError('metrics')"),

@@ -187,14 +187,14 @@ def report() -> Report:
 @pytest.mark.parametrize("failures", [{}, {0: "no examples", 5: "not finite"}])
 def test_a_report_arrives_as_it_was_sent(failures: dict[int, str]) -> None:
     sent = report()
-    sent.failures = failures
+    sent.failures, sent.wire = failures, [7, 9] if failures else []
     content = travel(sent.content())
     got = Report.read(content)
     assert (got.server_round, got.phase, got.fingerprint) == (3, 1, "f00d")
     assert (got.clients, got.examples) == ([4, 17], [10, 30])
     assert (got.losses, got.seconds) == ([0.5, 0.25], [1.5, 2.5])
     assert got.payloads == [12, 9]
-    assert got.failures == failures
+    assert (got.failures, got.wire) == (failures, sent.wire)
     assert got.update.data == KNOWN_BYTES
     assert content.metric_records["metrics"]["num-examples"] == 40
 
@@ -289,6 +289,7 @@ def test_the_ledger_is_a_csv_file_as_it_grows(tmp_path: Path) -> None:
         "payload_bytes": "400",
         "message_bytes": "450",
         "planned_payload_bytes": "",
+        "wire_bytes": "",
     }
 
 

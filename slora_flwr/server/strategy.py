@@ -69,6 +69,7 @@ class Round:
     reports: list[Report] = field(default_factory=list)
     failed: set[int] = field(default_factory=set)
     up_message_bytes: int = 0
+    wire_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def clients(self) -> list[int]:
@@ -104,6 +105,7 @@ class PhasedStrategy(Strategy):
         self._worker = worker
         self._directory = directory
         self._best = -1.0
+        self._wire: dict[int, list[int]] = {}
         self._server_round = 0
         self._enter(0)
 
@@ -270,6 +272,7 @@ class PhasedStrategy(Strategy):
             report.update = pack({})
             current.reports.append(report)
             self._broadcast.received(node, report.clients)
+            self._count_wire(node, report.wire)
         answered = set(current.clients)
         for node, clients in current.cohort.items():
             silent = [c for c in clients if c not in answered | current.failed]
@@ -468,7 +471,10 @@ class PhasedStrategy(Strategy):
             clients = self._round.clients
             size = sum(n for report in self._round.reports for n in report.payloads)
             sent, planned = self._round.up_message_bytes, self._planned[server_round]
-            self._note("up", len(clients), size, sent, planned.up)
+            wire = self._round.wire_bytes
+            self._note("up", len(clients), size, sent, planned.up, wire.get("up"))
+            if wire:
+                self._note("down", 0, 0, 0, wire=wire["down"])
             if after is not None and metrics is not None:
                 return after, metrics
             log(
@@ -614,11 +620,27 @@ class PhasedStrategy(Strategy):
             type(given) is int and given > 0 for given in report.payloads
         ):
             raise MessageError(f"its payloads are {report.payloads}, not bytes of each")
+        if len(report.wire) not in (0, 2) or not all(
+            type(count) is int and count >= 0 for count in report.wire
+        ):
+            raise MessageError(f"its wire bytes are {report.wire}, not two counts")
         for name in ("losses", "seconds"):
             figures = getattr(report, name)
             if len(figures) != len(owned) or not all(map(math.isfinite, figures)):
                 raise MessageError(f"its {name} are {figures}, not one for each client")
         return report
+
+    def _count_wire(self, node: int, counted: list[int]) -> None:
+        """Add what a node's interface moved since its last reply."""
+        before = self._wire.get(node)
+        if counted:
+            self._wire[node] = counted
+        if not (counted and before):
+            return
+        found = self._round.wire_bytes
+        for way, now, then in zip(("down", "up"), counted, before, strict=True):
+            # A container that was made anew counts from zero.
+            found[way] = found.get(way, 0) + (now - then if now >= then else now)
 
     def _fail(self, node: int, clients: list[int], reason: str | None) -> None:
         failure = {"node": node, "clients": clients, "reason": reason}
@@ -634,10 +656,11 @@ class PhasedStrategy(Strategy):
         payload: int,
         sent: int,
         planned: int | None = None,
+        wire: int | None = None,
     ) -> None:
         number, phase = self._round.number, self.phase.adapter
         self._directory.ledger.add(
-            Entry(number, phase, direction, clients, payload, sent, planned)
+            Entry(number, phase, direction, clients, payload, sent, planned, wire)
         )
 
     def _close_round(

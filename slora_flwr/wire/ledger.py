@@ -26,8 +26,11 @@ class Entry:
         Bytes of the serialised messages that were really sent, one for each node.
     planned_payload_bytes : int or None
         What `slora plan` predicts for training messages if the whole cohort answers
-        and no evaluation on clients has brought a part of the base before; None for
-        an evaluation's own.
+        and no evaluation on clients has brought a part of the base before, without
+        compression; None for an evaluation's own.
+    wire_bytes : int or None
+        Bytes that the nodes' network interfaces moved since their replies of the round
+        before, all traffic included; None where no node counts them.
     """
 
     round: int
@@ -37,6 +40,7 @@ class Entry:
     payload_bytes: int
     message_bytes: int
     planned_payload_bytes: int | None = None
+    wire_bytes: int | None = None
 
 
 class Ledger:

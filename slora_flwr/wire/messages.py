@@ -159,6 +159,9 @@ class Report:
         of their coded updates.
     failures : dict[int, str]
         The clients that are not, with reasons.
+    wire : list[int]
+        Bytes that the node's network interface has received and sent so far; empty
+        where it does not count them.
     """
 
     server_round: int
@@ -171,6 +174,7 @@ class Report:
     seconds: list[float]
     payloads: list[int]
     failures: dict[int, str] = field(default_factory=dict)
+    wire: list[int] = field(default_factory=list)
 
     def content(self) -> RecordDict:
         """Write the records."""
@@ -191,6 +195,8 @@ class Report:
                 "fingerprint": self.fingerprint,
             }
         )
+        if self.wire:  # Flower cannot count the bytes of an empty list
+            metrics["wire"] = self.wire
         if self.failures:
             config["failed"] = list(self.failures)
             config["reasons"] = list(self.failures.values())
@@ -224,6 +230,7 @@ class Report:
                 losses=list(metrics["losses"]),  # type: ignore[arg-type]
                 seconds=list(metrics["seconds"]),  # type: ignore[arg-type]
                 payloads=list(metrics["payloads"]),  # type: ignore[arg-type]
+                wire=list(metrics.get("wire", [])),  # type: ignore[arg-type]
                 failures=dict(
                     zip(
                         config.get("failed", []),  # type: ignore[arg-type]
