@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from flwr.common.config import flatten_dict
 from safetensors.torch import load_file
 
 from slora_flwr.server.inline import InlineGrid
@@ -27,7 +28,15 @@ VALUES: dict[str, Any] = {
     "data.max-test": 100,
     "train.batch-size": 32,
 }
-RUN_CONFIG = " ".join(f"{key}={value}" for key, value in VALUES.items())
+CODED: dict[str, Any] = {
+    "rounds": 3,
+    "clients.count": 4,
+    "upload.dtype": "'int4'",
+    "upload.top-k": 0.1,
+    "upload.lossless": "true",
+    "download.dtype": "'int8'",
+    "download.lossless": "true",
+}
 
 
 def free_port() -> int:
@@ -70,16 +79,20 @@ def slora(environment: dict[str, str], *arguments: str) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.parametrize("changes", [{}, CODED], ids=["plain", "coded"])
 def test_a_simulation_gives_the_inline_engines_figures(
-    flower: dict[str, str], tmp_path: Path
+    flower: dict[str, str], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    done = slora(flower, "--nodes", "2", "-c", f"{RUN_CONFIG} run.dir='{tmp_path}/ray'")
+    given = VALUES | changes | {"run.dir": f"'{tmp_path}/ray'"}
+    written = " ".join(f"{key}={value}" for key, value in given.items())
+    done = slora(flower, "--nodes", "2", "-c", written)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No additional application dependencies needed" in done.stdout
     assert "fft, same rounds" in done.stdout
 
-    values = {**VALUES, "run.dir": str(tmp_path / "inline")}
-    run(InlineGrid(values), values, run_id=1)
+    read = tomllib.loads(written.replace(" ", "\n"))
+    values = flatten_dict(read) | {"run.dir": str(tmp_path / "inline")}
+    run(InlineGrid(values, run_id=2), values, run_id=2)
     for name in ("last", "best"):
         states = [
             load_file(tmp_path / engine / "checkpoints" / f"{name}.safetensors")
@@ -92,7 +105,8 @@ def test_a_simulation_gives_the_inline_engines_figures(
         json.loads((tmp_path / engine / "summary.json").read_text())
         for engine in ("ray", "inline")
     ]
-    for key in ("accuracy", "macro_f1", "loss", "payload_bytes_up"):
+    figures = ("accuracy", "macro_f1", "loss", "payload_bytes_up", "payload_bytes_down")
+    for key in figures:
         assert summaries[0][key] == pytest.approx(summaries[1][key], abs=1e-6)
 
 
