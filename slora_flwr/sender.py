@@ -6,7 +6,7 @@ from flwr.app import Context
 from numpy.random import Philox
 
 from slora_flwr.adapters.head import State
-from slora_flwr.adapters.low_rank import fill_slices, take_slices
+from slora_flwr.adapters.low_rank import LowRankAdapter, fill_slices, take_slices
 from slora_flwr.adapters.masks import key
 from slora_flwr.config import parse
 from slora_flwr.residuals import Residuals
@@ -40,7 +40,13 @@ class Sender:
         self._has_ranks = phase.adapter == "lora" and bool(config.lora.ranks)
         self._remembers = config.upload.feedback and not self._codec.is_exact
         self._before: State = {}
-        self._tag = f"{instruction.phase} {instruction.fingerprint} "
+        # What an update lacks of a mask that was drawn for one round has no place in
+        # another's, nor what it lacks of factors that FlexLoRA makes anew.
+        self._has_head_alone = phase.aggregator == "flexlora" or (
+            phase.adapter == "sparse" and phase.moves_base
+        )
+        layout = "head" if self._has_head_alone else instruction.fingerprint
+        self._tag = f"{instruction.phase} {layout} "
         is_only_client = parse(context.run_config).clients.count == 0
         self._residuals = Residuals(context, is_only_client=is_only_client)
 
@@ -51,6 +57,9 @@ class Sender:
         rank = config.lora.rank_of(client)
         if self._remembers:
             self._before = self._residuals.take(client, self._tag)
+        adapter = self._worker.adapter
+        if isinstance(adapter, LowRankAdapter):
+            start = adapter.whole(start)
         if self._has_ranks:
             update, start = take_slices(update, rank), take_slices(start, rank)
         upload = code_update(
@@ -68,6 +77,9 @@ class Sender:
         if self._remembers:
             # A factor whose turn it was not has what it had.
             residual = self._before | upload.residual
+            if self._has_head_alone:
+                head = self._worker.backbone.head
+                residual = {n: t for n, t in residual.items() if n in head}
             self._residuals.keep(client, self._tag, residual)
 
     def _stream(self, client: int) -> Philox:

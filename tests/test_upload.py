@@ -26,6 +26,7 @@ from test_rounds import (
     make_config,
     payloads,
     start,
+    summary,
 )
 
 from slora_flwr import node
@@ -63,19 +64,17 @@ class Grid(RecordingGrid):
 
 def test_the_product_rule_by_hand() -> None:
     """|dB_ij| times the norm of A's row j; |dA_jk| times that of B's column j."""
-    start = {
-        "m.lora_A": torch.tensor([[3.0, 0.0, 3.0], [0.0, 1.0, 0.0]]),
-        "m.lora_B": torch.tensor([[5.0, 0.0], [11.0, 2.0]]),
-        "head": torch.zeros(2),
-    }
-    update = {
+    changes = {
         "m.lora_A": torch.tensor([[0.0, 4.0, -3.0], [0.0, 0.0, 0.5]]),
         "m.lora_B": torch.tensor([[0.0, -1.0], [1.0, 0.0]]),
         "head": torch.tensor([-0.25, 0.5]),
     }
-    # After: A = [[3, 4, 0], [0, 1, .5]], row norms 5 and root 1.25; B = [[5, -1],
-    # [12, 2]], column norms 13 and root 5.
-    weights = weigh_by_product(update, start)
+    factors = {
+        "m.lora_A": torch.tensor([[3.0, 4.0, 0.0], [0.0, 1.0, 0.5]]),
+        "m.lora_B": torch.tensor([[5.0, -1.0], [12.0, 2.0]]),
+    }
+    # A's rows have norms 5 and root 1.25, B's columns 13 and root 5.
+    weights = weigh_by_product(changes, factors)
     a = torch.tensor([[0.0, 52.0, 39.0], [0.0, 0.0, 0.5 * math.sqrt(5)]])
     b = torch.tensor([[0.0, math.sqrt(1.25)], [5.0, 0.0]])
     torch.testing.assert_close(weights["m.lora_A"], a)
@@ -84,8 +83,8 @@ def test_the_product_rule_by_hand() -> None:
 
 
 def test_the_product_rule_with_a_factor_that_rests() -> None:
-    start = {"m.lora_A": torch.tensor([[3.0, 4.0]]), "m.lora_B": torch.zeros(2, 1)}
-    weights = weigh_by_product({"m.lora_B": torch.tensor([[1.0], [-2.0]])}, start)
+    factors = {"m.lora_A": torch.tensor([[3.0, 4.0]]), "m.lora_B": torch.zeros(2, 1)}
+    weights = weigh_by_product({"m.lora_B": torch.tensor([[1.0], [-2.0]])}, factors)
     assert weights["m.lora_B"].tolist() == [[5.0], [10.0]]
 
 
@@ -220,10 +219,11 @@ CODED: dict[str, Config] = {
     "sparse": INT8 | LOSSLESS | {"method": "sft"},
     "fft": INT8 | TOP | LOSSLESS | {"method": "fft"},
     "lossless": LOSSLESS,
-    "exact": INT8 | TOP | {"method": "slora", "lora.aggregator": "exact"},
+    "exact": INT8 | {"method": "slora", "lora.aggregator": "exact"},
     "flexlora": INT8 | LOSSLESS | {"method": "flexlora"},
     "alternate": INT8 | TOP | {"method": "alternate-lora"},
     "ffa": INT8 | {"method": "slora", "lora.aggregator": "ffa"},
+    "ffa-lora": TOP | {"method": "ffa-lora"},
     "redrawn": INT8 | LOSSLESS | {"method": "slora", "sparse.schedule": "per-round"},
     "federa": INT8 | {"lora.start": "federa"},
     "ranks": TOP | {"lora.ranks": "4, 2", "upload.dtype": "int8"},
@@ -249,20 +249,24 @@ def test_one_node_is_many_nodes(config: Config, name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n, c in CODED.items() if "lossless" not in n])
 def test_coded_runs_learn_as_plain_ones_do(config: Config, name: str) -> None:
-    """The state is near that of the plain run, nearer than the plain run moved."""
+    """They end near the plain run: in loss, and in state nearer than that one moved."""
     coded = config | CODED[name]
     plain = {k: v for k, v in coded.items() if not k.startswith(("upload", "download"))}
     plain = elsewhere(plain)
-    after, expected = final(start(coded, Grid(coded))), None
+    directory = start(coded, Grid(coded))
     grid = Grid(plain)
-    expected = final(start(plain, grid))
+    reference = start(plain, grid)
+    has_top_k = "upload.top-k" in coded
+    away = abs(summary(directory)["loss"] - summary(reference)["loss"])
+    # A base or a state that is read wrongly is off by tenths. What is not sent yet is
+    # not learned yet.
+    assert 0 < away < (math.inf if has_top_k else 0.01)
+    if coded["method"] == "slora" or "lora.start" in coded:
+        return  # their start is coded too, and the base has what it is off
+    after, expected = final(directory), final(reference)
+    moved = torch.cat([t.reshape(-1) for t in expected.values()]) - grid.sent(1)
     error = torch.cat([(after[n] - t).reshape(-1) for n, t in expected.items()])
-    assert error.norm() > 0
-    first = grid.sent(1)
-    if len(first) == len(error):
-        moved = torch.cat([t.reshape(-1) for t in expected.values()]) - first
-        share = 0.9 if "upload.top-k" in coded else 0.35
-        assert error.norm() < share * moved.norm()
+    assert error.norm() < (0.9 if has_top_k else 0.4) * moved.norm()
 
 
 def test_lossless_changes_nothing_but_bytes(config: Config) -> None:
@@ -289,7 +293,7 @@ def test_bytes_of_coded_updates(
 
     def size(*parts: int, bits: int = 8, block: int = 4) -> int:
         codes = sum(math.ceil(n * bits / 8) for n in parts)
-        return 9 + codes + sum(block * math.ceil(n / 128) for n in parts)
+        return 13 + codes + sum(block * math.ceil(n / 128) for n in parts)
 
     up = {"bits": bits, "block": block}
     base = size(SPARSE_VALUES + LORA_VALUES)
@@ -371,7 +375,7 @@ def test_a_node_that_lost_the_state_is_sent_it_whole(config: Config) -> None:
         (2, True),
         (3, True),
         (3, False),
-        (4, True),
+        (4, False),  # it may keep nothing
     ]
     assert events(directory, "failure") == []
     assert not differ(final(directory), final(undisturbed))

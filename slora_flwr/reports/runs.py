@@ -320,7 +320,7 @@ def _failure(event: dict[str, Any]) -> Failure:
 
 
 def _entry(row: dict[str, str]) -> Entry:
-    planned = row.get("planned_payload_bytes")
+    planned, wire = row.get("planned_payload_bytes"), row.get("wire_bytes")
     return Entry(
         int(row["round"]),
         row["phase"],
@@ -329,4 +329,5 @@ def _entry(row: dict[str, str]) -> Entry:
         int(row["payload_bytes"]),
         int(row["message_bytes"]),
         int(float(planned)) if planned else None,
+        int(wire) if wire else None,
     )

@@ -34,6 +34,8 @@ class Broadcast:
         # Messages go to nodes; the ledger counts clients as if each were one.
         self._nodes: dict[int, str] = {}
         self._clients: dict[int, str] = {}
+        # Nodes that did not keep a state, as where no process outlives a message.
+        self._forgetful: set[int] = set()
 
     def publish(self, state: State) -> State:
         """Make a state the one that is sent; give what its readers start from."""
@@ -64,9 +66,12 @@ class Broadcast:
         node : int
             The node's id.
         anew : bool
-            It lost what it had.
+            It lost what it had: it is sent all from now on.
         """
-        since = "" if anew else self._since(self._nodes.get(node))
+        if anew:
+            self._forgetful.add(node)
+        known = self._nodes.get(node) if node not in self._forgetful else None
+        since = self._since(known)
         return self._array(since), since
 
     def owed(self, clients: Iterable[int]) -> int:
@@ -83,7 +88,11 @@ class Broadcast:
             self._clients |= dict.fromkeys(clients, self._digest)
 
     def _since(self, version: str | None) -> str:
-        return version if version is not None and version in self._written else ""
+        """Give the version to send the difference to, if there is one and it pays."""
+        if version is None or version not in self._written:
+            return ""
+        difference, whole = self._array(version), self._array("")
+        return version if len(difference.data) < len(whole.data) else ""
 
     def _array(self, since: str) -> Array:
         if since not in self._arrays:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from slora_flwr.wire.packing import PayloadError
 
 # How the bytes are stored, how many they are, and their CRC-32.
-_HEADER = struct.Struct("<BII")
+_HEADER = struct.Struct("<BQI")
 HEADER_SIZE = _HEADER.size
 _STORED, _COMPRESSED, _DIFFERENCE = range(3)
 
@@ -26,7 +26,7 @@ def wrap(data: bytes, itemsize: int, *, compress: bool, known: bytes = b"") -> b
     Parameters
     ----------
     data : bytes
-        What to frame, below 4 GiB.
+        What to frame.
     itemsize : int
         Bytes of its items, whole numbers or floats: 1, 2 or 4.
     compress : bool
@@ -67,7 +67,7 @@ def unwrap(frame: bytes, itemsize: int, most: int, known: bytes = b"") -> bytes:
         else.
     """
     if len(frame) < HEADER_SIZE:
-        raise PayloadError(f"a frame of {len(frame)} bytes; its header has 9")
+        raise PayloadError(f"{len(frame)} bytes are no frame; a header has more")
     way, length, checksum = _HEADER.unpack_from(frame)
     stored = frame[HEADER_SIZE:]
     if length > most:

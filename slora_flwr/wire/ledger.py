@@ -29,8 +29,9 @@ class Entry:
         and no evaluation on clients has brought a part of the base before, without
         compression; None for an evaluation's own.
     wire_bytes : int or None
-        Bytes that the nodes' network interfaces moved since their replies of the round
-        before, all traffic included; None where no node counts them.
+        Bytes that the nodes' network interfaces moved since they trained last, all
+        traffic included: that reply and this instruction. None where no node counts
+        them.
     """
 
     round: int

@@ -107,8 +107,11 @@ def dequantize(codes: bytes, scales: bytes, count: int, dtype: str) -> Values:
     values = whole.astype(np.float32)
     scale = np.frombuffer(scales, "<f4")
     full = count // BLOCK
-    values[: full * BLOCK].reshape(full, BLOCK)[:] *= scale[:full, None]
-    values[full * BLOCK :] *= scale[full:]
+    # Scales that `quantize` never writes can give what is not finite; who adds it up
+    # refuses it.
+    with np.errstate(over="ignore", invalid="ignore"):
+        values[: full * BLOCK].reshape(full, BLOCK)[:] *= scale[:full, None]
+        values[full * BLOCK :] *= scale[full:]
     return values
 
 

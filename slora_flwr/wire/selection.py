@@ -12,33 +12,29 @@ Positions = NDArray[np.int64]
 
 
 def weigh_by_product(
-    update: Mapping[str, Tensor], start: Mapping[str, Tensor]
+    changes: Mapping[str, Tensor], factors: Mapping[str, Tensor]
 ) -> State:
     """Weigh LoRA's entries by what they do to B·A: FedSRD (arXiv 2510.04601).
 
     A change of B_ij moves row i of B·A by |dB_ij|·‖A_j‖, with A_j the j-th row of A;
-    one of A_jk moves column k by ‖B_j‖·|dA_jk|, with B_j the j-th column of B. Norms
-    are of the factors after training, start + update. All else counts by magnitude.
+    one of A_jk moves column k by ‖B_j‖·|dA_jk|, with B_j the j-th column of B. All else
+    counts by magnitude.
 
     Parameters
     ----------
-    update : Mapping[str, Tensor]
+    changes : Mapping[str, Tensor]
         `<module>.lora_A`, (rank, in), and `<module>.lora_B`, (out, rank), or one of
         them; the head.
-    start : Mapping[str, Tensor]
-        What the client was sent, both factors.
+    factors : Mapping[str, Tensor]
+        Both factors, as the client has trained them.
     """
-    weights = {name: tensor.abs() for name, tensor in update.items()}
+    weights = {name: tensor.abs() for name, tensor in changes.items()}
     for name, tensor in weights.items():
         module, _, part = name.rpartition(".")
-        other = {"lora_A": f"{module}.lora_B", "lora_B": f"{module}.lora_A"}.get(part)
-        if other is None:
-            continue
-        factor = start[other] + update[other] if other in update else start[other]
         if part == "lora_A":
-            tensor.mul_(factor.norm(dim=0)[:, None])
-        else:
-            tensor.mul_(factor.norm(dim=1)[None, :])
+            tensor.mul_(factors[f"{module}.lora_B"].norm(dim=0)[:, None])
+        elif part == "lora_B":
+            tensor.mul_(factors[f"{module}.lora_A"].norm(dim=1)[None, :])
     return weights
 
 

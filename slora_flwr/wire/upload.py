@@ -54,7 +54,7 @@ def code_update(
     residual : Mapping[str, Tensor]
         What the client's last update lacked, by name; none is as good as zeros.
     start : Mapping[str, Tensor]
-        What the client was sent.
+        What the client was sent, and what rests: a frozen A.
     importance : str
         `magnitude` or `product`, where a share travels.
     stream : numpy.random.Philox
@@ -68,7 +68,8 @@ def code_update(
         count = sum(tensor.numel() for tensor in whole.values())
         weights = {name: tensor.abs() for name, tensor in whole.items()}
         if importance == "product":
-            weights = weigh_by_product(whole, start)
+            trained = {n: t + update[n] if n in update else t for n, t in start.items()}
+            weights = weigh_by_product(whole, trained)
         chosen = choose(weights, codec.parts(count), codec.head)
     array = codec.encode(whole, chosen, stream)
     read = codec.decode(array, {name: t.shape for name, t in whole.items()})
