@@ -2,9 +2,10 @@
 
 A set of k out of n positions carries log2(n over k) bits if all sets are equally
 likely. Here each gap to the next position is a byte, or several where it is wide, and
-a Huffman code over the bytes (Deflate, RFC 1951, without matches) does the rest: at most 2% above
-that bound for 10,000 positions or more and a share from 0.1% to 50%, 3% for a thousand,
-since the code's table takes 30 to 100 bytes. Positions in clusters take less.
+a Huffman code over the bytes (Deflate, RFC 1951, without matches) does the rest: at
+most 2% above that bound for 10,000 positions or more and a share from 0.1% to 50%, 3%
+for a thousand, since the code's table takes 30 to 100 bytes. Positions in clusters take
+less.
 """
 
 import math
