@@ -42,7 +42,15 @@ class Sender:
         self._before: State = {}
         self._tag = f"{instruction.phase} {instruction.fingerprint} "
         is_only_client = parse(context.run_config).clients.count == 0
-        self._residuals = Residuals(context, is_only_client=is_only_client)
+        self._residuals = Residuals(
+            context,
+            instruction.lineage,
+            config.run.keep,
+            is_only_client=is_only_client,
+        )
+        self._rounds = dict(
+            zip(instruction.clients, instruction.residuals, strict=False)
+        )
 
     def code(self, client: int, update: State, start: State) -> Upload:
         """Code a client's update; `start` is the state that it was sent."""
@@ -50,7 +58,8 @@ class Sender:
         shapes = {name: tensor.shape for name, tensor in update.items()}
         rank = config.lora.rank_of(client)
         if self._remembers:
-            self._before = self._residuals.take(client, self._tag)
+            before = self._rounds.get(client, 0)
+            self._before = self._residuals.take(client, self._tag, before)
         if self._has_ranks:
             update, start = take_slices(update, rank), take_slices(start, rank)
         upload = code_update(
@@ -68,7 +77,8 @@ class Sender:
         if self._remembers:
             # A factor whose turn it was not has what it had.
             residual = self._before | upload.residual
-            self._residuals.keep(client, self._tag, residual)
+            number = self._instruction.server_round
+            self._residuals.keep(client, self._tag, number, residual)
 
     def _stream(self, client: int) -> Philox:
         round_ = self._instruction.server_round
