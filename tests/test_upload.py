@@ -140,28 +140,29 @@ def context(run_id: int) -> Context:
 @pytest.mark.parametrize("is_only", [True, False])
 def test_a_residual_stays_with_its_client_and_phase(is_only: bool) -> None:
     kept = {"x": torch.tensor([1.0, -2.0]), "y": torch.tensor([[0.5]])}
-    here = context(next(RUN_IDS))
-    store = Residuals(here, is_only_client=is_only)
-    assert store.take(3, "0 f00d ") == {}
-    store.keep(3, "0 f00d ", kept)
-    again = Residuals(here, is_only_client=is_only).take(3, "0 f00d ")
+    here, lineage = context(next(RUN_IDS)), next(RUN_IDS)
+    store = Residuals(here, lineage, 2, is_only_client=is_only)
+    assert store.take(3, "0 f00d ", 0) == {}
+    store.keep(3, "0 f00d ", 1, kept)
+    again = Residuals(here, lineage, 2, is_only_client=is_only).take(3, "0 f00d ", 1)
     assert not differ(again, kept)
     assert again.keys() == kept.keys()
-    assert store.take(3, "1 f00d ") == store.take(3, "0 beef ") == {}
-    assert Residuals(context(next(RUN_IDS)), is_only_client=is_only).take(3, "") == {}
+    assert store.take(3, "1 f00d ", 1) == store.take(3, "0 beef ", 1) == {}
+    other = context(next(RUN_IDS)), next(RUN_IDS)
+    assert Residuals(*other, 2, is_only_client=is_only).take(3, "", 1) == {}
     if not is_only:
-        assert store.take(4, "0 f00d ") == {}
-        path = cache_folder() / f"residuals-{here.run_id}" / "3"
+        assert store.take(4, "0 f00d ", 1) == store.take(3, "0 f00d ", 2) == {}
+        path = cache_folder() / f"residuals-{lineage}" / "3" / "1"
         assert path.stat().st_mode & 0o077 == 0
 
 
 def test_a_damaged_residual_is_as_good_as_lost() -> None:
     here = context(next(RUN_IDS))
-    store = Residuals(here, is_only_client=False)
-    store.keep(3, "", {"x": torch.ones(2)})
-    path = cache_folder() / f"residuals-{here.run_id}" / "3"
+    store = Residuals(here, here.run_id, 2, is_only_client=False)
+    store.keep(3, "", 1, {"x": torch.ones(2)})
+    path = cache_folder() / f"residuals-{here.run_id}" / "3" / "1"
     path.write_bytes(path.read_bytes()[:-3])
-    assert store.take(3, "") == {}
+    assert store.take(3, "", 1) == {}
 
 
 def test_feedback_is_in_the_next_update(config: Config) -> None:
@@ -198,7 +199,7 @@ def test_residuals_that_are_lost_do_no_harm(config: Config) -> None:
     class Forgetful(Grid):
         def before(self, asked: Instruction) -> None:
             folder = cache_folder() / f"residuals-{self.run.run_id}"
-            for path in folder.glob("*"):
+            for path in folder.glob("*/*"):
                 path.unlink()
 
     config |= TOP | {"upload.dtype": "int8"}

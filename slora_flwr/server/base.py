@@ -144,7 +144,7 @@ class Base:
         patch = Snapshot()
         if self.patch is not None and self._start is not None:
             start, positions = self._start, self.patch.positions
-            facts = {"dtype": start.dtype, "shape": start.shape, "stype": start.stype}
+            facts = {"array": [start.dtype, start.shape, start.stype]}
             patch = Snapshot.join(
                 {
                     "start": Snapshot(facts, {"": to_tensor(start.data)}),
@@ -173,7 +173,8 @@ class Base:
         self.clients.restore(snapshot.part("clients"))
         if patch.facts:
             start, positions = patch.part("start"), patch.part("positions")
-            self._start = Array(data=to_bytes(start.tensors[""]), **start.facts)
+            dtype, shape, stype = start.facts["array"]
+            self._start = Array(dtype, tuple(shape), stype, to_bytes(start.tensors[""]))
             self.patch = BasePatch.from_state(
                 patch.part("state").tensors,
                 {name: at.numpy() for name, at in positions.tensors.items()},

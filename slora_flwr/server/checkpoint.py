@@ -213,5 +213,5 @@ def _digest(facts: str, tensors: State) -> str:
     digest = blake2b(facts.encode(), digest_size=16)
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.numpy().reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
