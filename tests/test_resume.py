@@ -7,8 +7,10 @@ import os
 import random
 import shutil
 import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from logging import WARNING
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -475,7 +477,8 @@ def test_nodes_keep_their_numbers_and_labels(
     directory = Path(str(config["run.dir"]))
     kept = read_checkpoint(list_checkpoints(directory)[-1]).facts["agreed"]
     # All but the first are there again.
-    others = nodes_of(tmp_path)[1:]
+    others = nodes_of(tmp_path)
+    others.pop(min(others))
     run(NodesGrid(config, others), resumed(config), 2)
     numbers = {e["name"]: e["client"] for e in events(directory, "node")}
     assert numbers.items() <= kept["clients"].items()
@@ -484,15 +487,38 @@ def test_nodes_keep_their_numbers_and_labels(
 
 # Death
 
+# Makes a run, or a command, in a process of its own: its exit status, and the answer.
+Nursery = Callable[..., tuple[int, Any]]
+
 
 @pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    """Processes that begin with everything imported, and nothing done."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["interrupted", "transformers.models.bert.modeling_bert", "peft"]
+def nursery(
+    corpus: Path,
+    tiny_models: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Nursery]:
+    folder = tmp_path_factory.mktemp("nursery")
+    config = make_config(corpus, tiny_models["bert"], folder / "run")
+    config |= SLORA | {"rounds": 2, "clients.per-round": 2}
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(
+        target=interrupted.nursery, args=(there, config, folder / "log")
     )
-    return context
+    process.start()
+    there.close()
+
+    def call(
+        function: Callable[..., Any], *arguments: Any, seconds: float = 100.0
+    ) -> tuple[int, Any]:
+        here.send((function, arguments, seconds))
+        code, answer = here.recv()
+        assert code in (0, -signal.SIGKILL), (folder / "log").read_text()[-3000:]
+        return code, answer
+
+    yield call
+    here.send(None)
+    process.join()
 
 
 MORTAL: dict[str, Config] = {
@@ -502,48 +528,109 @@ MORTAL: dict[str, Config] = {
 
 
 def test_a_run_that_is_killed_anywhere_ends_as_if_it_were_not(
-    config: Config, processes: ForkServerContext, tmp_path: Path
+    config: Config, nursery: Nursery
 ) -> None:
     """Processes die by SIGKILL, at random times and at random steps of writing."""
     draw = random.Random(0)
-    log = tmp_path / "log"
-
-    def live(given: Config, seconds: float | None, dies_at: int = 0) -> int | None:
-        arguments = (given, next(RUN_IDS), log, dies_at)
-        process = processes.Process(target=interrupted.carry_out, args=arguments)
-        process.start()
-        process.join(seconds)
-        process.kill()
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL), log.read_text()[-3000:]
-        return process.exitcode
-
     deaths: list[str] = []
     for name in MORTAL:
-        config |= MORTAL[name] | {"rounds": 8, "sparse.rounds": 4}
+        config |= MORTAL[name] | {"rounds": 6, "sparse.rounds": 3}
         whole = Path(str(config["run.dir"]))
-        assert live(config, None) == 0
-        seconds = summary(whole)["seconds"]
+        begun = time.monotonic()
+        assert nursery(interrupted.carry_out, config)[0] == 0
+        seconds = time.monotonic() - begun
         wanted = len(deaths) + 13
         while len(deaths) < wanted:
             config = elsewhere(config)
             directory = Path(str(config["run.dir"]))
-            given, ended = config, False
-            while not ended:
-                if draw.random() < 0.5:
-                    code = live(given, draw.uniform(0.3, 1.0) * seconds)
-                else:
-                    code = live(given, None, draw.randint(1, 120))
-                ended = code == 0
-                if not ended:
-                    rounds = events(directory, "round") if directory.exists() else []
-                    deaths.append(rounds[-1]["phase"] if rounds else "")
+            code = None
+            while code != 0:
+                given = config
                 if list_checkpoints(directory):
                     given = resumed(config)
                 else:  # it died in its first round
                     shutil.rmtree(directory, ignore_errors=True)
+                if draw.random() < 0.5:
+                    most = draw.uniform(0.1, 0.9) * seconds
+                    code, _ = nursery(interrupted.carry_out, given, seconds=most)
+                else:
+                    steps = draw.randint(1, 120)
+                    code, _ = nursery(interrupted.carry_out, given, steps)
+                if code != 0:
+                    deaths.append(last_phase(directory))
             assert_same(directory, whole)
         config = elsewhere(config)
     assert len(deaths) >= 25
     assert {"sparse", "lora"} <= {*deaths}
     print(len(deaths), "deaths:", {phase: deaths.count(phase) for phase in deaths})
+
+
+def last_phase(directory: Path) -> str:
+    """Give the phase of the last round that was written down."""
+    path = directory / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    phases = [json.loads(line).get("phase") for line in lines]
+    return next(filter(None, reversed(phases)), "")
+
+
+# A run directory that cannot be written
+
+
+def arguments(config: Config) -> list[str]:
+    pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+    return ["run", "--engine", "inline", "--nodes", "2", "-c", pairs]
+
+
+def test_a_full_disk_ends_the_run_and_not_its_checkpoints(
+    config: Config, nursery: Nursery
+) -> None:
+    config |= SLORA
+    whole = start(config, Grid(config))
+    config = elsewhere(config)
+    # The low-rank phase's checkpoints are larger than the sparse one's.
+    sizes = [path.stat().st_size for path in list_checkpoints(whole)]
+    directory = stop(config, 3)
+    limit = checkpoint_path(directory, 2).stat().st_size + 1000
+    assert limit < min(sizes)
+    given = arguments(resumed(config))
+    _, (code, output) = nursery(interrupted.command, given, limit)
+    assert code == 1
+    assert f"Error: the run directory {directory} cannot be written" in output
+    assert "File too large" in output
+    assert not list(directory.rglob("*.part"))
+    assert [number_of(path) for path in list_checkpoints(directory)][-1] == 2
+    _, (code, output) = nursery(interrupted.command, given)
+    assert code == 0, output
+    assert_same(directory, whole)
+
+
+def test_a_read_only_run_directory_is_named(
+    config: Config, nursery: Nursery, tiny_models: dict[str, Path], corpus: Path
+) -> None:
+    # Below a folder that everybody may enter, for a user who is not root.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(tiny_models["bert"], folder / "model")
+        shutil.copy(corpus, folder / "texts.csv")
+        config |= {
+            "model.name": str(folder / "model"),
+            "data.name": str(folder / "texts.csv"),
+            "run.dir": str(folder / "run"),
+        }
+        directory = stop(config, 2)
+        before = content(directory)
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        user = 65534 if os.getuid() == 0 else None
+        given = arguments(resumed(config))
+        _, (code, output) = nursery(interrupted.command, given, None, user)
+        assert code == 1, output
+        assert f"the run directory {directory} cannot be written" in output
+        given = arguments(config | {"run.dir": str(folder / "other")})
+        _, (code, output) = nursery(interrupted.command, given, None, user)
+        assert code == 2
+        assert "run.dir is " in output
+        assert "Permission denied" in output
+        assert content(directory) == before
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o700)
