@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from logging import WARNING
@@ -17,6 +16,7 @@ from typing import Any
 import interrupted
 import pytest
 import torch
+from conftest import CLASSES
 from flwr.app import Message, MessageType
 from safetensors.torch import load_file
 from test_own_data import NodesGrid, nodes_of
@@ -476,13 +476,18 @@ def test_nodes_keep_their_numbers_and_labels(
         run(Stopping(config, nodes_of(tmp_path)), config, 1)
     directory = Path(str(config["run.dir"]))
     kept = read_checkpoint(list_checkpoints(directory)[-1]).facts["agreed"]
+    assert kept == {"classes": CLASSES, "clients": {"a": 0, "b": 1, "c": 2}}
     # All but the first are there again.
     others = nodes_of(tmp_path)
-    others.pop(min(others))
+    del others["a"]
+    config |= {"clients.min-nodes": 2}
     run(NodesGrid(config, others), resumed(config), 2)
-    numbers = {e["name"]: e["client"] for e in events(directory, "node")}
-    assert numbers.items() <= kept["clients"].items()
-    assert 0 not in numbers.values()
+    told = [(e["name"], e["client"]) for e in events(directory, "node")]
+    assert told == [("a", 0), ("b", 1), ("c", 2), ("b", 1), ("c", 2)]
+    assert [e["cohort"] for e in events(directory, "round")] == [
+        [0, 1, 2],
+        *2 * [[1, 2]],
+    ]
 
 
 # Death
@@ -604,33 +609,20 @@ def test_a_full_disk_ends_the_run_and_not_its_checkpoints(
     assert_same(directory, whole)
 
 
-def test_a_read_only_run_directory_is_named(
-    config: Config, nursery: Nursery, tiny_models: dict[str, Path], corpus: Path
-) -> None:
-    # Below a folder that everybody may enter, for a user who is not root.
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        shutil.copytree(tiny_models["bert"], folder / "model")
-        shutil.copy(corpus, folder / "texts.csv")
-        config |= {
-            "model.name": str(folder / "model"),
-            "data.name": str(folder / "texts.csv"),
-            "run.dir": str(folder / "run"),
-        }
-        directory = stop(config, 2)
-        before = content(directory)
-        for path in [folder, *folder.rglob("*")]:
-            path.chmod(0o555 if path.is_dir() else 0o444)
-        user = 65534 if os.getuid() == 0 else None
-        given = arguments(resumed(config))
-        _, (code, output) = nursery(interrupted.command, given, None, user)
-        assert code == 1, output
-        assert f"the run directory {directory} cannot be written" in output
-        given = arguments(config | {"run.dir": str(folder / "other")})
-        _, (code, output) = nursery(interrupted.command, given, None, user)
-        assert code == 2
-        assert "run.dir is " in output
-        assert "Permission denied" in output
-        assert content(directory) == before
-        for path in [folder, *folder.rglob("*")]:
-            path.chmod(0o700)
+def test_a_read_only_run_directory_is_named(config: Config, nursery: Nursery) -> None:
+    directory = stop(config, 2)
+    before = content(directory)
+    inside = [directory, *directory.rglob("*")]
+    for path in inside:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    _, (code, output) = nursery(interrupted.command, arguments(resumed(config)))
+    assert code == 1, output
+    assert f"the run directory {directory} cannot be written" in output
+    config |= {"run.dir": str(directory / "other")}
+    _, (code, output) = nursery(interrupted.command, arguments(config))
+    assert code == 2, output
+    assert "run.dir is " in output
+    assert "Permission denied" in output
+    assert content(directory) == before
+    for path in inside:
+        path.chmod(0o700)
