@@ -207,6 +207,7 @@ def _run_inline(values: dict[str, Any], nodes: int) -> None:
     from slora_flwr.server.fleet import FleetError
     from slora_flwr.server.inline import InlineGrid
     from slora_flwr.server.run import run as run_on
+    from slora_flwr.server.run_directory import RunDirectoryError
     from slora_flwr.server.strategy import TooFewRepliesError
 
     run_id = time.time_ns()
@@ -215,7 +216,7 @@ def _run_inline(values: dict[str, Any], nodes: int) -> None:
     except ConfigError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
-    except (FleetError, TooFewRepliesError, HandoffError) as error:
+    except (FleetError, HandoffError, RunDirectoryError, TooFewRepliesError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 

@@ -350,18 +350,26 @@ class DownloadConfig:
 class OutputConfig:
     """Where a run writes, and how often it evaluates; 0 for at the end of each phase.
 
-    `target` is a test accuracy from 0 to 1 whose first round and bytes the summary
-    names; 0 for none.
+    `resume` is the directory of a run that goes on, see `slora_flwr.server.checkpoint`;
+    `keep` says how many checkpoints are kept. `target` is a test accuracy from 0 to 1
+    whose first round and bytes the summary names; 0 for none.
     """
 
     dir: str = ""
+    resume: str = ""
+    keep: int = 2
     eval_every: int = 1
     target: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.dir and not Path(self.dir).expanduser().is_absolute():
-            # A ServerApp's working directory is not its user's.
-            raise _refuse("run.dir", self.dir, "an absolute path, or empty")
+        for key, path in (("run.dir", self.dir), ("run.resume", self.resume)):
+            if path and not Path(path).expanduser().is_absolute():
+                # A ServerApp's working directory is not its user's.
+                raise _refuse(key, path, "an absolute path, or empty")
+        if self.resume and self.dir and Path(self.dir) != Path(self.resume):
+            allowed = f"empty, or run.resume, which is {self.resume!r}"
+            raise _refuse("run.dir", self.dir, allowed)
+        _at_least("run.keep", self.keep, 1)
         _at_least("run.eval-every", self.eval_every, 0)
         _fraction("run.target", self.target, zero=True, one=True)
 

@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 from uuid import uuid4
 
+# Ends the names of files that are not whole yet.
+PART = ".part"
+
 
 def home() -> Path:
     """Give the folder for runs and caches; it may not exist yet."""
@@ -17,9 +20,48 @@ def cache_folder() -> Path:
     return folder
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees all of it or nothing."""
-    part = path.with_name(f"{path.name}.{uuid4().hex}.part")
-    part.touch(mode=0o600)  # what comes of private text is private
-    part.write_bytes(data)
-    part.replace(path)
+def write_atomically(path: Path, data: bytes, *, durably: bool = False) -> None:
+    """Write a file so that a reader, or a crash, sees all of it or nothing.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    data : bytes
+        All that it is to hold.
+    durably : bool
+        Return once it is on the disk, where a crash of the machine does not reach it.
+    """
+    part = path.with_name(f"{path.name}.{uuid4().hex}{PART}")
+    try:
+        part.touch(mode=0o600)  # what comes of private text is private
+        part.write_bytes(data)
+        if durably:
+            sync(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # a full disk needs the room
+    if durably:
+        sync(path.parent)
+
+
+def append(path: Path, text: str) -> None:
+    """Append all of a text to a file or, if that fails, nothing."""
+    data = text.encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -4,8 +4,11 @@ It is lost without harm: the client goes on as if it had sent all.
 """
 
 from collections.abc import Mapping
+from logging import WARNING
+from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, Context
+from flwr.common.logger import log
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -16,27 +19,40 @@ from slora_flwr.home import cache_folder, write_atomically
 _RECORD = "residual"
 
 
+def residuals_folder(lineage: int) -> Path:
+    """Give the folder of a run's residuals on this machine; it may not exist."""
+    return cache_folder() / f"residuals-{lineage}"
+
+
 class Residuals:
     """Residuals of one run's clients.
 
     A node of one client keeps it in Flower's `Context`, which ends with the run and
     never leaves the node. Clients of a simulation move between nodes: theirs are files
-    in the cache, below the run's id.
+    in the cache, below the run's lineage, one a round. So a round that is held again,
+    by a run that was interrupted too, starts from what it started from.
 
     Parameters
     ----------
     context : Context
         The node's.
+    lineage : int
+        Names the run, see `Instruction`.
+    keep : int
+        How many rounds a run may go back when it goes on.
     is_only_client : bool
         Whether the node hosts a single client.
     """
 
-    def __init__(self, context: Context, *, is_only_client: bool) -> None:
+    def __init__(
+        self, context: Context, lineage: int, keep: int, *, is_only_client: bool
+    ) -> None:
         self._context, self._is_only = context, is_only_client
-        self._folder = cache_folder() / f"residuals-{context.run_id}"
+        self._folder = residuals_folder(lineage)
+        self._keep = keep
 
-    def take(self, client: int, tag: str) -> State:
-        """Give what a client kept under this tag, nothing under another.
+    def take(self, client: int, tag: str, server_round: int) -> State:
+        """Give what a client kept in a round under this tag, nothing under another.
 
         Parameters
         ----------
@@ -44,12 +60,15 @@ class Residuals:
             Its id.
         tag : str
             Of the phase and its layout: what was kept for another has no meaning now.
+        server_round : int
+            The round. A `Context` has what it kept last, of that round or before.
         """
         data = b""
         if self._is_only:
-            if _RECORD in self._context.state:
-                data = self._context.state.array_records[_RECORD][_RECORD].data
-        elif (path := self._folder / str(client)).is_file():
+            records = self._context.state.array_records
+            for number, array in records.get(_RECORD, {}).items():
+                data = array.data if int(number) <= server_round else b""
+        elif (path := self._folder / f"{client}" / f"{server_round}").is_file():
             data = path.read_bytes()
         try:
             kept = load(data) if data else {}
@@ -57,12 +76,24 @@ class Residuals:
             return {}  # damaged: as good as lost
         return {n.removeprefix(tag): t for n, t in kept.items() if n.startswith(tag)}
 
-    def keep(self, client: int, tag: str, residual: Mapping[str, Tensor]) -> None:
-        """Keep a client's residual in place of what it had."""
+    def keep(
+        self, client: int, tag: str, server_round: int, residual: Mapping[str, Tensor]
+    ) -> None:
+        """Keep a client's residual of a round, and drop those that are too old."""
         data = save({f"{tag}{name}": t.contiguous() for name, t in residual.items()})
         if self._is_only:
             array = Array("uint8", (len(data),), "safetensors", data)
-            self._context.state[_RECORD] = ArrayRecord({_RECORD: array})
-        else:
-            self._folder.mkdir(exist_ok=True)
-            write_atomically(self._folder / str(client), data)
+            self._context.state[_RECORD] = ArrayRecord({f"{server_round}": array})
+            return
+        folder = self._folder / f"{client}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"{server_round}", data)
+        except OSError as error:
+            log(WARNING, "client %d goes on without its residual: %s", client, error)
+            return
+        rounds = sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+        # A run goes on after this round less `keep`, at the earliest.
+        old = [number for number in rounds if number <= server_round - self._keep]
+        for number in old[:-1]:
+            (folder / f"{number}").unlink(missing_ok=True)

@@ -48,7 +48,15 @@ class Sender:
         layout = "head" if self._has_head_alone else instruction.fingerprint
         self._tag = f"{instruction.phase} {layout} "
         is_only_client = parse(context.run_config).clients.count == 0
-        self._residuals = Residuals(context, is_only_client=is_only_client)
+        self._residuals = Residuals(
+            context,
+            instruction.lineage,
+            config.run.keep,
+            is_only_client=is_only_client,
+        )
+        self._rounds = dict(
+            zip(instruction.clients, instruction.residuals, strict=False)
+        )
 
     def code(self, client: int, update: State, start: State) -> Upload:
         """Code a client's update; `start` is the state that it was sent."""
@@ -56,7 +64,8 @@ class Sender:
         shapes = {name: tensor.shape for name, tensor in update.items()}
         rank = config.lora.rank_of(client)
         if self._remembers:
-            self._before = self._residuals.take(client, self._tag)
+            before = self._rounds.get(client, self._instruction.server_round - 1)
+            self._before = self._residuals.take(client, self._tag, before)
         adapter = self._worker.adapter
         if isinstance(adapter, LowRankAdapter):
             start = adapter.whole(start)
@@ -80,7 +89,8 @@ class Sender:
             if self._has_head_alone:
                 head = self._worker.backbone.head
                 residual = {n: t for n, t in residual.items() if n in head}
-            self._residuals.keep(client, self._tag, residual)
+            number = self._instruction.server_round
+            self._residuals.keep(client, self._tag, number, residual)
 
     def _stream(self, client: int) -> Philox:
         round_ = self._instruction.server_round

@@ -228,8 +228,8 @@ def _expand(grid: Mapping[str, Any]) -> Iterator[Config]:
 
 
 def _check(config: Config, combination: Config, kind: str = "run") -> None:
-    if "run.dir" in config:
-        raise _refuse("run.dir", config["run.dir"], "none, since a sweep sets it")
+    for key in {"run.dir", "run.resume"} & config.keys():
+        raise _refuse(key, config[key], "none, since a sweep sets where runs go")
     try:
         parse(config)
     except ConfigError as error:

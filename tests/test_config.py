@@ -86,6 +86,8 @@ CHANGED: dict[str, Value] = {
     "download.dtype": "float32",
     "download.lossless": False,
     "run.dir": "/out",
+    "run.resume": "/out",
+    "run.keep": 1,
     "run.eval-every": 0,
     "run.target": 1.0,
 }
@@ -183,6 +185,8 @@ BAD: list[tuple[str, Value, str]] = [
     ("upload.importance", "random", "magnitude, product"),
     ("download.dtype", "int4", "float32, float16, bfloat16, int8"),
     ("run.dir", "out", "an absolute path, or empty"),
+    ("run.resume", "out", "an absolute path, or empty"),
+    ("run.keep", 0, "a number of at least 1"),
     ("run.eval-every", -1, "a number of at least 0"),
     ("run.target", 1.1, "a number from 0 up to 1"),
 ]

@@ -139,7 +139,7 @@ def weighted(report: Report) -> Tensor:
 
 
 def start(config: Config, grid: InlineGrid) -> Path:
-    run(grid, config, run_id=1)
+    run(grid, config, grid.run.run_id)
     return Path(str(config["run.dir"]))
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -140,28 +141,29 @@ def context(run_id: int) -> Context:
 @pytest.mark.parametrize("is_only", [True, False])
 def test_a_residual_stays_with_its_client_and_phase(is_only: bool) -> None:
     kept = {"x": torch.tensor([1.0, -2.0]), "y": torch.tensor([[0.5]])}
-    here = context(next(RUN_IDS))
-    store = Residuals(here, is_only_client=is_only)
-    assert store.take(3, "0 f00d ") == {}
-    store.keep(3, "0 f00d ", kept)
-    again = Residuals(here, is_only_client=is_only).take(3, "0 f00d ")
+    here, lineage = context(next(RUN_IDS)), next(RUN_IDS)
+    store = Residuals(here, lineage, 2, is_only_client=is_only)
+    assert store.take(3, "0 f00d ", 0) == {}
+    store.keep(3, "0 f00d ", 1, kept)
+    again = Residuals(here, lineage, 2, is_only_client=is_only).take(3, "0 f00d ", 1)
     assert not differ(again, kept)
     assert again.keys() == kept.keys()
-    assert store.take(3, "1 f00d ") == store.take(3, "0 beef ") == {}
-    assert Residuals(context(next(RUN_IDS)), is_only_client=is_only).take(3, "") == {}
+    assert store.take(3, "1 f00d ", 1) == store.take(3, "0 beef ", 1) == {}
+    other = context(next(RUN_IDS)), next(RUN_IDS)
+    assert Residuals(*other, 2, is_only_client=is_only).take(3, "", 1) == {}
     if not is_only:
-        assert store.take(4, "0 f00d ") == {}
-        path = cache_folder() / f"residuals-{here.run_id}" / "3"
+        assert store.take(4, "0 f00d ", 1) == store.take(3, "0 f00d ", 2) == {}
+        path = cache_folder() / f"residuals-{lineage}" / "3" / "1"
         assert path.stat().st_mode & 0o077 == 0
 
 
 def test_a_damaged_residual_is_as_good_as_lost() -> None:
     here = context(next(RUN_IDS))
-    store = Residuals(here, is_only_client=False)
-    store.keep(3, "", {"x": torch.ones(2)})
-    path = cache_folder() / f"residuals-{here.run_id}" / "3"
+    store = Residuals(here, here.run_id, 2, is_only_client=False)
+    store.keep(3, "", 1, {"x": torch.ones(2)})
+    path = cache_folder() / f"residuals-{here.run_id}" / "3" / "1"
     path.write_bytes(path.read_bytes()[:-3])
-    assert store.take(3, "") == {}
+    assert store.take(3, "", 1) == {}
 
 
 def test_feedback_is_in_the_next_update(config: Config) -> None:
@@ -190,15 +192,41 @@ def test_a_node_of_one_client_keeps_its_residual_in_its_context(
     for kept in grid._contexts.values():
         record = kept.state["residual"]
         assert isinstance(record, ArrayRecord)
-        assert len(record["residual"].data) > 4 * (LORA_VALUES + HEAD_VALUES)
-    assert not (cache_folder() / f"residuals-{grid.run.run_id}").exists()
+        assert list(record) == ["3"]  # of the last round alone
+        assert len(record["3"].data) > 4 * (LORA_VALUES + HEAD_VALUES)
+    assert not list(cache_folder().glob("residuals-*/*/3"))
+
+
+def test_a_context_does_not_count_a_round_twice() -> None:
+    """A round that is held again starts from what it started from, or from nothing."""
+    here, kept = context(next(RUN_IDS)), {"x": torch.ones(2)}
+    store = Residuals(here, 0, 2, is_only_client=True)
+    store.keep(3, "", 5, kept)
+    assert store.take(3, "", 4) == {}
+    assert store.take(3, "", 5).keys() == store.take(3, "", 8).keys() == {"x"}
+
+
+def test_a_residual_that_cannot_be_kept_does_no_harm(config: Config) -> None:
+    class Full(Grid):
+        def before(self, asked: Instruction) -> None:
+            if asked.server_round == 1:  # a file where a folder should be
+                folder = cache_folder() / f"residuals-{asked.lineage}"
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.write_text("")
+
+    config |= TOP | {"upload.dtype": "int8"}
+    grid = Full(config)
+    directory = start(config, grid)
+    (cache_folder() / f"residuals-{grid.asked[0].lineage}").unlink()
+    assert events(directory, "failure") == []
+    config = elsewhere(config, **{"upload.feedback": False})
+    assert not differ(final(directory), final(start(config, Grid(config))))
 
 
 def test_residuals_that_are_lost_do_no_harm(config: Config) -> None:
     class Forgetful(Grid):
         def before(self, asked: Instruction) -> None:
-            folder = cache_folder() / f"residuals-{self.run.run_id}"
-            for path in folder.glob("*"):
+            for path in cache_folder().glob(f"residuals-{asked.lineage}/*/*"):
                 path.unlink()
 
     config |= TOP | {"upload.dtype": "int8"}

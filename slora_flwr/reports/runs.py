@@ -158,7 +158,7 @@ def read_run(path: Path) -> Run:
         events = _events(path / "events.jsonl")
         summary = path / "summary.json"
         with (path / "ledger.csv").open(newline="") as file:
-            ledger = [_entry(row) for row in csv.DictReader(file)]
+            ledger = [Entry.read(row) for row in csv.DictReader(file)]
         return Run(
             path=path,
             facts={name: document.pop(name, {}) for name in ("versions", "resolved")},
@@ -316,18 +316,4 @@ def _failure(event: dict[str, Any]) -> Failure:
         str(event.get("name", event["node"])),
         event.get("clients", []),
         str(event["reason"]),
-    )
-
-
-def _entry(row: dict[str, str]) -> Entry:
-    planned, wire = row.get("planned_payload_bytes"), row.get("wire_bytes")
-    return Entry(
-        int(row["round"]),
-        row["phase"],
-        row["direction"],
-        int(row["clients"]),
-        int(row["payload_bytes"]),
-        int(row["message_bytes"]),
-        int(float(planned)) if planned else None,
-        int(wire) if wire else None,
     )

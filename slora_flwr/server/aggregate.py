@@ -7,6 +7,7 @@ from flwr.app import Array
 from torch import Tensor
 
 from slora_flwr.adapters.low_rank import fill_slices, rank_shapes, take_slices
+from slora_flwr.server.checkpoint import Snapshot
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.packing import pack, unpack
 
@@ -185,11 +186,7 @@ class ServerOptimizer:
     ) -> dict[str, Tensor]:
         """Give the state after one step; the state passed in stays as it is."""
         if not self._parameters:
-            self._parameters = {
-                name: torch.nn.Parameter(tensor.clone())
-                for name, tensor in state.items()
-            }
-            self._optimizer = self._make(list(self._parameters.values()))
+            self._begin(state)
         assert self._optimizer is not None
         for name, parameter in self._parameters.items():
             parameter.data.copy_(state[name])
@@ -197,6 +194,30 @@ class ServerOptimizer:
             parameter.grad = -update[name] if name in update else None
         self._optimizer.step()
         return {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    def snapshot(self) -> Snapshot:
+        """Give what `restore` takes: the moments."""
+        kept = self._optimizer.state if self._optimizer else {}
+        moments = {
+            f"{name}.{moment}": tensor
+            for name, parameter in self._parameters.items()
+            for moment, tensor in kept.get(parameter, {}).items()
+        }
+        return Snapshot(tensors=moments)
+
+    def restore(self, state: Mapping[str, Tensor], snapshot: Snapshot) -> None:
+        """Go on from there, for parameters like those of a state."""
+        self._begin(state)
+        assert self._optimizer is not None
+        for key, tensor in snapshot.tensors.items():
+            name, moment = key.rsplit(".", 1)
+            self._optimizer.state[self._parameters[name]][moment] = tensor
+
+    def _begin(self, state: Mapping[str, Tensor]) -> None:
+        self._parameters = {
+            name: torch.nn.Parameter(tensor.clone()) for name, tensor in state.items()
+        }
+        self._optimizer = self._make(list(self._parameters.values()))
 
     def _make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         if self._name == "fedadam":

@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from hashlib import blake2b
 
+import torch
 from flwr.app import Array
 
 from slora_flwr.adapters.head import State
 from slora_flwr.models.base_patch import BasePatch
+from slora_flwr.server.checkpoint import Snapshot, to_bytes, to_tensor
 from slora_flwr.wire.codec import Codec, add, subtract
 from slora_flwr.wire.messages import Parcel
-from slora_flwr.wire.packing import pack
+from slora_flwr.wire.packing import pack, unpack
 
 
 class Holdings:
@@ -47,6 +49,17 @@ class Holdings:
         """Count the bytes of what somebody lacks, and note that it gets them."""
         version = self.update(holder)
         return self.most if self.is_whole(version) else self.cost(version)
+
+    def snapshot(self) -> Snapshot:
+        """Give what `restore` takes."""
+        held = [*self._held.items()]
+        return Snapshot({"start": self.start, "moves": self.moves, "held": held})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from there."""
+        facts = snapshot.facts
+        self.start, self.moves = facts["start"], facts["moves"]
+        self._held = dict(facts["held"])
 
 
 class Base:
@@ -125,8 +138,55 @@ class Base:
         begun = version or 0
         return Parcel(self._digests[begun], begun, start, self._moves[begun:])
 
+    def snapshot(self) -> Snapshot:
+        """Give what `restore` takes: all but the weights of the current version."""
+        moves = {f"{i}": _values(move) for i, move in enumerate(self._moves)}
+        patch = Snapshot()
+        if self.patch is not None and self._start is not None:
+            start, positions = self._start, self.patch.positions
+            facts = {"array": [start.dtype, start.shape, start.stype]}
+            patch = Snapshot.join(
+                {
+                    "start": Snapshot(facts, {"": to_tensor(start.data)}),
+                    "state": Snapshot(tensors=self.patch.state()),
+                    "positions": Snapshot(
+                        {"scaling": self.patch.scaling},
+                        {name: torch.from_numpy(p) for name, p in positions.items()},
+                    ),
+                }
+            )
+        return Snapshot.join(
+            {
+                "versions": Snapshot({"digests": self._digests}, moves),
+                "patch": patch,
+                "nodes": self.nodes.snapshot(),
+                "clients": self.clients.snapshot(),
+            }
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from there, on a base made for W_0."""
+        versions, patch = snapshot.part("versions"), snapshot.part("patch")
+        self._digests = versions.facts["digests"]
+        self._moves = [pack({"": values}) for values in versions.tensors.values()]
+        self.nodes.restore(snapshot.part("nodes"))
+        self.clients.restore(snapshot.part("clients"))
+        if patch.facts:
+            start, positions = patch.part("start"), patch.part("positions")
+            dtype, shape, stype = start.facts["array"]
+            self._start = Array(dtype, tuple(shape), stype, to_bytes(start.tensors[""]))
+            self.patch = BasePatch.from_state(
+                patch.part("state").tensors,
+                {name: at.numpy() for name, at in positions.tensors.items()},
+                positions.facts["scaling"],
+            )
+
 
 _NO_MOVE = pack({})
+
+
+def _values(move: Array) -> torch.Tensor:
+    return unpack(move, {"": move.shape})[""]
 
 
 def _digest(*parts: bytes) -> str:

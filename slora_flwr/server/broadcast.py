@@ -6,6 +6,7 @@ from hashlib import blake2b
 from flwr.app import Array
 
 from slora_flwr.adapters.head import State
+from slora_flwr.server.checkpoint import Snapshot, to_bytes, to_tensor
 from slora_flwr.wire.codec import Codec, add, subtract
 
 
@@ -86,6 +87,26 @@ class Broadcast:
         if self._codec.lossless:
             self._nodes[node] = self._digest
             self._clients |= dict.fromkeys(clients, self._digest)
+
+    def snapshot(self) -> Snapshot:
+        """Give what `restore` takes."""
+        facts = {
+            "digest": self._digest,
+            "values": self._values,
+            "clients": [*self._clients.items()],
+        }
+        return Snapshot(facts, {d: to_tensor(w) for d, w in self._written.items()})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from there."""
+        facts = snapshot.facts
+        self._written = {d: to_bytes(t) for d, t in snapshot.tensors.items()}
+        self._digest, self._values = facts["digest"], facts["values"]
+        # Nodes are sent all at first: their processes need not be those of before.
+        self._clients = dict(facts["clients"])
+        if self._digest:
+            sealed = self._codec.seal(self._written[self._digest], self._values)
+            self._arrays = {"": sealed}
 
     def _since(self, version: str | None) -> str:
         """Give the version to send the difference to, if there is one and it pays."""

@@ -43,7 +43,7 @@ class Fleet:
     ) -> None:
         self.sizes: dict[int, int] = {}
         self.left_out: dict[int, str] = {}
-        self._expected = expected
+        self.expected = expected
         self._min_nodes = min_nodes
         self._deadline = deadline
         self._note: Callable[..., None] = lambda kind, **facts: None
@@ -65,6 +65,13 @@ class Fleet:
     @property
     def _online(self) -> list[int]:
         return sorted(self._hosted.keys() & self._present)
+
+    def agreed(self) -> dict[str, Any]:
+        """Give what the nodes agreed on, for a run that goes on: see `restore`."""
+        return {}
+
+    def restore(self, agreed: Mapping[str, Any]) -> None:
+        """Hold, from the first query on, to what was agreed."""
 
     def name(self, node: int) -> str:
         """Give what logs call a node."""
@@ -221,7 +228,7 @@ class Fleet:
             raise ValueError(f"its description is off: {error!r}") from error
         differs = [
             f"{name} is {described.get(name)!r}, the server's is {value!r}"
-            for name, value in self._expected.items()
+            for name, value in self.expected.items()
             if described.get(name) != value
         ]
         if differs:

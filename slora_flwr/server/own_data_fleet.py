@@ -84,6 +84,14 @@ class OwnDataFleet(Fleet):
         self._clients: dict[str, int] = {}
         self._settled = False
 
+    def agreed(self) -> dict[str, Any]:
+        """Give the label names, and the nodes' names with their clients."""
+        return {"classes": self.classes, "clients": self._clients}
+
+    def restore(self, agreed: Mapping[str, Any]) -> None:
+        """Hold to the label names, and number the nodes as before."""
+        self.classes, self._clients = agreed["classes"], dict(agreed["clients"])
+
     def name(self, node: int) -> str:
         """Give the name that the node's operator gave it, and its id."""
         found = self._described.get(node)

@@ -1,7 +1,9 @@
 """A whole run on a grid: from the config to the run directory."""
 
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from logging import INFO
 from typing import Any
@@ -26,9 +28,15 @@ from slora_flwr.models.backbone import digest_of
 from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.reports.table import closing_table
 from slora_flwr.resident import code_digest
+from slora_flwr.residuals import residuals_folder
+from slora_flwr.server.checkpoint import check_identity, find_checkpoint
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.own_data_fleet import OwnDataFleet
-from slora_flwr.server.run_directory import RunDirectory
+from slora_flwr.server.run_directory import (
+    RunDirectory,
+    RunDirectoryError,
+    writing,
+)
 from slora_flwr.server.strategy import PhasedStrategy
 from slora_flwr.training.worker import Worker
 from slora_flwr.wire.packing import pack
@@ -57,9 +65,12 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
         Before any client is asked, if the config cannot be run.
     FleetError
         If no node can train.
+    RunDirectoryError
+        If the run directory cannot be written any more.
     """
     config = parse(run_config)
     started = time.perf_counter()
+    checkpoint = find_checkpoint(config) if config.run.resume else None
     worker = Worker(config)
     moved = 0
     if config.clients.count:
@@ -67,28 +78,42 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
         moved = worker.partition.moved
     fleet_of = _own_data_fleet if config.data.is_own else _shared_data_fleet
     fleet = fleet_of(worker, {"version": __version__, "code": code_digest()})
-    directory = RunDirectory(config, run_id)
+    if checkpoint is not None:
+        check_identity(config, checkpoint, fleet.expected)
+        fleet.restore(checkpoint.facts["agreed"])
+    directory = RunDirectory(config, run_id, checkpoint)
+    started -= directory.elapsed
     log(INFO, "slora-flwr %s, run directory %s", version("slora-flwr"), directory.path)
     if moved:
         log(INFO, "%d examples were moved so that no client is empty", moved)
-    directory.write_config(config, {})
+    if checkpoint is None:
+        directory.write_config(config, {})
+    else:
+        number = checkpoint.facts["round"]
+        directory.event("resumed", round=number, run=str(run_id))
+        log(INFO, "the run goes on after round %d of %d", number, config.rounds)
     try:
         fleet.gather(grid, directory.event)
         if isinstance(fleet, OwnDataFleet):
             worker = Worker(config, fleet.classes)
-        directory.write_config(config, _resolved(worker, moved))
-        strategy = PhasedStrategy(worker, directory, fleet)
+        if checkpoint is None:
+            directory.write_config(config, _resolved(worker, moved))
+        strategy = PhasedStrategy(worker, directory, fleet, checkpoint)
         strategy.start(
             grid,
             ArrayRecord({"state": pack(strategy.initial_state())}),
             timeout=config.clients.deadline,
         )
     except Exception as error:
-        directory.event("stopped", reason=f"{type(error).__name__}: {error}")
+        with suppress(RunDirectoryError):  # which may be what the error is about
+            directory.event("stopped", reason=f"{type(error).__name__}: {error}")
         raise
     summary = _summarise(config, worker, strategy, directory, started)
     directory.write_summary(summary)
-    _export(config, worker, strategy, directory)
+    with writing(directory.path):
+        _export(config, worker, strategy, directory)
+    # Those of a simulation's clients, who are done.
+    shutil.rmtree(residuals_folder(directory.lineage), ignore_errors=True)
     Console(width=100).print(closing_table(summary))
     log(INFO, "run directory %s", directory.path)
     return summary

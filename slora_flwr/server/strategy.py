@@ -23,6 +23,7 @@ from slora_flwr.adapters import HeadAdapter, LowRankAdapter
 from slora_flwr.adapters.head import State
 from slora_flwr.adapters.low_rank import take_slices
 from slora_flwr.adapters.size import factors_size, targets_size
+from slora_flwr.config import flatten
 from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.plan import plan_rounds
 from slora_flwr.reports.progress import progress_line
@@ -30,6 +31,7 @@ from slora_flwr.schedule import Phase, has_stopped_gaining
 from slora_flwr.server.aggregate import FoldError, Mean, ServerOptimizer
 from slora_flwr.server.base import Base
 from slora_flwr.server.broadcast import Broadcast
+from slora_flwr.server.checkpoint import Snapshot
 from slora_flwr.server.collect import collect, is_gone
 from slora_flwr.server.fleet import Fleet, sample_cohort
 from slora_flwr.server.run_directory import RunDirectory
@@ -95,19 +97,33 @@ class PhasedStrategy(Strategy):
         Where events, bytes and states go.
     fleet : Fleet
         The nodes; gathered.
+    checkpoint : Snapshot or None
+        Of the run that goes on.
     """
 
-    def __init__(self, worker: Worker, directory: RunDirectory, fleet: Fleet) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        directory: RunDirectory,
+        fleet: Fleet,
+        checkpoint: Snapshot | None = None,
+    ) -> None:
         self.config = worker.config
         self.fleet = fleet
         self.history: list[dict[str, float]] = []
         self.state: State = {}
         self._worker = worker
         self._directory = directory
-        self._best = -1.0
+        self._lengths = [phase.rounds for phase in worker.schedule]
+        self._best, self._best_round = -1.0, 0
         self._wire: dict[int, list[int]] = {}
         self._server_round = 0
-        self._enter(0)
+        # The last round of each client's that counted, where clients keep residuals.
+        self._counted: dict[int, int] = {}
+        if checkpoint is None:
+            self._enter(0)
+        else:
+            self._restore(checkpoint)
 
     @property
     def phase(self) -> Phase:
@@ -131,7 +147,10 @@ class PhasedStrategy(Strategy):
             )
 
     def initial_state(self) -> State:
-        """Give the first phase's start: W_0's own values and a seeded head."""
+        """Give the first phase's start, W_0's own values and a seeded head.
+
+        Of a run that goes on it is the last round's state.
+        """
         return self.state
 
     def start(
@@ -144,7 +163,7 @@ class PhasedStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run all phases.
+        """Run all phases, or what is left of them.
 
         Parameters
         ----------
@@ -167,31 +186,34 @@ class PhasedStrategy(Strategy):
             If a round fails twice; the last state is in the run directory.
         """
         self.summary()
-        self._lengths = [phase.rounds for phase in self._worker.schedule]
         result = Result(arrays=initial_arrays)
         arrays = initial_arrays
         self.state = unpack(arrays["state"], self._adapter.shapes())
         started = time.perf_counter()
-        for index, phase in enumerate(self._worker.schedule):
-            if index:
+        if self.history:
+            started -= self.history[-1]["seconds"]
+        phases = self._worker.schedule
+        for index in range(self._phase, len(phases)):
+            phase = phases[index]
+            if index > self._phase:
                 self._enter(index)
                 arrays = ArrayRecord({"state": pack(self.state)})
             # What an open phase leaves is the last one's.
-            is_last = index == len(self._worker.schedule) - 1
+            is_last = index == len(phases) - 1
             rounds = phase.rounds
             if is_last:
-                rounds = self.config.rounds - self._server_round
+                rounds = self.config.rounds - sum(self._lengths[:index])
             self._plan(index, rounds)
-            for number in range(1, rounds + 1):
+            while self._phase_round < rounds and not self._has_ended():
                 self._server_round = server_round = self._server_round + 1
-                self._phase_round = number
+                self._phase_round += 1
                 arrays, metrics = self._train_round(
                     server_round, arrays, train_config or ConfigRecord(), grid, timeout
                 )
                 result.arrays = arrays
                 result.train_metrics_clientapp[server_round] = metrics
                 # An open phase ends by what its evaluations say.
-                last = number == rounds or phase.is_open
+                last = self._phase_round == rounds or phase.is_open
                 if self._is_due(server_round, last):
                     found = self._evaluate_clients(
                         server_round, arrays, evaluate_config, grid, timeout
@@ -204,9 +226,7 @@ class PhasedStrategy(Strategy):
                     if evaluated is not None:
                         result.evaluate_metrics_serverapp[server_round] = evaluated
                 self._close_round(server_round, metrics, result, started)
-                if phase.is_open and has_stopped_gaining(*self._gains()):
-                    self._lengths[index] = number
-                    break
+            self._lengths[index] = self._phase_round
         return result
 
     def configure_train(
@@ -366,23 +386,9 @@ class PhasedStrategy(Strategy):
         elif phase.adapter == "lora":
             start, patch = worker.start_low_rank()
         self._phase, self._phase_round = index, 0
-        codec = Codec.of_download(self.config.download, worker.backbone.head_size)
-        known: State = {}
-        if patch is not None and not codec.is_exact:
-            known = worker.known_of(patch.positions)
-        self._base = Base(
-            patch,
-            4 * targets_size(worker.backbone),
-            lambda: pack(worker.base_weights()),
-            replace(codec, head=0),
-            known,
-        )
+        self._base = self._make_base(patch)
         patch = self._base.patch
-        if patch is None:
-            self._directory.drop_state("base")
-        else:
-            digest = self._base.digest
-            self._directory.save_state("base", patch.state(), digest=digest)
+        self._save_base(patch.state() if patch else {})
         self._adapter: HeadAdapter = worker.enter(phase, patch, self._base.digest)
         head = {n: t for n, t in self.state.items() if n in worker.backbone.head}
         # What the base gave up is what the factors start from, as it was read.
@@ -390,9 +396,100 @@ class PhasedStrategy(Strategy):
         given |= {f"{n}.lora_B": t for n, t in patch.b.items()} if patch else {}
         start |= {name: t for name, t in given.items() if name in start}
         self.state = {**self._adapter.state(), **head, **start}
-        self._broadcast = Broadcast(codec, worker.reference)
-        server = self.config.server
-        self._optimizer = ServerOptimizer(server.optimizer, server.lr)
+        self._begin_phase()
+
+    def _make_base(self, patch: BasePatch | None) -> Base:
+        worker = self._worker
+        codec = self._download
+        known: State = {}
+        if patch is not None and not codec.is_exact:
+            known = worker.known_of(patch.positions)
+        return Base(
+            patch,
+            4 * targets_size(worker.backbone),
+            lambda: pack(worker.base_weights()),
+            replace(codec, head=0),
+            known,
+        )
+
+    @property
+    def _download(self) -> Codec:
+        return Codec.of_download(self.config.download, self._worker.backbone.head_size)
+
+    def _begin_phase(self) -> None:
+        """Make what a phase has of its own, once its adapter is attached."""
+        config, head = self.config, self._worker.backbone.head_size
+        self._broadcast = Broadcast(self._download, self._worker.reference)
+        self._optimizer = ServerOptimizer(config.server.optimizer, config.server.lr)
+        upload = Codec.of_upload(config.upload, self.phase.adapter, head)
+        # A node of one client keeps its residual by itself.
+        self._keeps_residuals = (
+            config.upload.feedback and not upload.is_exact and config.clients.count > 0
+        )
+
+    def _snapshot(self) -> Snapshot:
+        """Give what `_restore` takes."""
+        facts = {
+            "phase": self._phase,
+            "phase_round": self._phase_round,
+            "lengths": self._lengths,
+            "history": self.history,
+            "best": [self._best, self._best_round],
+            "counted": [*self._counted.items()],
+        }
+        weights = self._worker.base_weights() if self.phase.moves_base else {}
+        snapshot = Snapshot.join(
+            {
+                "strategy": Snapshot(facts, self.state),
+                "weights": Snapshot(tensors=weights),
+                "base": self._base.snapshot(),
+                "broadcast": self._broadcast.snapshot(),
+                "optimizer": self._optimizer.snapshot(),
+            }
+        )
+        snapshot.facts |= {
+            "config": flatten(self.config),
+            "identity": self.fleet.expected,
+            "round": self._server_round,
+            "agreed": self.fleet.agreed(),
+        }
+        return snapshot
+
+    def _restore(self, checkpoint: Snapshot) -> None:
+        """Go on from the end of a round."""
+        worker, own = self._worker, checkpoint.part("strategy")
+        self._server_round = checkpoint.facts["round"]
+        self._phase, self._phase_round = own.facts["phase"], own.facts["phase_round"]
+        self._lengths, self.history = own.facts["lengths"], own.facts["history"]
+        self._best, self._best_round = own.facts["best"]
+        self._counted = dict(own.facts["counted"])
+        self._base = self._make_base(None)
+        self._base.restore(checkpoint.part("base"))
+        patch, weights = self._base.patch, checkpoint.part("weights").tensors
+        if weights:
+            patch = BasePatch(weights=weights)
+        self._adapter = worker.enter(self.phase, patch, self._base.digest)
+        self._adapter.begin(self._phase_round)
+        self.state = {name: own.tensors[name] for name in self._adapter.shapes()}
+        self._begin_phase()
+        self._broadcast.restore(checkpoint.part("broadcast"))
+        self._optimizer.restore(self.state, checkpoint.part("optimizer"))
+        # They may be those of a later round.
+        self._save_base(weights or (patch.state() if patch else {}))
+        self._directory.save_state("last", self.state, **self._facts)
+
+    @property
+    def _facts(self) -> dict[str, str]:
+        """What is written beside a state."""
+        facts = {"round": str(self._server_round), "phase": self.phase.adapter}
+        return facts | {"base": self._base.digest}
+
+    def _save_base(self, state: State) -> None:
+        """Write the base that the next states stand on; empty for W_0."""
+        if state:
+            self._directory.save_state("base", state, digest=self._base.digest)
+        else:
+            self._directory.drop_state("base")
 
     def _step(self, fold: Mean) -> None:
         """Go from the round's start to the next one's, in state and base."""
@@ -412,9 +509,8 @@ class PhasedStrategy(Strategy):
             sent = self._adapter.sent()
             move = {name: t for name, t in self.state.items() if name not in sent}
         self._base.move(pack(move))
-        digest = self._base.digest
-        self._worker.move_base([move], self._phase_round, digest)
-        self._directory.save_state("base", self._worker.base_weights(), digest=digest)
+        self._worker.move_base([move], self._phase_round, self._base.digest)
+        self._save_base(self._worker.base_weights())
 
     def _sent(self) -> State:
         """Take what a client is sent of the state."""
@@ -444,6 +540,10 @@ class PhasedStrategy(Strategy):
             self.config, self._worker.backbone, self.fleet.clients, self._lengths
         )
         self._planned = {planned.number: planned for planned in plan}
+
+    def _has_ended(self) -> bool:
+        """Tell whether an open phase ends here."""
+        return self.phase.is_open and has_stopped_gaining(*self._gains())
 
     def _gains(self) -> list[list[float]]:
         """List what an open phase's end depends on, round by round."""
@@ -476,6 +576,8 @@ class PhasedStrategy(Strategy):
             if wire:
                 self._note("down", 0, 0, 0, wire=wire["down"])
             if after is not None and metrics is not None:
+                if self._keeps_residuals:
+                    self._counted |= dict.fromkeys(clients, server_round)
                 return after, metrics
             log(
                 WARNING,
@@ -488,7 +590,8 @@ class PhasedStrategy(Strategy):
         raise TooFewRepliesError(
             f"round {server_round} got {len(self._round.clients)} good replies twice; "
             f"clients.min-replies is {self.config.clients.min_replies}. The run "
-            f"directory {self._directory.path} holds what was done before"
+            f"directory {self._directory.path} holds what was done before, from which "
+            "run.resume goes on"
         )
 
     def _evaluate_clients(
@@ -538,6 +641,9 @@ class PhasedStrategy(Strategy):
             )
             if self.config.data.is_own:
                 instruction.classes = self._worker.classes
+            if self._keeps_residuals and message_type == MessageType.TRAIN:
+                instruction.lineage = self._directory.lineage
+                instruction.residuals = [self._counted.get(c, 0) for c in clients]
             instruction.parcel = self._base.parcel(node)
             messages.append(
                 Message(
@@ -659,7 +765,7 @@ class PhasedStrategy(Strategy):
         wire: int | None = None,
     ) -> None:
         number, phase = self._round.number, self.phase.adapter
-        self._directory.ledger.add(
+        self._directory.record(
             Entry(number, phase, direction, clients, payload, sent, planned, wire)
         )
 
@@ -712,14 +818,14 @@ class PhasedStrategy(Strategy):
             },
             **{k: v for k, v in figures.items() if k not in ("seconds", "phase")},
         )
-        facts = {"round": str(server_round), "phase": self.phase.adapter}
-        facts["base"] = self._base.digest
-        directory.save_state("last", self.state, **facts)
+        directory.save_state("last", self.state, **self._facts)
         accuracy = figures.get("accuracy", -1.0)
         if accuracy > self._best:
-            self._best = accuracy
-            directory.save_state("best", self.state, **facts)
+            self._best, self._best_round = accuracy, server_round
+            directory.save_state("best", self.state, **self._facts)
             directory.copy_state("base", "best-base")
+        # Last, so that it never speaks of what is not there.
+        directory.save_checkpoint(server_round, self._best_round, self._snapshot())
         asked = sum(len(clients) for clients in current.cohort.values())
         log(
             INFO,

@@ -1,8 +1,14 @@
 """The ledger: bytes by round, phase and direction."""
 
 import csv
-from dataclasses import asdict, dataclass, fields
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, fields
+from io import StringIO
 from pathlib import Path
+from typing import Any
+
+from slora_flwr.home import append
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,21 @@ class Entry:
     planned_payload_bytes: int | None = None
     wire_bytes: int | None = None
 
+    @classmethod
+    def read(cls, row: Mapping[str, str]) -> "Entry":
+        """Read a row of the CSV file."""
+        planned, wire = row.get("planned_payload_bytes"), row.get("wire_bytes")
+        return cls(
+            int(row["round"]),
+            row["phase"],
+            row["direction"],
+            int(row["clients"]),
+            int(row["payload_bytes"]),
+            int(row["message_bytes"]),
+            int(float(planned)) if planned else None,
+            int(wire) if wire else None,
+        )
+
 
 class Ledger:
     """Entries in memory and, as they come, in a CSV file.
@@ -50,21 +71,26 @@ class Ledger:
     Parameters
     ----------
     path : Path
-        The file, made anew.
+        The file.
+    size : int or None
+        The file is cut back to so many bytes and goes on; None for a new one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int | None = None) -> None:
         self.entries: list[Entry] = []
         self._path = path
-        names = [f.name for f in fields(Entry)]
-        with path.open("w", newline="") as file:
-            csv.DictWriter(file, names).writeheader()
+        if size is None:
+            path.write_text("")
+            append(path, _row(f.name for f in fields(Entry)))
+        else:
+            os.truncate(path, size)
+            with path.open(newline="") as file:
+                self.entries = [Entry.read(row) for row in csv.DictReader(file)]
 
     def add(self, entry: Entry) -> None:
         """Append an entry."""
         self.entries.append(entry)
-        with self._path.open("a", newline="") as file:
-            csv.DictWriter(file, list(asdict(entry))).writerow(asdict(entry))
+        append(self._path, _row(astuple(entry)))
 
     def total(self, unit: str, direction: str, phase: str | None = None) -> int:
         """Sum `payload` or `message` bytes of a direction, of one phase or of all."""
@@ -73,3 +99,9 @@ class Ledger:
             for entry in self.entries
             if entry.direction == direction and phase in (None, entry.phase)
         )
+
+
+def _row(values: Iterable[Any]) -> str:
+    row = StringIO(newline="")
+    csv.writer(row).writerow(values)
+    return row.getvalue()

@@ -73,6 +73,11 @@ class Instruction:
         What the node lacks of the base.
     since : str
         Digest of the state to which `state` is the difference; empty where it is whole.
+    lineage : int
+        Names the run however often it was interrupted, where clients keep residuals.
+    residuals : list[int]
+        For each client, the last round whose update it kept a residual of and the
+        server took; 0 for none. None where clients keep none.
     """
 
     server_round: int
@@ -85,6 +90,8 @@ class Instruction:
     phase_round: int = 1
     parcel: Parcel = field(default_factory=Parcel)
     since: str = ""
+    lineage: int = 0
+    residuals: list[int] = field(default_factory=list)
 
     def content(self) -> RecordDict:
         """Write the records."""
@@ -115,6 +122,9 @@ class Instruction:
             config["since"] = self.since
         if self.classes:
             config["classes"] = self.classes
+        if self.residuals:
+            config["lineage"] = str(self.lineage)  # it can be beyond 63 bits
+            config["residuals"] = self.residuals
         return RecordDict({"arrays": arrays, "config": config})
 
     @classmethod
@@ -141,6 +151,8 @@ class Instruction:
             ),
             classes=list(config.get("classes", [])),  # type: ignore[arg-type]
             since=str(config.get("since", "")),
+            lineage=int(config.get("lineage", 0)),  # type: ignore[arg-type]
+            residuals=list(config.get("residuals", [])),  # type: ignore[arg-type]
         )
 
 
