@@ -119,6 +119,11 @@ class RunDirectory:
                 "sizes": {name: (self.path / name).stat().st_size for name in GROWING},
             }
             write_checkpoint(checkpoint_path(self.path, number), snapshot)
+        self.drop_checkpoints(best)
+
+    def drop_checkpoints(self, best: int) -> None:
+        """Drop all but the last checkpoints and the best round's."""
+        with self._writing():
             for path in list_checkpoints(self.path)[: -self._keep]:
                 if number_of(path) != best:
                     path.unlink()

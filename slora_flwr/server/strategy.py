@@ -477,6 +477,7 @@ class PhasedStrategy(Strategy):
         # They may be those of a later round.
         self._save_base(weights or (patch.state() if patch else {}))
         self._directory.save_state("last", self.state, **self._facts)
+        self._directory.drop_checkpoints(self._best_round)
 
     @property
     def _facts(self) -> dict[str, str]:
