@@ -76,8 +76,8 @@ class Instruction:
     lineage : int
         Names the run however often it was interrupted, where clients keep residuals.
     residuals : list[int]
-        For each client, the last round whose update it kept a residual of and the
-        server took; 0 for none. None where clients keep none.
+        For each client, the last round whose update counted, from whose residual the
+        next one starts; 0 for none. Empty where clients keep none.
     """
 
     server_round: int
