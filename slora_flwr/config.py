@@ -39,6 +39,8 @@ OWN_AGGREGATOR = {
 }
 TWO_PHASES = ("slora", "head-lora")
 DOWNLOAD_DTYPES = ("float32", "float16", "bfloat16", "int8")
+# Robust statistics: how many clients more than twice the hostile ones they need.
+LEAST_COHORTS = {"median": 1, "trimmed-mean": 1, "krum": 3, "multi-krum": 3}
 PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual")
 # `data.name` for data that never leaves its node: each trains on its own.
 OWN_DATA = "node"
@@ -300,14 +302,54 @@ class BottleneckConfig(PhaseRecipeConfig):
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """The server optimiser, applied to the mean update; `none` adds lr times it."""
+    """What becomes of the clients' updates.
+
+    `optimizer` is applied to the mean update; `none` adds `lr` times it. `clip_norm`
+    bounds the norm of each client's update, 0 for none, see `slora_flwr.wire.norm`.
+    `robust` puts another statistic in the mean's place, see
+    `slora_flwr.server.robust`, for cohorts of which up to `byzantine` clients are
+    hostile.
+    """
 
     optimizer: str = "none"
     lr: float = 1.0
+    clip_norm: float = 0.0
+    robust: str = "none"
+    byzantine: int = 0
 
     def __post_init__(self) -> None:
         _one_of("server.optimizer", self.optimizer, ("none", "fedavgm", "fedadam"))
         _positive("server.lr", self.lr)
+        _at_least("server.clip-norm", self.clip_norm, 0)
+        _one_of("server.robust", self.robust, ("none", *LEAST_COHORTS))
+        _at_least("server.byzantine", self.byzantine, 0)
+        if self.robust == "none" and self.byzantine:
+            allowed = "0, since server.robust is none"
+            raise _refuse("server.byzantine", self.byzantine, allowed)
+
+    @property
+    def least_cohort(self) -> int:
+        """How many clients a round needs to outvote those that are hostile."""
+        return 2 * self.byzantine + LEAST_COHORTS.get(self.robust, 0)
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """Hostile clients of a simulation, see `slora_flwr.attack`.
+
+    `share` of the client population does what `kind` says: `label-flip`, or
+    `scaled-update`, whose factor is `scale`.
+    """
+
+    kind: str = "none"
+    share: float = 0.2
+    scale: float = -10.0
+
+    def __post_init__(self) -> None:
+        _one_of("attack.kind", self.kind, ("none", "label-flip", "scaled-update"))
+        _fraction("attack.share", self.share, one=True)
+        if not math.isfinite(self.scale) or self.scale == 1:
+            raise _refuse("attack.scale", self.scale, "a number other than 1")
 
 
 @dataclass(frozen=True)
@@ -391,6 +433,7 @@ class RunConfig:
     server: ServerConfig = field(default_factory=ServerConfig)
     upload: UploadConfig = field(default_factory=UploadConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
     run: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
@@ -411,6 +454,7 @@ class RunConfig:
             )
         self._check_phases()
         self._check_aggregator()
+        self._check_robust()
 
     @property
     def aggregator(self) -> str:
@@ -468,21 +512,48 @@ class RunConfig:
             # from would depend on the others of its node.
             allowed = "empty, or download.dtype float32 without download.lossless"
             raise _refuse("lora.ranks", self.lora.ranks, allowed)
-        if used in ("exact", "flexlora"):
+        robust = self.server.robust
+        of_products = robust in ("median", "trimmed-mean") and used == "fedavg"
+        of_products = of_products and self.method.endswith("lora")
+        if used in ("exact", "flexlora") or of_products:
             # Their result is a weight, which no step towards the mean's factors gives.
+            by = f"server.robust is {robust}"
+            by = by if of_products else f"the aggregator is {used}"
             for name, value, plain in (
                 ("optimizer", self.server.optimizer, "none"),
                 ("lr", self.server.lr, 1.0),
             ):
                 if value != plain:
-                    allowed = f"{plain}, since the aggregator is {used}"
+                    allowed = f"{plain}, since {by}"
                     raise _refuse(f"server.{name}", value, allowed)
         if used == "exact" and self.model.dtype != "float32":
             allowed = "float32, since the aggregator exact adds to the weights"
             raise _refuse("model.dtype", self.model.dtype, allowed)
 
+    def _check_robust(self) -> None:
+        server, clients = self.server, self.clients
+        if server.robust == "none":
+            return
+        if self.aggregator in ("exact", "flexlora"):
+            allowed = f"none, since the aggregator is {self.aggregator}"
+            raise _refuse("server.robust", server.robust, allowed)
+        if self.lora.ranks:
+            allowed = "none, since lora.ranks has clients of unequal ranks"
+            raise _refuse("server.robust", server.robust, allowed)
+        least = server.least_cohort
+        for name in ("per_round", "min_replies"):
+            if getattr(clients, name) < least:
+                raise _refuse(
+                    f"clients.{_kebab(name)}",
+                    getattr(clients, name),
+                    f"at least {least}, since server.robust is {server.robust} and "
+                    f"server.byzantine is {server.byzantine}",
+                )
+
     def _check_own_data(self) -> None:
         where = f"since data.name is {OWN_DATA}"
+        if self.attack.kind != "none":
+            raise _refuse("attack.kind", self.attack.kind, f"none, {where}")
         if self.clients.count:
             raise _refuse("clients.count", self.clients.count, f"0, {where}")
         if self.data.validation:

@@ -78,6 +78,7 @@ class Sender:
             start=start,
             importance=config.upload.importance,
             stream=self._stream(client),
+            clip_norm=config.server.clip_norm,
         )
         return replace(upload, update=fill_slices(upload.update, shapes))
 

@@ -78,6 +78,12 @@ CHANGED: dict[str, Value] = {
     "lora.factors": "b",
     "server.optimizer": "none",
     "server.lr": 1.0,
+    "server.clip-norm": 2.0,
+    "server.robust": "none",
+    "server.byzantine": 0,
+    "attack.kind": "label-flip",
+    "attack.share": 0.1,
+    "attack.scale": 0.0,
     "upload.dtype": "int4",
     "upload.top-k": 0.1,
     "upload.importance": "product",
@@ -96,6 +102,8 @@ CHANGED: dict[str, Value] = {
 KEPT = {
     "server.optimizer",
     "server.lr",
+    "server.robust",
+    "server.byzantine",
     "download.dtype",
     "download.lossless",
     "data.labels",
@@ -179,6 +187,14 @@ BAD: list[tuple[str, Value, str]] = [
     ("lora.factors", "a", "auto, balanced, b"),
     ("server.optimizer", "adam", "none, fedavgm, fedadam"),
     ("server.lr", 0.0, "a number above 0"),
+    ("server.clip-norm", -0.1, "a number of at least 0"),
+    ("server.robust", "bulyan", "none, median, trimmed-mean, krum, multi-krum"),
+    ("server.byzantine", -1, "a number of at least 0"),
+    ("server.byzantine", 1, "0, since server.robust is none"),
+    ("attack.kind", "backdoor", "none, label-flip, scaled-update"),
+    ("attack.share", 0.0, "a number above 0 up to 1"),
+    ("attack.share", 1.5, "a number above 0 up to 1"),
+    ("attack.scale", 1.0, "a number other than 1"),
     ("upload.dtype", "int2", "float32, float16, bfloat16, int8, int4"),
     ("upload.top-k", 1.5, "a number from 0 up to 1"),
     ("upload.top-k", -0.1, "a number from 0 up to 1"),
@@ -423,3 +439,67 @@ def test_own_data_refuses_what_cannot_be_with_it(
 
 def test_own_data_needs_no_holdout_beside_test_data() -> None:
     parse(OWN | {"clients.holdout": 0.0, "data.test": "/srv/test.csv"})
+
+
+ROBUST: dict[str, Value] = {
+    "server.robust": "trimmed-mean",
+    "server.byzantine": 2,
+    "clients.min-replies": 5,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"clients.min-replies": 4},
+            "clients.min-replies is 4; allowed: at least 5, since server.robust is "
+            "trimmed-mean and server.byzantine is 2",
+        ),
+        (
+            {"server.robust": "krum"},
+            "clients.per-round is 5; allowed: at least 7, since server.robust is krum "
+            "and server.byzantine is 2",
+        ),
+        (
+            {"method": "fedex-lora"},
+            "server.robust is 'trimmed-mean'; allowed: none, since the aggregator is "
+            "exact",
+        ),
+        (
+            {"method": "lora", "lora.ranks": "4,8"},
+            "server.robust is 'trimmed-mean'; allowed: none, since lora.ranks has "
+            "clients of unequal ranks",
+        ),
+        (
+            {"server.optimizer": "fedadam"},
+            "server.optimizer is 'fedadam'; allowed: none, since server.robust "
+            "is trimmed-mean",
+        ),
+        (
+            {"server.lr": 0.5},
+            "server.lr is 0.5; allowed: 1.0, since server.robust is trimmed-mean",
+        ),
+    ],
+)
+def test_robust_statistics_refuse_what_cannot_be_with_them(
+    changes: dict[str, Value], message: str
+) -> None:
+    parse(ROBUST)
+    assert refusal(ROBUST | changes) == message
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "sft"}, {"method": "ffa-lora"}, {"server.robust": "krum"}]
+)
+def test_a_statistic_of_updates_can_have_a_server_optimiser(
+    changes: dict[str, Value],
+) -> None:
+    most = {"clients.per-round": 7, "clients.min-replies": 7}
+    parse(ROBUST | most | {"server.optimizer": "fedadam"} | changes)
+
+
+def test_attacks_are_for_simulations() -> None:
+    message = refusal(OWN | {"attack.kind": "label-flip"})
+    expected = "attack.kind is 'label-flip'; allowed: none, since data.name is node"
+    assert message == expected

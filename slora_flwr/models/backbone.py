@@ -121,6 +121,7 @@ def load_backbone(
             dtype=_DTYPES[config.dtype],
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            use_safetensors=True,  # a pickled checkpoint could run code
             **revision,
         )
     except (OSError, ValueError) as error:

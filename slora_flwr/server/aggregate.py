@@ -9,6 +9,7 @@ from torch import Tensor
 from slora_flwr.adapters.low_rank import fill_slices, rank_shapes, take_slices
 from slora_flwr.server.checkpoint import Snapshot
 from slora_flwr.wire.codec import Codec
+from slora_flwr.wire.norm import largest_norm, norm
 from slora_flwr.wire.packing import pack, unpack
 
 # Sums are whole multiples of 1 / SCALE. With weights of at least 1 that is finer than
@@ -37,18 +38,30 @@ class Mean:
         the factors is then averaged over the clients that have it.
     codec : Codec
         How the update of a node's only client travels.
+    clip_norm : float
+        Bound of the norm of each client's update, 0 for none.
     """
 
     def __init__(
         self,
         rank_of: Callable[[int], int] | None = None,
         codec: Codec = PLAIN,
+        clip_norm: float = 0.0,
     ) -> None:
         self.sums: dict[str, Tensor] = {}
         self.weight = 0
         self._rank_of = rank_of
         self._codec = codec
+        self._clip_norm = clip_norm
+        self._expected = 0
         self._weights: dict[int, int] = {}  # by rank
+
+    def expect(self, weight: int) -> None:
+        """Name the weight of all that may come: each gets its share of the range.
+
+        Without that, one that fills the range would keep out those that come later.
+        """
+        self._expected = weight
 
     def add(self, update: Mapping[str, Tensor], weight: int, client: int = 0) -> None:
         """Add one client's update.
@@ -108,9 +121,12 @@ class Mean:
             layout = rank_shapes(shapes, max(map(self._rank_of, clients)))
         if len(clients) == 1:
             update = self._codec.decode(array, layout)
+            self._check_norm(update, 1)
             self.add(fill_slices(update, shapes), weights[0], clients[0])
             return
-        self.merge(fill_slices(unpack(array, layout, "int64"), shapes), sum(weights))
+        sums = unpack(array, layout, "int64")
+        self._check_norm(sums, sum(weights) * SCALE)
+        self.merge(fill_slices(sums, shapes), sum(weights))
         for client, weight in zip(clients, weights, strict=True):
             self._count(client, weight)
 
@@ -123,9 +139,10 @@ class Mean:
             If a sum leaves the range.
         """
         after = {}
+        share = weight / self._expected if self._expected else 1.0
         for name, tensor in sums.items():
             # Two terms below 2^62 cannot pass 2^63 unseen.
-            _check_range(name, tensor)
+            _check_range(name, tensor, share)
             after[name] = tensor + self.sums.get(name, 0)
             _check_range(name, after[name])
         self.sums, self.weight = after, self.weight + weight
@@ -136,6 +153,17 @@ class Mean:
             name: (sums.double() / (self._divisor(name, sums) * SCALE)).float()
             for name, sums in self.sums.items()
         }
+
+    def _check_norm(self, update: Mapping[str, Tensor], unit: float) -> None:
+        if not self._clip_norm:
+            return
+        count = sum(tensor.numel() for tensor in update.values())
+        most = largest_norm(self._clip_norm, self._codec.dtype, count)
+        if (found := norm(update) / unit) > most:
+            raise FoldError(
+                f"its update has norm {found:.4g}; allowed: up to {most:.4g}, since "
+                f"server.clip-norm is {self._clip_norm:g}"
+            )
 
     def _count(self, client: int, weight: int) -> None:
         if self._rank_of is not None:
@@ -154,9 +182,10 @@ class Mean:
         return torch.tensor(held).clamp(min=1).view(shape)
 
 
-def _check_range(name: str, tensor: Tensor) -> None:
+def _check_range(name: str, tensor: Tensor, share: float = 1.0) -> None:
+    most = int(LARGEST * share)
     # Both comparisons are false for NaN.
-    if not bool(((tensor > -LARGEST) & (tensor < LARGEST)).all()):
+    if not bool(((tensor > -most) & (tensor < most)).all()):
         raise FoldError(f"the update of {name} is not finite or too large")
 
 

@@ -85,7 +85,9 @@ def pull(grid: Grid, pending: dict[str, int]) -> Iterator[Message]:
     asked = list(pending)
     for start in range(0, len(asked), PULLED_AT_ONCE):
         for reply in grid.pull_messages(asked[start : start + PULLED_AT_ONCE]):
-            node = pending.pop(reply.metadata.reply_to_message_id)
+            node = pending.pop(reply.metadata.reply_to_message_id, None)
+            if node is None:
+                continue  # a second answer
             # For a node that is gone the SuperLink answers, under its own id.
             reply.metadata.__dict__["_src_node_id"] = node
             yield reply

@@ -12,9 +12,12 @@ from flwr.serverapp import Grid
 
 from slora_flwr.adapters.masks import draw_distinct, key
 from slora_flwr.server.collect import LAST_POLL_SECONDS, is_gone, pull, push
+from slora_flwr.wire.text import printable
 
 # How long to wait for the nodes that a simulation says it has.
 REGISTRATION_SECONDS = 120.0
+# Of one client: with more, sums of updates would have no room for others.
+MOST_EXAMPLES = 10**7
 
 
 class FleetError(RuntimeError):
@@ -33,6 +36,8 @@ class Fleet:
         Wait for so many nodes before the first round.
     deadline : float
         Seconds to wait for the answers to the first query.
+    sizes : Mapping[int, int] or None
+        Each client's number of examples, where the server knows it.
     """
 
     def __init__(
@@ -40,8 +45,10 @@ class Fleet:
         expected: Mapping[str, object],
         min_nodes: int,
         deadline: float,
+        sizes: Mapping[int, int] | None = None,
     ) -> None:
         self.sizes: dict[int, int] = {}
+        self._known = sizes
         self.left_out: dict[int, str] = {}
         self.expected = expected
         self._min_nodes = min_nodes
@@ -235,7 +242,7 @@ class Fleet:
             raise ValueError("; ".join(differs))
         try:
             self._told = max(self._told, int(described["nodes"]))  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"its description is off: {error!r}") from error
         return described, metrics
 
@@ -254,6 +261,15 @@ class Fleet:
             sizes = dict(zip(clients, metrics["examples"], strict=True))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"its description is off: {error!r}") from error
+        for client, size in sizes.items():
+            told = self.sizes.get(client, size)
+            right = told if self._known is None else self._known.get(client)
+            is_count = type(size) is int and 0 <= size <= MOST_EXAMPLES
+            if type(client) is not int or not is_count or size != right:
+                raise ValueError(
+                    f"its client {client} has {size} examples; allowed: "
+                    + (f"up to {MOST_EXAMPLES}" if right == size else f"{right}")
+                )
         hosted = frozenset(clients)
         # Nodes of a simulation host the same clients: one set serves them all.
         same = next((h for h in self._hosted.values() if h == hosted), hosted)
@@ -267,7 +283,7 @@ class Fleet:
         """Decide what could not be until all nodes had answered."""
 
     def _leave_out(self, node: int, reason: str) -> None:
-        self.left_out[node] = reason
+        self.left_out[node] = reason = printable(reason)
         log(WARNING, "%s is left out: %s", self.name(node), reason)
         self._note("left_out", node=node, name=self.name(node), reason=reason)
 

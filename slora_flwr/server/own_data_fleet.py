@@ -7,7 +7,9 @@ from typing import Any
 
 from flwr.common.logger import log
 
-from slora_flwr.server.fleet import Fleet, FleetError
+from slora_flwr.server.fleet import MOST_EXAMPLES, Fleet, FleetError
+from slora_flwr.tasks.own_data import LONGEST_LABEL, MOST_LABELS
+from slora_flwr.wire.text import printable
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,21 @@ class Description:
                 )
             )
             client = described.get("client")
-            found = cls(str(described["name"]), client, labels, skipped)
+            name = printable(described["name"], LONGEST_LABEL)
+            skipped = {printable(reason): n for reason, n in skipped.items()}
+            found = cls(name, client, labels, skipped)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"its description is off: {error!r}") from error
         numbers = [*labels.values(), *skipped.values(), 0 if client is None else client]
-        if not all(type(n) is int and n >= 0 for n in numbers) or not all(labels):
+        if (
+            not all(type(n) is int and n >= 0 for n in numbers)
+            or not all(type(text) is str for text in (*labels, *skipped))
+            or not all(labels)
+            # What a node itself would not tell as labels.
+            or not 0 < len(labels) <= MOST_LABELS
+            or max(map(len, labels)) > LONGEST_LABEL
+            or sum(labels.values()) > MOST_EXAMPLES
+        ):
             raise ValueError(f"its description is off: {found}")
         return found
 

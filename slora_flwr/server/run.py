@@ -122,9 +122,11 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
 def _shared_data_fleet(worker: Worker, expected: dict[str, object]) -> Fleet:
     expected |= {"backbone": worker.backbone.digest, "classes": worker.classes}
     clients = worker.config.clients
+    sizes = None
     if clients.count:
         expected["partition"] = worker.partition_digest
-    return Fleet(expected, clients.min_nodes, clients.deadline)
+        sizes = dict(enumerate(worker.partition.sizes.tolist()))
+    return Fleet(expected, clients.min_nodes, clients.deadline, sizes)
 
 
 def _own_data_fleet(worker: Worker, expected: dict[str, object]) -> Fleet:

@@ -1,4 +1,4 @@
-"""Aggregators that need each client's factors: `exact` and `flexlora`.
+"""Aggregators that need each client's update: `exact`, `flexlora`, and robust ones.
 
 The mean of A and the mean of B do not multiply to the mean of B·A. With P the mean of
 the clients' products B_i·A_i, weighted by examples:
@@ -8,6 +8,8 @@ the clients' products B_i·A_i, weighted by examples:
 - `flexlora` (FlexLoRA, arXiv 2402.11505) takes the best factors of the rank, by the SVD
   of P, which the QR factors of the stacks give without the dense product (FLoRIST,
   arXiv 2506.09199).
+
+For the robust ones see `slora_flwr.server.robust`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +33,7 @@ NEGLIGIBLE = 1e-7
 
 
 class Stack(Mean):
-    """The mean, and each client's factors beside it.
+    """The mean, and each client's update beside it.
 
     It grows with the cohort; a node sends its clients' updates one after the other.
     """
@@ -40,8 +42,9 @@ class Stack(Mean):
         self,
         rank_of: Callable[[int], int] | None = None,
         codec: Codec = PLAIN,
+        clip_norm: float = 0.0,
     ) -> None:
-        super().__init__(rank_of, codec)
+        super().__init__(rank_of, codec, clip_norm)
         self._updates: dict[int, tuple[int, Mapping[str, Tensor]]] = {}
 
     def add(self, update: Mapping[str, Tensor], weight: int, client: int = 0) -> None:
@@ -80,11 +83,16 @@ class Stack(Mean):
         node = Stack(self._rank_of)
         for i, client in enumerate(clients):
             update = {name: values[f"{i} {name}"] for name in shapes}
+            self._check_norm(update, 1)
             node.add(fill_slices(update, shapes), weights[i], client)
         self.merge(node.sums, node.weight)
         self._updates |= node._updates
         for rank, weight in node._weights.items():
             self._weights[rank] = self._weights.get(rank, 0) + weight
+
+    def updates(self) -> list[Mapping[str, Tensor]]:
+        """List the clients' updates in the order of their ids."""
+        return [update for _, (_, update) in sorted(self._updates.items())]
 
     def products(self, sent: State) -> dict[str, tuple[Tensor, Tensor]]:
         """Stack the clients' weighted factors, so that left @ right is P.
@@ -120,8 +128,9 @@ def make_aggregate(phase: Phase, config: RunConfig, head: int) -> Mean:
     if phase.adapter == "lora" and config.lora.ranks:
         rank_of = config.lora.rank_of
     codec = Codec.of_upload(config.upload, phase.adapter, head)
-    kind = Stack if phase.aggregator in ("exact", "flexlora") else Mean
-    return kind(rank_of, codec)
+    robust = config.server.robust != "none"
+    kind = Stack if robust or phase.aggregator in ("exact", "flexlora") else Mean
+    return kind(rank_of, codec, config.server.clip_norm)
 
 
 def redistribute(stack: Stack, sent: State) -> State:

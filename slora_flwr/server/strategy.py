@@ -34,6 +34,7 @@ from slora_flwr.server.broadcast import Broadcast
 from slora_flwr.server.checkpoint import Snapshot
 from slora_flwr.server.collect import collect, is_gone
 from slora_flwr.server.fleet import Fleet, sample_cohort
+from slora_flwr.server.robust import combine
 from slora_flwr.server.run_directory import RunDirectory
 from slora_flwr.server.stack import Stack, make_aggregate, redistribute, residual
 from slora_flwr.tasks.metrics import Evaluation, pool
@@ -46,10 +47,12 @@ from slora_flwr.wire.messages import (
     Instruction,
     MessageError,
     Report,
+    is_figure,
     message_bytes,
     read_evaluation,
 )
 from slora_flwr.wire.packing import PayloadError, pack, unpack
+from slora_flwr.wire.text import printable
 
 NO_REPLY = "no reply before the deadline"
 
@@ -266,6 +269,8 @@ class PhasedStrategy(Strategy):
         """
         current = self._round
         fold = make_aggregate(self.phase, self.config, self._worker.backbone.head_size)
+        cohort = [c for clients in current.cohort.values() for c in clients]
+        fold.expect(sum(self.fleet.sizes[client] for client in cohort))
         for reply in replies:
             current.up_message_bytes += message_bytes(reply)
             node = reply.metadata.src_node_id
@@ -494,8 +499,14 @@ class PhasedStrategy(Strategy):
 
     def _step(self, fold: Mean) -> None:
         """Go from the round's start to the next one's, in state and base."""
-        before = self.state
-        self.state = self._optimizer.step(before, fold.result())
+        before, factors = self.state, State()
+        update = fold.result()
+        if self.config.server.robust != "none":
+            assert isinstance(fold, Stack)
+            adapter = self._adapter
+            scaling = adapter.scaling if isinstance(adapter, LowRankAdapter) else 1.0
+            update, factors = combine(fold, self.config.server, self._start, scaling)
+        self.state = self._optimizer.step(before, update) | factors
         aggregator = self.phase.aggregator
         if aggregator == "flexlora":
             assert isinstance(fold, Stack)
@@ -723,8 +734,12 @@ class PhasedStrategy(Strategy):
                 f"its weights are {report.examples}, not from 1 to {owned}, which are "
                 "its clients' examples"
             )
+        shapes = self._adapter.returned().values()
+        head = self._worker.backbone.head_size
+        codec = Codec.of_upload(self.config.upload, self.phase.adapter, head)
+        most = codec.most(sum(shape.numel() for shape in shapes))
         if len(report.payloads) != len(owned) or not all(
-            type(given) is int and given > 0 for given in report.payloads
+            type(given) is int and 0 < given <= most for given in report.payloads
         ):
             raise MessageError(f"its payloads are {report.payloads}, not bytes of each")
         if len(report.wire) not in (0, 2) or not all(
@@ -733,8 +748,12 @@ class PhasedStrategy(Strategy):
             raise MessageError(f"its wire bytes are {report.wire}, not two counts")
         for name in ("losses", "seconds"):
             figures = getattr(report, name)
-            if len(figures) != len(owned) or not all(map(math.isfinite, figures)):
+            if len(figures) != len(owned) or not all(map(is_figure, figures)):
                 raise MessageError(f"its {name} are {figures}, not one for each client")
+        others = set(asked) - set(report.clients)
+        if not set(report.failures) <= others:
+            failed = [*report.failures]
+            raise MessageError(f"it says that {failed} failed; it might of {others}")
         return report
 
     def _count_wire(self, node: int, counted: list[int]) -> None:
@@ -749,7 +768,8 @@ class PhasedStrategy(Strategy):
             # A container that was made anew counts from zero.
             found[way] = found.get(way, 0) + (now - then if now >= then else now)
 
-    def _fail(self, node: int, clients: list[int], reason: str | None) -> None:
+    def _fail(self, node: int, clients: list[int], reason: object) -> None:
+        reason = printable(reason)
         failure = {"node": node, "clients": clients, "reason": reason}
         self._round.failed.update(clients)
         name = self.fleet.name(node)

@@ -18,6 +18,7 @@ from slora_flwr.adapters.head import State
 from slora_flwr.adapters.low_rank import cut_ranks
 from slora_flwr.adapters.priming import truncated_svd
 from slora_flwr.adapters.size import factors_size
+from slora_flwr.attack import spoil_examples, spoil_update
 from slora_flwr.config import ConfigError, RunConfig
 from slora_flwr.models.backbone import Backbone, load_backbone
 from slora_flwr.models.base_patch import BasePatch
@@ -338,12 +339,14 @@ class Worker:
         examples, _ = self.examples(client)
         if not len(examples):
             raise ClientError("no examples")
+        examples = spoil_examples(self.config, client, examples, len(self.classes))
         state = self._own_ranks(client, state)
         self.adapter.load(state)
         rng_key = (self.config.seed, server_round, client)
         loss = train(self.backbone, self.adapter, examples, phase.recipe, rng_key)
         after = self.adapter.state()
         update = {n: after[n].sub_(state[n]) for n in self.adapter.returned()}
+        update = spoil_update(self.config, client, update)
         if not all(bool(tensor.isfinite().all()) for tensor in update.values()):
             raise ClientError(f"the update is not finite (loss {loss:.3g})")
         return Trained(update, len(examples), loss)

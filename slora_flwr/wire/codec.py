@@ -114,6 +114,15 @@ class Codec:
             size += math.ceil(entropy_bound(sum(self.parts(count)), count))
         return size
 
+    def most(self, count: int) -> int:
+        """Bound the bytes of a state of so many values."""
+        if self.is_plain:
+            return 4 * count
+        most = HEADER_SIZE + self._codes_size(count) + self._scales_size(count)
+        if self.share:
+            most += most_bytes(sum(self.parts(count)), count)
+        return most
+
     def encode(
         self,
         state: Mapping[str, Tensor],
@@ -232,10 +241,12 @@ class Codec:
                 f"the array is {given[0]} of {given[1]} with shape {given[2]}, not "
                 f"{self.stype} of {self.dtype} with ({count},)"
             )
-        most = self._codes_size(count) + self._scales_size(count)
-        if self.share:
-            most += most_bytes(sum(self.parts(count)), count)
-        return unwrap(array.data, _ITEM_SIZES[self.dtype], most, known)
+        most = self.most(count)
+        if len(array.data) > most:
+            told = f"the array has {len(array.data)} bytes; allowed: up to {most}"
+            raise PayloadError(told)
+        itemsize = _ITEM_SIZES[self.dtype]
+        return unwrap(array.data, itemsize, most - HEADER_SIZE, known)
 
     def _codes_size(self, count: int) -> int:
         return sum(codes_size(part, self.dtype) for part in self.parts(count))

@@ -1,6 +1,5 @@
 """The contents of messages between server and nodes, as Flower records."""
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -251,8 +250,16 @@ class Report:
                     )
                 ),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MessageError(f"the reply's records are off: {error!r}") from error
+
+
+def is_figure(value: float) -> bool:
+    """Tell whether a loss or a time can be true: a float32 that is not negative.
+
+    Sums of larger ones would overflow.
+    """
+    return 0 <= value <= float(np.finfo(np.float32).max)
 
 
 _COUNTS = ("hits", "predictions", "labels")
@@ -285,11 +292,12 @@ def read_evaluation(content: RecordDict, classes: int) -> Evaluation | None:
         hits, predictions, labels = counts
         if (
             counts.shape != (3, classes)
-            or not math.isfinite(found.loss)
+            or not is_figure(found.loss)
             or (hits < 0).any()
             or (hits > np.minimum(predictions, labels)).any()
-            or predictions.sum() != labels.sum()
-            or labels.sum() != metrics["num-examples"]
+            # In Python's numbers, which do not wrap around.
+            or sum(predictions.tolist()) != sum(labels.tolist())
+            or sum(labels.tolist()) != metrics["num-examples"]
         ):
             raise ValueError(found)
     except (KeyError, TypeError, ValueError, OverflowError) as error:

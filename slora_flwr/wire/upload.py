@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slora_flwr.adapters.head import State
 from slora_flwr.wire.codec import Codec
+from slora_flwr.wire.norm import clip
 from slora_flwr.wire.selection import choose, weigh_by_product
 
 
@@ -39,6 +40,7 @@ def code_update(
     start: Mapping[str, Tensor],
     importance: str,
     stream: np.random.Philox,
+    clip_norm: float = 0.0,
 ) -> Upload:
     """Code an update, with what earlier ones have lost added: error feedback.
 
@@ -59,10 +61,14 @@ def code_update(
         `magnitude` or `product`, where a share travels.
     stream : numpy.random.Philox
         For stochastic rounding.
+    clip_norm : float
+        Bound of the norm of what is coded, 0 for none. What it cuts off is not kept:
+        it would come back round after round.
     """
-    if codec.is_exact:
-        return Upload(codec.encode(update), update)
     whole = {n: t + residual[n] if n in residual else t for n, t in update.items()}
+    whole = clip(whole, clip_norm)
+    if codec.is_exact:
+        return Upload(codec.encode(whole), whole)
     chosen = None
     if codec.share:
         count = sum(tensor.numel() for tensor in whole.values())
