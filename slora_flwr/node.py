@@ -33,6 +33,7 @@ from slora_flwr.resident import code_digest
 from slora_flwr.sender import Sender
 from slora_flwr.server.aggregate import FoldError
 from slora_flwr.server.broadcast import name_version
+from slora_flwr.server.clipped import clip
 from slora_flwr.server.stack import make_aggregate
 from slora_flwr.tasks.metrics import pool
 from slora_flwr.tasks.own_data import OwnData, OwnDataError
@@ -160,12 +161,16 @@ def train(message: Message, context: Context) -> Message:
         payloads=[],
     )
     sender = Sender(worker, context, instruction)
+    privacy = worker.config.privacy
     alone = pack({})
     for client in instruction.clients:
         started = time.perf_counter()
         try:
             turn = worker.train_client(client, state, phase, instruction.server_round)
-            upload = sender.code(client, turn.update, state)
+            update = turn.update
+            if privacy.is_on:
+                update = clip(update, privacy.bound(phase.adapter))
+            upload = sender.code(client, update, state)
             fold.add(upload.update, turn.examples, client)
         except (ClientError, FoldError) as error:
             report.failures[client] = str(error)

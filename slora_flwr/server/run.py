@@ -6,6 +6,7 @@ from importlib.metadata import version
 from logging import INFO
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -28,13 +29,19 @@ from slora_flwr.reports.table import closing_table
 from slora_flwr.resident import code_digest
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.own_data_fleet import OwnDataFleet
+from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.run_directory import RunDirectory
 from slora_flwr.server.strategy import PhasedStrategy
 from slora_flwr.training.worker import Worker
 from slora_flwr.wire.packing import pack
 
 
-def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, Any]:
+def run(
+    grid: Grid,
+    run_config: Mapping[str, Value],
+    run_id: int,
+    generator: np.random.Generator | None = None,
+) -> dict[str, Any]:
     """Run a method as its config says.
 
     Parameters
@@ -45,6 +52,8 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
         Flat keys, as Flower hands them over.
     run_id : int
         Names the run directory.
+    generator : numpy.random.Generator or None
+        For privacy, see `slora_flwr.server.privacy`; None but in tests.
 
     Returns
     -------
@@ -60,6 +69,7 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
     """
     config = parse(run_config)
     started = time.perf_counter()
+    privacy = Privacy(config, generator) if config.privacy.is_on else None
     worker = Worker(config)
     moved = 0
     if config.clients.count:
@@ -76,8 +86,11 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
         fleet.gather(grid, directory.event)
         if isinstance(fleet, OwnDataFleet):
             worker = Worker(config, fleet.classes)
-        directory.write_config(config, _resolved(worker, moved))
-        strategy = PhasedStrategy(worker, directory, fleet)
+        resolved = _resolved(worker, moved)
+        if privacy is not None:
+            resolved["privacy"] = privacy.facts(config.rounds)
+        directory.write_config(config, resolved)
+        strategy = PhasedStrategy(worker, directory, fleet, privacy)
         strategy.start(
             grid,
             ArrayRecord({"state": pack(strategy.initial_state())}),
@@ -87,6 +100,8 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
         directory.event("stopped", reason=f"{type(error).__name__}: {error}")
         raise
     summary = _summarise(config, worker, strategy, directory, started)
+    if privacy is not None:
+        summary["privacy"] = privacy.facts(config.rounds)
     directory.write_summary(summary)
     _export(config, worker, strategy, directory)
     Console(width=100).print(closing_table(summary))

@@ -30,8 +30,10 @@ from slora_flwr.schedule import Phase, has_stopped_gaining
 from slora_flwr.server.aggregate import FoldError, Mean, ServerOptimizer
 from slora_flwr.server.base import Base
 from slora_flwr.server.broadcast import Broadcast
+from slora_flwr.server.clipped import ClippedMean
 from slora_flwr.server.collect import collect, is_gone
 from slora_flwr.server.fleet import Fleet, sample_cohort
+from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.run_directory import RunDirectory
 from slora_flwr.server.stack import Stack, make_aggregate, redistribute, residual
 from slora_flwr.tasks.metrics import Evaluation, pool
@@ -94,15 +96,24 @@ class PhasedStrategy(Strategy):
         Where events, bytes and states go.
     fleet : Fleet
         The nodes; gathered.
+    privacy : Privacy or None
+        Where privacy is on.
     """
 
-    def __init__(self, worker: Worker, directory: RunDirectory, fleet: Fleet) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        directory: RunDirectory,
+        fleet: Fleet,
+        privacy: Privacy | None = None,
+    ) -> None:
         self.config = worker.config
         self.fleet = fleet
         self.history: list[dict[str, float]] = []
         self.state: State = {}
         self._worker = worker
         self._directory = directory
+        self._privacy = privacy
         self._best = -1.0
         self._server_round = 0
         self._enter(0)
@@ -126,6 +137,13 @@ class PhasedStrategy(Strategy):
                 recipe.optimizer,
                 recipe.lr,
                 recipe.batch_size,
+            )
+        if self._privacy is not None:
+            log(
+                INFO,
+                "privacy: noise multiplier %(noise_multiplier).3g, so epsilon "
+                "%(epsilon).3g at delta %(delta).2g in the end",
+                self._privacy.facts(self.config.rounds),
             )
 
     def initial_state(self) -> State:
@@ -212,12 +230,7 @@ class PhasedStrategy(Strategy):
     ) -> Iterable[Message]:
         """Draw the cohort, deal it to nodes, and write each node's instruction."""
         self.fleet.refresh(grid, wanted=self.config.clients.min_replies)
-        cohort = sample_cohort(
-            self.fleet.clients,
-            self.config.clients.per_round,
-            self.config.seed,
-            server_round,
-        )
+        cohort = self._draw(server_round)
         self._round = Round(server_round, self.fleet.assign(cohort))
         self._adapter.begin(self._phase_round)
         self._fingerprint = self._adapter.fingerprint()
@@ -280,7 +293,12 @@ class PhasedStrategy(Strategy):
                 if not partly:
                     # It may stall: it is not waited for again until it says a word.
                     self.fleet.forget(node)
-        if len(answered) < self.config.clients.min_replies:
+        wanted = self.config.clients.min_replies
+        if self._privacy is not None:
+            # So few may be drawn, and nobody too.
+            drawn = sum(map(len, current.cohort.values()))
+            wanted = min(wanted, drawn)
+        if len(answered) < wanted:
             return None, None
         self._step(fold)
         metrics = MetricRecord(
@@ -393,6 +411,9 @@ class PhasedStrategy(Strategy):
 
     def _step(self, fold: Mean) -> None:
         """Go from the round's start to the next one's, in state and base."""
+        if self._privacy is not None:
+            assert isinstance(fold, ClippedMean)
+            self._privacy.perturb(fold, self._adapter.returned())
         before = self.state
         self.state = self._optimizer.step(before, fold.result())
         aggregator = self.phase.aggregator
@@ -412,6 +433,15 @@ class PhasedStrategy(Strategy):
         digest = self._base.digest
         self._worker.move_base([move], self._phase_round, digest)
         self._directory.save_state("base", self._worker.base_weights(), digest=digest)
+
+    def _draw(self, server_round: int) -> list[int]:
+        """Draw a round's cohort."""
+        if self._privacy is not None:
+            return self._privacy.draw(self.fleet.clients, server_round)
+        clients = self.config.clients
+        return sample_cohort(
+            self.fleet.clients, clients.per_round, self.config.seed, server_round
+        )
 
     def _sent(self) -> State:
         """Take what a client is sent of the state."""
@@ -671,6 +701,8 @@ class PhasedStrategy(Strategy):
         if self.phase.is_open:
             kept = self._worker.kept_energy(self.state, self._phase_round)
             figures["kept_energy"] = kept
+        if self._privacy is not None:
+            figures["epsilon"] = self._privacy.epsilon(server_round)
         self.history.append(figures)
         directory.event(
             "round",
