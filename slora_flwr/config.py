@@ -389,6 +389,42 @@ class DownloadConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """Client-level differential privacy, see `slora_flwr.server.privacy`.
+
+    It is on with a `noise_multiplier`, or with an `epsilon` from which that is found;
+    the rest counts only then. `delta` 0 means clients.count to the power -1.1.
+    `clip_norm` bounds the L2 norm of a client's update, head included; 0 in
+    `sparse_clip_norm` and `lora_clip_norm` means: as `clip_norm`.
+    """
+
+    noise_multiplier: float = 0.0
+    epsilon: float = 0.0
+    delta: float = 0.0
+    clip_norm: float = 0.0
+    sparse_clip_norm: float = 0.0
+    lora_clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        for known in dataclasses.fields(self):
+            _at_least(f"privacy.{_kebab(known.name)}", getattr(self, known.name), 0)
+        _fraction("privacy.delta", self.delta, zero=True)
+        if self.noise_multiplier and self.epsilon:
+            allowed = "0, since privacy.noise-multiplier says how much noise"
+            raise _refuse("privacy.epsilon", self.epsilon, allowed)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether updates are clipped and noise is added to their sum."""
+        return bool(self.noise_multiplier or self.epsilon)
+
+    def bound(self, adapter: str) -> float:
+        """Give the bound of an update's norm in the phase of an adapter."""
+        own = {"sparse": self.sparse_clip_norm, "lora": self.lora_clip_norm}
+        return own.get(adapter) or self.clip_norm
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     """Where a run writes, and how often it evaluates; 0 for at the end of each phase.
 
@@ -434,6 +470,7 @@ class RunConfig:
     upload: UploadConfig = field(default_factory=UploadConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     run: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
@@ -455,6 +492,8 @@ class RunConfig:
         self._check_phases()
         self._check_aggregator()
         self._check_robust()
+        if self.privacy.is_on:
+            self._check_privacy()
 
     @property
     def aggregator(self) -> str:
@@ -549,6 +588,35 @@ class RunConfig:
                     f"at least {least}, since server.robust is {server.robust} and "
                     f"server.byzantine is {server.byzantine}",
                 )
+
+    def _check_privacy(self) -> None:
+        why = "since privacy is on"
+        if not self.privacy.clip_norm:
+            raise _refuse("privacy.clip-norm", 0.0, f"a number above 0, {why}")
+        if self.clients.count < 2:
+            allowed = f"at least 2, {why} and depends on the size of the population"
+            raise _refuse("clients.count", self.clients.count, allowed)
+        if self.clients.holdout:
+            # Its metrics are exact functions of what clients hold.
+            raise _refuse("clients.holdout", self.clients.holdout, f"0, {why}")
+        for key, given, off in (
+            ("lora.ranks", self.lora.ranks, ""),
+            ("server.clip-norm", self.server.clip_norm, 0.0),
+            ("server.robust", self.server.robust, "none"),
+            # A round that is held again would be one more release.
+            ("run.resume", self.run.resume, ""),
+        ):
+            if given != off:
+                raise _refuse(key, given, f"{'empty' if off == '' else off}, {why}")
+        noisy = ("fedavg", "ffa", "alternate")
+        if self.aggregator not in noisy:
+            # What they give is no function of a mean to which noise is added.
+            own = self.method in OWN_AGGREGATOR
+            key, given = (
+                ("method", self.method) if own else ("lora.aggregator", self.aggregator)
+            )
+            allowed = f"aggregator {', '.join(noisy)}, {why}"
+            raise _refuse(key, given, allowed)
 
     def _check_own_data(self) -> None:
         where = f"since data.name is {OWN_DATA}"

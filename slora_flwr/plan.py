@@ -80,7 +80,8 @@ def plan_rounds(
         Shapes, whatever is attached.
     clients : list[int]
         The client population: the seed tells who is drawn in which round, and so who
-        lacks what of a phase's base.
+        lacks what of a phase's base. With privacy nobody can tell: the seed's cohorts,
+        of the size expected, stand in.
     lengths : Sequence[int]
         Rounds of each phase, where that is known better than from the config.
     """

@@ -39,6 +39,9 @@ class Sender:
         )
         self._has_ranks = phase.adapter == "lora" and bool(config.lora.ranks)
         self._remembers = config.upload.feedback and not self._codec.is_exact
+        self._clip_norm = config.server.clip_norm
+        if config.privacy.is_on:
+            self._clip_norm = config.privacy.bound(phase.adapter)
         self._before: State = {}
         # What an update lacks of a mask that was drawn for one round has no place in
         # another's, nor what it lacks of factors that FlexLoRA makes anew.
@@ -78,7 +81,7 @@ class Sender:
             start=start,
             importance=config.upload.importance,
             stream=self._stream(client),
-            clip_norm=config.server.clip_norm,
+            clip_norm=self._clip_norm,
         )
         return replace(upload, update=fill_slices(upload.update, shapes))
 

@@ -91,14 +91,20 @@ CHANGED: dict[str, Value] = {
     "upload.lossless": True,
     "download.dtype": "float32",
     "download.lossless": False,
+    "privacy.noise-multiplier": 0.0,
+    "privacy.epsilon": 0.0,
+    "privacy.delta": 1e-6,
+    "privacy.clip-norm": 0.5,
+    "privacy.sparse-clip-norm": 0.25,
+    "privacy.lora-clip-norm": 0.75,
     "run.dir": "/out",
     "run.resume": "/out",
     "run.keep": 1,
     "run.eval-every": 0,
     "run.target": 1.0,
 }
-# What flexlora and lora.ranks leave no choice of, and data.labels, which is for
-# data.name "node".
+# What flexlora and lora.ranks leave no choice of, privacy among it, and data.labels,
+# which is for data.name "node".
 KEPT = {
     "server.optimizer",
     "server.lr",
@@ -107,6 +113,8 @@ KEPT = {
     "download.dtype",
     "download.lossless",
     "data.labels",
+    "privacy.noise-multiplier",
+    "privacy.epsilon",
 }
 OWN: dict[str, Value] = {
     "data.name": "node",
@@ -200,6 +208,13 @@ BAD: list[tuple[str, Value, str]] = [
     ("upload.top-k", -0.1, "a number from 0 up to 1"),
     ("upload.importance", "random", "magnitude, product"),
     ("download.dtype", "int4", "float32, float16, bfloat16, int8"),
+    ("privacy.noise-multiplier", -1.0, "a number of at least 0"),
+    ("privacy.epsilon", -1.0, "a number of at least 0"),
+    ("privacy.delta", -1e-5, "a number of at least 0"),
+    ("privacy.delta", 1.0, "a number from 0 below 1"),
+    ("privacy.clip-norm", -1.0, "a number of at least 0"),
+    ("privacy.sparse-clip-norm", -1.0, "a number of at least 0"),
+    ("privacy.lora-clip-norm", -1.0, "a number of at least 0"),
     ("run.dir", "out", "an absolute path, or empty"),
     ("run.resume", "out", "an absolute path, or empty"),
     ("run.keep", 0, "a number of at least 1"),

@@ -14,18 +14,19 @@ def progress_line(
         The phase's name.
     figures : dict[str, float]
         `round`, `replied` (clients), `train_loss`, `seconds` and `payload_bytes` so
-        far; `accuracy` where the round was evaluated.
+        far; `accuracy` where the round was evaluated, `epsilon` where privacy is on.
     asked : int
         Clients of the cohort.
     """
     number = int(figures["round"])
     accuracy = f"{figures['accuracy']:6.1%}" if "accuracy" in figures else "     -"
+    spent = f"epsilon {figures['epsilon']:.2f}  " if "epsilon" in figures else ""
     left = figures["seconds"] / number * (rounds - number)
     return (
         f"round {number:>{len(str(rounds))}}/{rounds} {phase:<6} "
         f"clients {int(figures['replied'])}/{asked}  loss {figures['train_loss']:.3f}  "
         f"accuracy {accuracy}  {figures['payload_bytes'] / 1e6:.2f} MB  "
-        f"{clock(left)} left"
+        f"{spent}{clock(left)} left"
     )
 
 

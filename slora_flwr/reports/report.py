@@ -72,6 +72,9 @@ def _figures(run: Run) -> list[tuple[str, str]]:
     majority = _majority(run)
     if majority is not None:
         figures.append(("commonest class", f"{majority:.1%}"))
+    if run.rounds and (epsilon := run.rounds[-1].epsilon) is not None:
+        delta = run.facts["resolved"]["privacy"]["delta"]
+        figures.append((f"epsilon, at delta {delta:.2g}", f"{epsilon:.2f}"))
     return [
         *figures,
         ("rounds", str(len(run.rounds))),

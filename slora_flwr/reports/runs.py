@@ -49,6 +49,8 @@ class Round:
         Those whose updates are in the aggregate.
     metrics : dict[str, float]
         `accuracy`, `macro_f1`, … of the new state; empty where it was not evaluated.
+    epsilon : float or None
+        What all rounds so far have spent, where privacy is on.
     """
 
     number: int
@@ -59,6 +61,7 @@ class Round:
     cohort: list[int]
     clients: dict[int, Trained]
     metrics: dict[str, float]
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True)
@@ -307,6 +310,7 @@ def _round(event: dict[str, Any]) -> Round:
             for client, did in event["clients"].items()
         },
         metrics={name: event[name] for name in names if event.get(name) is not None},
+        epsilon=event.get("epsilon"),
     )
 
 

@@ -1,5 +1,6 @@
 """The table that closes a run."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -60,4 +61,14 @@ def closing_table(summary: dict[str, Any]) -> Table:
         "payload: bytes of the tensors, counted for each client as if it were a node "
         "of its own; ledger.csv has the message bytes too"
     )
+    if privacy := summary.get("privacy"):
+        table.caption += f"\n{_guarantee(privacy)}"
     return table
+
+
+def _guarantee(privacy: Mapping[str, float]) -> str:
+    """Say what a run with privacy guarantees, of `Privacy.facts`."""
+    return (
+        f"for each client ({privacy['epsilon']:.3g}, {privacy['delta']:.2g})-"
+        f"differentially private at noise multiplier {privacy['noise_multiplier']:.3g}"
+    )

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from logging import INFO
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -32,6 +33,7 @@ from slora_flwr.residuals import residuals_folder
 from slora_flwr.server.checkpoint import check_identity, find_checkpoint
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.own_data_fleet import OwnDataFleet
+from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.run_directory import (
     RunDirectory,
     RunDirectoryError,
@@ -42,7 +44,12 @@ from slora_flwr.training.worker import Worker
 from slora_flwr.wire.packing import pack
 
 
-def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, Any]:
+def run(
+    grid: Grid,
+    run_config: Mapping[str, Value],
+    run_id: int,
+    generator: np.random.Generator | None = None,
+) -> dict[str, Any]:
     """Run a method as its config says.
 
     Parameters
@@ -53,6 +60,8 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
         Flat keys, as Flower hands them over.
     run_id : int
         Names the run directory.
+    generator : numpy.random.Generator or None
+        For privacy, see `slora_flwr.server.privacy`; None but in tests.
 
     Returns
     -------
@@ -71,6 +80,7 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
     config = parse(run_config)
     started = time.perf_counter()
     checkpoint = find_checkpoint(config) if config.run.resume else None
+    privacy = Privacy(config, generator) if config.privacy.is_on else None
     worker = Worker(config)
     moved = 0
     if config.clients.count:
@@ -96,9 +106,12 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
         fleet.gather(grid, directory.event)
         if isinstance(fleet, OwnDataFleet):
             worker = Worker(config, fleet.classes)
+        resolved = _resolved(worker, moved)
+        if privacy is not None:
+            resolved["privacy"] = privacy.facts(config.rounds)
         if checkpoint is None:
-            directory.write_config(config, _resolved(worker, moved))
-        strategy = PhasedStrategy(worker, directory, fleet, checkpoint)
+            directory.write_config(config, resolved)
+        strategy = PhasedStrategy(worker, directory, fleet, checkpoint, privacy)
         strategy.start(
             grid,
             ArrayRecord({"state": pack(strategy.initial_state())}),
@@ -109,6 +122,8 @@ def run(grid: Grid, run_config: Mapping[str, Value], run_id: int) -> dict[str, A
             directory.event("stopped", reason=f"{type(error).__name__}: {error}")
         raise
     summary = _summarise(config, worker, strategy, directory, started)
+    if privacy is not None:
+        summary["privacy"] = privacy.facts(config.rounds)
     directory.write_summary(summary)
     with writing(directory.path):
         _export(config, worker, strategy, directory)

@@ -24,6 +24,7 @@ from slora_flwr.adapters.priming import prime, truncated_product
 from slora_flwr.config import RunConfig
 from slora_flwr.schedule import Phase
 from slora_flwr.server.aggregate import PLAIN, Mean
+from slora_flwr.server.clipped import ClippedMean
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.packing import pack, unpack
 
@@ -128,6 +129,9 @@ def make_aggregate(phase: Phase, config: RunConfig, head: int) -> Mean:
     if phase.adapter == "lora" and config.lora.ranks:
         rank_of = config.lora.rank_of
     codec = Codec.of_upload(config.upload, phase.adapter, head)
+    if config.privacy.is_on:
+        bound = config.privacy.bound(phase.adapter)
+        return ClippedMean(bound, config.clients.per_round, codec)
     robust = config.server.robust != "none"
     kind = Stack if robust or phase.aggregator in ("exact", "flexlora") else Mean
     return kind(rank_of, codec, config.server.clip_norm)

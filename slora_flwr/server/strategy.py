@@ -32,8 +32,10 @@ from slora_flwr.server.aggregate import FoldError, Mean, ServerOptimizer
 from slora_flwr.server.base import Base
 from slora_flwr.server.broadcast import Broadcast
 from slora_flwr.server.checkpoint import Snapshot
+from slora_flwr.server.clipped import ClippedMean
 from slora_flwr.server.collect import collect, is_gone
 from slora_flwr.server.fleet import Fleet, sample_cohort
+from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.robust import combine
 from slora_flwr.server.run_directory import RunDirectory
 from slora_flwr.server.stack import Stack, make_aggregate, redistribute, residual
@@ -102,6 +104,8 @@ class PhasedStrategy(Strategy):
         The nodes; gathered.
     checkpoint : Snapshot or None
         Of the run that goes on.
+    privacy : Privacy or None
+        Where privacy is on.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class PhasedStrategy(Strategy):
         directory: RunDirectory,
         fleet: Fleet,
         checkpoint: Snapshot | None = None,
+        privacy: Privacy | None = None,
     ) -> None:
         self.config = worker.config
         self.fleet = fleet
@@ -120,6 +125,7 @@ class PhasedStrategy(Strategy):
         self._lengths = [phase.rounds for phase in worker.schedule]
         self._best, self._best_round = -1.0, 0
         self._wire: dict[int, list[int]] = {}
+        self._privacy = privacy
         self._server_round = 0
         # The last round of each client's that counted, where clients keep residuals.
         self._counted: dict[int, int] = {}
@@ -147,6 +153,13 @@ class PhasedStrategy(Strategy):
                 recipe.optimizer,
                 recipe.lr,
                 recipe.batch_size,
+            )
+        if self._privacy is not None:
+            log(
+                INFO,
+                "privacy: noise multiplier %(noise_multiplier).3g, so epsilon "
+                "%(epsilon).3g at delta %(delta).2g in the end",
+                self._privacy.facts(self.config.rounds),
             )
 
     def initial_state(self) -> State:
@@ -237,12 +250,7 @@ class PhasedStrategy(Strategy):
     ) -> Iterable[Message]:
         """Draw the cohort, deal it to nodes, and write each node's instruction."""
         self.fleet.refresh(grid, wanted=self.config.clients.min_replies)
-        cohort = sample_cohort(
-            self.fleet.clients,
-            self.config.clients.per_round,
-            self.config.seed,
-            server_round,
-        )
+        cohort = self._draw(server_round)
         self._round = Round(server_round, self.fleet.assign(cohort))
         self._adapter.begin(self._phase_round)
         self._fingerprint = self._adapter.fingerprint()
@@ -308,7 +316,12 @@ class PhasedStrategy(Strategy):
                 if not partly:
                     # It may stall: it is not waited for again until it says a word.
                     self.fleet.forget(node)
-        if len(answered) < self.config.clients.min_replies:
+        wanted = self.config.clients.min_replies
+        if self._privacy is not None:
+            # So few may be drawn, and nobody too.
+            drawn = sum(map(len, current.cohort.values()))
+            wanted = min(wanted, drawn)
+        if len(answered) < wanted:
             return None, None
         self._step(fold)
         metrics = MetricRecord(
@@ -500,6 +513,9 @@ class PhasedStrategy(Strategy):
     def _step(self, fold: Mean) -> None:
         """Go from the round's start to the next one's, in state and base."""
         before, factors = self.state, State()
+        if self._privacy is not None:
+            assert isinstance(fold, ClippedMean)
+            self._privacy.perturb(fold, self._adapter.returned())
         update = fold.result()
         if self.config.server.robust != "none":
             assert isinstance(fold, Stack)
@@ -523,6 +539,15 @@ class PhasedStrategy(Strategy):
         self._base.move(pack(move))
         self._worker.move_base([move], self._phase_round, self._base.digest)
         self._save_base(self._worker.base_weights())
+
+    def _draw(self, server_round: int) -> list[int]:
+        """Draw a round's cohort."""
+        if self._privacy is not None:
+            return self._privacy.draw(self.fleet.clients, server_round)
+        clients = self.config.clients
+        return sample_cohort(
+            self.fleet.clients, clients.per_round, self.config.seed, server_round
+        )
 
     def _sent(self) -> State:
         """Take what a client is sent of the state."""
@@ -821,6 +846,8 @@ class PhasedStrategy(Strategy):
         if self.phase.is_open:
             kept = self._worker.kept_energy(self.state, self._phase_round)
             figures["kept_energy"] = kept
+        if self._privacy is not None:
+            figures["epsilon"] = self._privacy.epsilon(server_round)
         self.history.append(figures)
         directory.event(
             "round",
