@@ -161,6 +161,21 @@ def test_labels_name_what_differs(tmp_path: Path) -> None:
     ]
 
 
+def test_coded_runs_are_held_against_plain_full_fine_tuning(tmp_path: Path) -> None:
+    configs: list[Config] = [
+        {"method": "lora"},
+        {"method": "lora", "upload.dtype": "int8", "download.lossless": True},
+        {"method": "fft"},
+    ]
+    paths = [write_run(tmp_path / str(i), config) for i, config in enumerate(configs)]
+    assert [group.label for group in groups_of(*paths)] == [
+        "lora",
+        "lora upload.dtype=int8 download.lossless=True",
+        "fft",
+    ]
+    assert len(rows_of(page_of(*paths), "target")) == 3
+
+
 def test_results_are_means_over_seeds(tmp_path: Path) -> None:
     paths = [
         write_run(tmp_path / "a", {"seed": 0}, (0.1, 0.2, 0.2, 0.2, 0.2, 0.7)),

@@ -18,6 +18,9 @@ _SECTIONS = {
     "lora": {"lora"},
     "bottleneck": {"houlsby", "pfeiffer"},
 }
+# How tensors travel, which any method can choose.
+_CODING = ("upload", "download")
+_DEFAULTS = flatten(RunConfig())
 # Keys that say nothing about other partitioners.
 _PARTITIONERS = {
     "clients.alpha": ("dirichlet", "virtual"),
@@ -266,8 +269,9 @@ def _effective(config: dict[str, Value]) -> dict[str, Value]:
 
 
 def _is_own(key: str) -> bool:
-    """Tell whether a key is a method's own affair, such as its learning rate."""
-    return key in ("method", "train.lr") or key.split(".")[0] in _SECTIONS
+    """Tell whether a key is a method's own affair: its learning rate, its coding."""
+    section = key.split(".")[0]
+    return key in ("method", "train.lr") or section in (*_SECTIONS, *_CODING)
 
 
 def _label(
@@ -281,7 +285,9 @@ def _label(
     for key in config:
         beside = same if _is_own(key) else configs
         values = {other[key] for other in beside if key in other}
-        if len(values) > 1 and key not in ("method", *HETEROGENEITY):
+        # Plain float32 goes without saying.
+        plain = key.split(".")[0] in _CODING and config[key] == _DEFAULTS[key]
+        if len(values) > 1 and not plain and key not in ("method", *HETEROGENEITY):
             told.append(f"{_short(key)}={_value(config[key])}")
     return " ".join([str(config["method"]), *told])
 
