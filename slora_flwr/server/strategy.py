@@ -516,8 +516,9 @@ class PhasedStrategy(Strategy):
         if self._privacy is not None:
             assert isinstance(fold, ClippedMean)
             self._privacy.perturb(fold, self._adapter.returned())
-        update = fold.result()
-        if self.config.server.robust != "none":
+        if self.config.server.robust == "none":
+            update = fold.result()
+        else:
             assert isinstance(fold, Stack)
             adapter = self._adapter
             scaling = adapter.scaling if isinstance(adapter, LowRankAdapter) else 1.0
