@@ -77,9 +77,29 @@ class Residuals:
         return {n.removeprefix(tag): t for n, t in kept.items() if n.startswith(tag)}
 
     def keep(
-        self, client: int, tag: str, server_round: int, residual: Mapping[str, Tensor]
+        self,
+        client: int,
+        tag: str,
+        server_round: int,
+        since: int,
+        residual: Mapping[str, Tensor],
     ) -> None:
-        """Keep a client's residual of a round, and drop those that are too old."""
+        """Keep a client's residual of a round, and drop those that are of no use.
+
+        Parameters
+        ----------
+        client : int
+            Its id.
+        tag : str
+            See `take`.
+        server_round : int
+            The round.
+        since : int
+            The client's last round that counted, 0 for none: what it kept in between
+            is not asked for again.
+        residual : Mapping[str, Tensor]
+            What its update lacks.
+        """
         data = save({f"{tag}{name}": t.contiguous() for name, t in residual.items()})
         if self._is_only:
             array = Array("uint8", (len(data),), "safetensors", data)
@@ -94,6 +114,8 @@ class Residuals:
             return
         rounds = sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
         # A run goes on after this round less `keep`, at the earliest.
-        old = [number for number in rounds if number <= server_round - self._keep]
-        for number in old[:-1]:
+        last = min(since, server_round - self._keep)
+        old = [number for number in rounds if number <= last]
+        lost = [number for number in rounds if since < number < server_round]
+        for number in old[:-1] + lost:
             (folder / f"{number}").unlink(missing_ok=True)

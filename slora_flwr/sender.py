@@ -67,8 +67,8 @@ class Sender:
         shapes = {name: tensor.shape for name, tensor in update.items()}
         rank = config.lora.rank_of(client)
         if self._remembers:
-            before = self._rounds.get(client, self._instruction.server_round - 1)
-            self._before = self._residuals.take(client, self._tag, before)
+            since = self._since(client)
+            self._before = self._residuals.take(client, self._tag, since)
         adapter = self._worker.adapter
         if isinstance(adapter, LowRankAdapter):
             start = adapter.whole(start)
@@ -94,7 +94,12 @@ class Sender:
                 head = self._worker.backbone.head
                 residual = {n: t for n, t in residual.items() if n in head}
             number = self._instruction.server_round
-            self._residuals.keep(client, self._tag, number, residual)
+            since = self._since(client)
+            self._residuals.keep(client, self._tag, number, since, residual)
+
+    def _since(self, client: int) -> int:
+        """Give a client's last round that counted."""
+        return self._rounds.get(client, self._instruction.server_round - 1)
 
     def _stream(self, client: int) -> Philox:
         round_ = self._instruction.server_round

@@ -433,15 +433,21 @@ def test_residuals_are_kept_as_far_back_as_checkpoints() -> None:
     lineage = next(RUN_IDS)
     node_context = Grid({})._contexts[1]
     store = Residuals(node_context, lineage, 2, is_only_client=False)
-    for number in (1, 2, 5, 6, 9):
-        store.keep(3, "", number, {"x": torch.tensor([float(number)])})
-    kept = {n for n in range(10) if store.take(3, "", n)}
+
+    def kept_after(server_round: int, since: int) -> set[int]:
+        store.keep(3, "", server_round, since, {"x": torch.ones(1)})
+        return {n for n in range(20) if store.take(3, "", n)}
+
+    for number, since in ((1, 0), (2, 1), (5, 2), (6, 5)):
+        kept_after(number, since)
     # In round 9 a run may go back to the end of round 7: then 6 is the last one.
-    assert kept == {6, 9}
-    store.keep(3, "", 10, {"x": torch.ones(1)})
-    assert {n for n in range(11) if store.take(3, "", n)} == {6, 9, 10}
-    store.keep(3, "", 11, {"x": torch.ones(1)})
-    assert {n for n in range(12) if store.take(3, "", n)} == {9, 10, 11}
+    assert kept_after(9, 6) == {6, 9}
+    assert kept_after(10, 9) == {6, 9, 10}
+    assert kept_after(11, 10) == {9, 10, 11}
+    # Round 11 did not count, nor 13, nor 16: 10 is what all go on from.
+    assert kept_after(13, 10) == {10, 13}
+    assert kept_after(16, 10) == {10, 16}
+    assert kept_after(19, 10) == {10, 19}
 
 
 def test_a_repeated_round_starts_from_the_residual_before_it(config: Config) -> None:

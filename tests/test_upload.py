@@ -144,7 +144,7 @@ def test_a_residual_stays_with_its_client_and_phase(is_only: bool) -> None:
     here, lineage = context(next(RUN_IDS)), next(RUN_IDS)
     store = Residuals(here, lineage, 2, is_only_client=is_only)
     assert store.take(3, "0 f00d ", 0) == {}
-    store.keep(3, "0 f00d ", 1, kept)
+    store.keep(3, "0 f00d ", 1, 0, kept)
     again = Residuals(here, lineage, 2, is_only_client=is_only).take(3, "0 f00d ", 1)
     assert not differ(again, kept)
     assert again.keys() == kept.keys()
@@ -160,7 +160,7 @@ def test_a_residual_stays_with_its_client_and_phase(is_only: bool) -> None:
 def test_a_damaged_residual_is_as_good_as_lost() -> None:
     here = context(next(RUN_IDS))
     store = Residuals(here, here.run_id, 2, is_only_client=False)
-    store.keep(3, "", 1, {"x": torch.ones(2)})
+    store.keep(3, "", 1, 0, {"x": torch.ones(2)})
     path = cache_folder() / f"residuals-{here.run_id}" / "3" / "1"
     path.write_bytes(path.read_bytes()[:-3])
     assert store.take(3, "", 1) == {}
@@ -201,7 +201,7 @@ def test_a_context_does_not_count_a_round_twice() -> None:
     """A round that is held again starts from what it started from, or from nothing."""
     here, kept = context(next(RUN_IDS)), {"x": torch.ones(2)}
     store = Residuals(here, 0, 2, is_only_client=True)
-    store.keep(3, "", 5, kept)
+    store.keep(3, "", 5, 4, kept)
     assert store.take(3, "", 4) == {}
     assert store.take(3, "", 5).keys() == store.take(3, "", 8).keys() == {"x"}
 
