@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -307,11 +308,11 @@ def make_whole(
         return start(config, Grid(config))
 
 
+CODED: Config = INT8 | LOSSLESS | TOP
 CASES: dict[str, tuple[tuple[str, ...], Config]] = {
-    "harmless": (HARMLESS, {}),
+    "harmless": (HARMLESS, CODED),
     "all": (HARMLESS + tuple(HARMFUL), {}),
-    "harmless-coded": (HARMLESS, INT8 | LOSSLESS | TOP),
-    "all-coded": (HARMLESS + tuple(HARMFUL), INT8 | LOSSLESS | TOP),
+    "all-coded": (HARMLESS + tuple(HARMFUL), CODED),
 }
 
 
@@ -342,32 +343,36 @@ def test_a_run_through_random_faults_ends_as_the_rules_say(
     assert {*kinds, DEATH} <= {*chaos.done}
     assert times >= 3
     # What an interrupted attempt had told is gone with it.
-    expected = [
-        (number, at, clients, fault)
-        for number, told in chaos.told.items()
-        for at, clients, fault in told
+    told = [
+        ([number, at, clients], fault)
+        for number, faults in chaos.told.items()
+        for at, clients, fault in faults
     ]
-    found = events(directory, "failure")
-    assert sorted((e["round"], e["node"], e["clients"]) for e in found) == sorted(
-        (number, at, clients) for number, at, clients, _ in expected
-    )
-    reasons = {(e["round"], e["node"], *e["clients"]): e["reason"] for e in found}
-    for number, at, clients, fault in expected:
-        assert re.search(HARMFUL[fault], reasons[number, at, *clients])
+    found = [
+        ([e["round"], e["node"], e["clients"]], e["reason"])
+        for e in events(directory, "failure")
+    ]
+    by_place = itemgetter(0)
+    for (place, fault), (other, reason) in zip(
+        sorted(told, key=by_place), sorted(found, key=by_place), strict=True
+    ):
+        assert place == other
+        assert re.search(HARMFUL[fault], reason)
 
     undisturbed = make_whole(elsewhere(config), {}, monkeypatch)
     whole = undisturbed
-    if expected:
+    if told:
         config = elsewhere(elsewhere(config))
         whole = make_whole(config, chaos.lost, monkeypatch)
         assert differ(final(whole), final(undisturbed))
     for name in ("last", "base", "best"):
         assert not differ(final(directory, name), final(whole, name)), name
     assert files(directory) == files(whole)
-    for event, other in zip(
-        events(directory, "round"), events(whole, "round"), strict=True
-    ):
-        assert without(event, "payload_bytes") == without(other, "payload_bytes")
+    of_rounds = [
+        [without(event, "payload_bytes") for event in events(d, "round")]
+        for d in (directory, whole)
+    ]
+    assert of_rounds[0] == of_rounds[1]
     assert uploads(directory) == uploads(whole)
 
 
