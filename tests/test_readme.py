@@ -7,7 +7,8 @@ from pathlib import Path
 from slora_flwr.config import METHODS, RunConfig, flatten
 from slora_flwr.schedule import DEFAULT_RATES, SCHEDULES
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_every_key_is_listed_with_its_default() -> None:
@@ -22,3 +23,16 @@ def test_every_method_and_default_rate_is_named() -> None:
         assert f"\n| `{method}` |" in README
     for adapter, rate in DEFAULT_RATES.items():
         assert f"{rate:g} for `{adapter}`" in README
+
+
+def test_every_fault_in_the_docs_has_its_test() -> None:
+    tables = (ROOT / "docs" / "faults.md").read_text()
+    rows = [line for line in tables.splitlines() if line.startswith("| ")]
+    assert len(rows) > 40
+    for row in rows:
+        fault, _, tests = row.strip("| ").split(" | ")
+        if fault == "fault":
+            continue
+        for test in tests.split(", "):
+            file, name = test.strip("`").split("::")
+            assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), row
