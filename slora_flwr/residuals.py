@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from slora_flwr.adapters.head import State
-from slora_flwr.home import cache_folder, write_atomically
+from slora_flwr.home import cache_folder, make_folder, write_atomically
 
 _RECORD = "residual"
 
@@ -87,7 +87,7 @@ class Residuals:
             return
         folder = self._folder / f"{client}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             write_atomically(folder / f"{server_round}", data)
         except OSError as error:
             log(WARNING, "client %d goes on without its residual: %s", client, error)
