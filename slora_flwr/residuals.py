@@ -21,7 +21,7 @@ _RECORD = "residual"
 
 def residuals_folder(lineage: int) -> Path:
     """Give the folder of a run's residuals on this machine; it may not exist."""
-    return cache_folder() / f"residuals-{lineage}"
+    return cache_folder() / f"residuals-{lineage:d}"
 
 
 class Residuals:
