@@ -106,7 +106,7 @@ def test_a_hostile_server_reaches_no_file_of_a_node(
 
             reply = grid.ask(kind, change)
             assert reply.has_error(), (name, value[:20])
-            reason = reply.error.reason
+            reason = str(reply.error.reason)
             assert "the instruction's records are off: " in reason, (name, reason)
             assert len(reason) < 600
             assert reason.isprintable()

@@ -146,8 +146,8 @@ def test_the_keys_of_a_deployment(tmp_path: Path) -> None:
         assert name in public or not mode(path), path
     ignored = ["certs/ca.key", "certs/superexec", "nodes/a/key", "server.env"]
     known = (ROOT / "docker" / ".gitignore").read_text().split()
-    for path in ignored:
-        assert any(Path(path).match(p) or path.startswith(p) for p in known), path
+    for secret in ignored:
+        assert any(Path(secret).match(p) or secret.startswith(p) for p in known), secret
     sent = (ROOT / ".dockerignore").read_text().splitlines()
     assert sent[1] == "*"
     assert not [line for line in sent if line.rstrip("/*") in ("!docker", "!.", "!")]
