@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slora_flwr.redact import redact
+
 Value = bool | int | float | str
 
 METHODS = (
@@ -659,6 +661,12 @@ def parse(values: Mapping[str, Value]) -> RunConfig:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
             raise ConfigError(f"{key} is not a run config key; {hint}")
+        if redact(value) != str(value):
+            # It would be in config.toml, in checkpoints and on every node.
+            raise ConfigError(
+                f"{key} is an address with a password or a query, not repeated here; "
+                "allowed: names and paths"
+            )
         section, known = fields[key]
         sections.setdefault(section, {})[known.name] = _typed(key, value, known.type)
     own = sections.pop("", {})

@@ -16,8 +16,24 @@ def home() -> Path:
 def cache_folder() -> Path:
     """Give the folder for what can be made again, and make it."""
     folder = home() / "cache"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return folder
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that only this user can open, and so those missing above it.
+
+    One that is there already is left as it is.
+    """
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
+def make_private(folder: Path) -> None:
+    """Let only this user open a folder and what other libraries wrote to it."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o700 if path.is_dir() else 0o600)
 
 
 def write_atomically(path: Path, data: bytes, *, durably: bool = False) -> None:
@@ -46,9 +62,12 @@ def write_atomically(path: Path, data: bytes, *, durably: bool = False) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Append all of a text to a file or, if that fails, nothing."""
+    """Append all of a text to a file or, if that fails, nothing.
+
+    A file that is not there is made, for this user alone.
+    """
     data = text.encode()
-    with path.open("ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=_private) as file:
         size = file.tell()
         try:
             while data:
@@ -56,6 +75,10 @@ def append(path: Path, text: str) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def sync(path: Path) -> None:

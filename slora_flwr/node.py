@@ -29,6 +29,7 @@ from slora_flwr.config import RunConfig, parse
 from slora_flwr.home import cache_folder, write_atomically
 from slora_flwr.models.backbone import digest_of
 from slora_flwr.models.base_patch import BasePatch
+from slora_flwr.redact import redact
 from slora_flwr.resident import code_digest
 from slora_flwr.sender import Sender
 from slora_flwr.server.aggregate import FoldError
@@ -77,7 +78,7 @@ def _with_known_errors(handler: Handler) -> Handler:
             return Message(Error(MISSING_STATE, str(error)), reply_to=message)
         except OwnDataError as error:
             # Said here alone: paths and columns are nothing that the server needs.
-            log(ERROR, "%s", error)
+            log(ERROR, "%s", redact(error))
             reason = f"{_name(context)}: its data is of no use; its own log says why"
             return Message(Error(0, reason), reply_to=message)
 

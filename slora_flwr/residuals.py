@@ -14,14 +14,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from slora_flwr.adapters.head import State
-from slora_flwr.home import cache_folder, write_atomically
+from slora_flwr.home import cache_folder, make_folder, write_atomically
 
 _RECORD = "residual"
 
 
 def residuals_folder(lineage: int) -> Path:
     """Give the folder of a run's residuals on this machine; it may not exist."""
-    return cache_folder() / f"residuals-{lineage}"
+    return cache_folder() / f"residuals-{lineage:d}"
 
 
 class Residuals:
@@ -107,7 +107,7 @@ class Residuals:
             return
         folder = self._folder / f"{client}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             write_atomically(folder / f"{server_round}", data)
         except OSError as error:
             log(WARNING, "client %d goes on without its residual: %s", client, error)

@@ -1,7 +1,6 @@
 """`slora sweep`: the runs of a study, several at once, each of them made once."""
 
 import csv
-import fcntl
 import itertools
 import json
 import multiprocessing
@@ -25,7 +24,6 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +36,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from slora_flwr.config import ConfigError, Value, flatten, parse
+from slora_flwr.home import write_atomically
+from slora_flwr.lock import sole_use
 from slora_flwr.reports.progress import clock
 from slora_flwr.study import (
     Config,
@@ -168,7 +168,12 @@ def sweep(path: Path, out: Path | None = None, keep_states: bool = False) -> lis
             _write_rows(folder / "tuning.csv", list(_tuning_rows(scores)))
         return {trial: best_rate(s) for trial, s in scores.items() if s}
 
-    with _sole_user(folder), _Runner(study, app, keep_states) as runner:
+    # It would take runs under way for interrupted ones.
+    refusal = (
+        f"--out is {folder}, where another sweep is under way; allowed: another "
+        "folder, or to wait"
+    )
+    with sole_use(folder, refusal), _Runner(study, app, keep_states) as runner:
         configs = {digest_of(config): config for config in tune(study, choose)}
         runs = [_make_run(folder, config, keys) for config in configs.values()]
         runner.finish(runs)
@@ -183,23 +188,6 @@ def sweep(path: Path, out: Path | None = None, keep_states: bool = False) -> lis
         runner.console.print(_table(rows, [key for key in varied if key in keys]))
         say(folder / "runs.csv")
     return runner.failed
-
-
-@contextmanager
-def _sole_user(folder: Path) -> Iterator[None]:
-    """Keep another sweep out, which would take runs under way for interrupted ones."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"--out is {folder}, where another sweep is under way; allowed: "
-                "another folder, or to wait"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _app_folder(path: Path) -> Path:
@@ -318,7 +306,7 @@ class _Runner:
 
     def _start(self, run: Run, slot: int) -> None:
         shutil.rmtree(run.path, ignore_errors=True)
-        run.log.write_bytes(b"")
+        write_atomically(run.log, b"")
         bar = self._progress.add_task(f"  {run.name}", total=run.rounds, left="")
         self._running[self._submit(run, slot)] = run, slot, bar
 
@@ -441,7 +429,7 @@ def _run_inline(run: Run) -> bool:
 
 def _run_flower(run: Run, app: Path, log: BinaryIO) -> bool:
     config = run.path.with_name(f"{run.name}.toml")
-    config.write_text(tomli_w.dumps(run.config))
+    write_atomically(config, tomli_w.dumps(run.config).encode())
     main = "from slora_flwr.cli import app; app()"
     command = [sys.executable, "-c", main, "run", str(app), "-c", str(config)]
     done = subprocess.run(command, stdout=log, stderr=log, check=False)

@@ -432,6 +432,7 @@ def test_each_run_has_a_log_of_its_own(swept: Swept) -> None:
     log = swept.path("lora-lr0.01-seed1").name + ".log"
     assert "round 2/2 lora" in (swept.folder / log).read_text()
     assert "round 2/2 lora" not in swept.output
+    assert (swept.folder / log).stat().st_mode & 0o077 == 0
 
 
 def test_the_rate_that_was_best_on_held_out_data_is_used(swept: Swept) -> None:

@@ -145,17 +145,20 @@ def packed(*values: float) -> Array:
     return pack({"values": torch.tensor(values)})
 
 
+DIGEST, OTHER = "0123456789abcdef" * 2, "fedcba9876543210" * 2
+
+
 @pytest.mark.parametrize(
     "parcel",
     [
         Parcel(),
-        Parcel("0123456789abcdef"),
-        Parcel("0123456789abcdef", 0, packed(9.0), [packed(1.0), packed(2.0, 3.0)]),
-        Parcel("fedcba9876543210", 7, None, [packed(4.0)]),
+        Parcel(DIGEST),
+        Parcel(DIGEST, 0, packed(9.0), [packed(1.0), packed(2.0, 3.0)]),
+        Parcel(OTHER, 7, None, [packed(4.0)]),
         Parcel(weights=packed(5.0)),
     ],
 )
-@pytest.mark.parametrize("base", ["", "0123456789abcdef"])
+@pytest.mark.parametrize("base", ["", DIGEST])
 def test_an_instruction_arrives_as_it_was_sent(base: str, parcel: Parcel) -> None:
     sent = Instruction(3, 1, [4, 0, 17], "f00d", pack(KNOWN), base, phase_round=2)
     sent.parcel, sent.since = parcel, base

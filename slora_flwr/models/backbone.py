@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from slora_flwr.config import ConfigError, ModelConfig
+from slora_flwr.redact import redact, redact_hub_logs
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -110,6 +111,7 @@ def load_backbone(
     # A fresh head is meant, so its report and the bars would only hide the run's lines.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    redact_hub_logs()
     source = locate(config.name)
     revision = {"revision": config.revision} if config.revision else {}
     torch.manual_seed(seed)
@@ -128,8 +130,8 @@ def load_backbone(
         raise ConfigError(
             f"model.name is {config.name!r}; allowed: embedded, a folder with "
             "config.json, model.safetensors and tokenizer.json, a name below "
-            f"$SLORA_ASSETS/models, or a Hub id that can be reached ({error})"
-        ) from error
+            f"$SLORA_ASSETS/models, or a Hub id that can be reached ({redact(error)})"
+        ) from None  # a traceback would show what is left out here
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         # transformers makes one of special tokens alone where it finds no files.
         raise ConfigError(

@@ -3,9 +3,10 @@
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from logging import INFO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,21 @@ from slora_flwr.adapters.export import (
 )
 from slora_flwr.adapters.size import state_size
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
+from slora_flwr.home import make_folder, make_private
 from slora_flwr.models.backbone import digest_of
 from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.reports.table import closing_table
 from slora_flwr.resident import code_digest
 from slora_flwr.residuals import residuals_folder
-from slora_flwr.server.checkpoint import check_identity, find_checkpoint
+from slora_flwr.server.checkpoint import Snapshot, check_identity, find_checkpoint
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.own_data_fleet import OwnDataFleet
 from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.run_directory import (
+    EVENTS,
     RunDirectory,
     RunDirectoryError,
+    in_use,
     writing,
 )
 from slora_flwr.server.strategy import PhasedStrategy
@@ -71,15 +75,34 @@ def run(
     Raises
     ------
     ConfigError
-        Before any client is asked, if the config cannot be run.
+        Before any client is asked, if the config cannot be run, or the directory of
+        the run that is to go on is in use.
     FleetError
         If no node can train.
     RunDirectoryError
         If the run directory cannot be written any more.
     """
     config = parse(run_config)
+    checkpoint = None
+    with ExitStack() as held:
+        if config.run.resume:
+            path = Path(config.run.resume).expanduser()
+            if (path / EVENTS).is_file():  # else there is nothing to go on with
+                held.enter_context(in_use(path))
+            checkpoint = find_checkpoint(config)
+        return _run(grid, config, run_id, generator, checkpoint, held)
+
+
+def _run(
+    grid: Grid,
+    config: RunConfig,
+    run_id: int,
+    generator: np.random.Generator | None,
+    checkpoint: Snapshot | None,
+    held: ExitStack,
+) -> dict[str, Any]:
+    """Run, from the checkpoint on if there is one; `held` keeps what ends with it."""
     started = time.perf_counter()
-    checkpoint = find_checkpoint(config) if config.run.resume else None
     privacy = Privacy(config, generator) if config.privacy.is_on else None
     worker = Worker(config)
     moved = 0
@@ -92,6 +115,8 @@ def run(
         check_identity(config, checkpoint, fleet.expected)
         fleet.restore(checkpoint.facts["agreed"])
     directory = RunDirectory(config, run_id, checkpoint)
+    if checkpoint is None:
+        held.enter_context(in_use(directory.path))
     started -= directory.elapsed
     log(INFO, "slora-flwr %s, run directory %s", version("slora-flwr"), directory.path)
     if moved:
@@ -237,6 +262,8 @@ def _export(
     config: RunConfig, worker: Worker, strategy: PhasedStrategy, directory: RunDirectory
 ) -> None:
     last = worker.schedule[-1].adapter
+    folder = directory.path / ("adapter" if last == "lora" else "model")
+    make_folder(folder)
     if last == "lora":
         assert isinstance(worker.adapter, LowRankAdapter)
         lora, patch = worker.adapter, strategy.patch
@@ -244,15 +271,14 @@ def _export(
         if worker.schedule[-1].moves_base:
             patch = BasePatch(weights=worker.base_weights())
         worker.leave()
-        folder = directory.path / "adapter"
         export_adapter(folder, worker.backbone, state, lora.rank, lora.scaling, patch)
     else:
         # PEFT has no format for these, so the whole model is written.
         assert worker.adapter is not None
         worker.adapter.load(strategy.state)
-        folder = directory.path / "model"
         export_model(folder, worker.backbone, worker.task.classes)
         if last in KINDS:
             reduction = config.bottleneck.reduction
             export_bottlenecks(folder, strategy.state, last, reduction)
     export_classes(folder, worker.task.classes)
+    make_private(folder)

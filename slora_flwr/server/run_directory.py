@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from safetensors.torch import save
 
 from slora_flwr.adapters.head import State
 from slora_flwr.config import ConfigError, RunConfig, flatten
-from slora_flwr.home import PART, append, home, sync, write_atomically
+from slora_flwr.home import PART, append, home, make_folder, sync, write_atomically
+from slora_flwr.lock import sole_use
 from slora_flwr.server.checkpoint import (
     GROWING,
     Snapshot,
@@ -28,6 +29,9 @@ from slora_flwr.server.checkpoint import (
 from slora_flwr.wire.ledger import Entry, Ledger
 
 PACKAGES = ("slora-flwr", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
+
+
+EVENTS = "events.jsonl"
 
 
 class RunDirectoryError(RuntimeError):
@@ -66,6 +70,7 @@ class RunDirectory:
         if checkpoint is None:
             self.path = _make(config, run_id)
             with self._writing():
+                append(self.path / EVENTS, "")
                 self.ledger = Ledger(self.path / "ledger.csv")
         else:
             self.path = Path(config.run.resume).expanduser().absolute()
@@ -91,7 +96,7 @@ class RunDirectory:
         """Append one line to events.jsonl."""
         line = json.dumps({"event": kind, "seconds": round(self._seconds, 3), **facts})
         with self._writing():
-            append(self.path / "events.jsonl", line + "\n")
+            append(self.path / EVENTS, line + "\n")
 
     def record(self, entry: Entry) -> None:
         """Append one line to ledger.csv."""
@@ -172,13 +177,35 @@ class RunDirectory:
 
     def _cut_back(self, checkpoint: Snapshot) -> None:
         sizes, number = checkpoint.facts["sizes"], checkpoint.facts["round"]
-        os.truncate(self.path / "events.jsonl", sizes["events.jsonl"])
+        os.truncate(self.path / EVENTS, sizes[EVENTS])
         self.ledger = Ledger(self.path / "ledger.csv", sizes["ledger.csv"])
         for path in list_checkpoints(self.path):
             if number_of(path) > number:
                 path.unlink()
         for path in self.path.rglob(f"*{PART}"):
             path.unlink()
+
+
+@contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """Keep other runs out of a run directory that is there.
+
+    Raises
+    ------
+    ConfigError
+        If a run is using it.
+    RunDirectoryError
+        If it cannot be written.
+    """
+    refusal = (
+        f"run.resume is {str(path)!r}, which another run is using; allowed: the "
+        "directory of a run that has ended"
+    )
+    with ExitStack() as held:
+        with writing(path):
+            # This file is never replaced by another, and what is on it is the run's.
+            held.enter_context(sole_use(path / EVENTS, refusal))
+        yield
 
 
 @contextmanager
@@ -211,7 +238,9 @@ def _make(config: RunConfig, run_id: int) -> Path:
                 f"run.dir is {config.run.dir!r}, which holds files of another run; "
                 "allowed: a new or empty folder, or run.resume to go on with that run"
             )
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        make_folder(path)
+        # Of two runs that begin here at once, one fails.
+        (path / "checkpoints").mkdir(mode=0o700)
     except OSError as error:
         raise ConfigError(
             f"run.dir is {config.run.dir!r}; allowed: a folder that can be made and "

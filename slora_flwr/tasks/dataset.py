@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slora_flwr.config import ConfigError, DataConfig
-from slora_flwr.home import cache_folder, write_atomically
+from slora_flwr.home import cache_folder, make_folder, write_atomically
+from slora_flwr.redact import redact, redact_hub_logs
 from slora_flwr.tasks.examples import Examples
 
 # Share of a data set without a test split that becomes one.
@@ -199,6 +200,7 @@ def _find(config: DataConfig, preset: Preset) -> Callable[[str], Any]:
         import datasets
 
         datasets.disable_progress_bars()
+        redact_hub_logs()
         path = Path(split).expanduser()
         if path.suffix in FORMATS:
             return _read_file(path if path.is_absolute() else (folder or Path()) / path)
@@ -225,8 +227,9 @@ def _find(config: DataConfig, preset: Preset) -> Callable[[str], Any]:
                 f"data.name is {config.name!r}; allowed: stdlib-docs, "
                 f"{', '.join(PRESETS)}, a file or folder that is there (absolute, "
                 "since a run does not start in your folder), a name below "
-                f"$SLORA_ASSETS/data, or a Hub id that can be reached ({error})"
-            ) from error
+                "$SLORA_ASSETS/data, or a Hub id that can be reached "
+                f"({redact(error)})"
+            ) from None  # a traceback would show what is left out here
 
     return load
 
@@ -248,8 +251,14 @@ def _read_file(path: Path) -> Any:
             f"data file {path} is not there; allowed: an absolute path (a run does not "
             "start in your folder), or one inside the folder that data.name names"
         )
+    # It keeps a copy, whose texts are nobody else's business.
+    copies = cache_folder() / "datasets"
+    make_folder(copies)
     return datasets.load_dataset(
-        FORMATS[path.suffix], data_files=str(path), split="train"
+        FORMATS[path.suffix],
+        data_files=str(path),
+        split="train",
+        cache_dir=str(copies),
     )
 
 

@@ -80,7 +80,6 @@ class Ledger:
         self.entries: list[Entry] = []
         self._path = path
         if size is None:
-            path.write_text("")
             append(path, _row(f.name for f in fields(Entry)))
         else:
             os.truncate(path, size)

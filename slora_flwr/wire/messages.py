@@ -1,6 +1,9 @@
 """The contents of messages between server and nodes, as Flower records."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from flwr.app import (
@@ -14,6 +17,7 @@ from flwr.app import (
 from flwr.common.serde import message_to_proto
 
 from slora_flwr.tasks.metrics import Evaluation
+from slora_flwr.wire.text import printable
 
 # Codes of the error replies of a node that lacks the base which an instruction names,
 # or the state to which it brings the difference.
@@ -128,31 +132,56 @@ class Instruction:
 
     @classmethod
     def read(cls, content: RecordDict) -> "Instruction":
-        """Read the records."""
-        arrays, config = (
-            content.array_records["arrays"],
-            content.config_records["config"],
-        )
-        return cls(
-            server_round=int(config["server-round"]),  # type: ignore[arg-type]
-            phase=int(config["phase"]),  # type: ignore[arg-type]
-            phase_round=int(config["phase-round"]),  # type: ignore[arg-type]
-            clients=list(config["clients"]),  # type: ignore[arg-type]
-            fingerprint=str(config["fingerprint"]),
-            state=arrays["state"],
-            base=str(config.get("base", "")),
-            parcel=Parcel(
-                known=str(config.get("known", "")),
-                version=int(config["version"]),  # type: ignore[arg-type]
-                start=arrays.get("base"),
-                moves=[arrays[f"move-{i}"] for i in range(int(config["moves"]))],  # type: ignore[arg-type]
-                weights=arrays.get("weights"),
-            ),
-            classes=list(config.get("classes", [])),  # type: ignore[arg-type]
-            since=str(config.get("since", "")),
-            lineage=int(config.get("lineage", 0)),  # type: ignore[arg-type]
-            residuals=list(config.get("residuals", [])),  # type: ignore[arg-type]
-        )
+        """Read the records.
+
+        Raises
+        ------
+        MessageError
+            If a record or an entry is missing, or of another kind.
+        """
+        try:
+            arrays = content.array_records["arrays"]
+            config: Mapping[str, Any] = content.config_records["config"]
+            return cls(
+                server_round=_number(config["server-round"]),
+                phase=_number(config["phase"]),
+                phase_round=_number(config["phase-round"]),
+                clients=[_number(client) for client in config["clients"]],
+                fingerprint=str(config["fingerprint"]),
+                state=arrays["state"],
+                base=_digest(config.get("base", "")),
+                parcel=Parcel(
+                    known=_digest(config.get("known", "")),
+                    version=_number(config["version"]),
+                    start=arrays.get("base"),
+                    moves=[
+                        arrays[f"move-{i}"] for i in range(_number(config["moves"]))
+                    ],
+                    weights=arrays.get("weights"),
+                ),
+                classes=list(config.get("classes", [])),
+                since=_digest(config.get("since", "")),
+                lineage=_number(config.get("lineage", 0)),
+                residuals=[_number(number) for number in config.get("residuals", [])],
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise MessageError(
+                f"the instruction's records are off: {error!r}"
+            ) from error
+
+
+# Both may become the names of files, so that they are nothing but digits.
+def _number(given: Any) -> int:
+    number = int(given)
+    if not 0 <= number < 2**64:
+        raise ValueError(f"{number} is not from 0 to 2^64 - 1")
+    return number
+
+
+def _digest(given: Any) -> str:
+    if given and not re.fullmatch("[0-9a-f]{32}", str(given)):
+        raise ValueError(f"{printable(given)} is no digest")
+    return str(given)
 
 
 @dataclass

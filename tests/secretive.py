@@ -1,0 +1,69 @@
+"""Runs, with secrets in the environment, that test_secrets starts as one process.
+
+Arguments: the config of a run that ends well, as JSON, and a folder for others.
+"""
+
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from huggingface_hub import constants
+from typer.testing import CliRunner
+
+from slora_flwr import node
+from slora_flwr.cli import app
+from slora_flwr.config import ModelConfig, Value
+from slora_flwr.models.backbone import load_backbone
+from slora_flwr.sweep import Run, _run_inline
+
+Config = dict[str, Value]
+
+
+def slora(*arguments: str) -> None:
+    done = CliRunner().invoke(app, arguments)
+    print("status", done.exit_code, done.output)
+
+
+def run(config: Config, **changes: Any) -> None:
+    config = config | {key.replace("_", "."): value for key, value in changes.items()}
+    pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+    slora("run", "--engine", "inline", "--nodes", "2", "-c", pairs)
+
+
+def lacks_its_model(message: Message, context: Context) -> Message:
+    load_backbone(ModelConfig("someone/of-a-node"), num_labels=2, seed=0)
+    raise AssertionError
+
+
+def main() -> None:
+    config: Config = json.loads(sys.argv[1])
+    folder = Path(sys.argv[2])
+    run(config)
+    slora("report", str(config["run.dir"]))
+    slora("compare", str(config["run.dir"]), "--out", str(folder / "out"))
+    run(config, run_dir=str(folder / "1"), model_name="someone/model")
+    run(config, run_dir=str(folder / "2"), data_name="someone/data")
+    address = "https://somebody:marker-config@example.org/model?key=marker-query"
+    for i, key in enumerate(("model_name", "data_name", "data_test", "run_resume")):
+        run(config, **{"run_dir": str(folder / f"3-{i}"), key: address})
+    # As in a study, where a log gets the traceback.
+    failing = config | {"model.name": "someone/studied"}
+    _run_inline(Run(failing | {"run.dir": str(folder / "4")}, folder / "4"))
+    node.HANDLERS["query"] = lacks_its_model
+    run(config, run_dir=str(folder / "5"))
+    asked = "http://somebody:marker-log@example.org/model"
+    logging.getLogger("huggingface_hub.utils._http").warning("asked for %s", asked)
+    # A password goes before the token, so that this is for an address without one.
+    plain = re.sub("//.*@", "//", constants.ENDPOINT)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    template = template.replace(constants.ENDPOINT, plain)
+    constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE = plain, template
+    run(config, run_dir=str(folder / "6"), model_name="someone/by-token")
+
+
+if __name__ == "__main__":
+    main()
