@@ -198,7 +198,7 @@ def test_a_node_that_hangs_is_left_out_at_the_deadline_and_its_late_reply_does_n
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The nodes' first description of themselves has no more time than a round.
-    deadline = 3 * events(whole, "round")[0]["seconds"]
+    deadline = 2 * events(whole, "round")[0]["seconds"]
     config |= {"rounds": 10, "sparse.rounds": 4, "clients.deadline": deadline}
     run, node = deployment.run(config), deployment.nodes[1]
     node.wait_until_it_trains(run, 2)
