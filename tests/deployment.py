@@ -126,10 +126,12 @@ class Deployment:
         self._started: list[psutil.Popen] = []
         self._runs = 0
         self.superexec: psutil.Popen | None = None
+        self.nodes: list[Node] = []
+
+    def start(self) -> None:
         self.start_superlink()
-        self.nodes = [
-            Node(index, self.folder / f"{index}", self._link) for index in range(2)
-        ]
+        for index in range(2):
+            self.nodes.append(Node(index, self.folder / f"{index}", self._link))
 
     def start_superlink(self, *, separate: bool = False) -> None:
         """Start the SuperLink, again on what it left in its database."""

@@ -47,8 +47,11 @@ def config(corpus: Path, tiny_models: dict[str, Path], tmp_path: Path) -> Config
 @pytest.fixture(scope="module")
 def deployment() -> Iterator[Deployment]:
     deployment = Deployment()
-    yield deployment
-    deployment.close()
+    try:
+        deployment.start()
+        yield deployment
+    finally:
+        deployment.close()
 
 
 @pytest.fixture(scope="module")
