@@ -1,8 +1,11 @@
 """Where files outlive a process: `$SLORA_HOME`, by default `~/.slora`."""
 
 import os
+from logging import WARNING
 from pathlib import Path
 from uuid import uuid4
+
+from flwr.common.logger import log
 
 # Ends the names of files that are not whole yet.
 PART = ".part"
@@ -32,8 +35,12 @@ def make_folder(path: Path) -> None:
 
 def make_private(folder: Path) -> None:
     """Let only this user open a folder and what other libraries wrote to it."""
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o700 if path.is_dir() else 0o600)
+    try:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o700 if path.is_dir() else 0o600)
+    except OSError as error:
+        # Some file systems have no modes; what was written is whole all the same.
+        log(WARNING, "%s may be open to others (%s)", folder, error)
 
 
 def write_atomically(path: Path, data: bytes, *, durably: bool = False) -> None:

@@ -26,7 +26,8 @@ from slora_flwr.home import write_atomically
 
 FORMAT = "1"
 # Files that a run goes on writing, cut back to what they held at the checkpoint.
-GROWING = ("events.jsonl", "ledger.csv")
+EVENTS = "events.jsonl"
+GROWING = (EVENTS, "ledger.csv")
 # What a run may go on with other values of: no update and no state depends on them.
 FREE = (
     "run.dir",

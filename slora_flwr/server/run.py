@@ -32,12 +32,16 @@ from slora_flwr.models.base_patch import BasePatch
 from slora_flwr.reports.table import closing_table
 from slora_flwr.resident import code_digest
 from slora_flwr.residuals import residuals_folder
-from slora_flwr.server.checkpoint import Snapshot, check_identity, find_checkpoint
+from slora_flwr.server.checkpoint import (
+    EVENTS,
+    Snapshot,
+    check_identity,
+    find_checkpoint,
+)
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.own_data_fleet import OwnDataFleet
 from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.run_directory import (
-    EVENTS,
     RunDirectory,
     RunDirectoryError,
     in_use,
@@ -87,7 +91,14 @@ def run(
     with ExitStack() as held:
         if config.run.resume:
             path = Path(config.run.resume).expanduser()
-            if (path / EVENTS).is_file():  # else there is nothing to go on with
+            try:
+                has_begun = (path / EVENTS).is_file()
+            except OSError as error:
+                raise ConfigError(
+                    f"run.resume is {config.run.resume!r}; allowed: a run directory "
+                    f"that can be read ({error})"
+                ) from error
+            if has_begun:  # else there is nothing to go on with
                 held.enter_context(in_use(path))
             checkpoint = find_checkpoint(config)
         return _run(grid, config, run_id, generator, checkpoint, held)

@@ -19,6 +19,7 @@ from slora_flwr.config import ConfigError, RunConfig, flatten
 from slora_flwr.home import PART, append, home, make_folder, sync, write_atomically
 from slora_flwr.lock import sole_use
 from slora_flwr.server.checkpoint import (
+    EVENTS,
     GROWING,
     Snapshot,
     checkpoint_path,
@@ -29,9 +30,6 @@ from slora_flwr.server.checkpoint import (
 from slora_flwr.wire.ledger import Entry, Ledger
 
 PACKAGES = ("slora-flwr", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
-
-
-EVENTS = "events.jsonl"
 
 
 class RunDirectoryError(RuntimeError):

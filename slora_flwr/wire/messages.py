@@ -173,15 +173,17 @@ class Instruction:
 # Both may become the names of files, so that they are nothing but digits.
 def _number(given: Any) -> int:
     number = int(given)
-    if not 0 <= number < 2**64:
-        raise ValueError(f"{number} is not from 0 to 2^64 - 1")
+    # Large ones come as texts.
+    if given not in (number, str(number)) or not 0 <= number < 2**64:
+        raise ValueError(f"{printable(given)} is not a number from 0 to 2^64 - 1")
     return number
 
 
 def _digest(given: Any) -> str:
-    if given and not re.fullmatch("[0-9a-f]{32}", str(given)):
-        raise ValueError(f"{printable(given)} is no digest")
-    return str(given)
+    digest = str(given)
+    if digest and not re.fullmatch("[0-9a-f]{32}", digest):
+        raise ValueError(f"{printable(digest)} is no digest")
+    return digest
 
 
 @dataclass
