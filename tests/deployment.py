@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ class Node:
     def wait_until_it_trains(self, run: Run, number: int) -> None:
         """Wait until it has the message of a round, and not answered it yet."""
         wait_until(lambda: "Received successfully" in self.log_of(run, number), 240)
+        assert "Sending: train" not in self.log_of(run, number)
 
 
 class Deployment:
@@ -147,7 +149,7 @@ class Deployment:
                 *(TOOLS / "flower-superexec", "--insecure"),
                 *("--runtime-api-address", address),
             )
-        wait_until(lambda: is_open(self._link))
+        wait_until(lambda: is_open(self._link), 60)
 
     def kill_superlink(self) -> None:
         self.superlink.kill()
@@ -200,7 +202,8 @@ class Deployment:
         left = [p for process in self._started for p in _family(process)]
         left += [p for node in self.nodes for p in node.processes()]
         for process in left:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(left, timeout=20)
         shutil.rmtree(self.folder)
 
