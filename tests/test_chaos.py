@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
@@ -63,7 +64,7 @@ HARMFUL = {
     "it answers half the bytes": "bytes, not|cannot be expanded",
     "it has another mask": "its fingerprint is f00d, not ",
 }
-DEATH = "the server is killed"
+DEATH = "the server is interrupted"
 
 
 @dataclass
@@ -283,6 +284,8 @@ def survive(config: Config, chaos: Chaos, monkeypatch: pytest.MonkeyPatch) -> Pa
             node._worker.cache_clear()
             if list_checkpoints(directory):
                 config = resumed(config)
+            else:  # it died in its first round
+                shutil.rmtree(directory)
             grid = ChaosGrid(config, chaos)
     return directory
 
