@@ -147,19 +147,23 @@ def test_a_run_whose_serverapp_is_killed_in_either_phase_goes_on_from_its_checkp
 def test_a_run_whose_superlink_is_killed_with_its_serverapp_goes_on_from_its_checkpoint(
     deployment: Deployment, whole: Path, config: Config
 ) -> None:
+    for node in deployment.nodes:
+        node.err({2: "waits"})
     run = deployment.run(config)
-    run.wait_for_round(1)
     for node in deployment.nodes:
         node.wait_until_it_trains(run, 2)
     [serverapp] = deployment.serverapps()
     deployment.kill_superlink()
     wait_until(lambda: has_ended(serverapp), 60)
+    for node in deployment.nodes:
+        node.err({})
     deployment.start_superlink(separate=True)
     second = deployment.run(resumed(config))
     finish(deployment, second)
     assert [event["round"] for event in second.events("resumed")] == [1]
     assert_same(second.directory, whole)
-    assert deployment.status(run) == "finished:failed"
+    # Flower tells by the heartbeats, which no longer come.
+    wait_until(lambda: deployment.status(run) == "finished:failed", 120)
 
 
 def test_a_run_beside_a_killed_superlink_goes_on_by_itself(
@@ -168,11 +172,15 @@ def test_a_run_beside_a_killed_superlink_goes_on_by_itself(
     if deployment.superexec is None:
         deployment.kill_superlink()
         deployment.start_superlink(separate=True)
+    for node in deployment.nodes:
+        node.err({2: "waits", 5: "waits"})
     run = deployment.run(config)
     for number in (2, 5):
         for node in deployment.nodes:
             node.wait_until_it_trains(run, number)
         deployment.kill_superlink()
+        for node in deployment.nodes:
+            node.err({5: "waits"} if number == 2 else {})
         time.sleep(1.0)
         deployment.start_superlink(separate=True)
         began = time.monotonic()
@@ -188,9 +196,12 @@ def test_a_killed_node_is_left_out_once_and_comes_back(
     deployment: Deployment, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config |= {"rounds": 14, "sparse.rounds": 6}
-    run, node = deployment.run(config), deployment.nodes[1]
+    node = deployment.nodes[1]
+    node.err({2: "waits"})
+    run = deployment.run(config)
     node.wait_until_it_trains(run, 2)
     node.kill()
+    node.err({})
     began = time.monotonic()
     node.start()
     run.wait_for_round(2)
@@ -211,9 +222,12 @@ def test_a_node_that_hangs_is_left_out_and_its_late_reply_does_nothing(
     # The nodes' first description of themselves has no more time than a round.
     deadline = 2 * events(whole, "round")[0]["seconds"]
     config |= {"rounds": 10, "sparse.rounds": 4, "clients.deadline": deadline}
-    run, node = deployment.run(config), deployment.nodes[1]
+    node = deployment.nodes[1]
+    node.err({2: "waits"})
+    run = deployment.run(config)
     node.wait_until_it_trains(run, 2)
     node.signal(signal.SIGSTOP)
+    node.err({})
     run.wait_for_round(2)
     assert "Sending" not in node.log_of(run, 2)
     node.signal(signal.SIGCONT)
