@@ -6,7 +6,7 @@ from logging import WARNING
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 
-from slora_flwr.resident import handle
+from slora_flwr.client.resident import handle
 
 # Flower ClientApp
 app = ClientApp()
@@ -18,7 +18,7 @@ app.evaluate()(handle)
 # needed.
 if "flwr.server.superlink.fleet.vce" in sys.modules:
     try:
-        from slora_flwr import ray_pool
+        from slora_flwr.engines import ray_pool
 
         ray_pool.install()
     except ImportError as error:

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from slora_flwr.config import Value
-from slora_flwr.server.inline import InlineGrid
+from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
 
 

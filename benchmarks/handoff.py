@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from slora_flwr.adapters.masks import make_mask
-from slora_flwr.adapters.priming import truncated_svd
+from slora_flwr.common.svd import truncated_svd
 
 DENSITY, RANK = 0.01, 8
 SHAPES = [(768, 768), (768, 3072), (4096, 4096), (4096, 11008)]

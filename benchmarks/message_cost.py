@@ -6,7 +6,8 @@ Starts a SuperLink and two SuperNodes on loopback for each way to run a node, le
 `flwr run` train both clients in every round, and takes the times at which the log
 lines arrive of the SuperNode that answers last. `fresh` handles every message in a new
 process (node config `resident-seconds=0`), `resident` in the node's resident worker,
-and `short poll` is the latter under `python -m slora_flwr.supernode`. Figures are
+and `short poll` is the latter under
+`python -m slora_flwr.client.supernode`. Figures are
 medians over rounds without the first and the last.
 """
 
@@ -35,7 +36,7 @@ SUPERNODE = [str(TOOLS / "flower-supernode")]
 MODES: dict[str, tuple[list[str], str]] = {
     "fresh": (SUPERNODE, "resident-seconds=0"),
     "resident": (SUPERNODE, ""),
-    "short poll": ([sys.executable, "-m", "slora_flwr.supernode"], ""),
+    "short poll": ([sys.executable, "-m", "slora_flwr.client.supernode"], ""),
 }
 # What a SuperNode's log says of a message.
 STEPS = (

@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
 from slora_flwr.adapters import make_adapter
+from slora_flwr.backbone.load import Backbone, find_targets
 from slora_flwr.config import RecipeConfig, parse
-from slora_flwr.models.backbone import Backbone, find_targets
 from slora_flwr.training.loop import make_optimizer
 
 MODELS: dict[str, dict[str, Any]] = {

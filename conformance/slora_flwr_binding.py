@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from conformance.run import Answer, Case
-from slora_flwr.adapters.head import State
 from slora_flwr.adapters.low_rank import cut_ranks
-from slora_flwr.server.aggregate import Mean, ServerOptimizer
-from slora_flwr.server.stack import Stack, redistribute, residual
+from slora_flwr.aggregation.lora_products import redistribute, residual
+from slora_flwr.aggregation.mean import Mean
+from slora_flwr.aggregation.server_optimizer import ServerOptimizer
+from slora_flwr.aggregation.stack import Stack
+from slora_flwr.common.tensors import State
 
 HEAD = "head"
 

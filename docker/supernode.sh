@@ -14,7 +14,7 @@ for folder in /nodes/*/; do
     [ ! -f "$folder/config" ] || config+=" $(tr '\n' ' ' < "$folder/config")"
     echo "node ${folder##*/}: $config"
     # shellcheck disable=SC2093
-    exec python3 -m slora_flwr.supernode "$@" \
+    exec python3 -m slora_flwr.client.supernode "$@" \
         --auth-supernode-private-key "$folder/key" --node-config "$config"
 done
 echo "every folder below /nodes with a key that can be read is taken" >&2

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
-from slora_flwr.tasks.stdlib_docs import docstrings
+from slora_flwr.data.stdlib_docs import docstrings
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, UNK, CLS, SEP, MASK = range(5)

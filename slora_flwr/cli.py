@@ -83,7 +83,7 @@ def plan(
         config = parse(parse_config_args(run_config))
         from rich.console import Console
 
-        from slora_flwr.plan import plan_table
+        from slora_flwr.reports.plan_table import plan_table
         from slora_flwr.training.worker import Worker
 
         labels = [name.strip() for name in config.data.labels.split(",")]
@@ -113,7 +113,7 @@ def sweep(
     ] = False,
 ) -> None:
     """Make every run of a study that is not finished yet, several at once."""
-    from slora_flwr.sweep import sweep as sweep_study
+    from slora_flwr.studies.sweep import sweep as sweep_study
 
     try:
         failed = sweep_study(study, out, keep_states)
@@ -140,8 +140,8 @@ def report(
 ) -> None:
     """Write a page on one run: figures, bytes, curves, clients, failures, config."""
     from slora_flwr.reports.page import render
-    from slora_flwr.reports.report import report as lay_out
-    from slora_flwr.reports.runs import RunError, find_run, read_run
+    from slora_flwr.reports.run_page import report as lay_out
+    from slora_flwr.runs.reader import RunError, find_run, read_run
 
     try:
         path = find_run(run)
@@ -181,9 +181,9 @@ def compare(
     ] = "1,10,100",
 ) -> None:
     """Compare runs on one page: those that differ by the seed alone are one group."""
-    from slora_flwr.reports.compare import compare as lay_out
+    from slora_flwr.reports.comparison_page import compare as lay_out
     from slora_flwr.reports.page import write
-    from slora_flwr.reports.runs import RunError, find_runs, read_run
+    from slora_flwr.runs.reader import RunError, find_runs, read_run
 
     try:
         rates = [float(rate) for rate in uplink.split(",")]
@@ -204,10 +204,10 @@ def compare(
 def _run_inline(values: dict[str, Any], nodes: int) -> None:
     # torch and transformers take seconds to import, which an error above need not wait.
     from slora_flwr.adapters.priming import HandoffError
+    from slora_flwr.engines.inline import InlineGrid
+    from slora_flwr.runs.directory import RunDirectoryError
     from slora_flwr.server.fleet import FleetError
-    from slora_flwr.server.inline import InlineGrid
     from slora_flwr.server.run import run as run_on
-    from slora_flwr.server.run_directory import RunDirectoryError
     from slora_flwr.server.strategy import TooFewRepliesError
 
     run_id = time.time_ns()

@@ -41,10 +41,10 @@ from transformers import (
 
 from slora_flwr.adapters import SparseAdapter
 from slora_flwr.adapters.handoff import Handoff, prime_low_rank
-from slora_flwr.adapters.head import State
+from slora_flwr.backbone.load import Backbone, load_backbone
+from slora_flwr.common.tensors import State
 from slora_flwr.config import LoraConfig, ModelConfig
-from slora_flwr.models.backbone import Backbone, load_backbone
-from slora_flwr.tasks.examples import Examples
+from slora_flwr.data.examples import Examples
 
 torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ import psutil
 from test_resident import free_port, is_open, residents, wait_until
 from test_rounds import Config
 
-from slora_flwr.home import write_atomically
+from slora_flwr.common.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 FAULTS = Path(__file__).parent / "faults"
@@ -68,7 +68,12 @@ class Node:
         with (self.folder / "log").open("ab") as log:
             self.process = psutil.Popen(
                 [
-                    *(sys.executable, "-m", "slora_flwr.supernode", "--insecure"),
+                    *(
+                        sys.executable,
+                        "-m",
+                        "slora_flwr.client.supernode",
+                        "--insecure",
+                    ),
                     *("--superlink", f"127.0.0.1:{self._link}"),
                     *("--port", str(free_port()), "--poll-seconds", "0.2"),
                     *("--node-config", f"partition-id={self._index} num-partitions=2"),

@@ -22,20 +22,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from slora_flwr.server.aggregate import FoldError, Mean
+from slora_flwr.aggregation.mean import FoldError, Mean
+from slora_flwr.aggregation.stack import Stack
+from slora_flwr.common.text import printable
 from slora_flwr.server.own_data_fleet import Description
-from slora_flwr.server.stack import Stack
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.frame import unwrap, wrap
-from slora_flwr.wire.messages import (
-    Instruction,
-    MessageError,
-    Report,
-    read_evaluation,
-)
+from slora_flwr.wire.messages import Instruction, MessageError, Report, read_evaluation
 from slora_flwr.wire.packing import PayloadError, pack, unpack
 from slora_flwr.wire.positions import decode_positions, encode_positions
-from slora_flwr.wire.text import printable
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from slora_flwr.cli import app
 from slora_flwr.config import Value
-from slora_flwr.server.inline import InlineGrid
+from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
 
 Config = dict[str, Value]

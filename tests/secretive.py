@@ -14,11 +14,11 @@ from flwr.app import Context, Message
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from slora_flwr import node
+from slora_flwr.backbone.load import load_backbone
 from slora_flwr.cli import app
+from slora_flwr.client import handlers as node
 from slora_flwr.config import ModelConfig, Value
-from slora_flwr.models.backbone import load_backbone
-from slora_flwr.sweep import Run, _run_inline
+from slora_flwr.studies.sweep import Run, _run_inline
 
 Config = dict[str, Value]
 

@@ -37,14 +37,15 @@ from slora_flwr.adapters import (
     SparseAdapter,
     make_adapter,
 )
-from slora_flwr.adapters.head import State, StateError
+from slora_flwr.adapters.base import StateError
 from slora_flwr.adapters.low_rank import cut_ranks
 from slora_flwr.adapters.masks import make_mask
 from slora_flwr.adapters.size import state_size
+from slora_flwr.backbone.load import Backbone, load_backbone
+from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError, ModelConfig, RecipeConfig, parse
-from slora_flwr.models.backbone import Backbone, load_backbone
-from slora_flwr.schedule import DEFAULT_RATES
-from slora_flwr.tasks.examples import Examples
+from slora_flwr.config.schedule import DEFAULT_RATES
+from slora_flwr.data.examples import Examples
 from slora_flwr.training.loop import evaluate, train
 
 DENSITY = 0.2

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slora_flwr.server.aggregate import FoldError, Mean, ServerOptimizer
+from slora_flwr.aggregation.mean import FoldError, Mean
+from slora_flwr.aggregation.server_optimizer import ServerOptimizer
 
 Updates = list[tuple[list[float], int]]
 

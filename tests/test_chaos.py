@@ -29,10 +29,10 @@ from test_rounds import (
 )
 from test_upload import INT8, LOSSLESS, TOP, Grid
 
-from slora_flwr import node
-from slora_flwr.home import cache_folder
+from slora_flwr.client import handlers as node
+from slora_flwr.common.files import cache_folder
+from slora_flwr.runs.checkpoint import list_checkpoints
 from slora_flwr.server import collect, fleet
-from slora_flwr.server.checkpoint import list_checkpoints
 from slora_flwr.server.strategy import NO_REPLY, TooFewRepliesError
 from slora_flwr.training.worker import ClientError, Trained, Worker
 from slora_flwr.wire.messages import MISSING_BASE, MISSING_STATE, Instruction, Report

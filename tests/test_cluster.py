@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slora_flwr.server.inline import InlineGrid
+from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
 
 pytestmark = pytest.mark.timeout(420)

@@ -14,11 +14,7 @@ from numpy.typing import NDArray
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.frame import unwrap, wrap
 from slora_flwr.wire.packing import PayloadError, pack
-from slora_flwr.wire.positions import (
-    decode_positions,
-    encode_positions,
-    entropy_bound,
-)
+from slora_flwr.wire.positions import decode_positions, encode_positions, entropy_bound
 from slora_flwr.wire.quantize import codes_size, dequantize, quantize, scales_size
 
 DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from slora_flwr.config import ConfigError, RunConfig, Value, flatten, parse
-from slora_flwr.schedule import make_schedule
+from slora_flwr.config.schedule import make_schedule
 
 DEFAULTS = flatten(RunConfig())
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from slora_flwr.config import ConfigError, DataConfig
-from slora_flwr.tasks.dataset import Task, Texts, list_classes, load_texts, make_task
+from slora_flwr.data.texts import Task, Texts, list_classes, load_texts, make_task
 
 COLORS = ["red", "blue", "green"]
 ROWS: list[dict[str, Any]] = [

@@ -42,9 +42,9 @@ from slora_flwr.adapters.export import (
     export_model,
 )
 from slora_flwr.adapters.masks import make_mask
+from slora_flwr.backbone.load import Backbone
 from slora_flwr.config import LoraConfig, RecipeConfig
-from slora_flwr.models.backbone import Backbone
-from slora_flwr.tasks.examples import Examples
+from slora_flwr.data.examples import Examples
 from slora_flwr.training.loop import train
 
 RECIPE = RecipeConfig(epochs=1, batch_size=8, lr=0.02)

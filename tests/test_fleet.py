@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_masks import reference_distinct
 
+from slora_flwr.common.random import sample_cohort
+from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server import collect, fleet
-from slora_flwr.server.fleet import Fleet, FleetError, sample_cohort
-from slora_flwr.server.inline import InlineGrid
+from slora_flwr.server.fleet import Fleet, FleetError
 
 EXPECTED = {"version": "1", "code": "c0de", "backbone": "b0ne", "partition": "pa27"}
 GOLDEN = [61, 106, 109, 140, 580]  # of seed 0, round 1

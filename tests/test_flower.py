@@ -17,7 +17,7 @@ import torch
 from flwr.common.config import flatten_dict
 from safetensors.torch import load_file
 
-from slora_flwr.server.inline import InlineGrid
+from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
 
 ROOT = Path(__file__).parents[1]

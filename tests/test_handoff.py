@@ -19,18 +19,12 @@ from torch import Tensor
 from slora_flwr.adapters import LowRankAdapter, SparseAdapter, handoff
 from slora_flwr.adapters.handoff import Handoff
 from slora_flwr.adapters.masks import make_mask
-from slora_flwr.adapters.priming import (
-    DENSE_SIDE,
-    HandoffError,
-    TruncatedSvd,
-    check_handoff,
-    prime,
-    truncated_svd,
-)
+from slora_flwr.adapters.priming import HandoffError, check_handoff, prime
+from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.backbone.load import Backbone, load_backbone
+from slora_flwr.common.svd import DENSE_SIDE, TruncatedSvd, truncated_svd
 from slora_flwr.config import LoraConfig, ModelConfig, RecipeConfig
-from slora_flwr.models.backbone import Backbone, load_backbone
-from slora_flwr.models.base_patch import BasePatch
-from slora_flwr.tasks.examples import Examples
+from slora_flwr.data.examples import Examples
 from slora_flwr.training.loop import evaluate, train
 
 Array = NDArray[np.float64]
@@ -92,7 +86,7 @@ def test_dense_and_lanczos_paths_agree_in_sign(monkeypatch: pytest.MonkeyPatch) 
     assert min(shape) > DENSE_SIDE
     positions, values, _ = sparse_matrix(shape, 1280)
     lanczos = truncated_svd(positions, values, shape, 5)
-    monkeypatch.setattr("slora_flwr.adapters.priming.DENSE_SIDE", 1000)
+    monkeypatch.setattr("slora_flwr.common.svd.DENSE_SIDE", 1000)
     monkeypatch.setattr("scipy.sparse.linalg.svds", None)
     dense = truncated_svd(positions, values, shape, 5)
     np.testing.assert_allclose(lanczos.u, dense.u, atol=1e-8)

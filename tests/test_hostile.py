@@ -33,16 +33,16 @@ from test_rounds import (
 
 import slora_embedded
 import slora_flwr
+from slora_flwr.aggregation.mean import FoldError, Mean
+from slora_flwr.backbone.load import load_backbone
+from slora_flwr.common.text import printable
 from slora_flwr.config import ConfigError, ModelConfig
-from slora_flwr.models.backbone import load_backbone
 from slora_flwr.server import collect, fleet
-from slora_flwr.server.aggregate import FoldError, Mean
 from slora_flwr.server.fleet import Fleet, FleetError
 from slora_flwr.server.own_data_fleet import OwnDataFleet
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.messages import MessageError, Report, read_evaluation
 from slora_flwr.wire.packing import PayloadError, pack
-from slora_flwr.wire.text import printable
 
 MEGABYTE = 2**20
 

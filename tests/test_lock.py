@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from slora_flwr.cli import app
 from slora_flwr.config import ConfigError
-from slora_flwr.lock import sole_use
-from slora_flwr.server.checkpoint import list_checkpoints
+from slora_flwr.runs.checkpoint import list_checkpoints
+from slora_flwr.runs.lock import sole_use
 from slora_flwr.server.run import run
 
 SLORA = [sys.executable, "-c", "from slora_flwr.cli import app; app()"]
@@ -92,7 +92,7 @@ def test_programs_that_a_run_starts_do_not_keep_its_lock(tmp_path: Path) -> None
     script = (
         "import subprocess, sys, time\n"
         "from pathlib import Path\n"
-        "from slora_flwr.lock import sole_use\n"
+        "from slora_flwr.runs.lock import sole_use\n"
         "with sole_use(Path(sys.argv[1]), 'in use'):\n"
         "    left = subprocess.Popen(['sleep', '60'], close_fds=False)\n"
         "    print(left.pid, flush=True)\n"

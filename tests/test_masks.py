@@ -5,14 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from slora_flwr.adapters.masks import (
-    deal_densities,
-    draw_distinct,
-    fingerprint,
-    key,
-    make_mask,
-    mask_size,
-)
+from slora_flwr.adapters.masks import deal_densities, fingerprint, make_mask, mask_size
+from slora_flwr.common.random import draw_distinct, key
 
 # A new value here means that old runs, and nodes of another version, have other masks.
 GOLDEN_START = [165, 241, 478, 763]

@@ -38,10 +38,10 @@ from transformers import AutoModelForSequenceClassification
 from slora_flwr.adapters import make_adapter
 from slora_flwr.adapters.export import PATCH_FILE, apply_base_patch
 from slora_flwr.adapters.masks import make_mask
+from slora_flwr.backbone.base_weights import BasePatch
 from slora_flwr.config import METHODS, Value, parse
-from slora_flwr.models.base_patch import BasePatch
-from slora_flwr.schedule import make_schedule
-from slora_flwr.server.base import Holdings
+from slora_flwr.config.schedule import make_schedule
+from slora_flwr.planning.holdings import Holdings
 from slora_flwr.training.worker import Worker
 from slora_flwr.wire.messages import Instruction, Report
 from slora_flwr.wire.packing import pack, unpack
@@ -275,7 +275,7 @@ def test_a_node_that_lost_a_moved_base_gets_it_anew(
     config: Config, changes: Config
 ) -> None:
     """A worker that begins in round 3 ends as one that was there from the first."""
-    from slora_flwr import node
+    from slora_flwr.client import handlers as node
 
     class Forgetful(RecordingGrid):
         def before(self, asked: Instruction) -> None:

@@ -21,16 +21,16 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 from torch import Tensor
 
-from slora_flwr import node
+from slora_flwr.client import handlers as node
 from slora_flwr.config import ConfigError, DataConfig, Value
+from slora_flwr.data.node_files import OwnData, OwnDataError, load_test_texts
+from slora_flwr.data.texts import Texts
+from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server import fleet
 from slora_flwr.server.fleet import FleetError
-from slora_flwr.server.inline import InlineGrid
 from slora_flwr.server.own_data_fleet import OwnDataFleet
 from slora_flwr.server.run import run
-from slora_flwr.tasks.dataset import Texts
-from slora_flwr.tasks.metrics import Evaluation, count, pool
-from slora_flwr.tasks.own_data import OwnData, OwnDataError, load_test_texts
+from slora_flwr.training.metrics import Evaluation, count, pool
 from slora_flwr.wire.messages import write_evaluation
 
 Config = dict[str, Value]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import digamma
 
-from slora_flwr.tasks.partition import Partition, PartitionError, make_partition
+from slora_flwr.data.partition import Partition, PartitionError, make_partition
 
 Labels = np.ndarray
 

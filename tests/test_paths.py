@@ -16,8 +16,8 @@ from test_upload import INT8, TOP, Grid
 from typer.testing import CliRunner
 
 from slora_flwr.cli import app
-from slora_flwr.residuals import residuals_folder
-from slora_flwr.server.inline import InlineGrid
+from slora_flwr.common.files import residuals_folder
+from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
 
 CONFIG = "config"

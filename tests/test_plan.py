@@ -17,11 +17,12 @@ from test_rounds import (
 )
 from typer.testing import CliRunner
 
+from slora_flwr.backbone.load import Backbone
 from slora_flwr.cli import app
 from slora_flwr.config import parse
-from slora_flwr.models.backbone import Backbone
-from slora_flwr.plan import Memory, PlannedRound, plan_memory, plan_rounds
-from slora_flwr.schedule import make_schedule
+from slora_flwr.config.schedule import make_schedule
+from slora_flwr.planning.memory import Memory, plan_memory
+from slora_flwr.planning.rounds import PlannedRound, plan_rounds
 
 CLIENTS = list(range(6))
 

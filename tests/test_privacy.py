@@ -26,18 +26,18 @@ from test_rounds import (
 )
 from test_upload import RUN_IDS
 
+from slora_flwr.aggregation.clipped import ClippedMean
+from slora_flwr.aggregation.mean import SCALE, FoldError
 from slora_flwr.config import ConfigError, parse
-from slora_flwr.reports.report import report
-from slora_flwr.reports.runs import read_run
-from slora_flwr.server.aggregate import SCALE, FoldError
-from slora_flwr.server.clipped import ClippedMean
-from slora_flwr.server.inline import InlineGrid
+from slora_flwr.engines.inline import InlineGrid
+from slora_flwr.reports.run_page import report
+from slora_flwr.runs.reader import read_run
 from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.run import run
 from slora_flwr.server.strategy import TooFewRepliesError
+from slora_flwr.wire.clipping import clip
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.messages import Report
-from slora_flwr.wire.norm import clip
 from slora_flwr.wire.packing import pack
 
 # Bounds that the updates of these runs exceed by far, so that all are clipped.

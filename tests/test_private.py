@@ -10,7 +10,7 @@ from test_resume import SLORA, go_on, stop
 from test_rounds import Config, make_config, start
 from test_upload import INT8, TOP, Grid
 
-from slora_flwr.home import append, make_folder
+from slora_flwr.common.files import append, make_folder
 
 ROOT = Path(__file__).parents[1]
 # Passing them would do for others to open a file whose own mode lets them.

@@ -21,9 +21,9 @@ from flwr.simulation.ray_transport.ray_actor import BasicActorPool, ClientAppAct
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError
 
-from slora_flwr import ray_pool
-from slora_flwr.ray_pool import TRIES, LastingPool
-from slora_flwr.resident import code_digest
+from slora_flwr.common.code_digest import code_digest
+from slora_flwr.engines import ray_pool
+from slora_flwr.engines.ray_pool import TRIES, LastingPool
 
 ROOT = Path(__file__).parents[1]
 

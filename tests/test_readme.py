@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from slora_flwr.config import METHODS, RunConfig, flatten
-from slora_flwr.schedule import DEFAULT_RATES, SCHEDULES
+from slora_flwr.config.schedule import DEFAULT_RATES, SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -14,12 +14,12 @@ from typer.testing import CliRunner, Result
 
 from slora_flwr.cli import app
 from slora_flwr.config import Value, parse
-from slora_flwr.reports.compare import compare
+from slora_flwr.reports.comparison_page import compare
 from slora_flwr.reports.groups import Group, curve, group_runs, modelled_seconds
 from slora_flwr.reports.page import Page, Table, render
-from slora_flwr.reports.report import report
-from slora_flwr.reports.runs import by_layer, find_runs, read_run
-from slora_flwr.server.run_directory import RunDirectory
+from slora_flwr.reports.run_page import report
+from slora_flwr.runs.directory import RunDirectory
+from slora_flwr.runs.reader import by_layer, find_runs, read_run
 
 # Of each client in each round: the mean payload, in bytes, and seconds of training.
 DOWN, UP, SECONDS = 2_000_000, 1_000_000, {"0": 3.0, "1": 5.0}

@@ -21,7 +21,8 @@ from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
-from slora_flwr import node, resident
+from slora_flwr.client import handlers as node
+from slora_flwr.client import resident
 from slora_flwr.wire.messages import Instruction
 from slora_flwr.wire.packing import pack
 
@@ -76,7 +77,7 @@ def residents(folder: Path) -> list[psutil.Process]:
             command = process.cmdline()
         except psutil.Error:  # gone, or another user's: not ours
             continue
-        if "slora_flwr.resident" in command and str(folder) in " ".join(command):
+        if "slora_flwr.client.resident" in command and str(folder) in " ".join(command):
             found.append(process)
     return found
 
@@ -392,7 +393,7 @@ def test_a_deployment_completes_and_leaves_nothing(
             address = ("--insecure", "--superlink", f"127.0.0.1:{link}")
             port = ("--port", str(free_port()), "--poll-seconds", "0.2")
             given = ("--node-config", f"partition-id={index} num-partitions=2")
-            supernode = (sys.executable, "-m", "slora_flwr.supernode")
+            supernode = (sys.executable, "-m", "slora_flwr.client.supernode")
             started.append(
                 subprocess.Popen(
                     **command(*supernode, *address, *port, *given),

@@ -35,20 +35,20 @@ from test_rounds import (
 )
 from test_upload import INT8, LOSSLESS, RUN_IDS, TOP, Grid
 
-from slora_flwr import node
+from slora_flwr.client import handlers as node
+from slora_flwr.client.residuals import Residuals
+from slora_flwr.common.files import cache_folder
 from slora_flwr.config import ConfigError
-from slora_flwr.home import cache_folder
-from slora_flwr.residuals import Residuals
-from slora_flwr.server import checkpoint
-from slora_flwr.server.checkpoint import (
+from slora_flwr.runs import checkpoint
+from slora_flwr.runs.checkpoint import (
     DamagedError,
-    Snapshot,
     checkpoint_path,
     list_checkpoints,
     number_of,
     read_checkpoint,
     write_checkpoint,
 )
+from slora_flwr.runs.snapshot import Snapshot, to_bytes, to_tensor
 from slora_flwr.server.run import run
 
 
@@ -274,7 +274,7 @@ def test_a_snapshot_comes_back_as_it_was(tmp_path: Path) -> None:
         "a": torch.tensor(3.0),
         "m": torch.tensor([[1, 2], [3, 4]]).T,
         "none": torch.empty(0, 3),
-        "raw": checkpoint.to_tensor(b"\x00\xff"),
+        "raw": to_tensor(b"\x00\xff"),
     }
     part = Snapshot({"loss": 0.1, "none": None, "held": [[7, "x"]]}, tensors)
     write_checkpoint(tmp_path / "x", Snapshot.join({"one": part, "two": Snapshot()}))
@@ -286,7 +286,7 @@ def test_a_snapshot_comes_back_as_it_was(tmp_path: Path) -> None:
         torch.testing.assert_close(
             tensor, tensors[name], rtol=0, atol=0, equal_nan=True
         )
-    assert checkpoint.to_bytes(read.part("one").tensors["raw"]) == b"\x00\xff"
+    assert to_bytes(read.part("one").tensors["raw"]) == b"\x00\xff"
     assert read.part("two") == Snapshot()
 
 

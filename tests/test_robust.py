@@ -25,16 +25,16 @@ from test_rounds import (
 )
 from test_upload import Grid
 
-from slora_flwr import node
-from slora_flwr.adapters.head import State
-from slora_flwr.attack import is_hostile, spoil_examples, spoil_update
+from slora_flwr.aggregation.mean import FoldError, Mean
+from slora_flwr.aggregation.robust import combine, krum_scores, trimmed_mean
+from slora_flwr.aggregation.stack import Stack
+from slora_flwr.client import handlers as node
+from slora_flwr.common.tensors import State
 from slora_flwr.config import ServerConfig, parse
-from slora_flwr.server.aggregate import FoldError, Mean
-from slora_flwr.server.robust import combine, krum_scores, trimmed_mean
-from slora_flwr.server.stack import Stack
-from slora_flwr.tasks.examples import Examples
+from slora_flwr.data.examples import Examples
+from slora_flwr.training.attack import is_hostile, spoil_examples, spoil_update
+from slora_flwr.wire.clipping import clip, largest_norm, norm
 from slora_flwr.wire.codec import Codec
-from slora_flwr.wire.norm import clip, largest_norm, norm
 from slora_flwr.wire.packing import pack
 from slora_flwr.wire.upload import code_update
 

@@ -21,11 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from slora_flwr import node
+from slora_flwr.client import handlers as node
+from slora_flwr.common.files import cache_folder
 from slora_flwr.config import ConfigError, Value, flatten, parse
-from slora_flwr.home import cache_folder
+from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server import collect
-from slora_flwr.server.inline import InlineGrid
 from slora_flwr.server.run import run
 from slora_flwr.server.strategy import TooFewRepliesError
 from slora_flwr.training.loop import Evaluation

@@ -3,7 +3,7 @@
 import pytest
 
 from slora_flwr.config import METHODS, parse
-from slora_flwr.schedule import has_stopped_gaining, make_schedule
+from slora_flwr.config.schedule import has_stopped_gaining, make_schedule
 
 FLAT = [0.5] * 9
 

@@ -15,8 +15,7 @@ from test_resume import SLORA
 from test_rounds import events, make_config
 from test_upload import INT8, TOP
 
-from slora_flwr.redact import redact
-from slora_flwr.wire.text import printable
+from slora_flwr.common.text import printable, redact
 
 MARKER = b"marker-"
 # Where the environment may hold a secret; each has a marker of its own.

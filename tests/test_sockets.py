@@ -26,7 +26,7 @@ from test_rounds import (
     summary,
 )
 
-from slora_flwr.server.inline import InlineGrid
+from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.training.worker import ClientError, Trained, Worker
 
 # For machines on which every process takes its time.

@@ -21,12 +21,12 @@ import pytest
 import tomli_w
 from typer.testing import CliRunner
 
-from slora_flwr import sweep as sweeping
 from slora_flwr.cli import app
 from slora_flwr.config import ConfigError
-from slora_flwr.server.inline import InlineGrid
+from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
-from slora_flwr.study import (
+from slora_flwr.studies import sweep as sweeping
+from slora_flwr.studies.study import (
     Config,
     Score,
     Study,
@@ -37,7 +37,7 @@ from slora_flwr.study import (
     read_study,
     tune,
 )
-from slora_flwr.sweep import sweep
+from slora_flwr.studies.sweep import sweep
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SWEEP = [sys.executable, "-c", "from slora_flwr.cli import app; app()", "sweep"]

@@ -30,12 +30,12 @@ from test_rounds import (
     summary,
 )
 
-from slora_flwr import node
-from slora_flwr.adapters.head import State
-from slora_flwr.home import cache_folder
-from slora_flwr.residuals import Residuals
-from slora_flwr.server.broadcast import Broadcast
-from slora_flwr.server.inline import InlineGrid
+from slora_flwr.client import handlers as node
+from slora_flwr.client.residuals import Residuals
+from slora_flwr.common.files import cache_folder
+from slora_flwr.common.tensors import State
+from slora_flwr.engines.inline import InlineGrid
+from slora_flwr.server.state_versions import Broadcast
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.messages import Instruction
 from slora_flwr.wire.selection import choose, weigh_by_product

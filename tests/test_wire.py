@@ -13,7 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slora_flwr.wire.ledger import Entry, Ledger
+from slora_flwr.runs.ledger import Entry, Ledger
 from slora_flwr.wire.messages import (
     Instruction,
     MessageError,

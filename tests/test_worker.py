@@ -6,9 +6,9 @@ import pytest
 from conftest import VOCAB, make_tokenizer, save_checkpoint
 from transformers import GPT2Config, GPT2Model
 
+from slora_flwr.common.files import cache_folder
 from slora_flwr.config import ConfigError, parse
-from slora_flwr.home import cache_folder
-from slora_flwr.tasks.dataset import list_classes, make_task
+from slora_flwr.data.texts import list_classes, make_task
 from slora_flwr.training.worker import Worker
 
 

@@ -6,8 +6,8 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from slora_flwr.adapters.masks import key
-from slora_flwr.schedule import make_schedule
+from slora_flwr.common.random import key
+from slora_flwr.config.schedule import make_schedule
 from usual_server import load_data, make_model, read_recipe
 
 # Flower ClientApp

@@ -11,8 +11,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
+from slora_flwr.backbone.load import find_targets, load_backbone
 from slora_flwr.config import RunConfig, parse
-from slora_flwr.models.backbone import find_targets, load_backbone
 from slora_flwr.training.worker import Worker
 
 # Flower ServerApp

@@ -1,11 +1,12 @@
 """Adapters: what a client trains and sends, attached to a resident backbone."""
 
+from slora_flwr.adapters.base import HeadAdapter
 from slora_flwr.adapters.bias import BiasAdapter
 from slora_flwr.adapters.bottleneck import KINDS, BottleneckAdapter
 from slora_flwr.adapters.full import FullAdapter
-from slora_flwr.adapters.head import HeadAdapter, State
 from slora_flwr.adapters.low_rank import LowRankAdapter
 from slora_flwr.adapters.sparse import SparseAdapter
+from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig
 
 __all__ = [

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.hooks import RemovableHandle
 
-from slora_flwr.adapters.head import HeadAdapter, State
+from slora_flwr.adapters.base import HeadAdapter
+from slora_flwr.backbone.load import Backbone, block_modules
+from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError
-from slora_flwr.models.backbone import Backbone, block_modules
 
 KINDS = ("houlsby", "pfeiffer")
 

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slora_flwr.adapters.bottleneck import insert
-from slora_flwr.adapters.head import State
 from slora_flwr.adapters.low_rank import wrap
-from slora_flwr.models.backbone import Backbone
-from slora_flwr.models.base_patch import BasePatch
+from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.backbone.load import Backbone
+from slora_flwr.common.tensors import State
 
 PATCH_FILE = "base_patch.safetensors"
 BOTTLENECK_FILE = "bottlenecks.safetensors"

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from slora_flwr.adapters.head import HeadAdapter
-from slora_flwr.models.backbone import Backbone
+from slora_flwr.adapters.base import HeadAdapter
+from slora_flwr.backbone.load import Backbone
 
 
 class FullAdapter(HeadAdapter):

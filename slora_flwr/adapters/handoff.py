@@ -7,19 +7,15 @@ import torch
 from numpy.typing import NDArray
 
 from slora_flwr.adapters import make_adapter
-from slora_flwr.adapters.head import State
 from slora_flwr.adapters.low_rank import LowRankAdapter
-from slora_flwr.adapters.priming import (
-    TruncatedSvd,
-    check_handoff,
-    prime,
-    truncated_svd,
-)
+from slora_flwr.adapters.priming import check_handoff, prime
 from slora_flwr.adapters.sparse import SparseAdapter
+from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.backbone.load import Backbone
+from slora_flwr.common.svd import TruncatedSvd, truncated_svd
+from slora_flwr.common.tensors import State
 from slora_flwr.config import LoraConfig, RunConfig
-from slora_flwr.models.backbone import Backbone
-from slora_flwr.models.base_patch import BasePatch
-from slora_flwr.schedule import Phase
+from slora_flwr.config.schedule import Phase
 
 
 @dataclass

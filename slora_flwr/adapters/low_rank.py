@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slora_flwr.adapters.head import HeadAdapter, State
-from slora_flwr.models.backbone import Backbone
+from slora_flwr.adapters.base import HeadAdapter
+from slora_flwr.backbone.load import Backbone
+from slora_flwr.common.tensors import State
 
 
 class LowRankAdapter(HeadAdapter):

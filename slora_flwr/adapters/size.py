@@ -7,9 +7,9 @@ from slora_flwr.adapters.bottleneck import (
     find_places,
 )
 from slora_flwr.adapters.masks import deal_densities, mask_size
+from slora_flwr.backbone.load import Backbone
 from slora_flwr.config import RunConfig
-from slora_flwr.models.backbone import Backbone
-from slora_flwr.schedule import Phase
+from slora_flwr.config.schedule import Phase
 
 
 def state_size(name: str, config: RunConfig, backbone: Backbone) -> int:

@@ -15,14 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from slora_flwr.adapters.head import HeadAdapter, State
-from slora_flwr.adapters.masks import (
-    deal_densities,
-    draw_lines,
-    fingerprint,
-    positions,
-)
-from slora_flwr.models.backbone import Backbone
+from slora_flwr.adapters.base import HeadAdapter
+from slora_flwr.adapters.masks import deal_densities, draw_lines, fingerprint, positions
+from slora_flwr.backbone.load import Backbone
+from slora_flwr.common.tensors import State
 
 # On a CPU, masks of up to this density are quicker to sample than to gather from the
 # dense gradient, at every shape from 384 x 384 to 768 x 3072, on two cores

@@ -1,1 +1,1 @@
-"""What runs say: progress lines, the closing table, pages on one and on many."""
+"""Lines, tables and pages that tell of runs."""

@@ -7,8 +7,8 @@ from math import ceil
 from statistics import fmean
 
 from slora_flwr.config import METHODS, PARTITIONERS, RunConfig, Value, flatten
-from slora_flwr.reports.runs import Run
-from slora_flwr.schedule import SCHEDULES
+from slora_flwr.config.schedule import SCHEDULES
+from slora_flwr.runs.reader import Run
 
 LAST = 5  # evaluations of the steadier accuracy
 

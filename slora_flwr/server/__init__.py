@@ -1,1 +1,1 @@
-"""The server: strategy, rounds, aggregation, run directory, the in-process grid."""
+"""The ServerApp's side: phases, rounds, nodes."""

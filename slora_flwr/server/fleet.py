@@ -5,14 +5,12 @@ from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING
 from typing import Any, cast
 
-import numpy as np
 from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from slora_flwr.adapters.masks import draw_distinct, key
+from slora_flwr.common.text import printable
 from slora_flwr.server.collect import LAST_POLL_SECONDS, is_gone, pull, push
-from slora_flwr.wire.text import printable
 
 # How long to wait for the nodes that a simulation says it has.
 REGISTRATION_SECONDS = 120.0
@@ -286,14 +284,3 @@ class Fleet:
         self.left_out[node] = reason = printable(reason)
         log(WARNING, "%s is left out: %s", self.name(node), reason)
         self._note("left_out", node=node, name=self.name(node), reason=reason)
-
-
-def sample_cohort(
-    clients: list[int], count: int, seed: int, server_round: int
-) -> list[int]:
-    """Draw a round's cohort without replacement by (seed, round) alone, ascending."""
-    if not clients:
-        return []
-    stream = np.random.Philox(key=key("cohort", seed, server_round))
-    drawn = draw_distinct(stream, min(count, len(clients)), len(clients))
-    return [clients[i] for i in drawn]

@@ -7,9 +7,9 @@ from typing import Any
 
 from flwr.common.logger import log
 
+from slora_flwr.common.text import printable
+from slora_flwr.data.node_files import LONGEST_LABEL, MOST_LABELS
 from slora_flwr.server.fleet import MOST_EXAMPLES, Fleet, FleetError
-from slora_flwr.tasks.own_data import LONGEST_LABEL, MOST_LABELS
-from slora_flwr.wire.text import printable
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ The guarantee is of the global states, for adding or removing one client, whatev
 holds: (epsilon, delta) over all rounds of all phases. The server is trusted. Each round
 is a Poisson-sampled Gaussian mechanism: every client of the population is in it by
 itself with one probability, its update is clipped, and noise is added to the sum, see
-`slora_flwr.server.clipped`. All that follows from noised sums, a handoff's SVD among
-it, costs nothing more.
+`slora_flwr.aggregation.clipped`. All that follows from noised sums, a handoff's SVD
+among it, costs nothing more.
 
 Rounds are not drawn with a fixed number of clients, as they are without privacy: at
 2,000 clients, 100 a round, 15 rounds and noise multiplier 1 dp-accounting's bound for
@@ -20,9 +20,9 @@ import dp_accounting
 import numpy as np
 from dp_accounting.rdp import RdpAccountant
 
-from slora_flwr.adapters.masks import key
+from slora_flwr.aggregation.clipped import ClippedMean
+from slora_flwr.common.random import key
 from slora_flwr.config import RunConfig
-from slora_flwr.server.clipped import ClippedMean
 
 
 class Privacy:

@@ -25,28 +25,18 @@ from slora_flwr.adapters.export import (
     export_model,
 )
 from slora_flwr.adapters.size import state_size
+from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.backbone.load import digest_of
+from slora_flwr.common.code_digest import code_digest
+from slora_flwr.common.files import make_folder, make_private, residuals_folder
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
-from slora_flwr.home import make_folder, make_private
-from slora_flwr.models.backbone import digest_of
-from slora_flwr.models.base_patch import BasePatch
-from slora_flwr.reports.table import closing_table
-from slora_flwr.resident import code_digest
-from slora_flwr.residuals import residuals_folder
-from slora_flwr.server.checkpoint import (
-    EVENTS,
-    Snapshot,
-    check_identity,
-    find_checkpoint,
-)
+from slora_flwr.reports.closing_table import closing_table
+from slora_flwr.runs.checkpoint import EVENTS, check_identity, find_checkpoint
+from slora_flwr.runs.directory import RunDirectory, RunDirectoryError, in_use, writing
+from slora_flwr.runs.snapshot import Snapshot
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.own_data_fleet import OwnDataFleet
 from slora_flwr.server.privacy import Privacy
-from slora_flwr.server.run_directory import (
-    RunDirectory,
-    RunDirectoryError,
-    in_use,
-    writing,
-)
 from slora_flwr.server.strategy import PhasedStrategy
 from slora_flwr.training.worker import Worker
 from slora_flwr.wire.packing import pack

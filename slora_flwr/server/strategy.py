@@ -20,29 +20,33 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from slora_flwr.adapters import HeadAdapter, LowRankAdapter
-from slora_flwr.adapters.head import State
 from slora_flwr.adapters.low_rank import take_slices
 from slora_flwr.adapters.size import factors_size, targets_size
+from slora_flwr.aggregation.clipped import ClippedMean
+from slora_flwr.aggregation.lora_products import redistribute, residual
+from slora_flwr.aggregation.mean import FoldError, Mean
+from slora_flwr.aggregation.robust import combine
+from slora_flwr.aggregation.server_optimizer import ServerOptimizer
+from slora_flwr.aggregation.stack import Stack, make_aggregate
+from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.common.random import sample_cohort
+from slora_flwr.common.tensors import State
+from slora_flwr.common.text import printable
 from slora_flwr.config import flatten
-from slora_flwr.models.base_patch import BasePatch
-from slora_flwr.plan import plan_rounds
+from slora_flwr.config.schedule import Phase, has_stopped_gaining
+from slora_flwr.planning.rounds import plan_rounds
 from slora_flwr.reports.progress import progress_line
-from slora_flwr.schedule import Phase, has_stopped_gaining
-from slora_flwr.server.aggregate import FoldError, Mean, ServerOptimizer
-from slora_flwr.server.base import Base
-from slora_flwr.server.broadcast import Broadcast
-from slora_flwr.server.checkpoint import Snapshot
-from slora_flwr.server.clipped import ClippedMean
+from slora_flwr.runs.directory import RunDirectory
+from slora_flwr.runs.ledger import Entry
+from slora_flwr.runs.snapshot import Snapshot
+from slora_flwr.server.base_versions import Base
 from slora_flwr.server.collect import collect, is_gone
-from slora_flwr.server.fleet import Fleet, sample_cohort
+from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.privacy import Privacy
-from slora_flwr.server.robust import combine
-from slora_flwr.server.run_directory import RunDirectory
-from slora_flwr.server.stack import Stack, make_aggregate, redistribute, residual
-from slora_flwr.tasks.metrics import Evaluation, pool
+from slora_flwr.server.state_versions import Broadcast
+from slora_flwr.training.metrics import Evaluation, pool
 from slora_flwr.training.worker import Worker
 from slora_flwr.wire.codec import Codec
-from slora_flwr.wire.ledger import Entry
 from slora_flwr.wire.messages import (
     MISSING_BASE,
     MISSING_STATE,
@@ -54,7 +58,6 @@ from slora_flwr.wire.messages import (
     read_evaluation,
 )
 from slora_flwr.wire.packing import PayloadError, pack, unpack
-from slora_flwr.wire.text import printable
 
 NO_REPLY = "no reply before the deadline"
 

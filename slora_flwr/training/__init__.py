@@ -1,1 +1,1 @@
-"""Local training and evaluation; knows nothing of Flower."""
+"""Local training, evaluation, and the process that does both."""

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from slora_flwr.adapters.head import HeadAdapter
-from slora_flwr.adapters.masks import key
+from slora_flwr.adapters.base import HeadAdapter
+from slora_flwr.backbone.load import Backbone
+from slora_flwr.common.random import key
 from slora_flwr.config import RecipeConfig
-from slora_flwr.models.backbone import Backbone
-from slora_flwr.tasks.examples import Examples
-from slora_flwr.tasks.metrics import Evaluation, count
+from slora_flwr.data.examples import Examples
+from slora_flwr.training.metrics import Evaluation, count
 
 
 def train(

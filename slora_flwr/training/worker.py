@@ -14,16 +14,18 @@ from torch import nn
 from slora_flwr.adapters import HeadAdapter, LowRankAdapter, SparseAdapter, make_adapter
 from slora_flwr.adapters.bottleneck import KINDS, find_places
 from slora_flwr.adapters.handoff import Handoff, prime_low_rank, start_from_weights
-from slora_flwr.adapters.head import State
 from slora_flwr.adapters.low_rank import cut_ranks
-from slora_flwr.adapters.priming import truncated_svd
 from slora_flwr.adapters.size import factors_size
-from slora_flwr.attack import spoil_examples, spoil_update
+from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.backbone.load import Backbone, load_backbone
+from slora_flwr.common.svd import truncated_svd
+from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError, RunConfig
-from slora_flwr.models.backbone import Backbone, load_backbone
-from slora_flwr.models.base_patch import BasePatch
-from slora_flwr.schedule import Phase, make_schedule
-from slora_flwr.tasks.dataset import (
+from slora_flwr.config.schedule import Phase, make_schedule
+from slora_flwr.data.examples import Examples
+from slora_flwr.data.node_files import OwnData, load_test_texts
+from slora_flwr.data.partition import Partition, make_partition
+from slora_flwr.data.texts import (
     Task,
     Texts,
     list_classes,
@@ -31,11 +33,9 @@ from slora_flwr.tasks.dataset import (
     make_task,
     tokenise,
 )
-from slora_flwr.tasks.examples import Examples
-from slora_flwr.tasks.metrics import Evaluation
-from slora_flwr.tasks.own_data import OwnData, load_test_texts
-from slora_flwr.tasks.partition import Partition, make_partition
+from slora_flwr.training.attack import spoil_examples, spoil_update
 from slora_flwr.training.loop import evaluate, train
+from slora_flwr.training.metrics import Evaluation
 
 
 class ClientError(RuntimeError):

@@ -1,1 +1,1 @@
-"""What travels: packed states, messages, and the ledger of their bytes."""
+"""What travels between server and nodes, and how it is coded."""

@@ -14,6 +14,7 @@ few and not of an adapter's size.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from flwr.app import Array
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slora_flwr.adapters.head import State
+from slora_flwr.common.tensors import State
 from slora_flwr.config import DownloadConfig, UploadConfig
 from slora_flwr.wire.frame import HEADER_SIZE, unwrap, wrap
 from slora_flwr.wire.packing import STYPE, PayloadError, flatten, pack, unpack
@@ -253,3 +254,8 @@ class Codec:
 
     def _scales_size(self, count: int) -> int:
         return sum(scales_size(part, self.dtype) for part in self.parts(count))
+
+
+def name_version(data: bytes) -> str:
+    """Name a version: BLAKE2b of what `Codec.write` gave, 32 hex digits."""
+    return blake2b(data, digest_size=16).hexdigest()

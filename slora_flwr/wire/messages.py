@@ -16,8 +16,8 @@ from flwr.app import (
 )
 from flwr.common.serde import message_to_proto
 
-from slora_flwr.tasks.metrics import Evaluation
-from slora_flwr.wire.text import printable
+from slora_flwr.common.text import printable
+from slora_flwr.training.metrics import Evaluation
 
 # Codes of the error replies of a node that lacks the base which an instruction names,
 # or the state to which it brings the difference.

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slora_flwr.adapters.head import State
+from slora_flwr.common.tensors import State
 
 Positions = NDArray[np.int64]
 

@@ -7,9 +7,9 @@ import numpy as np
 from flwr.app import Array
 from torch import Tensor
 
-from slora_flwr.adapters.head import State
+from slora_flwr.common.tensors import State
+from slora_flwr.wire.clipping import clip
 from slora_flwr.wire.codec import Codec
-from slora_flwr.wire.norm import clip
 from slora_flwr.wire.selection import choose, weigh_by_product
 
 

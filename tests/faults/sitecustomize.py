@@ -18,7 +18,7 @@ from typing import Any
 
 
 def spoil_training(module: ModuleType) -> None:
-    """Change how `slora_flwr.node` trains."""
+    """Change how `slora_flwr.client.handlers` trains."""
     train, given = module.HANDLERS["train"], {}
 
     def answer(message: Any, context: Any) -> Any:
@@ -62,7 +62,7 @@ def fault_of(server_round: int | str) -> str:
 
 
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
-    "slora_flwr.node": spoil_training,
+    "slora_flwr.client.handlers": spoil_training,
     "flwr.supernode.fleet_http_client": answer_twice,
 }
 

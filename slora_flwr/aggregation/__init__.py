@@ -1,0 +1,1 @@
+"""Folds of clients' updates, on a node and on the server."""

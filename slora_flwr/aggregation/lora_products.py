@@ -1,0 +1,69 @@
+"""What becomes of the mean of products B·A: new factors, or a change of the base."""
+
+import torch
+
+from slora_flwr.adapters.priming import prime
+from slora_flwr.aggregation.stack import Stack
+from slora_flwr.common.svd import truncated_product
+from slora_flwr.common.tensors import State
+
+# Singular values of a residual below this share of the product's norm are what float32
+# rounded off.
+NEGLIGIBLE = 1e-7
+
+
+def redistribute(stack: Stack, sent: State) -> State:
+    """Give FlexLoRA's new factors: B·A is the best approximation of P of their rank.
+
+    Both get the root of the singular values, and slices are in their order, so a client
+    of a smaller rank takes the first ones.
+
+    Parameters
+    ----------
+    stack : Stack
+        The round's.
+    sent : State
+        What its clients started from.
+    """
+    factors: State = {}
+    for name, (left, right) in stack.products(sent).items():
+        svd = truncated_product(left, right, len(sent[f"{name}.lora_A"]))
+        a, b = prime(svd, 1.0, "balanced")
+        factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = a, b
+    return factors
+
+
+def residual(stack: Stack, sent: State, after: State, scaling: float) -> State:
+    """Give what FedEx-LoRA adds to the base: s·(P - B·A).
+
+    Parameters
+    ----------
+    stack : Stack
+        The round's.
+    sent, after : State
+        What its clients started from, and the new state with the factors' means.
+    scaling : float
+        s.
+
+    Returns
+    -------
+    State
+        `<module>.b` (out, k) and `<module>.a` (k, in), with b·a the change and one k
+        for all matrices, the largest rank that is not negligible.
+    """
+    svds = {}
+    rank = 0
+    for name, (left, right) in stack.products(sent).items():
+        # The norm of P, by the small Gram matrices of its factors.
+        largest = float(((left.T @ left) * (right @ right.T)).sum()) ** 0.5
+        a, b = after[f"{name}.lora_A"].double(), after[f"{name}.lora_B"].double()
+        left, right = torch.cat([left, -b], dim=1), torch.cat([right, a])
+        most = min(left.shape[0], right.shape[1], left.shape[1])
+        svds[name] = svd = truncated_product(left, right, most)
+        rank = max(rank, int((svd.s > NEGLIGIBLE * largest).sum()))
+    change: State = {}
+    for name, svd in svds.items():
+        root = (svd.s[:rank] * scaling) ** 0.5
+        change[f"{name}.b"] = torch.from_numpy(svd.u[:, :rank] * root).float()
+        change[f"{name}.a"] = torch.from_numpy(root[:, None] * svd.vt[:rank]).float()
+    return change

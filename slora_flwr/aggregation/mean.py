@@ -1,0 +1,188 @@
+"""Aggregation: folds of updates whose order and grouping do not matter."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from flwr.app import Array
+from torch import Tensor
+
+from slora_flwr.adapters.low_rank import fill_slices, rank_shapes, take_slices
+from slora_flwr.wire.clipping import largest_norm, norm
+from slora_flwr.wire.codec import Codec
+from slora_flwr.wire.packing import pack, unpack
+
+# Sums are whole multiples of 1 / SCALE. With weights of at least 1 that is finer than
+# float32 resolves an update of 1e-2, and leaves room for sums up to 2^32.
+SCALE = 2.0**30
+LARGEST = 2**62
+
+PLAIN = Codec()
+
+
+class FoldError(ValueError):
+    """An update that is not finite, or too large to be summed exactly."""
+
+
+class Mean:
+    """The mean of updates weighted by examples: FedAvg (arXiv 1602.05629).
+
+    The same object folds a node's clients and the server's nodes. It sums in whole
+    numbers, which no order or grouping changes, so the mean is the same bit for bit
+    however many nodes share a cohort and whoever answers first.
+
+    Parameters
+    ----------
+    rank_of : Callable or None
+        Where clients have LoRA factors of different ranks, each client's: a slice of
+        the factors is then averaged over the clients that have it.
+    codec : Codec
+        How the update of a node's only client travels.
+    clip_norm : float
+        Bound of the norm of each client's update, 0 for none.
+    """
+
+    def __init__(
+        self,
+        rank_of: Callable[[int], int] | None = None,
+        codec: Codec = PLAIN,
+        clip_norm: float = 0.0,
+    ) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.weight = 0
+        self._rank_of = rank_of
+        self._codec = codec
+        self._clip_norm = clip_norm
+        self._expected = 0
+        self._weights: dict[int, int] = {}  # by rank
+
+    def expect(self, weight: int) -> None:
+        """Name the weight of all that may come: each gets its share of the range.
+
+        Without that, one that fills the range would keep out those that come later.
+        """
+        self._expected = weight
+
+    def add(self, update: Mapping[str, Tensor], weight: int, client: int = 0) -> None:
+        """Add one client's update.
+
+        Parameters
+        ----------
+        update : Mapping[str, Tensor]
+            float32, the same names and shapes each time.
+        weight : int
+            The client's number of examples, above 0.
+        client : int
+            Its id.
+
+        Raises
+        ------
+        FoldError
+            If a value is not finite or weight times it is beyond 2^32.
+        """
+        scaled = {name: t.double() * (weight * SCALE) for name, t in update.items()}
+        for name, tensor in scaled.items():
+            _check_range(name, tensor)
+        self.merge({name: t.round_().long() for name, t in scaled.items()}, weight)
+        self._count(client, weight)
+
+    def packed(self) -> Array:
+        """Pack what a node of several clients sends: their sums, int64."""
+        sums: Mapping[str, Tensor] = self.sums
+        if self._rank_of is not None:
+            sums = take_slices(sums, max(self._weights))
+        return pack(sums, "int64")
+
+    def take(
+        self,
+        array: Array,
+        shapes: Mapping[str, Sequence[int]],
+        clients: Sequence[int],
+        weights: Sequence[int],
+    ) -> None:
+        """Add what a node sent.
+
+        Parameters
+        ----------
+        array : Array
+            By `packed`, or the coded update of its only client.
+        shapes : Mapping[str, Sequence[int]]
+            The layout of an update.
+        clients, weights : Sequence[int]
+            The ids of the node's clients, and how many examples each has.
+
+        Raises
+        ------
+        FoldError, PayloadError
+            If it cannot be; nothing is added then.
+        """
+        layout = shapes
+        if self._rank_of is not None:
+            layout = rank_shapes(shapes, max(map(self._rank_of, clients)))
+        if len(clients) == 1:
+            update = self._codec.decode(array, layout)
+            self._check_norm(update, 1)
+            self.add(fill_slices(update, shapes), weights[0], clients[0])
+            return
+        sums = unpack(array, layout, "int64")
+        self._check_norm(sums, sum(weights) * SCALE)
+        self.merge(fill_slices(sums, shapes), sum(weights))
+        for client, weight in zip(clients, weights, strict=True):
+            self._count(client, weight)
+
+    def merge(self, sums: Mapping[str, Tensor], weight: int) -> None:
+        """Add another fold's sums, int64, and its weight.
+
+        Raises
+        ------
+        FoldError
+            If a sum leaves the range.
+        """
+        after = {}
+        share = weight / self._expected if self._expected else 1.0
+        for name, tensor in sums.items():
+            # Two terms below 2^62 cannot pass 2^63 unseen.
+            _check_range(name, tensor, share)
+            after[name] = tensor + self.sums.get(name, 0)
+            _check_range(name, after[name])
+        self.sums, self.weight = after, self.weight + weight
+
+    def result(self) -> dict[str, Tensor]:
+        """Give the mean so far, float32."""
+        return {
+            name: (sums.double() / (self._divisor(name, sums) * SCALE)).float()
+            for name, sums in self.sums.items()
+        }
+
+    def _check_norm(self, update: Mapping[str, Tensor], unit: float) -> None:
+        if not self._clip_norm:
+            return
+        count = sum(tensor.numel() for tensor in update.values())
+        most = largest_norm(self._clip_norm, self._codec.dtype, count)
+        if (found := norm(update) / unit) > most:
+            raise FoldError(
+                f"its update has norm {found:.4g}; allowed: up to {most:.4g}, since "
+                f"server.clip-norm is {self._clip_norm:g}"
+            )
+
+    def _count(self, client: int, weight: int) -> None:
+        if self._rank_of is not None:
+            rank = self._rank_of(client)
+            self._weights[rank] = self._weights.get(rank, 0) + weight
+
+    def _divisor(self, name: str, sums: Tensor) -> Tensor | int:
+        """Give the weight of those who have each slice of a factor."""
+        if self._rank_of is None or not name.endswith((".lora_A", ".lora_B")):
+            return self.weight
+        along = int(name.endswith(".lora_B"))
+        slices = range(sums.shape[along])
+        held = [sum(w for r, w in self._weights.items() if r > i) for i in slices]
+        # A slice that nobody has was sent by nobody: its sum is zero.
+        shape = (-1, 1) if along == 0 else (1, -1)
+        return torch.tensor(held).clamp(min=1).view(shape)
+
+
+def _check_range(name: str, tensor: Tensor, share: float = 1.0) -> None:
+    most = int(LARGEST * share)
+    # Both comparisons are false for NaN.
+    if not bool(((tensor > -most) & (tensor < most)).all()):
+        raise FoldError(f"the update of {name} is not finite or too large")

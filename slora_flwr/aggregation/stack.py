@@ -1,0 +1,132 @@
+"""Aggregators that need each client's update: `exact`, `flexlora`, and robust ones.
+
+The mean of A and the mean of B do not multiply to the mean of B·A. With P the mean of
+the clients' products B_i·A_i, weighted by examples:
+
+- `exact` (FedEx-LoRA, arXiv 2410.09432) takes the means of the factors and adds what
+  their product lacks, P - B·A, to the base.
+- `flexlora` (FlexLoRA, arXiv 2402.11505) takes the best factors of the rank, by the SVD
+  of P, which the QR factors of the stacks give without the dense product (FLoRIST,
+  arXiv 2506.09199).
+
+For the robust ones see `slora_flwr.aggregation.robust`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from flwr.app import Array
+from torch import Tensor
+
+from slora_flwr.adapters.low_rank import fill_slices, rank_shapes, take_slices
+from slora_flwr.aggregation.clipped import ClippedMean
+from slora_flwr.aggregation.mean import PLAIN, Mean
+from slora_flwr.common.tensors import State
+from slora_flwr.config import RunConfig
+from slora_flwr.config.schedule import Phase
+from slora_flwr.wire.codec import Codec
+from slora_flwr.wire.packing import pack, unpack
+
+
+class Stack(Mean):
+    """The mean, and each client's update beside it.
+
+    It grows with the cohort; a node sends its clients' updates one after the other.
+    """
+
+    def __init__(
+        self,
+        rank_of: Callable[[int], int] | None = None,
+        codec: Codec = PLAIN,
+        clip_norm: float = 0.0,
+    ) -> None:
+        super().__init__(rank_of, codec, clip_norm)
+        self._updates: dict[int, tuple[int, Mapping[str, Tensor]]] = {}
+
+    def add(self, update: Mapping[str, Tensor], weight: int, client: int = 0) -> None:
+        """Add one client's update; see `Mean.add`."""
+        super().add(update, weight, client)
+        self._updates[client] = (weight, update)
+
+    def packed(self) -> Array:
+        """Pack the clients' updates, float32, in the order in which they came."""
+        updates = [
+            update if self._rank_of is None else take_slices(update, self._rank_of(c))
+            for c, (_, update) in self._updates.items()
+        ]
+        return pack(
+            {f"{i} {name}": t for i, u in enumerate(updates) for name, t in u.items()}
+        )
+
+    def take(
+        self,
+        array: Array,
+        shapes: Mapping[str, Sequence[int]],
+        clients: Sequence[int],
+        weights: Sequence[int],
+    ) -> None:
+        """Add what a node sent; see `Mean.take`."""
+        if len(clients) == 1:
+            super().take(array, shapes, clients, weights)
+            return
+        layout: dict[str, Sequence[int]] = {}
+        for i, client in enumerate(clients):
+            own: Mapping[str, Sequence[int]] = shapes
+            if self._rank_of is not None:
+                own = rank_shapes(shapes, self._rank_of(client))
+            layout |= {f"{i} {name}": shape for name, shape in own.items()}
+        values = unpack(array, layout)
+        node = Stack(self._rank_of)
+        for i, client in enumerate(clients):
+            update = {name: values[f"{i} {name}"] for name in shapes}
+            self._check_norm(update, 1)
+            node.add(fill_slices(update, shapes), weights[i], client)
+        self.merge(node.sums, node.weight)
+        self._updates |= node._updates
+        for rank, weight in node._weights.items():
+            self._weights[rank] = self._weights.get(rank, 0) + weight
+
+    def updates(self) -> list[Mapping[str, Tensor]]:
+        """List the clients' updates in the order of their ids."""
+        return [update for _, (_, update) in sorted(self._updates.items())]
+
+    def products(self, sent: State) -> dict[str, tuple[Tensor, Tensor]]:
+        """Stack the clients' weighted factors, so that left @ right is P.
+
+        Parameters
+        ----------
+        sent : State
+            What the clients started from.
+
+        Returns
+        -------
+        dict
+            By target matrix, float64: left (out, K) and right (K, in), with K the sum
+            of the clients' ranks. In the order of client ids, whoever answered first.
+        """
+        found = {}
+        for name in [n.removesuffix(".lora_A") for n in sent if n.endswith(".lora_A")]:
+            start_a, start_b = sent[f"{name}.lora_A"], sent[f"{name}.lora_B"]
+            left, right = [], []
+            for client, (weight, update) in sorted(self._updates.items()):
+                rank = self._rank_of(client) if self._rank_of else len(start_a)
+                a = start_a.double() + update[f"{name}.lora_A"].double()
+                b = start_b.double() + update[f"{name}.lora_B"].double()
+                right.append(a[:rank])
+                left.append(b[:, :rank] * (weight / self.weight))
+            found[name] = torch.cat(left, dim=1), torch.cat(right)
+        return found
+
+
+def make_aggregate(phase: Phase, config: RunConfig, head: int) -> Mean:
+    """Make the fold of a phase's updates, whose last `head` values are the head's."""
+    rank_of = None
+    if phase.adapter == "lora" and config.lora.ranks:
+        rank_of = config.lora.rank_of
+    codec = Codec.of_upload(config.upload, phase.adapter, head)
+    if config.privacy.is_on:
+        bound = config.privacy.bound(phase.adapter)
+        return ClippedMean(bound, config.clients.per_round, codec)
+    robust = config.server.robust != "none"
+    kind = Stack if robust or phase.aggregator in ("exact", "flexlora") else Mean
+    return kind(rank_of, codec, config.server.clip_norm)

@@ -1,0 +1,223 @@
+"""The pretrained transformer W_0, resident in a process, and its named parts."""
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slora_flwr.common.text import redact, redact_hub_logs
+from slora_flwr.config import ConfigError, ModelConfig
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Backbone:
+    """One frozen pretrained model with its head, and the matrices adapters act on.
+
+    Attributes
+    ----------
+    model : transformers.PreTrainedModel
+        A sequence classifier; all of its parameters are frozen.
+    tokenizer : transformers.PreTrainedTokenizerFast
+        Its tokeniser.
+    targets : dict[str, nn.Linear]
+        The target matrices by module name, in the model's order.
+    head : dict[str, nn.Parameter]
+        The task's own output layers, and what else the checkpoint does not hold.
+    size, head_size : int
+        Number of weights, head included; number of the head's.
+    """
+
+    model: Any
+    tokenizer: Any
+    targets: dict[str, nn.Linear]
+    head: dict[str, nn.Parameter]
+    size: int = field(init=False)
+    head_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = sum(parameter.numel() for parameter in self.model.parameters())
+        self.head_size = sum(parameter.numel() for parameter in self.head.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def digest(self) -> str:
+        """BLAKE2b of W_0 without the head, as loaded; 32 hex digits.
+
+        It must be asked for while no adapter is attached.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for name, parameter in self.model.named_parameters():
+            if name not in self.head:
+                digest.update(f"{name}\x1f{tuple(parameter.shape)}\x1f".encode())
+                raw = parameter.detach().cpu().contiguous().view(torch.uint8)
+                digest.update(memoryview(raw.numpy()).cast("B"))
+        return digest.hexdigest()
+
+
+@cache
+def digest_of(config: ModelConfig) -> str:
+    """Digest W_0 before the number of classes, and so the head, is known."""
+    return load_backbone(config, num_labels=1, seed=0).digest
+
+
+def best_device() -> torch.device:
+    """Choose CUDA, then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def load_backbone(
+    config: ModelConfig, num_labels: int, seed: int, targets: str = "all-linear"
+) -> Backbone:
+    """Load a backbone with a fresh head for `num_labels` classes.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        Which model.
+    num_labels : int
+        Number of classes.
+    seed : int
+        Seeds the weights that the checkpoint does not hold, which are the head.
+    targets : str
+        `all-linear`, or ends of module names with commas.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such model, or it has no such target matrices.
+    """
+    # Here and not above: it takes seconds, and a node may not get this far.
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        logging,
+    )
+
+    # A fresh head is meant, so its report and the bars would only hide the run's lines.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    redact_hub_logs()
+    source = locate(config.name)
+    revision = {"revision": config.revision} if config.revision else {}
+    torch.manual_seed(seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **revision)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            num_labels=num_labels,
+            dtype=_DTYPES[config.dtype],
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,  # a pickled checkpoint could run code
+            **revision,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.name is {config.name!r}; allowed: embedded, a folder with "
+            "config.json, model.safetensors and tokenizer.json, a name below "
+            f"$SLORA_ASSETS/models, or a Hub id that can be reached ({redact(error)})"
+        ) from None  # a traceback would show what is left out here
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        # transformers makes one of special tokens alone where it finds no files.
+        raise ConfigError(
+            f"model.name is {config.name!r}, which has no tokenizer files: all text "
+            "would become unknown words"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"model.name is {config.name!r}, whose tokenizer has no padding token; "
+            "allowed: one that has"
+        )
+    model.requires_grad_(False)
+    model.to(best_device())
+    # The key of a size mismatch is (name, shape found, shape wanted).
+    fresh = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+    body = f"{model.base_model_prefix}."
+    head = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name in fresh or not name.startswith(body)
+    }
+    # An output layer in half precision would round away small updates.
+    for parameter in head.values():
+        parameter.data = parameter.data.float()
+    return Backbone(model, tokenizer, find_targets(model, targets), head)
+
+
+def locate(name: str) -> str:
+    """Turn `model.name` into what transformers loads: a folder, or a Hub id."""
+    if name == "embedded":
+        try:
+            import slora_embedded
+        except ImportError as error:
+            raise ConfigError(
+                "model.name is 'embedded', and this environment lacks the package "
+                "slora_embedded that holds its weights: install slora-flwr here"
+            ) from error
+        return str(slora_embedded.folder())
+    assets = os.environ.get("SLORA_ASSETS")
+    if assets and (Path(assets, "models", name) / "config.json").is_file():
+        return str(Path(assets, "models", name))
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def block_modules(model: Any) -> dict[str, nn.Module]:
+    """List all modules inside the transformer blocks by their names in the model.
+
+    Blocks are what the body keeps in a `ModuleList`, which leaves out poolers,
+    projections of embeddings and the head.
+    """
+    body = model.base_model
+    lists = [n for n, m in body.named_modules() if isinstance(m, nn.ModuleList)]
+    return {
+        f"{model.base_model_prefix}.{name}": module
+        for name, module in body.named_modules()
+        if any(name.startswith(f"{block}.") for block in lists)
+    }
+
+
+def find_targets(model: Any, targets: str = "all-linear") -> dict[str, nn.Linear]:
+    """Find the target matrices: linear layers inside the transformer blocks.
+
+    Raises
+    ------
+    ConfigError
+        If no linear layer of the blocks has such a name.
+    """
+    linear = {
+        name: module
+        for name, module in block_modules(model).items()
+        if isinstance(module, nn.Linear)
+    }
+    if targets == "all-linear":
+        return linear
+    ends = [part.strip() for part in targets.split(",")]
+    found = {
+        name: module
+        for name, module in linear.items()
+        if any(name == end or name.endswith(f".{end}") for end in ends)
+    }
+    for end in ends:
+        if not any(name == end or name.endswith(f".{end}") for name in linear):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise ConfigError(
+                f"lora.targets is {targets!r}, and no linear layer of the blocks ends "
+                f"in {end!r}; allowed: all-linear, or ends of names such as "
+                f"{', '.join(known)}"
+            )
+    return found

@@ -1,0 +1,1 @@
+"""What a node does: answer messages, train its clients, send their updates."""

@@ -1,0 +1,119 @@
+"""Where a client's residual stays between its rounds.
+
+It is lost without harm: the client goes on as if it had sent all.
+"""
+
+from collections.abc import Mapping
+from logging import WARNING
+
+from flwr.app import Array, ArrayRecord, Context
+from flwr.common.logger import log
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from slora_flwr.common.files import (
+    make_folder,
+    residuals_folder,
+    write_atomically,
+)
+from slora_flwr.common.tensors import State
+
+_RECORD = "residual"
+
+
+class Residuals:
+    """Residuals of one run's clients.
+
+    A node of one client keeps it in Flower's `Context`, which ends with the run and
+    never leaves the node. Clients of a simulation move between nodes: theirs are files
+    in the cache, below the run's lineage, one a round. So a round that is held again,
+    by a run that was interrupted too, starts from what it started from.
+
+    Parameters
+    ----------
+    context : Context
+        The node's.
+    lineage : int
+        Names the run, see `Instruction`.
+    keep : int
+        How many rounds a run may go back when it goes on.
+    is_only_client : bool
+        Whether the node hosts a single client.
+    """
+
+    def __init__(
+        self, context: Context, lineage: int, keep: int, *, is_only_client: bool
+    ) -> None:
+        self._context, self._is_only = context, is_only_client
+        self._folder = residuals_folder(lineage)
+        self._keep = keep
+
+    def take(self, client: int, tag: str, server_round: int) -> State:
+        """Give what a client kept in a round under this tag, nothing under another.
+
+        Parameters
+        ----------
+        client : int
+            Its id.
+        tag : str
+            Of the phase and its layout: what was kept for another has no meaning now.
+        server_round : int
+            The round. A `Context` has what it kept last, of that round or before.
+        """
+        data = b""
+        if self._is_only:
+            records = self._context.state.array_records
+            for number, array in records.get(_RECORD, {}).items():
+                data = array.data if int(number) <= server_round else b""
+        elif (path := self._folder / f"{client}" / f"{server_round}").is_file():
+            data = path.read_bytes()
+        try:
+            kept = load(data) if data else {}
+        except SafetensorError:
+            return {}  # damaged: as good as lost
+        return {n.removeprefix(tag): t for n, t in kept.items() if n.startswith(tag)}
+
+    def keep(
+        self,
+        client: int,
+        tag: str,
+        server_round: int,
+        since: int,
+        residual: Mapping[str, Tensor],
+    ) -> None:
+        """Keep a client's residual of a round, and drop those that are of no use.
+
+        Parameters
+        ----------
+        client : int
+            Its id.
+        tag : str
+            See `take`.
+        server_round : int
+            The round.
+        since : int
+            The client's last round that counted, 0 for none: what it kept in between
+            is not asked for again.
+        residual : Mapping[str, Tensor]
+            What its update lacks.
+        """
+        data = save({f"{tag}{name}": t.contiguous() for name, t in residual.items()})
+        if self._is_only:
+            array = Array("uint8", (len(data),), "safetensors", data)
+            self._context.state[_RECORD] = ArrayRecord({f"{server_round}": array})
+            return
+        folder = self._folder / f"{client}"
+        try:
+            make_folder(folder)
+            write_atomically(folder / f"{server_round}", data)
+        except OSError as error:
+            log(WARNING, "client %d goes on without its residual: %s", client, error)
+            return
+        rounds = sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+        # A run goes on after this round less `keep`, at the earliest.
+        last = min(since, server_round - self._keep)
+        old = [number for number in rounds if number <= last]
+        lost = [number for number in rounds if since < number < server_round]
+        for number in old[:-1] + lost:
+            (folder / f"{number}").unlink(missing_ok=True)

@@ -1,0 +1,106 @@
+"""A node's way of sending its clients' updates: coded, with what was lost before."""
+
+from dataclasses import replace
+
+from flwr.app import Context
+from numpy.random import Philox
+
+from slora_flwr.adapters.low_rank import LowRankAdapter, fill_slices, take_slices
+from slora_flwr.client.residuals import Residuals
+from slora_flwr.common.random import key
+from slora_flwr.common.tensors import State
+from slora_flwr.config import parse
+from slora_flwr.training.worker import Worker
+from slora_flwr.wire.codec import Codec
+from slora_flwr.wire.messages import Instruction
+from slora_flwr.wire.upload import Upload, code_update
+
+
+class Sender:
+    """Codes the updates that an instruction asks for.
+
+    Parameters
+    ----------
+    worker : Worker
+        With the phase's adapter attached.
+    context : Context
+        The node's.
+    instruction : Instruction
+        The round's.
+    """
+
+    def __init__(
+        self, worker: Worker, context: Context, instruction: Instruction
+    ) -> None:
+        self._worker, self._instruction = worker, instruction
+        config, phase = worker.config, worker.schedule[instruction.phase]
+        self._codec = Codec.of_upload(
+            config.upload, phase.adapter, worker.backbone.head_size
+        )
+        self._has_ranks = phase.adapter == "lora" and bool(config.lora.ranks)
+        self._remembers = config.upload.feedback and not self._codec.is_exact
+        self._clip_norm = config.server.clip_norm
+        if config.privacy.is_on:
+            self._clip_norm = config.privacy.bound(phase.adapter)
+        self._before: State = {}
+        # What an update lacks of a mask that was drawn for one round has no place in
+        # another's, nor what it lacks of factors that FlexLoRA makes anew.
+        self._has_head_alone = phase.aggregator == "flexlora" or (
+            phase.adapter == "sparse" and phase.moves_base
+        )
+        layout = "head" if self._has_head_alone else instruction.fingerprint
+        self._tag = f"{instruction.phase} {layout} "
+        is_only_client = parse(context.run_config).clients.count == 0
+        self._residuals = Residuals(
+            context,
+            instruction.lineage,
+            config.run.keep,
+            is_only_client=is_only_client,
+        )
+        self._rounds = dict(
+            zip(instruction.clients, instruction.residuals, strict=False)
+        )
+
+    def code(self, client: int, update: State, start: State) -> Upload:
+        """Code a client's update; `start` is the state that it was sent."""
+        config = self._worker.config
+        shapes = {name: tensor.shape for name, tensor in update.items()}
+        rank = config.lora.rank_of(client)
+        if self._remembers:
+            since = self._since(client)
+            self._before = self._residuals.take(client, self._tag, since)
+        adapter = self._worker.adapter
+        if isinstance(adapter, LowRankAdapter):
+            start = adapter.whole(start)
+        if self._has_ranks:
+            update, start = take_slices(update, rank), take_slices(start, rank)
+        upload = code_update(
+            update,
+            self._codec,
+            residual=self._before,
+            start=start,
+            importance=config.upload.importance,
+            stream=self._stream(client),
+            clip_norm=self._clip_norm,
+        )
+        return replace(upload, update=fill_slices(upload.update, shapes))
+
+    def keep(self, client: int, upload: Upload) -> None:
+        """Keep what the upload just coded lacks, for the client's next one."""
+        if self._remembers:
+            # A factor whose turn it was not has what it had.
+            residual = self._before | upload.residual
+            if self._has_head_alone:
+                head = self._worker.backbone.head
+                residual = {n: t for n, t in residual.items() if n in head}
+            number = self._instruction.server_round
+            since = self._since(client)
+            self._residuals.keep(client, self._tag, number, since, residual)
+
+    def _since(self, client: int) -> int:
+        """Give a client's last round that counted."""
+        return self._rounds.get(client, self._instruction.server_round - 1)
+
+    def _stream(self, client: int) -> Philox:
+        round_ = self._instruction.server_round
+        return Philox(key=key("upload", self._worker.config.seed, round_, client))

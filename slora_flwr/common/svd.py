@@ -1,0 +1,147 @@
+"""Truncated singular value decompositions of sparse and of factored matrices."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Up to this smaller side LAPACK is quick, and ARPACK may not ask for all ranks.
+DENSE_SIDE = 128
+
+
+@dataclass(frozen=True)
+class TruncatedSvd:
+    """D ~ u · diag(s) · vt: u (m, r), s (r,) descending, vt (r, n), float64.
+
+    `energy` is the share of D's squared Frobenius norm that rank r keeps.
+    """
+
+    u: NDArray[np.float64]
+    s: NDArray[np.float64]
+    vt: NDArray[np.float64]
+    energy: float
+
+
+def truncated_svd(
+    positions: NDArray[np.int64],
+    values: NDArray[np.float64],
+    shape: tuple[int, int],
+    rank: int,
+) -> TruncatedSvd:
+    """Factor a sparse matrix by Lanczos (ARPACK), small ones densely.
+
+    Parameters
+    ----------
+    positions : NDArray[np.int64]
+        Row-major positions of the entries, shape (k,).
+    values : NDArray[np.float64]
+        Their values, shape (k,).
+    shape : tuple of int
+        (m, n).
+    rank : int
+        Number of singular triplets; at most min(m, n).
+
+    Raises
+    ------
+    ValueError
+        If rank is more than min(m, n).
+    """
+    side = min(shape)
+    if rank > side:
+        raise ValueError(f"rank is {rank}; allowed: up to {side} for shape {shape}")
+    values = values.astype(np.float64)
+    total = float(values @ values)
+    # Lines without an entry do not matter: of a mask of whole rows or columns a thin
+    # dense matrix is left, whose SVD is exact and quick.
+    rows, at_row = np.unique(positions // shape[1], return_inverse=True)
+    columns, at_column = np.unique(positions % shape[1], return_inverse=True)
+    thin = (len(rows), len(columns))
+    if min(thin) <= DENSE_SIDE or 2 * rank >= min(thin) or total == 0.0:
+        dense = np.zeros(thin)
+        dense[at_row, at_column] = values
+        u, s, vt = np.linalg.svd(dense, full_matrices=False)
+    else:
+        u, s, vt = _lanczos(at_row, at_column, values, thin, rank)
+    kept = min(rank, len(s))
+    u = _spread(u[:, :kept], rows, shape[0], rank)
+    vt = _spread(vt[:kept].T, columns, shape[1], rank).T
+    return _finish(u, s, vt, total)
+
+
+def truncated_product(left: Tensor, right: Tensor, rank: int) -> TruncatedSvd:
+    """Factor a product of thin matrices without forming it.
+
+    With left = Q_1 R_1 and rightᵀ = Q_2 R_2 the SVD of the small R_1 R_2ᵀ is that of
+    left · right, turned by Q_1 and Q_2.
+
+    Parameters
+    ----------
+    left, right : Tensor
+        float64, shapes (m, k) and (k, n).
+    rank : int
+        Number of singular triplets; at most min(m, n).
+    """
+    q1, r1 = np.linalg.qr(left.numpy())
+    q2, r2 = np.linalg.qr(right.numpy().T)
+    u, s, vt = np.linalg.svd(r1 @ r2.T, full_matrices=False)
+    kept = min(rank, len(s))
+    m, n = np.arange(left.shape[0]), np.arange(right.shape[1])
+    u = _spread(q1 @ u[:, :kept], m, len(m), rank)
+    vt = _spread(q2 @ vt[:kept].T, n, len(n), rank).T
+    return _finish(u, s, vt, float(s @ s))
+
+
+def _finish(
+    u: NDArray[np.float64],
+    s: NDArray[np.float64],
+    vt: NDArray[np.float64],
+    total: float,
+) -> TruncatedSvd:
+    """Cut the singular values to the vectors' number, and settle signs and energy."""
+    rank = len(vt)
+    s = np.concatenate([s[:rank], np.zeros(max(0, rank - len(s)))])
+    # The sign of a singular pair is free: the largest entry of each row of vt is
+    # made positive, so that two solvers agree.
+    signs = np.sign(vt[np.arange(rank), np.abs(vt).argmax(axis=1)])
+    signs[signs == 0] = 1.0
+    energy = float(s @ s) / total if total else 0.0
+    return TruncatedSvd(u * signs, s, vt * signs[:, None], energy)
+
+
+def _lanczos(
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    values: NDArray[np.float64],
+    shape: tuple[int, int],
+    rank: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    from scipy import sparse
+    from scipy.sparse.linalg import svds
+
+    matrix = sparse.csr_array((values, (rows, columns)), shape=shape)
+    # A fixed start makes the factors repeatable; its direction does not matter.
+    start = np.random.Philox(key=rank).random_raw(min(shape)).astype(np.float64)
+    u, s, vt = svds(matrix, k=rank, v0=start / 2.0**63 - 1.0)
+    return u[:, ::-1], s[::-1], vt[::-1]
+
+
+def _spread(
+    vectors: NDArray[np.float64], lines: NDArray[np.int64], size: int, count: int
+) -> NDArray[np.float64]:
+    """Write orthonormal columns at some lines; fill up with others orthogonal to them.
+
+    Returns
+    -------
+    NDArray[np.float64]
+        Shape (size, count).
+    """
+    full = np.zeros((size, vectors.shape[1]))
+    full[lines] = vectors
+    missing = count - vectors.shape[1]
+    if not missing:
+        return full
+    words = np.random.Philox(key=count).random_raw(size * missing).astype(np.float64)
+    others = (words / 2.0**63 - 1.0).reshape(size, missing)
+    basis, _ = np.linalg.qr(np.concatenate([full, others], axis=1))
+    return np.concatenate([full, basis[:, -missing:]], axis=1)

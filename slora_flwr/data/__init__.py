@@ -1,0 +1,1 @@
+"""Texts, who owns them, and the token arrays made of them."""

@@ -1,0 +1,280 @@
+"""Text classification data: from a name to token arrays, train and test."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slora_flwr.common.files import cache_folder, make_folder, write_atomically
+from slora_flwr.common.text import redact, redact_hub_logs
+from slora_flwr.config import ConfigError, DataConfig
+from slora_flwr.data.examples import Examples
+
+# Share of a data set without a test split that becomes one.
+TEST_SHARE = 0.2
+FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A known data set: its Hub id, and its columns and splits."""
+
+    hub: str
+    text: str
+    label: str
+    test: str = ""
+
+
+PRESETS = {
+    "20newsgroups": Preset("SetFit/20_newsgroups", "text", "label_text", "test"),
+    "news-category": Preset(
+        "heegyu/news-category-dataset", "headline,short_description", "category"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Raw texts with the names of their labels."""
+
+    texts: list[str]
+    labels: list[str]
+
+    def select(self, chosen: NDArray[np.bool_]) -> "Texts":
+        """Keep the rows where `chosen` is true."""
+        rows = np.flatnonzero(chosen)
+        return Texts([self.texts[r] for r in rows], [self.labels[r] for r in rows])
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task, tokenised.
+
+    Attributes
+    ----------
+    classes : list[str]
+        Label names, sorted; class id i is the i-th.
+    train, test : Examples
+        `train` is what clients share out; `test` is what the server evaluates on.
+    """
+
+    classes: list[str]
+    train: Examples
+    test: Examples
+
+
+def load_texts(config: DataConfig) -> tuple[Texts, Texts]:
+    """Load train and test texts, as the server and every client see them.
+
+    Parameters
+    ----------
+    config : DataConfig
+        With `validation` above 0 that share of the training data stands in for the
+        test data, and clients never see it.
+
+    Raises
+    ------
+    ConfigError
+        If the data or a column cannot be found; it names the key and what there is.
+    """
+    if config.name == "stdlib-docs":
+        from slora_flwr.data import stdlib_docs
+
+        train, test = _split(Texts(*stdlib_docs.load()), TEST_SHARE, "test")
+    else:
+        train, test = _load(config)
+    if config.validation:
+        train, test = _split(train, config.validation, "validation")
+    for given, key in ((train, "data.train"), (test, "data.test")):
+        if not given.texts:
+            raise ConfigError(
+                f"{key}: data {config.name!r} leaves no examples to "
+                f"{'train on' if given is train else 'evaluate on'}; allowed: data "
+                "with at least one, after the split by data.validation or by a hash"
+            )
+    return train, at_most(config.max_test, test)
+
+
+def at_most(count: int, texts: Texts) -> Texts:
+    """Choose so many texts by a hash; all if `count` is 0."""
+    if not 0 < count < len(texts.texts):
+        return texts
+    order = np.argsort([_hash("max-test", text) for text in texts.texts])
+    chosen = np.zeros(len(texts.texts), dtype=bool)
+    chosen[order[:count]] = True
+    return texts.select(chosen)
+
+
+def make_task(
+    config: DataConfig, tokenizer: Any, texts: tuple[Texts, Texts], classes: list[str]
+) -> Task:
+    """Tokenise, and number the labels."""
+    train, test = texts
+    encode = partial(tokenise, config, tokenizer, classes)
+    return Task(classes, encode(train), encode(test))
+
+
+def list_classes(texts: tuple[Texts, Texts]) -> list[str]:
+    """List the label names, sorted."""
+    return sorted({*texts[0].labels, *texts[1].labels})
+
+
+def tokenise(
+    config: DataConfig, tokenizer: Any, classes: list[str], texts: Texts
+) -> Examples:
+    """Tokenise once per machine: later processes read the arrays from the cache."""
+    # Here and not above: a node that fails early needs neither.
+    from safetensors.numpy import load_file, save
+
+    # That of an earlier call would be part of what the tokenizer says of itself.
+    tokenizer.backend_tokenizer.no_truncation()
+    described = tokenizer.backend_tokenizer.to_str()
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{config.max_length}\x1f{described}".encode())
+    for text in texts.texts:
+        digest.update(f"\x1e{text}".encode())
+    path = cache_folder() / f"tokens-{digest.hexdigest()}.safetensors"
+    if not path.is_file():
+        encoded: list[list[int]] = []
+        if texts.texts:
+            encoded = tokenizer(
+                texts.texts,
+                truncation=True,
+                max_length=config.max_length,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
+        tokens = np.array([t for row in encoded for t in row], dtype=np.int32)
+        offsets = np.cumsum([0, *(len(row) for row in encoded)], dtype=np.int64)
+        write_atomically(path, save({"tokens": tokens, "offsets": offsets}))
+    arrays = load_file(path)
+    ids = {name: i for i, name in enumerate(classes)}
+    return Examples(
+        tokens=arrays["tokens"],
+        offsets=arrays["offsets"],
+        labels=np.array([ids[name] for name in texts.labels], dtype=np.int64),
+        pad=tokenizer.pad_token_id,
+    )
+
+
+def _split(texts: Texts, share: float, purpose: str) -> tuple[Texts, Texts]:
+    """Set a share aside by a hash of each text, so the same one every time."""
+    drawn = np.array([_hash(purpose, t) for t in texts.texts], dtype=np.float64)
+    aside = drawn < share * 2.0**64
+    return texts.select(~aside), texts.select(aside)
+
+
+def _hash(purpose: str, text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=purpose.encode())
+    return int.from_bytes(digest.digest())
+
+
+def _load(config: DataConfig) -> tuple[Texts, Texts]:
+    preset = PRESETS.get(config.name, Preset(config.name, "text", "label"))
+    text, label = config.text or preset.text, config.label or preset.label
+    load = _find(config, preset)
+    train = _columns(load(config.train or "train"), text, label)
+    test_split = config.test or preset.test
+    if test_split:
+        return train, _columns(load(test_split), text, label)
+    return _split(train, TEST_SHARE, "test")
+
+
+def _find(config: DataConfig, preset: Preset) -> Callable[[str], Any]:
+    """Decide where the data comes from: files, a folder of them, or the Hub."""
+    name = Path(config.name).expanduser()
+    assets = Path(os.environ.get("SLORA_ASSETS", "")) / "data"
+    folder = None
+    if name.is_dir():
+        folder = name
+    elif "SLORA_ASSETS" in os.environ and _folder(assets, config.name):
+        folder = _folder(assets, config.name)
+
+    def load(split: str) -> Any:
+        import datasets
+
+        datasets.disable_progress_bars()
+        redact_hub_logs()
+        path = Path(split).expanduser()
+        if path.suffix in FORMATS:
+            return _read_file(path if path.is_absolute() else (folder or Path()) / path)
+        if name.is_file():
+            if split == config.test:
+                raise ConfigError(
+                    f"data.test is {split!r}, and data.name is one file; allowed: a "
+                    "file, or empty for a fifth of the one"
+                )
+            return _read_file(name)
+        if folder is not None:
+            found = [folder / f"{split}{suffix}" for suffix in FORMATS]
+            found = [path for path in found if path.is_file()]
+            if not found:
+                raise ConfigError(
+                    f"data.name is {config.name!r}, a folder without a file for split "
+                    f"{split!r}; allowed: {split} with one of {', '.join(FORMATS)}"
+                )
+            return _read_file(found[0])
+        try:
+            return datasets.load_dataset(preset.hub, split=split)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ConfigError(
+                f"data.name is {config.name!r}; allowed: stdlib-docs, "
+                f"{', '.join(PRESETS)}, a file or folder that is there (absolute, "
+                "since a run does not start in your folder), a name below "
+                "$SLORA_ASSETS/data, or a Hub id that can be reached "
+                f"({redact(error)})"
+            ) from None  # a traceback would show what is left out here
+
+    return load
+
+
+def _folder(assets: Path, name: str) -> Path | None:
+    for candidate in (assets / name, assets / name.replace("-", "_")):
+        if candidate.is_dir():
+            return candidate
+    return None
+
+
+def _read_file(path: Path) -> Any:
+    import datasets
+
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"{path} is not {', '.join(FORMATS)}")
+    if not path.is_file():
+        raise ConfigError(
+            f"data file {path} is not there; allowed: an absolute path (a run does not "
+            "start in your folder), or one inside the folder that data.name names"
+        )
+    # It keeps a copy, whose texts are nobody else's business.
+    copies = cache_folder() / "datasets"
+    make_folder(copies)
+    return datasets.load_dataset(
+        FORMATS[path.suffix],
+        data_files=str(path),
+        split="train",
+        cache_dir=str(copies),
+    )
+
+
+def _columns(rows: Any, text: str, label: str) -> Texts:
+    names = [name.strip() for name in text.split(",")]
+    for key, name in [*(("data.text", n) for n in names), ("data.label", label)]:
+        if name not in rows.column_names:
+            raise ConfigError(
+                f"{key} names {name!r}; the columns are {', '.join(rows.column_names)}"
+            )
+    parts = [
+        ["" if value is None else str(value) for value in rows[name]] for name in names
+    ]
+    feature = rows.features[label]
+    named = getattr(feature, "int2str", str)
+    if any(value is None for value in rows[label]):
+        raise ConfigError(f"data.label names {label!r}, which is missing in some rows")
+    labels = [named(value) for value in rows[label]]
+    return Texts(["\n".join(part) for part in zip(*parts, strict=True)], labels)

@@ -1,0 +1,1 @@
+"""What drives both ends: the in-process grid, and Ray's workers."""

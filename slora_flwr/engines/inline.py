@@ -1,0 +1,110 @@
+"""An in-process grid: the same messages and handlers, without Ray or a SuperLink."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from logging import ERROR
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.logger import log
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from slora_flwr.client import handlers as node
+from slora_flwr.config import Value
+from slora_flwr.wire.messages import release
+
+
+class InlineGrid(Grid):
+    """Nodes that live in this process and answer a message when its reply is pulled.
+
+    Parameters
+    ----------
+    run_config : Mapping[str, Value]
+        The run's flat config.
+    nodes : int
+        How many nodes; they take turns.
+    run_id : int
+        For contexts and messages.
+    """
+
+    def __init__(
+        self, run_config: Mapping[str, Value], nodes: int = 1, run_id: int = 1
+    ) -> None:
+        self._run = Run.create_empty(run_id)
+        # What Flower's own launcher tells a ServerApp's process; messages carry it.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, 0, 0
+        self._ids = itertools.count(1)
+        self._sent: dict[str, Message] = {}
+        self._contexts = {
+            node_id: Context(
+                run_id=run_id,
+                node_id=node_id,
+                node_config={"partition-id": node_id - 1, "num-partitions": nodes},
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for node_id in range(1, nodes + 1)
+        }
+
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Write a message."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """List the nodes."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Keep messages until their replies are asked for."""
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(next(self._ids))
+            ids.append(message.metadata.message_id)
+            self._sent[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Let the nodes answer the messages that they have not answered yet."""
+        sent = [self._sent.pop(i) for i in message_ids if i in self._sent]
+        # One at a time, so that no more than one reply is in memory.
+        return map(self._answer, sent)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push, then pull."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _answer(self, message: Message) -> Message:
+        # Through bytes and back, so that nothing is shared that the wire would not.
+        message = message_from_proto(message_to_proto(message))
+        context = self._contexts[message.metadata.dst_node_id]
+        handler = node.HANDLERS[message.metadata.message_type]
+        try:
+            reply = handler(message, context)
+        except Exception as error:  # as Flower does: a node's failure is a reply
+            log(ERROR, "node %d failed", context.node_id, exc_info=error)
+            reply = Message(
+                Error(0, f"{type(error).__name__}: {error}"), reply_to=message
+            )
+        arrived = message_from_proto(message_to_proto(reply))
+        release(reply)
+        return arrived

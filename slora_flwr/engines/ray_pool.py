@@ -1,0 +1,203 @@
+"""The workers of Flower's simulation on Ray, so that a run outlives the loss of some.
+
+Flower answers the message of a worker that died with an error, and puts the dead worker
+back on top of the idle ones, where it fails every later message. Here another worker
+takes the message, and a new one the place of the dead. That gives the same reply, since
+training is a function of what a message holds.
+"""
+
+import threading
+import time
+from logging import WARNING
+from textwrap import shorten
+from typing import Any
+
+import ray
+from flwr.common.logger import log
+from flwr.server.superlink.fleet.vce.backend import raybackend
+from flwr.simulation.ray_transport.ray_actor import BasicActorPool
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
+
+from slora_flwr.common.code_digest import code_digest
+
+# How often one message may lose its worker, and one worker die before it is ready. A
+# client that ends each process it trains in would else use them up for ever.
+TRIES = 3
+# How long a message waits while there is no worker at all, busy ones included. The run
+# cannot end before that.
+PATIENCE_SECONDS = 300.0
+POLL_SECONDS = 0.1
+
+# An actor is also lost with the memory of its machine, and a result with its machine.
+LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
+
+_PARTS = {
+    "pool",
+    "num_actors",
+    "create_actor_fn",
+    "_future_to_actor",
+    "add_actors_to_pool",
+    "terminate_all_actors",
+    "submit",
+    "add_actor_back_to_pool",
+    "fetch_result_and_return_actor_to_pool",
+}
+
+
+class LastingPool(BasicActorPool):
+    """Flower's pool of Ray actors, with others in place of those that are lost."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lock = threading.Lock()  # of `pool`, `num_actors` and the next
+        # Actors that are not known to live, and how many were lost in each's place, by
+        # the reference to their code's digest. That may take long: until a machine is
+        # back that has room for the actor.
+        self._starting: dict[Any, tuple[Any, int]] = {}
+        self._unfit: list[Any] = []
+        self._jobs: dict[Any, tuple[Any, Any]] = {}
+
+    def add_actors_to_pool(self, num_actors: int) -> None:
+        """Start actors, which join the idle ones when they are ready."""
+        with self._lock:
+            self.num_actors += num_actors
+            for _ in range(num_actors):
+                self._await(self.create_actor_fn())
+
+    def terminate_all_actors(self) -> None:
+        """End the idle actors, the unfit, and those that wait for a machine."""
+        super().terminate_all_actors()
+        for actor in [*self._unfit, *(actor for actor, _ in self._starting.values())]:
+            ray.kill(actor)
+
+    def submit(self, actor_fn: Any, job: Any) -> Any:
+        """Give a job to an idle actor, or to the first that becomes idle."""
+        actor = self._take()
+        future = actor_fn(actor, *job)
+        self._future_to_actor[future] = actor
+        self._jobs[future] = actor_fn, job
+        return future
+
+    def add_actor_back_to_pool(self, future: Any) -> None:
+        """Let a job's actor be idle; a job that lost its last has none."""
+        actor = self._future_to_actor.pop(future, None)
+        if actor is not None:
+            with self._lock:
+                self.pool.append(actor)
+
+    def fetch_result_and_return_actor_to_pool(self, future: Any) -> Any:
+        """Wait for a job's result; run it again where its actor is lost.
+
+        Raises
+        ------
+        RayError
+            If the job lost `TRIES` actors.
+        TimeoutError
+            If no actor was there to run it again.
+        Exception
+            What the ClientApp raised.
+        """
+        actor_fn, job = self._jobs.pop(future)
+        running = future
+        for tries in range(1, TRIES + 1):
+            try:
+                _, message, context = ray.get(running)
+                break
+            except LOST as error:
+                log(
+                    WARNING,
+                    "A Ray worker is lost (try %i of %i): %s",
+                    tries,
+                    TRIES,
+                    shorten(str(error), 300),
+                )
+                self._replace(self._future_to_actor.pop(future))
+                if tries == TRIES:
+                    raise
+            # By the first reference, since that is the one Flower knows.
+            self._future_to_actor[future] = actor = self._take()
+            running = actor_fn(actor, *job)
+        self.add_actor_back_to_pool(future)
+        return message, context
+
+    def _take(self) -> Any:
+        """Wait for an idle actor."""
+        given_up = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            with self._lock:
+                self._welcome()
+                if self.pool:
+                    return self.pool.pop()
+            if self._future_to_actor:  # a busy one becomes idle sooner or later
+                given_up = time.monotonic() + PATIENCE_SECONDS
+            if not self.num_actors or time.monotonic() > given_up:
+                raise TimeoutError("there is no Ray worker for this message")
+            time.sleep(POLL_SECONDS)
+
+    def _welcome(self) -> None:
+        """Let the actors that have become ready join the idle ones."""
+        waiting = list(self._starting)
+        ready = (
+            ray.wait(waiting, num_returns=len(waiting), timeout=0)[0] if waiting else ()
+        )
+        for reference in ready:
+            actor, lost = self._starting.pop(reference)
+            try:
+                code = ray.get(reference)
+            except LOST as error:
+                log(WARNING, "A new or idle Ray worker has ended: %s", error)
+                ray.kill(actor)
+                if lost + 1 < TRIES:
+                    self._await(self.create_actor_fn(), lost + 1)
+                else:
+                    self.num_actors -= 1
+                continue
+            except Exception as error:  # what its machine's packages make of it
+                code = str(error)
+            if code == code_digest():
+                self.pool.append(actor)
+                continue
+            log(
+                WARNING,
+                "A Ray worker has no use: its slora-flwr is %s, the server's %s",
+                code,
+                code_digest(),
+            )
+            # It keeps its place, or Ray would try the next one there too.
+            self._unfit.append(actor)
+            self.num_actors -= 1
+
+    def _replace(self, actor: Any) -> None:
+        """Start another actor in place of a lost one."""
+        ray.kill(actor)  # one that cannot be reached may still hold its resources
+        with self._lock:
+            self._await(self.create_actor_fn(), 1)
+            # The idle ones may have been on the same machine: they join again when they
+            # have answered, lest one job tries several that are dead.
+            for idle in self.pool:
+                self._await(idle)
+            self.pool.clear()
+
+    def _await(self, actor: Any, lost: int = 0) -> None:
+        self._starting[actor.__ray_call__.remote(_code)] = actor, lost
+
+
+def _code(actor: Any) -> str:
+    return code_digest()
+
+
+def install() -> None:
+    """Let Flower's simulation, in this process, use the pool above.
+
+    Raises
+    ------
+    ImportError
+        If Flower's own pool is not the one that it is written for.
+    """
+    known = {*vars(BasicActorPool), *BasicActorPool.__init__.__code__.co_names}
+    missing = sorted(_PARTS - known)
+    if vars(raybackend).get("BasicActorPool") is not BasicActorPool:
+        missing.append("its use")
+    if missing:
+        raise ImportError(f"Flower's BasicActorPool has changed: {', '.join(missing)}")
+    vars(raybackend)["BasicActorPool"] = LastingPool

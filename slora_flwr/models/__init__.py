@@ -1,1 +1,0 @@
-"""Backbones: loading, residency, target matrices, head."""

@@ -1,0 +1,1 @@
+"""Bytes and memory of a run, from its config alone."""

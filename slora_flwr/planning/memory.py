@@ -1,0 +1,100 @@
+"""What a training step needs in memory, measured by one forward pass."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slora_flwr.adapters import make_adapter
+from slora_flwr.adapters.size import targets_size
+from slora_flwr.backbone.load import Backbone
+from slora_flwr.config import RecipeConfig, RunConfig
+from slora_flwr.config.schedule import Phase
+from slora_flwr.planning.rounds import start_size
+from slora_flwr.training.loop import precision_of
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a client's training step needs, by what they are for.
+
+    Attributes
+    ----------
+    weights : int
+        The resident backbone.
+    trained : int
+        Trained values that the backbone does not hold, all gradients, and the
+        optimiser's moments.
+    activations : int
+        What a forward pass of one full batch keeps for the backward pass.
+    aside : int
+        Copies of W_0's weights that the phase changes, to give them back.
+    """
+
+    weights: int
+    trained: int
+    activations: int
+    aside: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.trained + self.activations + self.aside
+
+
+def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
+    """Measure what a training step of a phase needs, by one forward pass.
+
+    Parameters
+    ----------
+    phase : Phase
+        One of the schedule's.
+    config : RunConfig
+        The run.
+    backbone : Backbone
+        With W_0 resident and nothing attached, before and after.
+    """
+    adapter = make_adapter(phase.adapter, config)
+    resident = {p.untyped_storage().data_ptr() for p in backbone.model.parameters()}
+    adapter.attach(backbone)
+    adapter.begin(1)
+    parameters = adapter.parameters()
+    trained = sum(parameter.numel() for parameter in parameters)
+    beside = sum(
+        parameter.numel()
+        for parameter in parameters
+        if parameter.untyped_storage().data_ptr() not in resident
+    )
+    # Adam has two moments, and SGD one with momentum.
+    moments = 2 if phase.recipe.optimizer == "adamw" else phase.recipe.momentum > 0
+    kept = _activation_bytes(backbone, phase.recipe, config.data.max_length)
+    adapter.detach()
+    weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
+    aside = 0
+    if phase.adapter == "full":
+        aside = weights
+    elif phase.moves_base or start_size(phase, config, backbone, 1):
+        aside = 4 * targets_size(backbone)
+    return Memory(weights, 4 * (beside + (1 + moments) * trained), kept, aside)
+
+
+def _activation_bytes(backbone: Backbone, recipe: RecipeConfig, length: int) -> int:
+    """Count what a forward pass on a batch keeps, weights apart."""
+    model = backbone.model.train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    size = (recipe.batch_size, length)
+    ids = torch.ones(size, dtype=torch.long, device=backbone.device)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, precision_of(backbone, recipe.precision):
+        # Held until counted: freed storages would be counted as one another.
+        kept = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    del kept
+    return sum(storages.values())

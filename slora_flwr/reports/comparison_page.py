@@ -1,0 +1,545 @@
+"""The comparison of groups of runs."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+
+import numpy as np
+
+from slora_flwr.config import RunConfig, flatten
+from slora_flwr.reports.charts import (
+    Chart,
+    Line,
+    Look,
+    box_chart,
+    keys,
+    line_chart,
+    looks,
+)
+from slora_flwr.reports.groups import (
+    LAST,
+    Group,
+    Point,
+    curve,
+    evenness,
+    fft_beside,
+    final,
+    group_runs,
+    last_mean,
+    late_losses,
+    over_runs,
+    reached,
+    rows_of_methods,
+)
+from slora_flwr.reports.page import NOTHING, Cell, Column, Page, Section, Table
+from slora_flwr.runs.reader import Run, by_layer
+
+MARGIN = 0.01  # below FFT's accuracy, of the target
+
+GROUP = Column("group", "group")
+
+
+def compare(
+    runs: Sequence[Run], rates: Sequence[float], target: float | None = None
+) -> Page:
+    """Lay out how groups of runs compare.
+
+    Parameters
+    ----------
+    runs : Sequence[Run]
+        One or more.
+    rates : Sequence[float]
+        Mbit/s of the modelled times.
+    target : float or None
+        Accuracy to reach; None for a point below full fine-tuning, where it was run.
+    """
+    # What was evaluated on other data, to tune, compares with nothing but its like.
+    tested = [run for run in runs if not run.config["data.validation"]] or list(runs)
+    groups = group_runs(tested)
+    curves = {group.label: curve(group, rates) for group in groups}
+    sections = [
+        _results(groups),
+        *_curves(groups, curves, rates),
+        *_targets(groups, curves, rates, target),
+        *_heterogeneity(groups),
+        *_energies(groups),
+        *_spread(groups),
+        *_failures(groups),
+        _configs(groups),
+    ]
+    notice = ""
+    if len(tested) < len(runs):
+        notice = (
+            f"{len(runs) - len(tested)} of the runs are left out: evaluated on "
+            "held-out training data (data.validation)."
+        )
+    methods = ", ".join(dict.fromkeys(group.method for group in groups))
+    return Page(
+        title=f"Comparison of {methods}",
+        subtitle=f"{len(tested)} runs in {len(groups)} groups: one config, its seeds",
+        notice=notice,
+        sections=sections,
+        data=[_points(curves, rates)],
+    )
+
+
+def _results(groups: list[Group]) -> Section:
+    columns = [
+        GROUP,
+        Column("runs", "runs", "d"),
+        Column("seeds", "seeds"),
+        Column("rounds", "rounds", "d"),
+        Column("accuracy, %", "accuracy_percent", ".1f"),
+        Column("± sd", "accuracy_sd", ".1f"),
+        Column(f"last {LAST}, %", f"last_{LAST}_percent", ".1f"),
+        Column("± sd", f"last_{LAST}_sd", ".1f"),
+        Column("macro-F1", "macro_f1", ".3f"),
+        Column("MB up", "megabytes_up", ".2f"),
+        Column("MB down", "megabytes_down", ".2f"),
+        Column("seconds", "seconds", ".0f"),
+    ]
+
+    def row(group: Group) -> list[Cell]:
+        accuracy = over_runs(group, lambda run: final(run, "accuracy"))
+        steady = over_runs(group, last_mean)
+        up, down = (
+            fmean((run.total("payload", direction) or 0) / 1e6 for run in group.runs)
+            for direction in ("up", "down")
+        )
+        return [
+            group.label,
+            len(group.runs),
+            ", ".join(str(run.config["seed"]) for run in group.runs),
+            max(len(run.rounds) for run in group.runs),
+            *(_percent(_mean(accuracy)), _percent(_deviation(accuracy))),
+            *(_percent(_mean(steady)), _percent(_deviation(steady))),
+            _mean(over_runs(group, lambda run: final(run, "macro_f1"))),
+            *(up, down),
+            _mean(over_runs(group, _seconds)),
+        ]
+
+    caption = (
+        "Means over runs with standard deviations (n - 1). Accuracy and macro-F1 are "
+        f"those of the last evaluation; last {LAST} is the mean accuracy of a run's "
+        f"last {LAST} evaluations, which is steadier where clients differ much and one "
+        "cohort can move the model by points. MB of tensors, counted for each client "
+        "as if it were a node of its own. Seconds as run."
+    )
+    rows = [row(group) for group in groups]
+    return Section("Results", tables=[Table("results", caption, columns, rows)])
+
+
+def _seconds(run: Run) -> float | None:
+    if run.summary is not None:
+        return float(run.summary["seconds"])
+    return run.rounds[-1].seconds if run.rounds else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _model(rates: Sequence[float]) -> str:
+    told = ", ".join(f"{rate:g}" for rate in rates)
+    return (
+        f"Modelled seconds, at {told} Mbit/s: a round lasts as long as its slowest "
+        "client trained, as recorded, and as a client needs to take and to send its "
+        "payload, of the round's mean size, both directions at that rate; each client "
+        "is a machine of its own. The server's work, latency, deadlines are left out."
+    )
+
+
+def _curves(
+    groups: list[Group], curves: dict[str, list[Point]], rates: Sequence[float]
+) -> list[Section]:
+    """Draw mean curves, those of different heterogeneity apart."""
+    panels: dict[str, list[Group]] = {}
+    drawn = [group for group in groups if curves[group.label]]
+    for group in drawn:
+        panels.setdefault(group.heterogeneity, []).append(group)
+    if all(len({g.method for g in panel}) == 1 for panel in panels.values()):
+        # One method, which heterogeneities can share a panel to be compared.
+        panels = {"": drawn} if drawn else {}
+    axes: dict[str, Callable[[Point], float]] = {
+        "round": lambda point: point.round,
+        "MB of tensors, both directions": lambda point: point.megabytes,
+    }
+    for i, rate in enumerate(rates):
+        axes[f"modelled seconds at {rate:g} Mbit/s"] = _seconds_at(i)
+
+    def charts(panel: list[Group], found: dict[str, Look]) -> list[Chart]:
+        made = []
+        for x, at in axes.items():
+            lines = []
+            for group in panel:
+                points = curves[group.label]
+                several = len(group.runs) > 1
+                lines.append(
+                    Line(
+                        group.label,
+                        found[group.label],
+                        [at(point) for point in points],
+                        [100 * point.accuracy for point in points],
+                        [100 * min(p.accuracies) for p in points] if several else (),
+                        [100 * max(p.accuracies) for p in points] if several else (),
+                    )
+                )
+            made.append(
+                line_chart(
+                    f"Accuracy against {x}.",
+                    lines,
+                    x=x,
+                    y="accuracy, %",
+                    log=x != "round",
+                    whole=x == "round",
+                )
+            )
+        return made
+
+    sections: list[Section] = []
+    text = (
+        "Mean over seeds after each evaluation that all of them held; the band is from "
+        f"the least to the most. {_model(rates)}"
+    )
+    for name, panel in panels.items():
+        found = looks([g.label for g in panel], [g.method for g in panel])
+        sections.append(
+            Section(
+                f"Curves, {name}" if len(panels) > 1 else "Curves",
+                () if sections else [text],
+                keys(found),
+                charts(panel, found),
+            )
+        )
+    return sections
+
+
+def _points(curves: dict[str, list[Point]], rates: Sequence[float]) -> Table:
+    columns = [
+        GROUP,
+        Column("round", "round", "d"),
+        Column("phase", "phase"),
+        *(
+            Column(f"{name}, %", f"{name}_percent", ".1f")
+            for name in ("mean", "minimum", "maximum")
+        ),
+        Column("MB", "megabytes", ".2f"),
+        *_columns_of(rates),
+    ]
+    rows: list[list[Cell]] = [
+        [
+            label,
+            point.round,
+            point.phase,
+            100 * point.accuracy,
+            100 * min(point.accuracies),
+            100 * max(point.accuracies),
+            point.megabytes,
+            *point.seconds,
+        ]
+        for label, points in curves.items()
+        for point in points
+    ]
+    return Table("curves", "Mean curves.", columns, rows)
+
+
+def _columns_of(rates: Sequence[float]) -> list[Column]:
+    return [
+        Column(f"s at {rate:g} Mbit/s", f"seconds_at_{rate:g}", ".1f") for rate in rates
+    ]
+
+
+def _seconds_at(index: int) -> Callable[[Point], float]:
+    return lambda point: point.seconds[index]
+
+
+def _targets(
+    groups: list[Group],
+    curves: dict[str, list[Point]],
+    rates: Sequence[float],
+    given: float | None,
+) -> list[Section]:
+    rows: list[list[Cell]] = []
+    for group in groups:
+        target = given
+        fft = fft_beside(group, groups)
+        if target is None and fft is not None:
+            target = fmean(over_runs(fft, last_mean)) - MARGIN
+        if target is None:
+            continue
+        point = reached(curves[group.label], target)
+        at: list[Cell] = [None] * (2 + len(rates))
+        if point is not None:
+            at = [point.round, point.megabytes, *point.seconds]
+        rows.append([group.label, 100 * target, *at])
+    if not rows:
+        return []
+    columns = [
+        GROUP,
+        Column("target, %", "target_percent", ".1f"),
+        Column("round", "round", "d"),
+        Column("MB", "megabytes", ".2f"),
+        *_columns_of(rates),
+    ]
+    origin = "as asked for"
+    if given is None:
+        origin = (
+            f"{100 * MARGIN:g} point below the mean of fft's last {LAST} evaluations "
+            "in the same setting"
+        )
+    caption = (
+        "Where the mean curve first reached the target: round, MB of tensors in both "
+        f"directions, and modelled seconds. The target is {origin}; {NOTHING} is never."
+    )
+    table = Table("target", caption, columns, rows)
+    return [Section("Bytes and time to the target", [_model(rates)], tables=[table])]
+
+
+def _heterogeneity(groups: list[Group]) -> list[Section]:
+    families: dict[object, list[Group]] = {}
+    for group in groups:
+        if group.ended and over_runs(group, last_mean):
+            families.setdefault(group.elsewhere, []).append(group)
+    charts, tables = [], []
+    found: dict[str, Look] = {}
+    for number, family in enumerate(families.values(), start=1):
+        levels = sorted(family, key=lambda group: evenness(group.config))
+        columns = list(dict.fromkeys(group.heterogeneity for group in levels))
+        rows = rows_of_methods(family)
+        has_fft = any(group.method == "fft" for group in family)
+        if len(rows) < 2 or not (has_fft or len(columns) > 1):
+            continue
+        name = f"heterogeneity-{number}" if len(families) > 1 else "heterogeneity"
+        accuracy = {
+            row: {
+                group.heterogeneity: 100 * fmean(over_runs(group, last_mean))
+                for group in members
+            }
+            for row, members in rows.items()
+        }
+        gaps = {
+            row: {
+                group.heterogeneity: 100
+                * (
+                    fmean(over_runs(group, last_mean))
+                    - fmean(over_runs(fft, last_mean))
+                )
+                for group in members
+                if (fft := fft_beside(group, family)) is not None
+            }
+            for row, members in rows.items()
+        }
+        tables.append(_gap_table(name, accuracy, gaps, columns, has_fft))
+        if len(columns) > 1:
+            found |= looks(rows, [members[0].method for members in rows.values()])
+            shown = {"accuracy, %": accuracy}
+            if has_fft:
+                shown["gap to fft, points"] = gaps
+            charts += [
+                _levels_chart(y, values, columns, found) for y, values in shown.items()
+            ]
+    if not tables:
+        return []
+    text = [
+        f"By the mean of the last {LAST} evaluations and over seeds, from evenly to "
+        "unevenly dealt data. Groups in one table differ by method, by keys that are "
+        "the method's own, such as its learning rate, and by heterogeneity."
+    ]
+    return [Section("Methods by heterogeneity", text, keys(found), charts, tables)]
+
+
+Levels = dict[str, dict[str, float]]
+
+
+def _gap_table(
+    name: str, accuracy: Levels, gaps: Levels, columns: list[str], has_fft: bool
+) -> Table:
+    headings = [Column("method", "method")]
+    for column in columns:
+        headings.append(Column(f"{column}, %", column, ".1f"))
+        if has_fft:
+            headings.append(Column("gap", f"{column} gap", "+.1f"))
+    rows: list[list[Cell]] = []
+    for row, by_column in accuracy.items():
+        cells: list[Cell] = [row]
+        for column in columns:
+            cells.append(by_column.get(column))
+            if has_fft:
+                cells.append(gaps[row].get(column))
+        rows.append(cells)
+    gap = "; gap: points above full fine-tuning in the same setting" if has_fft else ""
+    return Table(name, f"Accuracy by heterogeneity{gap}.", headings, rows)
+
+
+def _levels_chart(
+    y: str, values: Levels, columns: list[str], found: dict[str, Look]
+) -> Chart:
+    lines = []
+    for row, by_column in values.items():
+        places = [i for i, column in enumerate(columns) if column in by_column]
+        heights = [by_column[columns[i]] for i in places]
+        if places:
+            lines.append(Line(row, found[row], places, heights))
+    return line_chart(
+        f"{y.split(',')[0].capitalize()} from {columns[0]} to {columns[-1]}.",
+        lines,
+        x="more uneven →",
+        y=y,
+        ticks=columns,
+    )
+
+
+def _energies(groups: list[Group]) -> list[Section]:
+    rows: list[list[Cell]] = []
+    lines: dict[str, dict[int, float]] = {}
+    layers: set[int] = set()
+    means = {group.label: _mean_energies(group) for group in groups}
+    means = {label: kinds for label, kinds in means.items() if kinds}
+    if not means:
+        return []
+    for label, kinds in means.items():
+        by_number: dict[int, list[float]] = {}
+        for shares in kinds.values():
+            for layer, share in shares.items():
+                by_number.setdefault(layer, []).append(100 * share)
+        lines[label] = {layer: fmean(s) for layer, s in sorted(by_number.items())}
+        layers |= lines[label].keys()
+    ordered = sorted(layers)
+    for label, kinds in means.items():
+        for kind, shares in kinds.items():
+            cells = [_percent(shares.get(layer)) for layer in ordered]
+            rows.append([label, kind, 100 * fmean(shares.values()), *cells])
+    found = looks(lines, lines)
+    chart = line_chart(
+        "Energy kept by layer, mean over kinds of matrix.",
+        [
+            Line(label, found[label], list(shares), list(shares.values()))
+            for label, shares in lines.items()
+        ],
+        x="layer",
+        y="energy kept, %",
+        whole=True,
+    )
+    table = Table(
+        "energies",
+        "Energy kept, %, by kind of matrix and layer; mean over runs.",
+        [
+            GROUP,
+            Column("matrix", "matrix"),
+            Column("mean", "mean", ".1f"),
+            *(Column(str(layer), f"layer_{layer}", ".1f") for layer in ordered),
+        ],
+        rows,
+        folded=True,
+    )
+    text = "The share of the squared norm of each matrix's change that the rank keeps."
+    return [
+        Section("Energy kept by the handoff", [text], keys(found), [chart], [table])
+    ]
+
+
+def _mean_energies(group: Group) -> dict[str, dict[int, float]]:
+    matrices: dict[str, list[float]] = {}
+    for run in group.runs:
+        for name, share in run.energies.items():
+            matrices.setdefault(name, []).append(share)
+    return by_layer({name: fmean(shares) for name, shares in matrices.items()})
+
+
+def _spread(groups: list[Group]) -> list[Section]:
+    losses = {group.label: late_losses(group) for group in groups}
+    boxes = [
+        (label, np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist())
+        for label, values in losses.items()
+        if values
+    ]
+    if not boxes:
+        return []
+    caption = (
+        "Training losses of clients: minimum, quartiles and maximum over clients and "
+        "runs of a client's mean in the last fifth of the rounds."
+    )
+    columns = [
+        GROUP,
+        Column("clients", "clients", "d"),
+        *(
+            Column(name, name.replace(" ", "_"), ".3f")
+            for name in ("minimum", "first quartile", "median", "third quartile")
+        ),
+        Column("maximum", "maximum", ".3f"),
+    ]
+    rows = [[label, len(losses[label]), *values] for label, values in boxes]
+    chart = box_chart(caption, boxes, x="training loss")
+    table = Table("spread", "The same in figures.", columns, rows)
+    return [Section("Spread over clients", charts=[chart], tables=[table])]
+
+
+def _failures(groups: list[Group]) -> list[Section]:
+    rows: list[list[Cell]] = []
+    for group in groups:
+        failures = [f for run in group.runs + group.others for f in run.failures]
+        reasons = Counter(failure.reason for failure in failures)
+        rows += [[group.label, n, reason] for reason, n in reasons.most_common()]
+    if not rows:
+        return []
+    columns = [GROUP, Column("times", "times", "d"), Column("reason", "reason")]
+    caption = "What was left out of rounds, by reason; all runs of a group together."
+    table = Table("failures", caption, columns, rows)
+    return [Section("Failures", tables=[table])]
+
+
+def _configs(groups: list[Group]) -> Section:
+    default = flatten(RunConfig())
+    first, *rest = (group.config for group in groups)
+    common = [
+        [key, str(value), str(default.get(key, ""))]
+        for key, value in first.items()
+        if value != default.get(key) and all(c.get(key) == value for c in rest)
+    ]
+    columns = [Column("key", "key"), Column("value", "value")]
+    tables = [
+        Table(
+            "common-config",
+            "What all groups share and is not the default",
+            [*columns, Column("default", "default")],
+            common,
+            folded=True,
+        ),
+        Table(
+            "runs",
+            "All runs",
+            [Column("run", "run"), GROUP, Column("seed", "seed"), Column("", "state")],
+            [
+                [
+                    "/".join(run.path.parts[-2:]),
+                    group.label,
+                    str(run.config["seed"]),
+                    _state(run),
+                ]
+                for group in groups
+                for run in group.runs + group.others
+            ],
+            folded=True,
+        ),
+    ]
+    left_out = sum(len(group.others) for group in groups)
+    text = []
+    if left_out:
+        text = [
+            f"{left_out} of the runs did not end where another of the group did; they "
+            "count in no figure but the failures."
+        ]
+    return Section("Runs", text, tables=tables)
+
+
+def _state(run: Run) -> str:
+    done = f"{len(run.rounds)} of {run.config['rounds']} rounds"
+    return "ended" if run.summary is not None else f"not ended: {done}"

@@ -1,0 +1,82 @@
+"""The plan of a run beside full fine-tuning and LoRA, as a table."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from rich.table import Table
+
+from slora_flwr.adapters.size import traffic
+from slora_flwr.backbone.load import Backbone
+from slora_flwr.common.random import sample_cohort
+from slora_flwr.config import DownloadConfig, RunConfig, UploadConfig
+from slora_flwr.config.schedule import make_schedule
+from slora_flwr.planning.memory import plan_memory
+from slora_flwr.planning.rounds import plan_rounds, population
+
+# What a run is held against, in the same rounds.
+REFERENCES = ("fft", "lora")
+
+
+def plan_table(config: RunConfig, backbone: Backbone) -> Table:
+    """Lay out the plan of a run beside full fine-tuning and LoRA.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    backbone : Backbone
+        Its backbone, with nothing attached.
+    """
+    table = Table(
+        title=f"{config.method}: {config.rounds} rounds", title_justify="left"
+    )
+    table.add_column("")
+    for name in (
+        "rounds",
+        "trained values",
+        "of the model",
+        "kB a client: down",
+        "up",
+        "MB in all: down",
+        "up",
+        "MB of a client's memory",
+    ):
+        table.add_column(name, justify="right")
+    for name, other in _variants(config):
+        rounds = plan_rounds(other, backbone, population(other))
+        cohort = len(sample_cohort(population(other), config.clients.per_round, 0, 1))
+        for index, phase in enumerate(make_schedule(other)):
+            own = [r for r in rounds if r.phase == index]
+            down, up = sum(r.down for r in own), sum(r.up for r in own)
+            turns = len(own) * cohort
+            _, trained = traffic(phase, other, backbone, 1, other.lora.rank)
+            memory = plan_memory(phase, other, backbone)
+            table.add_row(
+                name if name in REFERENCES else f"{phase.adapter} phase",
+                f"{'up to ' if phase.is_open else ''}{len(own)}",
+                f"{trained:,}",
+                f"{trained / backbone.size:.2%}",
+                f"{down / turns / 1e3:,.1f}",
+                f"{up / turns / 1e3:,.1f}",
+                f"{down / 1e6:,.2f}",
+                f"{up / 1e6:,.2f}",
+                f"{memory.total / 1e6:,.0f}",
+            )
+        table.add_section()
+    table.caption = (
+        "bytes of the tensors, each client as if it were a node of its own, if all of "
+        "a cohort answer; memory of one step: weights, those kept aside, trained "
+        "values with gradients and moments, activations of a full batch"
+    )
+    return table
+
+
+def _variants(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    yield config.method, config
+    plain = replace(config.lora, aggregator="fedavg", start="peft", ranks="")
+    config = replace(config, upload=UploadConfig(), download=DownloadConfig())
+    for name in REFERENCES:
+        # Full fine-tuning wants float32 weights, so another backbone.
+        fits = name != "fft" or config.model.dtype == "float32"
+        if name != config.method and fits:
+            yield name, replace(config, method=name, lora=plain)

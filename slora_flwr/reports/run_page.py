@@ -1,0 +1,416 @@
+"""The report of one run."""
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from statistics import fmean
+
+import numpy as np
+
+from slora_flwr.config import RunConfig, flatten
+from slora_flwr.reports.charts import Chart, Line, bar_chart, keys, line_chart, looks
+from slora_flwr.reports.groups import LAST, heterogeneity, last_mean
+from slora_flwr.reports.page import Cell, Column, Page, Section, Table
+from slora_flwr.runs.reader import Failure, Round, Run, Trained, by_layer
+
+LISTED = 500  # rows of a table that grows with clients or failures
+
+
+def report(run: Run) -> Page:
+    """Lay out what a run was and what came of it."""
+    config = run.config
+    count = config["clients.count"]
+    clients = f"{count} clients" if count else "one client per node"
+    sections = [_phases(run)]
+    if run.evaluated:
+        sections.append(_curves(run))
+    if run.energies:
+        sections.append(_handoff(run))
+    if run.rounds:
+        sections.append(_clients(run))
+    if run.failures:
+        sections.append(_failures(run))
+    return Page(
+        title=f"{run.method} on {config['data.name']}",
+        subtitle=(
+            f"{config['model.name']}; {clients}, {heterogeneity(config)}, "
+            f"{config['clients.per-round']} a round; seed {config['seed']}; "
+            f"run {run.path.name}"
+        ),
+        notice=_notice(run),
+        figures=_figures(run),
+        sections=[*sections, _config(run)],
+    )
+
+
+def _notice(run: Run) -> str:
+    if run.summary is not None:
+        return ""
+    done = f"{len(run.rounds)} of {run.config['rounds']} rounds are done"
+    reason = f" It was stopped: {run.stopped}" if run.stopped else ""
+    return f"This run has not ended: {done}.{reason}"
+
+
+def _figures(run: Run) -> list[tuple[str, str]]:
+    figures = []
+    steady = last_mean(run)
+    if run.evaluated and steady is not None:
+        last, best = run.evaluated[-1], max(run.evaluated, key=_accuracy)
+        figures += [
+            (f"accuracy, round {last.number}", f"{_accuracy(last):.1%}"),
+            (f"mean of the last {LAST} evaluations", f"{steady:.1%}"),
+            (f"best accuracy, round {best.number}", f"{_accuracy(best):.1%}"),
+            ("macro-F1", f"{last.metrics['macro_f1']:.3f}"),
+        ]
+    majority = _majority(run)
+    if majority is not None:
+        figures.append(("commonest class", f"{majority:.1%}"))
+    if run.rounds and (epsilon := run.rounds[-1].epsilon) is not None:
+        delta = run.facts["resolved"]["privacy"]["delta"]
+        figures.append((f"epsilon, at delta {delta:.2g}", f"{epsilon:.2f}"))
+    return [
+        *figures,
+        ("rounds", str(len(run.rounds))),
+        ("MB up", f"{(run.total('payload', 'up') or 0) / 1e6:.2f}"),
+        ("MB down", f"{(run.total('payload', 'down') or 0) / 1e6:.2f}"),
+        ("seconds", f"{_seconds(run):.0f}"),
+        ("failures", str(len(run.failures))),
+    ]
+
+
+def _accuracy(done: Round) -> float:
+    return done.metrics["accuracy"]
+
+
+def _majority(run: Run) -> float | None:
+    in_rounds = [r.metrics.get("majority_accuracy") for r in run.evaluated]
+    told = [(run.summary or {}).get("majority_accuracy"), *in_rounds]
+    return next((value for value in told if value is not None), None)
+
+
+def _seconds(run: Run) -> float:
+    if run.summary is not None:
+        return float(run.summary["seconds"])
+    return run.rounds[-1].seconds if run.rounds else 0.0
+
+
+def _megabytes(
+    run: Run, unit: str, direction: str, phase: str | None = None
+) -> float | None:
+    size = run.total(unit, direction, phase)
+    return None if size is None else size / 1e6
+
+
+def _phases(run: Run) -> Section:
+    columns = [
+        Column("", "phase"),
+        Column("rounds", "rounds", "d"),
+        Column("accuracy, %", "accuracy_percent", ".1f"),
+        Column("MB up", "payload_megabytes_up", ".2f"),
+        Column("MB down", "payload_megabytes_down", ".2f"),
+    ]
+    units = ["payload"]
+    if run.total("planned_payload", "up") is not None:
+        columns += [
+            Column("planned MB up", "planned_megabytes_up", ".2f"),
+            Column("planned MB down", "planned_megabytes_down", ".2f"),
+        ]
+        units.append("planned_payload")
+    columns += [
+        Column("message MB up", "message_megabytes_up", ".2f"),
+        Column("message MB down", "message_megabytes_down", ".2f"),
+        Column("seconds", "seconds", ".0f"),
+    ]
+    units.append("message")
+
+    def row(name: str, rounds: list[Round], phase: str | None, seconds: float) -> None:
+        accuracies = [100 * _accuracy(r) for r in rounds if "accuracy" in r.metrics]
+        sizes = [_megabytes(run, u, d, phase) for u in units for d in ("up", "down")]
+        last = accuracies[-1] if accuracies else None
+        rows.append([name, len(rounds), last, *sizes, seconds])
+
+    rows: list[list[Cell]] = []
+    before = 0.0
+    told = (run.summary or {}).get("phases", {})
+    for phase, rounds in run.phases.items():
+        seconds = rounds[-1].seconds - before
+        before = rounds[-1].seconds
+        row(phase, rounds, phase, told.get(phase, {}).get("seconds", seconds))
+    row(run.method, run.rounds, None, _seconds(run))
+    for method, size in (run.summary or {}).get("same_rounds", {}).items():
+        empty = [None] * (len(columns) - 5)
+        name = f"{method}, same rounds"
+        rows.append([name, len(run.rounds), None, size / 1e6, size / 1e6, *empty])
+    caption = (
+        "MB up and down: bytes of the tensors, counted for each client as if it were a "
+        "node of its own. Messages: what was sent, one for each node. Accuracy: at the "
+        "phase's last evaluation."
+    )
+    return Section("Phases", tables=[Table("phases", caption, columns, rows)])
+
+
+def _boundaries(run: Run, at: Callable[[Round], float]) -> list[tuple[float, str]]:
+    """Tell at which x each phase but the first begins."""
+    phases = list(run.phases.items())
+    return [
+        (at(before[-1]), f"{name} →") for (_, before), (name, _) in pairwise(phases)
+    ]
+
+
+def _curves(run: Run) -> Section:
+    metrics = {"accuracy": "server's test data"}
+    if any("client_accuracy" in done.metrics for done in run.evaluated):
+        metrics["client_accuracy"] = "the clients' held-out examples"
+    found = looks(metrics.values(), metrics)
+    majority = _majority(run)
+    axes: dict[str, Callable[[Round], float]] = {
+        "round": lambda done: done.number,
+        "MB of tensors, both directions": lambda done: done.payload_bytes / 1e6,
+        "seconds": lambda done: done.seconds,
+    }
+
+    def chart(x: str, at: Callable[[Round], float]) -> Chart:
+        lines = []
+        for metric, label in metrics.items():
+            points = [done for done in run.evaluated if metric in done.metrics]
+            y = [100 * done.metrics[metric] for done in points]
+            lines.append(Line(label, found[label], [at(done) for done in points], y))
+        last = 100 * _accuracy(run.evaluated[-1])
+        dotted = "" if majority is None else " Dotted: always the commonest class."
+        caption = f"Accuracy against {x}; at the end {last:.1f}%.{dotted}"
+        return line_chart(
+            caption,
+            lines,
+            x=x,
+            y="accuracy, %",
+            whole=x == "round",
+            boundaries=_boundaries(run, at),
+            level=None if majority is None else 100 * majority,
+        )
+
+    return Section(
+        "Accuracy",
+        keys=keys(found) if len(metrics) > 1 else (),
+        charts=[chart(x, at) for x, at in axes.items()],
+    )
+
+
+def _handoff(run: Run) -> Section:
+    kinds = by_layer(run.energies)
+    found = looks(kinds, kinds)
+    shares = run.energies.values()
+    worst = min(run.energies, key=run.energies.__getitem__)
+    text = (
+        f"Rank {run.config['lora.rank']} keeps {fmean(shares):.1%} of the squared norm "
+        f"of what the sparse phase changed, as a mean over matrices, and "
+        f"{min(shares):.1%} at worst, of {worst}. The low-rank phase's base is "
+        f"{run.config['lora.base']}."
+    )
+    chart = line_chart(
+        "Energy that the rank keeps, by layer and kind of matrix.",
+        [
+            Line(kind, found[kind], list(layers), [100 * e for e in layers.values()])
+            for kind, layers in kinds.items()
+        ],
+        x="layer",
+        y="energy kept, %",
+        whole=True,
+    )
+    return Section("Handoff", [text], keys(found), [chart], [energy_table(kinds)])
+
+
+def energy_table(kinds: dict[str, dict[int, float]], name: str = "energies") -> Table:
+    """Lay out energies in percent, a row a kind of matrix, a column a layer."""
+    layers = sorted({layer for shares in kinds.values() for layer in shares})
+    return Table(
+        name,
+        "Energy kept by kind of matrix and layer, %",
+        [
+            Column("matrix", "matrix"),
+            Column("mean", "mean", ".1f"),
+            *(Column(str(layer), f"layer_{layer}", ".1f") for layer in layers),
+        ],
+        [
+            [
+                kind,
+                100 * fmean(shares.values()),
+                *(100 * shares[at] if at in shares else None for at in layers),
+            ]
+            for kind, shares in kinds.items()
+        ],
+        folded=True,
+    )
+
+
+def _clients(run: Run) -> Section:
+    did: dict[int, list[Trained]] = {}
+    for done in run.rounds:
+        for client, trained in done.clients.items():
+            did.setdefault(client, []).append(trained)
+    examples = [parts[-1].examples for parts in did.values()]
+    times = Counter(len(parts) for parts in did.values())
+    count = int(run.config["clients.count"])
+    taking_part = f"{len(did)} clients took part"
+    if count:
+        taking_part = f"{len(did)} of {count} clients took part"
+        times[0] = count - len(did)
+    most = max(times)
+    sizes, edges = np.histogram(
+        examples, bins=min(20, max(examples) - min(examples) + 1)
+    )
+    middle = np.median(examples)
+    text = (
+        f"{taking_part}, up to {most} times. Their examples: {min(examples)} to "
+        f"{max(examples)}, median {middle:g}."
+    )
+    losses, found = _losses(run)
+    charts = [
+        losses,
+        bar_chart(
+            f"Examples of the clients: {min(examples)} to {max(examples)}.",
+            edges.tolist(),
+            sizes.tolist(),
+            x="examples",
+            y="clients",
+        ),
+        bar_chart(
+            f"How often a client took part: up to {most} of {len(run.rounds)} rounds.",
+            [n - 0.5 for n in range(most + 2)],
+            [times[n] for n in range(most + 1)],
+            x="rounds taken part in",
+            y="clients",
+        ),
+    ]
+    shown = sorted(did.items(), key=lambda item: (-len(item[1]), item[0]))[:LISTED]
+    first = f", the {LISTED} that did most often" if len(did) > LISTED else ""
+    table = Table(
+        "clients",
+        f"Each client that took part{first}",
+        [
+            Column("client", "client"),
+            Column("rounds", "rounds", "d"),
+            Column("examples", "examples", "d"),
+            Column("first loss", "first_loss", ".3f"),
+            Column("last loss", "last_loss", ".3f"),
+            Column("seconds a round", "seconds", ".2f"),
+        ],
+        [
+            [
+                str(client),
+                len(parts),
+                parts[-1].examples,
+                parts[0].loss,
+                parts[-1].loss,
+                fmean(part.seconds for part in parts),
+            ]
+            for client, parts in shown
+        ],
+        folded=True,
+    )
+    return Section("Clients", [text], found, charts, [table])
+
+
+def _losses(run: Run) -> tuple[Chart, list[Chart]]:
+    names = ("mean by examples; band: all clients", "median; band: middle half")
+    found = looks(names, names)
+    rounds = [done.number for done in run.rounds]
+    losses = [[did.loss for did in done.clients.values()] for done in run.rounds]
+    low, first, median, third, high = np.transpose(
+        [np.quantile(values, (0, 0.25, 0.5, 0.75, 1)) for values in losses]
+    ).tolist()
+    mean = [done.train_loss for done in run.rounds]
+    chart = line_chart(
+        "Training loss of a round's clients, each on its own examples.",
+        [
+            Line(names[0], found[names[0]], rounds, mean, low, high),
+            Line(names[1], found[names[1]], rounds, median, first, third),
+        ],
+        x="round",
+        y="training loss",
+        whole=True,
+        boundaries=_boundaries(run, lambda done: done.number),
+    )
+    return chart, keys(found)
+
+
+def _failures(run: Run) -> Section:
+    reasons: dict[str, list[Failure]] = {}
+    for failure in run.failures:
+        reasons.setdefault(failure.reason, []).append(failure)
+    by_reason = Table(
+        "reasons",
+        "What was left out of rounds, by reason, the commonest first.",
+        [
+            Column("reason", "reason"),
+            Column("times", "times", "d"),
+            Column("nodes", "nodes", "d"),
+            Column("clients", "clients", "d"),
+        ],
+        [
+            [
+                reason,
+                len(failures),
+                len({failure.node for failure in failures}),
+                len({client for failure in failures for client in failure.clients}),
+            ]
+            for reason, failures in sorted(reasons.items(), key=lambda i: -len(i[1]))
+        ],
+    )
+    first = f", the first {LISTED}" if len(run.failures) > LISTED else ""
+    each = Table(
+        "failures",
+        f"Each failure{first}",
+        [
+            Column("round", "round"),
+            Column("node", "node"),
+            Column("clients", "clients"),
+            Column("reason", "reason"),
+        ],
+        [
+            [
+                "before" if failure.round is None else str(failure.round),
+                failure.node,
+                _text(failure.clients),
+                failure.reason,
+            ]
+            for failure in run.failures[:LISTED]
+        ],
+        folded=True,
+    )
+    return Section("Failures", tables=[by_reason, each])
+
+
+def _config(run: Run) -> Section:
+    default = flatten(RunConfig())
+    columns = [Column("key", "key"), Column("value", "value")]
+    differing = Table(
+        "differing",
+        "What differs from the defaults.",
+        [*columns, Column("default", "default")],
+        [
+            [key, _text(value), _text(default.get(key))]
+            for key, value in run.config.items()
+            if value != default.get(key)
+        ],
+    )
+    facts = {
+        f"{section}.{key}": value
+        for section, values in run.facts.items()
+        for key, value in values.items()
+    }
+    whole = Table(
+        "config",
+        "All of it, with versions and what was resolved from it",
+        columns,
+        [[key, _text(value)] for key, value in (run.config | facts).items()],
+        folded=True,
+    )
+    return Section("Config", tables=[differing, whole])
+
+
+def _text(value: object) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value)

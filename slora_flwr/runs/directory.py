@@ -1,0 +1,254 @@
+"""Where a run writes what it was, what happened, and what came of it."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from safetensors import SafetensorError
+from safetensors.torch import save
+
+from slora_flwr.common.files import (
+    PART,
+    append,
+    home,
+    make_folder,
+    sync,
+    write_atomically,
+)
+from slora_flwr.common.tensors import State
+from slora_flwr.config import ConfigError, RunConfig, flatten
+from slora_flwr.runs.checkpoint import (
+    EVENTS,
+    GROWING,
+    checkpoint_path,
+    list_checkpoints,
+    number_of,
+    write_checkpoint,
+)
+from slora_flwr.runs.ledger import Entry, Ledger
+from slora_flwr.runs.lock import sole_use
+from slora_flwr.runs.snapshot import Snapshot
+
+PACKAGES = ("slora-flwr", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
+
+
+class RunDirectoryError(RuntimeError):
+    """The run directory cannot be written: the disk is full, or it is read-only."""
+
+
+class RunDirectory:
+    """One run's folder; see the README for its files.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run; `run.dir` names the folder, which must be new or empty.
+    run_id : int
+        Flower's, for the default name.
+    checkpoint : Snapshot or None
+        Of the folder `run.resume`: the run goes on there from it, and what was written
+        later is cut off.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds something already, or cannot be made.
+    RunDirectoryError
+        If the folder of a run that goes on cannot be written.
+    """
+
+    def __init__(
+        self, config: RunConfig, run_id: int, checkpoint: Snapshot | None = None
+    ) -> None:
+        self._keep = config.run.keep
+        # Names the run however often it was interrupted: its first run's id.
+        self.lineage = run_id
+        # Seconds that the run had taken before.
+        self.elapsed = 0.0
+        if checkpoint is None:
+            self.path = _make(config, run_id)
+            with self._writing():
+                append(self.path / EVENTS, "")
+                self.ledger = Ledger(self.path / "ledger.csv")
+        else:
+            self.path = Path(config.run.resume).expanduser().absolute()
+            self.lineage = checkpoint.facts["lineage"]
+            self.elapsed = checkpoint.facts["seconds"]
+            with self._writing():
+                self._cut_back(checkpoint)
+        self._started = time.perf_counter() - self.elapsed
+
+    def write_config(self, config: RunConfig, resolved: dict[str, Any]) -> None:
+        """Write the config as run, with versions and what was resolved from it."""
+        nested: dict[str, Any] = {}
+        for name, value in flatten(config).items():
+            *section, last = name.split(".")
+            owner = nested.setdefault(section[0], {}) if section else nested
+            owner[last] = value
+        versions = {name: version(name) for name in PACKAGES}
+        versions["python"] = platform.python_version()
+        nested |= {"versions": versions, "resolved": resolved}
+        self._write(self.path / "config.toml", tomli_w.dumps(nested).encode())
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Append one line to events.jsonl."""
+        line = json.dumps({"event": kind, "seconds": round(self._seconds, 3), **facts})
+        with self._writing():
+            append(self.path / EVENTS, line + "\n")
+
+    def record(self, entry: Entry) -> None:
+        """Append one line to ledger.csv."""
+        with self._writing():
+            self.ledger.add(entry)
+
+    def save_checkpoint(self, number: int, best: int, snapshot: Snapshot) -> None:
+        """Write the checkpoint after a round, and drop old ones.
+
+        Parameters
+        ----------
+        number : int
+            The round.
+        best : int
+            The best round so far, whose checkpoint stays.
+        snapshot : Snapshot
+            What the run goes on from.
+        """
+        with self._writing():
+            for name in GROWING:
+                sync(self.path / name)
+            snapshot.facts |= {
+                "lineage": self.lineage,
+                "seconds": self._seconds,
+                "sizes": {name: (self.path / name).stat().st_size for name in GROWING},
+            }
+            write_checkpoint(checkpoint_path(self.path, number), snapshot)
+        self.drop_checkpoints(best)
+
+    def drop_checkpoints(self, best: int) -> None:
+        """Drop all but the last checkpoints and the best round's."""
+        with self._writing():
+            for path in list_checkpoints(self.path)[: -self._keep]:
+                if number_of(path) != best:
+                    path.unlink()
+
+    def save_state(self, name: str, state: State, **facts: str) -> None:
+        """Write a state to checkpoints/ as safetensors.
+
+        It is `last` or `best`, or the `base` that the last one stands on; the base of
+        the best is `best-base`.
+        """
+        self._write(self._state(name), save(state, metadata=facts))
+
+    def copy_state(self, name: str, other: str) -> None:
+        """Keep a state under another name too, or none if there is no such state."""
+        path = self._state(name)
+        if path.is_file():
+            self._write(self._state(other), path.read_bytes())
+        else:
+            self.drop_state(other)
+
+    def drop_state(self, name: str) -> None:
+        """Remove a state that no longer holds, if there is one."""
+        with self._writing():
+            self._state(name).unlink(missing_ok=True)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json."""
+        text = json.dumps(summary, indent=2) + "\n"
+        self._write(self.path / "summary.json", text.encode())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with writing(self.path):
+            yield
+
+    def _write(self, path: Path, data: bytes) -> None:
+        with self._writing():
+            write_atomically(path, data, durably=True)
+
+    @property
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def _state(self, name: str) -> Path:
+        return self.path / "checkpoints" / f"{name}.safetensors"
+
+    def _cut_back(self, checkpoint: Snapshot) -> None:
+        sizes, number = checkpoint.facts["sizes"], checkpoint.facts["round"]
+        os.truncate(self.path / EVENTS, sizes[EVENTS])
+        self.ledger = Ledger(self.path / "ledger.csv", sizes["ledger.csv"])
+        for path in list_checkpoints(self.path):
+            if number_of(path) > number:
+                path.unlink()
+        for path in self.path.rglob(f"*{PART}"):
+            path.unlink()
+
+
+@contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """Keep other runs out of a run directory that is there.
+
+    Raises
+    ------
+    ConfigError
+        If a run is using it.
+    RunDirectoryError
+        If it cannot be written.
+    """
+    refusal = (
+        f"run.resume is {str(path)!r}, which another run is using; allowed: the "
+        "directory of a run that has ended"
+    )
+    with ExitStack() as held:
+        with writing(path):
+            # This file is never replaced by another, and what is on it is the run's.
+            held.enter_context(sole_use(path / EVENTS, refusal))
+        yield
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which run directory it was that could not be written.
+
+    Raises
+    ------
+    RunDirectoryError
+        In place of what the operating system or safetensors raises.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunDirectoryError(
+            f"the run directory {path} cannot be written ({error}); run.resume goes on "
+            "from its last checkpoint once it can"
+        ) from error
+
+
+def _make(config: RunConfig, run_id: int) -> Path:
+    """Make a new run's folder."""
+    date = time.strftime("%Y%m%d-%H%M%S")
+    default = home() / "runs" / f"{date}-{config.method}-{run_id}"
+    path = Path(config.run.dir).expanduser() if config.run.dir else default
+    path = path.absolute()
+    try:
+        if path.exists() and any(path.iterdir()):
+            raise ConfigError(
+                f"run.dir is {config.run.dir!r}, which holds files of another run; "
+                "allowed: a new or empty folder, or run.resume to go on with that run"
+            )
+        make_folder(path)
+        # Of two runs that begin here at once, one fails.
+        (path / "checkpoints").mkdir(mode=0o700)
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir is {config.run.dir!r}; allowed: a folder that can be made and "
+            f"written ({error})"
+        ) from error
+    return path

@@ -1,0 +1,323 @@
+"""Runs as their directories tell of them, read once."""
+
+import csv
+import json
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slora_flwr.common.files import home
+from slora_flwr.config import RunConfig, Value, flatten
+from slora_flwr.runs.ledger import Entry
+
+
+class RunError(ValueError):
+    """A RUN that is none, named with what is allowed."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one client did in a round: its examples, mean loss and seconds."""
+
+    examples: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round that was closed.
+
+    Attributes
+    ----------
+    number : int
+        From 1.
+    phase : str
+        The adapter's name.
+    seconds : float
+        Since the run's start.
+    payload_bytes : int
+        Sent since the run's start, both directions.
+    train_loss : float
+        Mean over clients, weighted by examples.
+    cohort : list[int]
+        Clients that were asked.
+    clients : dict[int, Trained]
+        Those whose updates are in the aggregate.
+    metrics : dict[str, float]
+        `accuracy`, `macro_f1`, … of the new state; empty where it was not evaluated.
+    epsilon : float or None
+        What all rounds so far have spent, where privacy is on.
+    """
+
+    number: int
+    phase: str
+    seconds: float
+    payload_bytes: int
+    train_loss: float
+    cohort: list[int]
+    clients: dict[int, Trained]
+    metrics: dict[str, float]
+    epsilon: float | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Clients, or a node, left out, and why; `round` is None before the first one."""
+
+    round: int | None
+    node: str
+    clients: list[int]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that ended, was stopped, or is still going.
+
+    Attributes
+    ----------
+    path : Path
+        Its directory.
+    config : dict[str, Value]
+        Flat keys, as run; those that its version did not have yet have their default.
+    facts : dict
+        `versions` and `resolved` of config.toml.
+    summary : dict or None
+        As in summary.json; None if the run has not ended.
+    stopped : str or None
+        Why it was stopped, if it says so.
+    rounds, failures, ledger : list
+        In the order of their events.
+    energies : dict[str, float]
+        Share of each matrix's squared norm that the handoff kept; empty without one.
+    """
+
+    path: Path
+    config: dict[str, Value]
+    facts: dict[str, dict[str, Any]]
+    summary: dict[str, Any] | None
+    stopped: str | None
+    rounds: list[Round]
+    failures: list[Failure]
+    energies: dict[str, float]
+    ledger: list[Entry]
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return str(self.config["method"])
+
+    @property
+    def phases(self) -> dict[str, list[Round]]:
+        """The rounds of each phase, in order."""
+        phases: dict[str, list[Round]] = {}
+        for done in self.rounds:
+            phases.setdefault(done.phase, []).append(done)
+        return phases
+
+    @property
+    def evaluated(self) -> list[Round]:
+        """The rounds that have an accuracy."""
+        return [done for done in self.rounds if "accuracy" in done.metrics]
+
+    def total(self, unit: str, direction: str, phase: str | None = None) -> int | None:
+        """Sum bytes of the ledger, of one phase or all.
+
+        Parameters
+        ----------
+        unit : str
+            `payload`, `message` or `planned_payload`; None comes back for the last if
+            no line has it.
+        direction : str
+            `up` or `down`.
+        phase : str or None
+            Its name.
+        """
+        sizes = [
+            getattr(line, f"{unit}_bytes")
+            for line in self.ledger
+            if line.direction == direction and phase in (None, line.phase)
+        ]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if known or not sizes else None
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory.
+
+    Raises
+    ------
+    RunError
+        If it is none, or a file of it cannot be read.
+    """
+    if not is_run(path):
+        raise _refuse(str(path))
+    try:
+        document = tomllib.loads((path / "config.toml").read_text())
+        events = _events(path / "events.jsonl")
+        summary = path / "summary.json"
+        with (path / "ledger.csv").open(newline="") as file:
+            ledger = [Entry.read(row) for row in csv.DictReader(file)]
+        return Run(
+            path=path,
+            facts={name: document.pop(name, {}) for name in ("versions", "resolved")},
+            config=flatten(RunConfig()) | _flat(document),
+            summary=json.loads(summary.read_text()) if summary.exists() else None,
+            stopped=next(
+                (e["reason"] for e in reversed(events) if e["event"] == "stopped"), None
+            ),
+            # A round that was held again after a stop counts as it was held last.
+            rounds=list(
+                {
+                    e["round"]: _round(e) for e in events if e["event"] == "round"
+                }.values()
+            ),
+            failures=[
+                _failure(e) for e in events if e["event"] in ("failure", "left_out")
+            ],
+            energies=next(
+                (e["energies"] for e in events if e["event"] == "handoff"), {}
+            ),
+            ledger=ledger,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(
+            f"{path} cannot be read as a run directory: {error!r}"
+        ) from error
+
+
+def is_run(path: Path) -> bool:
+    """Tell whether a folder is a run directory."""
+    return (path / "config.toml").is_file() and (path / "ledger.csv").is_file()
+
+
+def find_run(given: str | None) -> Path:
+    """Find a run directory by its path or its name below `$SLORA_HOME/runs`.
+
+    Parameters
+    ----------
+    given : str or None
+        None for the newest there.
+
+    Raises
+    ------
+    RunError
+        If there is none.
+    """
+    if given is not None:
+        for path in _candidates(given):
+            if is_run(path):
+                return path
+        raise _refuse(given)
+    found = [path for path in _runs().glob("*") if is_run(path)]
+    if not found:
+        raise RunError(f"{_runs()} holds no run; allowed: a run directory")
+    return max(found, key=lambda path: ((path / "config.toml").stat().st_mtime, path))
+
+
+def find_runs(given: Iterable[str]) -> list[Path]:
+    """Find run directories, each once: by path or name, or all below a folder.
+
+    Raises
+    ------
+    RunError
+        If one of `given` neither is nor holds a run directory.
+    """
+    paths: dict[Path, Path] = {}
+    for name in given:
+        found = next(filter(None, map(_runs_at, _candidates(name))), None)
+        if found is None:
+            raise _refuse(name, "a folder that holds such")
+        paths |= {path.resolve(): path for path in found}
+    return list(paths.values())
+
+
+def by_layer(energies: dict[str, float]) -> dict[str, dict[int, float]]:
+    """Sort a figure of each matrix by kind of matrix, then by layer.
+
+    The layer is the last number in a matrix's name; what follows is its kind, with what
+    stands before where that differs too.
+    """
+    split = {name: re.match(r"(?:(.*)\.)?(\d+)\.(.*)", name) for name in energies}
+    parts = {
+        name: (found[1] or "", int(found[2]), found[3]) if found else ("", 0, name)
+        for name, found in split.items()
+    }
+    alike = len({before for before, _, _ in parts.values()}) == 1
+    sorted_: dict[str, dict[int, float]] = {}
+    for name, (before, layer, kind) in parts.items():
+        full = kind if alike else f"{before}.{kind}".strip(".")
+        sorted_.setdefault(full, {})[layer] = energies[name]
+    return sorted_
+
+
+def _runs_at(path: Path) -> list[Path]:
+    if is_run(path):
+        return [path]
+    folders = (file.parent for file in path.rglob("config.toml"))
+    return sorted(folder for folder in folders if is_run(folder))
+
+
+def _candidates(given: str) -> tuple[Path, Path]:
+    return Path(given).expanduser(), _runs() / given
+
+
+def _runs() -> Path:
+    return home() / "runs"
+
+
+def _refuse(given: str, *others: str) -> RunError:
+    allowed = (
+        "a run directory, which holds config.toml and ledger.csv",
+        f"the name of one below {_runs()}",
+        *others,
+    )
+    return RunError(f"{given} is not a run; allowed: {', or '.join(allowed)}")
+
+
+def _flat(document: dict[str, Any]) -> dict[str, Value]:
+    flat: dict[str, Value] = {}
+    for name, value in document.items():
+        section = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{key}".rstrip("."): item for key, item in section.items()}
+    return flat
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    # A run that was killed may leave half a line.
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _round(event: dict[str, Any]) -> Round:
+    plain = ("accuracy", "macro_f1", "loss", "majority_accuracy")
+    names = [*plain, *(f"client_{name}" for name in plain)]
+    return Round(
+        number=event["round"],
+        phase=event["phase"],
+        seconds=event["seconds"],
+        payload_bytes=event["payload_bytes"],
+        train_loss=event["train_loss"],
+        cohort=event["cohort"],
+        clients={
+            int(client): Trained(did["examples"], did["loss"], did["seconds"])
+            for client, did in event["clients"].items()
+        },
+        metrics={name: event[name] for name in names if event.get(name) is not None},
+        epsilon=event.get("epsilon"),
+    )
+
+
+def _failure(event: dict[str, Any]) -> Failure:
+    return Failure(
+        event.get("round"),
+        str(event.get("name", event["node"])),
+        event.get("clients", []),
+        str(event["reason"]),
+    )

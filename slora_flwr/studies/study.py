@@ -1,0 +1,346 @@
+"""Studies: which runs a TOML file asks for, and how their learning rates are tuned.
+
+The sections of a study file, each of which may be left out:
+
+`[sweep]`
+    `engine`, `inline` or `flwr`; `processes`, how many runs at once (0: one for each
+    GPU, or else for each core).
+`[base]`
+    Run config keys for every run.
+`[grid]`
+    Run config keys with lists of values, or single ones: every combination is a run.
+`[[also]]`
+    A further grid, as often as you like; it is not crossed with the others.
+`[tune]`
+    `lr`, the rates to try; `validation`, the share of the training data to judge them
+    on; `rounds` of a tuning run; `per`, the keys for whose values rates are tuned
+    apart, by default the method; and in `[tune.config]` further keys for tuning runs.
+    Of the grids' other keys tuning runs have the base's values.
+"""
+
+import itertools
+import json
+import math
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from slora_flwr.config import ConfigError, RunConfig, Value, flatten, parse
+from slora_flwr.config.schedule import make_schedule
+
+Config = dict[str, Value]
+
+DEFAULTS = flatten(RunConfig())
+ENGINES = ("inline", "flwr")
+SECTIONS = ("sweep", "base", "grid", "also", "tune")
+# Each phase's rate has a key of its own; the phases of other adapters have `train.lr`.
+RATE_KEYS = {
+    "sparse": "sparse.lr",
+    "lora": "lora.lr",
+    "houlsby": "bottleneck.lr",
+    "pfeiffer": "bottleneck.lr",
+}
+# Methods that are a first phase of others alone. They tune it for those, so that the
+# rate of the second phase, not tuned yet, has no part in the score.
+ALONE = {"sparse": "sft", "head": "head"}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How learning rates are tuned.
+
+    Attributes
+    ----------
+    rates : tuple[float, ...]
+        The grid, ascending; the same for every method and phase.
+    config : dict[str, Value]
+        What tuning runs change of the base: a share of the training data to evaluate
+        on in place of the test data, and often fewer rounds.
+    per : tuple[str, ...]
+        Keys of the grid for whose values rates are tuned apart.
+    """
+
+    rates: tuple[float, ...]
+    config: Config
+    per: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, its grids expanded into run configs."""
+
+    engine: str
+    processes: int
+    base: Config
+    runs: tuple[Config, ...]
+    tuning: Tuning | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A learning rate to be tuned: its key, and the config that tuning runs share.
+
+    `values` are those of `per` that it is tuned for.
+    """
+
+    key: str
+    rates: tuple[float, ...]
+    per: tuple[str, ...]
+    values: tuple[Value, ...]
+    shared: tuple[tuple[str, Value], ...]
+
+    @property
+    def label(self) -> str:
+        """What it is tuned for."""
+        return " ".join(map(str, self.values)) or "all methods"
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest rate."""
+        return self.rates[0], self.rates[-1]
+
+    @property
+    def named(self) -> list[str]:
+        """The keys that tell its runs from those of other trials."""
+        return list(dict.fromkeys(["method", *self.per, self.key]))
+
+    def config(self, rate: float) -> Config:
+        """Give the config of the run that tries a rate."""
+        return {**dict(self.shared), self.key: rate}
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a tuning run came to: mean accuracy and loss of its last evaluations."""
+
+    accuracy: float
+    loss: float
+
+    @classmethod
+    def of(cls, evaluations: list[dict[str, Any]]) -> "Score":
+        """Average the last three evaluations."""
+        last = evaluations[-3:]
+        return cls(fmean(e["accuracy"] for e in last), fmean(e["loss"] for e in last))
+
+
+def read_study(path: Path) -> Study:
+    """Read and check a study file, every run of it.
+
+    Raises
+    ------
+    ConfigError
+        Names the file and the section or the combination that cannot be run.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+        study = _study(content)
+        for _ in planned(study):
+            pass
+    except OSError as error:
+        raise ConfigError(f"study file: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return study
+
+
+def _study(content: dict[str, Any]) -> Study:
+    _known("section", content, SECTIONS)
+    for name, section in content.items():
+        tables = section if name == "also" else [section]
+        if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+            raise _refuse(name, section, "[[also]]" if name == "also" else f"[{name}]")
+    sweep = content.get("sweep", {})
+    _known("key of [sweep]", sweep, ("engine", "processes"))
+    engine, processes = sweep.get("engine", "inline"), sweep.get("processes", 0)
+    if engine not in ENGINES:
+        raise _refuse("sweep.engine", engine, ", ".join(ENGINES))
+    if type(processes) is not int or processes < 0:
+        raise _refuse("sweep.processes", processes, "a whole number from 0")
+    if engine == "flwr" and processes > 1:
+        raise _refuse("sweep.processes", processes, "0 or 1 for engine flwr")
+    base = _flat(content.get("base", {}))
+    grids = content.get("also", [])
+    if "grid" in content or not grids:
+        grids = [content.get("grid", {}), *grids]
+    runs = []
+    for combination in itertools.chain.from_iterable(map(_expand, grids)):
+        runs.append(base | combination)
+        _check(runs[-1], combination)
+    tuning = _tuning(content["tune"]) if "tune" in content else None
+    return Study(engine, processes, base, tuple(runs), tuning)
+
+
+def _tuning(section: dict[str, Any]) -> Tuning:
+    allowed = ("lr", "validation", "rounds", "per", "config")
+    _known("key of [tune]", section, allowed)
+    rates = section.get("lr")
+    if not isinstance(rates, list) or not rates or not all(map(_is_rate, rates)):
+        raise _refuse("tune.lr", rates, "a list of numbers above 0")
+    config = _flat(section.get("config", {}))
+    validation = section.get("validation", 0.1)
+    # Rates must not be chosen by the test data.
+    if not _is_rate(validation) or validation >= 1:
+        raise _refuse("tune.validation", validation, "a number above 0 below 1")
+    config["data.validation"] = validation
+    if "rounds" in section:
+        config["rounds"] = section["rounds"]
+    per = section.get("per", ["method"])
+    if not isinstance(per, list) or not all(key in [*DEFAULTS] for key in per):
+        raise _refuse("tune.per", per, "a list of run config keys")
+    return Tuning(tuple(sorted({float(r) for r in rates})), config, tuple(per))
+
+
+def _is_rate(given: object) -> bool:
+    return type(given) in (int, float) and 0 < given < math.inf  # type: ignore[operator]
+
+
+def _refuse(key: str, given: object, allowed: str) -> ConfigError:
+    return ConfigError(f"{key} is {given!r}; allowed: {allowed}")
+
+
+def _known(what: str, given: Iterable[str], allowed: tuple[str, ...]) -> None:
+    for name in given:
+        if name not in allowed:
+            raise ConfigError(f"{name} is no {what}; allowed: {', '.join(allowed)}")
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        key = prefix + name
+        flat |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _expand(grid: Mapping[str, Any]) -> Iterator[Config]:
+    """List every combination of a grid's values."""
+    flat = _flat(grid)
+    for key, values in flat.items():
+        if values == []:
+            raise _refuse(key, values, "a value, or a list of at least one")
+    lists = [v if isinstance(v, list) else [v] for v in flat.values()]
+    for values in itertools.product(*lists):
+        yield dict(zip(flat, values, strict=True))
+
+
+def _check(config: Config, combination: Config, kind: str = "run") -> None:
+    for key in {"run.dir", "run.resume"} & config.keys():
+        raise _refuse(key, config[key], "none, since a sweep sets where runs go")
+    try:
+        parse(config)
+    except ConfigError as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in combination.items())
+        raise ConfigError(f"{error} (in the {kind} {given or 'of [base]'})") from error
+
+
+def digest_of(config: Config) -> str:
+    """Name a run config by 8 hex digits, however its values were written.
+
+    Keys at their default have no part in it: a new key leaves finished runs finished.
+    """
+    full = flatten(parse(config))
+    given = {key: full[key] for key in sorted(full) if full[key] != DEFAULTS[key]}
+    given.pop("run.dir", None)
+    return blake2b(json.dumps(given).encode(), digest_size=4).hexdigest()
+
+
+def varying(configs: Iterable[Config]) -> list[str]:
+    """List the keys in which configs differ: the method first, the seed last."""
+    full = [flatten(parse(config)) for config in configs]
+    keys = [key for key in DEFAULTS if len({config[key] for config in full}) > 1]
+    return sorted(keys, key=lambda key: (key != "method", key == "seed", key))
+
+
+def adapters_of(config: Config) -> list[str]:
+    """List the adapters of a run's phases."""
+    return [phase.adapter for phase in make_schedule(parse(config))]
+
+
+def tune(
+    study: Study, choose: Callable[[list[Trial]], dict[Trial, float]]
+) -> list[Config]:
+    """Complete a study's runs by tuned learning rates, phase by phase.
+
+    Parameters
+    ----------
+    study : Study
+        Rates that its runs give already are not tuned.
+    choose : Callable[[list[Trial]], dict[Trial, float]]
+        Gives the best rates; a run of whose rates one is left out is left out too.
+    """
+    runs = [(run, Config()) for run in study.runs]
+    if study.tuning is None:
+        return [run for run, _ in runs]
+    for i in range(max(len(adapters_of(run)) for run in study.runs)):
+        trials = [_trial(study.base, study.tuning, i, *run) for run in runs]
+        rates = choose(list({trial: None for trial in trials if trial}))
+        for trial, (_, tuned) in zip(trials, runs, strict=True):
+            if trial in rates:
+                tuned[trial.key] = rates[trial]
+        runs = [
+            run
+            for run, trial in zip(runs, trials, strict=True)
+            if trial is None or trial in rates
+        ]
+    return [run | tuned for run, tuned in runs]
+
+
+def _trial(
+    base: Config, tuning: Tuning, i: int, run: Config, tuned: Config
+) -> Trial | None:
+    """Say how phase i of a run is tuned; None if it has a rate or there is no such."""
+    adapters = adapters_of(run)
+    if i >= len(adapters):
+        return None
+    key = RATE_KEYS.get(adapters[i], "train.lr")
+    if key in run or key in tuned:
+        return None
+    full = flatten(parse(run))
+    values = {name: full[name] for name in tuning.per}
+    config = base | tuning.config | {"method": full["method"]} | values | tuned
+    if i < len(adapters) - 1 and adapters[i] in ALONE:
+        config["method"] = ALONE[adapters[i]]
+    shared = tuple(sorted(config.items()))
+    return Trial(key, tuning.rates, tuning.per, tuple(values.values()), shared)
+
+
+def planned(study: Study) -> Iterator[Config]:
+    """Give a config for each run to be made, tuning included, checked.
+
+    Raises
+    ------
+    ConfigError
+        For a tuning run that cannot be.
+    """
+    found: dict[str, Config] = {}
+
+    def stand_in(trials: list[Trial]) -> dict[Trial, float]:
+        for trial in trials:
+            for rate in trial.rates:
+                config = trial.config(rate)
+                combination = {key: config[key] for key in trial.named}
+                _check(config, combination, "tuning run")
+                found[digest_of(config)] = config
+        return {trial: trial.rates[0] for trial in trials}
+
+    for run in tune(study, stand_in):
+        found[digest_of(run)] = run
+    return iter(found.values())
+
+
+def best_rate(scores: Mapping[float, Score]) -> float:
+    """Choose the rate of the highest accuracy, or of the lower loss among equals.
+
+    A run whose loss is not finite is worse than any other.
+    """
+
+    def merit(rate: float) -> tuple[bool, float, float, float]:
+        score = scores[rate]
+        finite = math.isfinite(score.loss)
+        return finite, score.accuracy, -score.loss if finite else 0.0, -rate
+
+    return max(scores, key=merit)

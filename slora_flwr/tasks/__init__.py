@@ -1,1 +1,0 @@
-"""Tasks: text in, token arrays and labels out; and who owns which examples."""

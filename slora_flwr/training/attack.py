@@ -1,0 +1,47 @@
+"""Hostile clients of a simulation, to measure what a defence is worth.
+
+- `label-flip`: a hostile client trains on labels that are rotated by one class.
+- `scaled-update`: it trains honestly and sends `scale` times its update.
+
+Hostile clients keep to `server.clip-norm`, since they would be refused otherwise.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+
+from slora_flwr.common.random import draw_distinct, key
+from slora_flwr.common.tensors import State
+from slora_flwr.config import RunConfig
+from slora_flwr.data.examples import Examples
+
+
+def is_hostile(config: RunConfig, client: int) -> bool:
+    """Tell whether a client is one of those that a seed makes hostile."""
+    attack = config.attack
+    if attack.kind == "none":
+        return False
+    return client in _draw(config.seed, attack.share, config.clients.count)
+
+
+def spoil_examples(
+    config: RunConfig, client: int, examples: Examples, classes: int
+) -> Examples:
+    """Give what a client trains on: its examples, of whatever labels."""
+    if config.attack.kind != "label-flip" or not is_hostile(config, client):
+        return examples
+    return replace(examples, labels=(examples.labels + 1) % classes)
+
+
+def spoil_update(config: RunConfig, client: int, update: State) -> State:
+    """Give what a client makes of its update before it sends it."""
+    if config.attack.kind != "scaled-update" or not is_hostile(config, client):
+        return update
+    return {name: tensor * config.attack.scale for name, tensor in update.items()}
+
+
+@cache
+def _draw(seed: int, share: float, count: int) -> frozenset[int]:
+    stream = np.random.Philox(key=key("hostile", seed))
+    return frozenset(draw_distinct(stream, round(share * count), count).tolist())

@@ -1,0 +1,52 @@
+"""The bound of an update's L2 norm, `server.clip-norm`."""
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from slora_flwr.common.tensors import State
+from slora_flwr.wire.quantize import BLOCK
+
+# How much longer than a vector what is read of it can be, at most, for its length. A
+# value of a block moves by one step, a 127th or a 7th of the block's largest.
+_ROUNDING = {
+    "float32": 0.0,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+    "int8": math.sqrt(BLOCK) / 127,
+    "int4": math.sqrt(BLOCK) / 7,
+}
+# Below 2^-14 float16's steps no longer depend on the value.
+_FLOAT16_STEP = 2.0**-24
+# What the arithmetic itself rounds.
+_SLACK = 1e-4
+
+
+def norm(update: Mapping[str, Tensor]) -> float:
+    """Give the L2 norm of an update as one vector."""
+    return math.sqrt(sum(float(t.double().square().sum()) for t in update.values()))
+
+
+def clip(update: State, bound: float) -> State:
+    """Shorten an update to the bound, where it is longer; 0 for no bound."""
+    length = norm(update) if bound else 0.0
+    if length <= bound:
+        return update
+    return {name: tensor * (bound / length) for name, tensor in update.items()}
+
+
+def largest_norm(bound: float, dtype: str, count: int) -> float:
+    """Give the norm that may be read of an update that was clipped, then coded.
+
+    Parameters
+    ----------
+    bound : float
+        The norm that it was clipped to.
+    dtype : str
+        How its values travel, see `slora_flwr.wire.quantize`.
+    count : int
+        How many they are.
+    """
+    steps = _FLOAT16_STEP * math.sqrt(count) if dtype == "float16" else 0.0
+    return bound * (1 + _ROUNDING[dtype] + _SLACK) + steps
