@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
-from slora_flwr.adapters import make_adapter
 from slora_flwr.backbone.load import Backbone, find_targets
 from slora_flwr.config import RecipeConfig, parse
+from slora_flwr.config.methods import find_adapter
 from slora_flwr.training.loop import make_optimizer
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -88,7 +88,7 @@ def make_step(contender: str, model: Any, bf16: bool) -> Step:
         backbone = Backbone(model, None, find_targets(model), head)
         config = parse({"lora.rank": RANK, "sparse.density": DENSITY, **OWN[contender]})
         kind = "lora" if contender == "lora" else "sparse"
-        adapter = make_adapter(kind, config)
+        adapter = find_adapter(kind).from_config(config)
         adapter.attach(backbone)
         optimizer = make_optimizer(adapter.parameters(), RecipeConfig(lr=LEARNING_RATE))
         after = adapter.commit

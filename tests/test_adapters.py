@@ -29,37 +29,37 @@ from transformers import (
 )
 
 from slora_flwr.adapters import (
+    Adapter,
     BiasAdapter,
-    BottleneckAdapter,
     FullAdapter,
     HeadAdapter,
+    HoulsbyAdapter,
     LowRankAdapter,
+    PfeifferAdapter,
     SparseAdapter,
-    make_adapter,
 )
 from slora_flwr.adapters.base import StateError
 from slora_flwr.adapters.low_rank import cut_ranks
 from slora_flwr.adapters.masks import make_mask
-from slora_flwr.adapters.size import state_size
 from slora_flwr.backbone.load import Backbone, load_backbone
 from slora_flwr.common.tensors import State
-from slora_flwr.config import ConfigError, ModelConfig, RecipeConfig, parse
-from slora_flwr.config.schedule import DEFAULT_RATES
+from slora_flwr.config import ConfigError, ModelConfig, RecipeConfig, methods, parse
+from slora_flwr.config.methods import find_adapter
 from slora_flwr.data.examples import Examples
 from slora_flwr.training.loop import evaluate, train
 
 DENSITY = 0.2
-ADAPTERS: dict[str, Callable[[], HeadAdapter]] = {
+ADAPTERS: dict[str, Callable[[], Adapter]] = {
     "full": FullAdapter,
     "bias": BiasAdapter,
     "head": HeadAdapter,
     "sparse": lambda: SparseAdapter(DENSITY, "unstructured", 5),
     "redrawn": lambda: SparseAdapter(DENSITY, "rows", 5, "equal", redrawn=True),
     "lora": lambda: LowRankAdapter(4, 12.0),
-    "ffa": lambda: LowRankAdapter(4, 12.0, aggregator="ffa", orthonormal=True),
+    "ffa": lambda: LowRankAdapter(4, 12.0, trains="b", orthonormal=True),
     "root-rank": lambda: LowRankAdapter(4, 12.0, scaling="root-rank", seed=3),
-    "houlsby": lambda: BottleneckAdapter("houlsby", 4),
-    "pfeiffer": lambda: BottleneckAdapter("pfeiffer", 4),
+    "houlsby": lambda: HoulsbyAdapter(4),
+    "pfeiffer": lambda: PfeifferAdapter(4),
 }
 ADAMW = RecipeConfig(epochs=2, batch_size=8, lr=0.01, weight_decay=0.1)
 KEY = (0, 1, 2)
@@ -240,12 +240,12 @@ def test_size_is_known_without_attaching(backbone: Backbone) -> None:
         parse({"sparse.density": 0.03, "lora.rank": 3, "sparse.mask": structure})
         for structure in ("unstructured", "rows", "columns")
     ]
-    for name, config in itertools.product(DEFAULT_RATES, configs):
-        adapter = make_adapter(name, config)
+    for name, config in itertools.product(methods.ADAPTERS, configs):
+        adapter = find_adapter(name).from_config(config)
         adapter.attach(backbone)
         expected = sum(tensor.numel() for tensor in adapter.state().values())
         adapter.detach()
-        assert state_size(name, config, backbone) == expected
+        assert find_adapter(name).state_size(config, backbone) == expected
 
 
 # --- low-rank
@@ -255,7 +255,7 @@ def test_size_is_known_without_attaching(backbone: Backbone) -> None:
 def test_alternating_factors_take_turns(
     backbone: Backbone, examples: Examples, phase_round: int
 ) -> None:
-    adapter = LowRankAdapter(4, 12.0, aggregator="alternate")
+    adapter = LowRankAdapter(4, 12.0, trains="in-turn")
     adapter.attach(backbone)
     start = perturb(adapter.state(), 0.05)  # B is no longer zero
     adapter.load(start)
@@ -305,7 +305,7 @@ def test_frozen_a_is_the_same_everywhere(folder: Path) -> None:
     for noise in (0, 1):
         torch.manual_seed(noise)
         backbone = load_tiny(folder)
-        adapter = LowRankAdapter(4, 12.0, seed=7, aggregator="ffa", orthonormal=True)
+        adapter = LowRankAdapter(4, 12.0, seed=7, trains="b", orthonormal=True)
         adapter.attach(backbone)
         fingerprints.add(adapter.fingerprint())
         factors.append(adapter.whole(adapter.state()))
@@ -314,7 +314,7 @@ def test_frozen_a_is_the_same_everywhere(folder: Path) -> None:
         a = factors[0][f"{name}.lora_A"]
         assert torch.equal(a, factors[1][f"{name}.lora_A"])
         assert torch.allclose(a @ a.T, torch.eye(4), atol=1e-5)
-    other = LowRankAdapter(4, 12.0, seed=8, aggregator="ffa")
+    other = LowRankAdapter(4, 12.0, seed=8, trains="b")
     other.attach(load_tiny(folder))
     assert other.fingerprint() not in fingerprints
 
@@ -330,10 +330,10 @@ def test_scaling_by_the_root_of_the_rank() -> None:
 @pytest.mark.parametrize("budget", ["uniform", "equal", "erdos-renyi"])
 def test_size_of_a_dealt_density(backbone: Backbone, budget: str) -> None:
     config = parse({"sparse.density": 0.1, "sparse.budget": budget})
-    adapter = make_adapter("sparse", config)
+    adapter = find_adapter("sparse").from_config(config)
     adapter.attach(backbone)
     trained = sum(p.numel() for p in adapter.parameters())
-    assert state_size("sparse", config, backbone) == trained
+    assert find_adapter("sparse").state_size(config, backbone) == trained
     whole = sum(module.weight.numel() for module in backbone.targets.values())
     head = sum(p.numel() for p in backbone.head.values())
     assert trained - head == pytest.approx(0.1 * whole, abs=len(backbone.targets))
@@ -775,7 +775,7 @@ def test_bottlenecks_are_where_their_papers_have_them(
 ) -> None:
     """A block of BERT, by hand: x and y are what goes into and comes out of it."""
     backbone = load_tiny(tiny_models["bert"])
-    adapter = BottleneckAdapter(kind, 4)
+    adapter = find_adapter(kind)(4)
     adapter.attach(backbone)
     adapter.load(state := perturb(adapter.state(), 0.3))
     layer = backbone.model.eval().bert.encoder.layer[0]
@@ -822,8 +822,8 @@ def test_bitfit_trains_the_biases_alone(backbone: Backbone) -> None:
 
 
 def test_unknown_adapter_is_refused() -> None:
-    with pytest.raises(ValueError, match="'prompt', which no method has"):
-        make_adapter("prompt", parse({}))
+    with pytest.raises(LookupError, match="'prompt' is none of the adapters; known"):
+        find_adapter("prompt").from_config(parse({}))
 
 
 @pytest.mark.parametrize("missing", ["all", "config", "weights", "tokenizer"])

@@ -25,25 +25,18 @@ from transformers import (
     BertModel,
 )
 
-from slora_flwr.adapters import (
-    BottleneckAdapter,
-    FullAdapter,
-    LowRankAdapter,
-    SparseAdapter,
-)
-from slora_flwr.adapters.export import (
+from slora_flwr.adapters import FullAdapter, LowRankAdapter, SparseAdapter
+from slora_flwr.adapters.bottleneck import (
     BOTTLENECK_FILE,
-    PATCH_FILE,
-    apply_base_patch,
     apply_bottlenecks,
-    export_adapter,
     export_bottlenecks,
-    export_classes,
-    export_model,
 )
+from slora_flwr.adapters.export import PATCH_FILE, apply_base_patch, export_adapter
 from slora_flwr.adapters.masks import make_mask
+from slora_flwr.adapters.model_files import export_classes, export_model
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.config import LoraConfig, RecipeConfig
+from slora_flwr.config.methods import find_adapter
 from slora_flwr.data.examples import Examples
 from slora_flwr.training.loop import train
 
@@ -185,7 +178,7 @@ def test_stock_transformers_computes_the_same(
 def test_bottlenecks_are_exported_beside_their_model(
     backbone: Backbone, examples: Examples, tmp_path: Path, kind: str
 ) -> None:
-    adapter = BottleneckAdapter(kind, 8)
+    adapter = find_adapter(kind)(8)
     adapter.attach(backbone)
     train(backbone, adapter, examples, RECIPE, (0, 1, 0))
     live = logits(backbone.model, examples)

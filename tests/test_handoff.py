@@ -20,7 +20,7 @@ from slora_flwr.adapters import LowRankAdapter, SparseAdapter, handoff
 from slora_flwr.adapters.handoff import Handoff
 from slora_flwr.adapters.masks import make_mask
 from slora_flwr.adapters.priming import HandoffError, check_handoff, prime
-from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone, load_backbone
 from slora_flwr.common.svd import DENSE_SIDE, TruncatedSvd, truncated_svd
 from slora_flwr.config import LoraConfig, ModelConfig, RecipeConfig
@@ -431,7 +431,7 @@ def test_handoff_with_wrong_factors_is_refused(
 # --- the base patch
 
 
-def random_patch(backbone: Backbone, rank: int) -> BasePatch:
+def random_patch(backbone: Backbone, rank: int) -> BaseWeights:
     sparse = SparseAdapter(0.1, "unstructured", 5)
     positions = sparse.masks(backbone)
     generator = torch.Generator().manual_seed(1)
@@ -443,7 +443,7 @@ def random_patch(backbone: Backbone, rank: int) -> BasePatch:
     values = {name: draw(len(positions[name])) for name in backbone.targets}
     a = {name: draw(rank, m.in_features) for name, m in targets} if rank else {}
     b = {name: draw(m.out_features, rank) for name, m in targets} if rank else {}
-    return BasePatch(positions, values, a, b, 0.75)
+    return BaseWeights(positions, values, a, b, 0.75)
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -469,10 +469,10 @@ def test_patch_travels(folder: Path, backbone: Backbone, rank: int) -> None:
     patch = random_patch(backbone, rank)
     state = patch.state()
     factors = "ab" if rank else ""
-    shapes = BasePatch.shapes(backbone, patch.positions, rank, factors)
+    shapes = BaseWeights.shapes(backbone, patch.positions, rank, factors)
     assert {name: tuple(t.shape) for name, t in state.items()} == shapes
     assert list(state) == list(shapes)
-    again = BasePatch.from_state(state, patch.positions, patch.scaling)
+    again = BaseWeights.from_state(state, patch.positions, patch.scaling)
     other = load_tiny(folder)
     patch.apply(backbone)
     again.apply(other)

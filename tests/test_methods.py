@@ -35,11 +35,11 @@ from test_rounds import (
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForSequenceClassification
 
-from slora_flwr.adapters import make_adapter
 from slora_flwr.adapters.export import PATCH_FILE, apply_base_patch
 from slora_flwr.adapters.masks import make_mask
-from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.config import METHODS, Value, parse
+from slora_flwr.config.methods import find_adapter
 from slora_flwr.config.schedule import make_schedule
 from slora_flwr.planning.holdings import Holdings
 from slora_flwr.training.worker import Worker
@@ -243,7 +243,7 @@ def test_the_base_of_exact_holds_what_the_means_lack(config: Config) -> None:
     assert asked
     scaling = 16 / RANK
     base, state, before = base_of(directory), final(directory), weights_of(config)
-    adapter = make_adapter("lora", parse(config))
+    adapter = find_adapter("lora").from_config(parse(config))
     adapter.attach(load_tiny(Path(str(config["model.name"]))))
     shapes = adapter.shapes()
     sent = unpack(grid.asked[0].state, shapes)
@@ -297,7 +297,7 @@ def test_frozen_factors_stay(config: Config) -> None:
     directory = start(config, RecordingGrid(config))
     assert not any(name.endswith("lora_A") for name in final(directory))
     backbone = load_tiny(Path(str(config["model.name"])))
-    adapter = make_adapter("lora", parse(config))
+    adapter = find_adapter("lora").from_config(parse(config))
     adapter.attach(backbone)
     written = load_file(directory / "adapter" / "adapter_model.safetensors")
     for name in backbone.targets:
@@ -333,15 +333,15 @@ def test_a_redrawn_phase_is_handed_over_whole(config: Config) -> None:
     [first] = [i for i in grid.asked if i.server_round == 4]
     settings = parse(config)
     backbone = load_tiny(Path(str(config["model.name"])))
-    adapter = make_adapter("sparse", settings)
-    positions = adapter.masks(backbone, 3)  # type: ignore[attr-defined]
+    adapter = find_adapter("sparse").from_config(settings)
+    positions = adapter.masks(backbone, 3)
     assert first.parcel.start is not None
-    layout = BasePatch.shapes(backbone, positions, RANK)
-    patch = BasePatch.from_state(
+    layout = BaseWeights.shapes(backbone, positions, RANK)
+    patch = BaseWeights.from_state(
         unpack(first.parcel.start, layout), positions, 16 / RANK
     )
     patch.apply(backbone)
-    lora = make_adapter("lora", settings)
+    lora = find_adapter("lora").from_config(settings)
     lora.attach(backbone)
     state = unpack(first.state, lora.shapes())
     for name, module in backbone.targets.items():
@@ -400,7 +400,7 @@ def test_a_head_first_keeps_its_head(config: Config) -> None:
     only = elsewhere(config, method="head", rounds=2)
     head = final(start(only, RecordingGrid(only)))
     [third] = [i for i in grid.asked if i.server_round == 3]
-    lora = make_adapter("lora", parse(config))
+    lora = find_adapter("lora").from_config(parse(config))
     lora.attach(load_tiny(Path(str(config["model.name"]))))
     state = unpack(third.state, lora.shapes())
     assert all(torch.equal(state[name], tensor) for name, tensor in head.items())

@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from slora_flwr.config import METHODS, RunConfig, flatten
-from slora_flwr.config.schedule import DEFAULT_RATES, SCHEDULES
+from slora_flwr.config import RunConfig, flatten
+from slora_flwr.config.methods import ADAPTERS, find_adapter, list_methods
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,10 +18,10 @@ def test_every_key_is_listed_with_its_default() -> None:
 
 
 def test_every_method_and_default_rate_is_named() -> None:
-    assert set(METHODS) == set(SCHEDULES)
-    for method in METHODS:
+    for method in list_methods():
         assert f"\n| `{method}` |" in README
-    for adapter, rate in DEFAULT_RATES.items():
+    for adapter in ADAPTERS:
+        rate = find_adapter(adapter).default_lr
         assert f"{rate:g} for `{adapter}`" in README
 
 

@@ -63,6 +63,6 @@ def test_an_open_phase_has_half_of_the_rounds_at_most() -> None:
 def test_aggregators_of_methods(method: str, aggregator: str, moves: bool) -> None:
     [phase] = make_schedule(parse({"method": method}))
     assert (phase.adapter, phase.aggregator) == ("lora", aggregator)
-    assert phase.moves_base == moves
+    assert phase.changes_base == moves
     _, second = make_schedule(parse({"lora.aggregator": aggregator}))
     assert (second.aggregator, second.primed) == (aggregator, True)

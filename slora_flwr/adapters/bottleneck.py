@@ -6,20 +6,26 @@ before the residual is added; the block's normalisations are trained too.
 normalisation gets: y = norm(x + up(relu(down(norm(x))))).
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.hooks import RemovableHandle
 
-from slora_flwr.adapters.base import HeadAdapter
+from slora_flwr.adapters.base import Adapter, require_float32
+from slora_flwr.adapters.model_files import export_model
+from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone, block_modules
 from slora_flwr.common.tensors import State
-from slora_flwr.config import ConfigError
+from slora_flwr.config import ConfigError, RunConfig
 
-KINDS = ("houlsby", "pfeiffer")
+BOTTLENECK_FILE = "bottlenecks.safetensors"
 
 # Ends of module names, in BERT, RoBERTa and DeBERTa, in DistilBERT, and in ALBERT.
 _ATTENTION = (".attention.output.dropout", ".attention.out_lin", ".output_dropout")
@@ -46,7 +52,7 @@ class Bottleneck(nn.Module):
         return self.up(self._between(self.down(x.float()))).to(x.dtype)
 
 
-class BottleneckAdapter(HeadAdapter):
+class BottleneckAdapter(Adapter):
     """Train bottlenecks between the frozen layers of each block.
 
     The state holds, for each place, `<module>.down.weight`, shape (inner, width),
@@ -55,24 +61,61 @@ class BottleneckAdapter(HeadAdapter):
 
     Parameters
     ----------
-    kind : str
-        `houlsby` or `pfeiffer`.
     reduction : int
         Features are divided by it in the bottleneck.
     """
 
-    def __init__(self, kind: str, reduction: int) -> None:
+    default_lr = 2e-3
+    section = "bottleneck"
+    kind: ClassVar[str]
+    trains_norms: ClassVar[bool]
+
+    def __init__(self, reduction: int) -> None:
         super().__init__()
-        self._kind, self._reduction = kind, reduction
+        self._reduction = reduction
+
+    @classmethod
+    def from_config(cls, config: RunConfig, frozen: State | None = None) -> Self:
+        """Return an adapter of the run, not attached yet."""
+        return cls(config.bottleneck.reduction)
+
+    @classmethod
+    def check_fit(cls, config: RunConfig, backbone: Backbone) -> None:
+        """Refuse a backbone whose blocks are of no known family."""
+        find_places(backbone.model, cls.kind)
+
+    @classmethod
+    def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
+        """Return the number of values in a whole state, whatever is attached."""
+        width, inner = bottleneck_shape(backbone.model, config.bottleneck.reduction)
+        places = len(find_places(backbone.model, cls.kind))
+        norms = cls._find_norms(backbone).values()
+        return (
+            backbone.head_size
+            + places * (2 * width * inner + width + inner)
+            + sum(parameter.numel() for parameter in norms)
+        )
 
     def known(self) -> State:
-        """Copy the normalisations: bottlenecks start at random."""
+        """Return the normalisations: bottlenecks start at random."""
         return {name: t for name, t in self.state().items() if name in self._norms}
 
+    def export(
+        self,
+        folder: Path,
+        state: State,
+        base: BaseWeights | None,
+        classes: list[str],
+        leave: Callable[[], None],
+    ) -> None:
+        """Write the whole model, and the bottlenecks beside it."""
+        self.load(state)
+        export_model(folder, self.backbone, classes)
+        export_bottlenecks(folder, state, self.kind, self._reduction)
+
     def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        model = backbone.model
-        trained, self._hooks = insert(model, self._kind, self._reduction)
-        norms = find_norms(model) if self._kind == "houlsby" else {}
+        trained, self._hooks = insert(backbone.model, self.kind, self._reduction)
+        norms = self._find_norms(backbone)
         self._norms = {name: (p, p.detach().clone()) for name, p in norms.items()}
         return trained | norms
 
@@ -83,6 +126,32 @@ class BottleneckAdapter(HeadAdapter):
             for parameter, before in self._norms.values():
                 parameter.copy_(before)
         self._hooks, self._norms = [], {}
+
+    @classmethod
+    def _find_norms(cls, backbone: Backbone) -> dict[str, nn.Parameter]:
+        return find_norms(backbone.model) if cls.trains_norms else {}
+
+
+class HoulsbyAdapter(BottleneckAdapter):
+    """Two bottlenecks in each block, and its normalisations (arXiv 1902.00751)."""
+
+    kind = "houlsby"
+    trains_norms = True
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Refuse weights in half precision, since normalisations are trained."""
+        rounds = (
+            f" for {config.method}, whose updates bfloat16 weights would round away"
+        )
+        require_float32(config, rounds)
+
+
+class PfeifferAdapter(BottleneckAdapter):
+    """One bottleneck in each block (arXiv 2005.00247)."""
+
+    kind = "pfeiffer"
+    trains_norms = False
 
 
 def insert(
@@ -160,3 +229,27 @@ def _around(
 ) -> Tensor:
     # The module's own forward: calling it would call this hook again.
     return norm.forward(given[0] + bottleneck(out))
+
+
+def export_bottlenecks(folder: Path, state: State, kind: str, reduction: int) -> None:
+    """Write the bottlenecks of a state beside the model that they belong to."""
+    arrays = {n: t for n, t in state.items() if ".down." in n or ".up." in n}
+    facts = {"kind": kind, "reduction": str(reduction)}
+    save_file(arrays, folder / BOTTLENECK_FILE, facts)
+
+
+def apply_bottlenecks(model: nn.Module, path: Path) -> None:
+    """Put exported bottlenecks into the exported model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        From the folder that holds them, loaded by transformers.
+    path : Path
+        `bottlenecks.safetensors`.
+    """
+    with safe_open(path, "pt") as file, torch.no_grad():
+        facts = file.metadata()
+        parameters, _ = insert(model, facts["kind"], int(facts["reduction"]))
+        for name, parameter in parameters.items():
+            parameter.copy_(file.get_tensor(name))

@@ -1,6 +1,5 @@
-"""From a final state to files that stock PEFT and transformers load."""
+"""A low-rank state in PEFT's format, with a patch of the base if it has one."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -9,14 +8,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slora_flwr.adapters.bottleneck import insert
 from slora_flwr.adapters.low_rank import wrap
-from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
 
 PATCH_FILE = "base_patch.safetensors"
-BOTTLENECK_FILE = "bottlenecks.safetensors"
 
 
 def export_adapter(
@@ -25,7 +22,7 @@ def export_adapter(
     state: State,
     rank: int,
     scaling: float,
-    patch: BasePatch | None,
+    patch: BaseWeights | None,
 ) -> None:
     """Write a low-rank state in PEFT's format, with a patch of the base if it has one.
 
@@ -44,7 +41,7 @@ def export_adapter(
         Of the low-rank adapter, A included.
     rank, scaling : int, float
         The adapter's.
-    patch : BasePatch or None
+    patch : BaseWeights or None
         The base.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,45 +77,6 @@ def export_adapter(
             arrays[f"{name}.weight.values"] = weight
         if arrays:
             save_file(arrays, folder / PATCH_FILE, {"base": backbone.digest})
-
-
-def export_model(folder: Path, backbone: Backbone, classes: list[str]) -> None:
-    """Write the whole model as it computes now, in transformers' format."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = backbone.model.config
-    config.id2label = dict(enumerate(classes))
-    config.label2id = {name: i for i, name in enumerate(classes)}
-    backbone.model.save_pretrained(str(folder))
-    backbone.tokenizer.save_pretrained(str(folder))
-
-
-def export_bottlenecks(folder: Path, state: State, kind: str, reduction: int) -> None:
-    """Write the bottlenecks of a state beside the model that they belong to."""
-    arrays = {n: t for n, t in state.items() if ".down." in n or ".up." in n}
-    facts = {"kind": kind, "reduction": str(reduction)}
-    save_file(arrays, folder / BOTTLENECK_FILE, facts)
-
-
-def apply_bottlenecks(model: nn.Module, path: Path) -> None:
-    """Put exported bottlenecks into the exported model.
-
-    Parameters
-    ----------
-    model : nn.Module
-        From the folder that holds them, loaded by transformers.
-    path : Path
-        `bottlenecks.safetensors`.
-    """
-    with safe_open(path, "pt") as file, torch.no_grad():
-        facts = file.metadata()
-        parameters, _ = insert(model, facts["kind"], int(facts["reduction"]))
-        for name, parameter in parameters.items():
-            parameter.copy_(file.get_tensor(name))
-
-
-def export_classes(folder: Path, classes: list[str]) -> None:
-    """Write the label names, in the order of class ids."""
-    (folder / "classes.json").write_text(json.dumps(classes, indent=1) + "\n")
 
 
 def apply_base_patch(model: nn.Module, path: Path) -> None:

@@ -1,18 +1,39 @@
-"""Full fine-tuning: every weight of the backbone."""
+"""Full fine-tuning: every weight of the backbone, or its biases alone."""
 
 import torch
 from torch import Tensor, nn
 
-from slora_flwr.adapters.base import HeadAdapter
+from slora_flwr.adapters.base import Adapter, require_float32
 from slora_flwr.backbone.load import Backbone
+from slora_flwr.config import RunConfig
 
 
-class FullAdapter(HeadAdapter):
+class FullAdapter(Adapter):
     """Train all weights; the state holds them by their names in the model."""
+
+    default_lr = 5e-4
+    copies_weights = True
 
     def __init__(self) -> None:
         super().__init__()
         self._before: dict[str, Tensor] = {}
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Refuse weights in half precision."""
+        rounds = (
+            f" for {config.method}, whose updates bfloat16 weights would round away"
+        )
+        require_float32(config, rounds)
+
+    @classmethod
+    def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
+        """Return the number of values in a whole state, whatever is attached."""
+        return backbone.head_size + sum(
+            parameter.numel()
+            for name, parameter in backbone.model.named_parameters()
+            if name not in backbone.head and cls._trains(name)
+        )
 
     def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
         body = {
@@ -23,7 +44,8 @@ class FullAdapter(HeadAdapter):
         self._before = {name: p.detach().clone() for name, p in body.items()}
         return body
 
-    def _trains(self, name: str) -> bool:
+    @classmethod
+    def _trains(cls, name: str) -> bool:
         return True
 
     def _restore(self, backbone: Backbone) -> None:
@@ -31,3 +53,14 @@ class FullAdapter(HeadAdapter):
             for name, before in self._before.items():
                 self._trained[name].copy_(before)
         self._before = {}
+
+
+class BiasAdapter(FullAdapter):
+    """Train every bias of the backbone: BitFit (arXiv 2106.10199)."""
+
+    default_lr = 5e-3
+    copies_weights = False
+
+    @classmethod
+    def _trains(cls, name: str) -> bool:
+        return name.endswith(".bias")

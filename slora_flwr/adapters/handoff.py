@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slora_flwr.adapters import make_adapter
 from slora_flwr.adapters.low_rank import LowRankAdapter
 from slora_flwr.adapters.priming import check_handoff, prime
 from slora_flwr.adapters.sparse import SparseAdapter
-from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.svd import TruncatedSvd, truncated_svd
 from slora_flwr.common.tensors import State
 from slora_flwr.config import LoraConfig, RunConfig
+from slora_flwr.config.methods import find_aggregator
 from slora_flwr.config.schedule import Phase
 
 
@@ -26,14 +26,14 @@ class Handoff:
     ----------
     state : State
         Of the low-rank adapter, with the head that the sparse phase trained.
-    patch : BasePatch or None
+    patch : BaseWeights or None
         The base; None for W_0.
     energies : dict[str, float]
         Share of each delta's squared norm that the rank keeps, by target matrix.
     """
 
     state: State
-    patch: BasePatch | None
+    patch: BaseWeights | None
     energies: dict[str, float]
 
 
@@ -72,13 +72,13 @@ def prime_low_rank(
         config.alpha,
         scaling=config.scaling,
         seed=seed,
-        aggregator=config.aggregator,
+        trains=find_aggregator(config.aggregator).trains,
     )
     lora.attach(backbone)
     start = lora.whole(lora.state()) | head  # PEFT's own start, for `warm-start`
     lora.detach()
 
-    frozen = config.aggregator == "ffa"
+    frozen = find_aggregator(config.aggregator).trains == "b"
     factors = _resolve(config)
     a: State = {}
     b: State = {}
@@ -96,9 +96,9 @@ def prime_low_rank(
 
     patch = None
     if config.base != "w0":
-        patch = BasePatch(positions, values, a, b, lora.scaling)
+        patch = BaseWeights(positions, values, a, b, lora.scaling)
     elif frozen:
-        patch = BasePatch(a=a)
+        patch = BaseWeights(a=a)
     _check(backbone, lora.scaling, config.base, positions, delta, svds, start, patch)
     if frozen:
         start = {n: t for n, t in start.items() if not n.endswith(".lora_A")}
@@ -109,12 +109,12 @@ def _resolve(config: LoraConfig) -> str:
     """Choose the factors of `auto`: a frozen A is best orthonormal."""
     if config.factors != "auto":
         return config.factors
-    return "b" if config.aggregator == "ffa" else "balanced"
+    return "b" if find_aggregator(config.aggregator).trains == "b" else "balanced"
 
 
 def start_from_weights(
     backbone: Backbone, config: LoraConfig
-) -> tuple[State, BasePatch]:
+) -> tuple[State, BaseWeights]:
     """Start a low-rank phase from the SVD of W_0, and take that off the base.
 
     FeDeRA (arXiv 2404.18848), PiSSA (arXiv 2404.02948): s·B·A = U_r S_r V_rᵀ of W_0,
@@ -131,14 +131,14 @@ def start_from_weights(
     -------
     state : State
         The factors by their names in the low-rank adapter's state.
-    patch : BasePatch
+    patch : BaseWeights
         The base.
     """
     scaling = LowRankAdapter(config.rank, config.alpha, scaling=config.scaling).scaling
-    frozen = config.aggregator == "ffa"
+    frozen = find_aggregator(config.aggregator).trains == "b"
     factors = _resolve(config)
     state: State = {}
-    patch = BasePatch(scaling=scaling)
+    patch = BaseWeights(scaling=scaling)
     for name, module in backbone.targets.items():
         weight = module.weight.detach().double().cpu().numpy()
         u, s, vt = np.linalg.svd(weight, full_matrices=False)
@@ -177,19 +177,16 @@ def base_layout(
     scaling : float
         s.
     """
-    lora, frozen = config.lora, config.aggregator == "ffa"
+    lora, frozen = config.lora, find_aggregator(phase.aggregator).trains == "b"
     positions: dict[str, NDArray[np.int64]] = {}
     start = lora.base if phase.primed else lora.start
     if start in ("residual", "warm-start"):
-        sparse = make_adapter("sparse", config)
-        assert isinstance(sparse, SparseAdapter)
-        positions = sparse.masks(backbone, rounds_before)
+        positions = SparseAdapter.from_config(config).masks(backbone, rounds_before)
     alone = "a" if frozen else ""
     factors = {"residual": "ab", "federa": "ab", "w0": alone, "orthonormal": alone}
-    shapes = BasePatch.shapes(backbone, positions, lora.rank, factors.get(start, ""))
-    adapter = make_adapter("lora", config)
-    assert isinstance(adapter, LowRankAdapter)
-    return shapes, positions, adapter.scaling
+    shapes = BaseWeights.shapes(backbone, positions, lora.rank, factors.get(start, ""))
+    scaling = LowRankAdapter(lora.rank, lora.alpha, scaling=lora.scaling).scaling
+    return shapes, positions, scaling
 
 
 def _check(
@@ -200,7 +197,7 @@ def _check(
     delta: State,
     svds: dict[str, TruncatedSvd],
     start: State,
-    patch: BasePatch | None,
+    patch: BaseWeights | None,
 ) -> None:
     """Compare the weights that a node would compute with, one matrix at a time."""
     before = {n: m.weight.detach().float().cpu() for n, m in backbone.targets.items()}

@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slora_flwr.adapters.base import HeadAdapter
+from slora_flwr.adapters.base import Adapter
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
 
 
-class LowRankAdapter(HeadAdapter):
+class LowRankAdapter(Adapter):
     """Train factors of each target matrix: W = W_base + s·B·A.
 
     The state holds `<module>.lora_A`, shape (rank, in), and `<module>.lora_B`, shape
@@ -32,14 +32,14 @@ class LowRankAdapter(HeadAdapter):
         2312.03732).
     seed : int
         Of the random start: on all machines the same.
-    aggregator : str
-        With `ffa` (FFA-LoRA, arXiv 2403.12313) A stays as it starts and is not in the
-        state. With `alternate` (RoLoRA, arXiv 2409.02346) odd rounds train and return
-        B, even ones A.
+    trains : str
+        `both` factors, or `b`: A stays as it starts and is not in the state (FFA-LoRA,
+        arXiv 2403.12313), or `in-turn`: odd rounds train and return B, even ones A
+        (RoLoRA, arXiv 2409.02346).
     orthonormal : bool
         Start with orthonormal rows in A.
     frozen : State or None
-        For `ffa`, A by target matrix where it does not follow from the seed.
+        Where A is frozen, A by target matrix if it does not follow from the seed.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class LowRankAdapter(HeadAdapter):
         *,
         scaling: str = "rank",
         seed: int = 0,
-        aggregator: str = "fedavg",
+        trains: str = "both",
         orthonormal: bool = False,
         frozen: State | None = None,
     ) -> None:
         super().__init__()
         self.rank = rank
         self.scaling = alpha / (rank if scaling == "rank" else math.sqrt(rank))
-        self._seed, self._aggregator = seed, aggregator
+        self._seed, self._trains = seed, trains
         self._orthonormal, self._frozen = orthonormal, frozen
         self._factors: State = {}
 
@@ -69,8 +69,8 @@ class LowRankAdapter(HeadAdapter):
         )
 
     def begin(self, phase_round: int) -> None:
-        """Let the factor rest whose turn it is not."""
-        if self._aggregator != "alternate":
+        """Freeze the factor that this round does not train."""
+        if self._trains != "in-turn":
             return
         resting = ".lora_A" if phase_round % 2 else ".lora_B"
         self._idle = {name for name in self._trained if name.endswith(resting)}
@@ -78,12 +78,16 @@ class LowRankAdapter(HeadAdapter):
             parameter.requires_grad_(name not in self._idle)
 
     def whole(self, state: State) -> State:
-        """Add A to a state that it is left out of."""
+        """Return a state with A, where A is frozen and the state is left without it."""
         frozen = {f"{n}.lora_A": a.float().cpu() for n, a in self._factors.items()}
         return state | frozen
 
+    def cut(self, state: State, rank: int) -> State:
+        """Return what a client of a rank trains on, zeros in place of the rest."""
+        return cut_ranks(state, rank)
+
     def known(self) -> State:
-        """Copy nothing: factors start at random."""
+        """Return nothing: factors start at random."""
         return {}
 
     def fingerprint(self) -> str:
@@ -93,20 +97,20 @@ class LowRankAdapter(HeadAdapter):
             digest.update(a.float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def move_shapes(self, backbone: Backbone, rank: int) -> dict[str, torch.Size]:
-        """Give the layout of a move: factors b, (out, rank), and a, (rank, in)."""
+    def change_shapes(self, backbone: Backbone, rank: int) -> dict[str, torch.Size]:
+        """Return the layout of a base change: b, (out, rank), and a, (rank, in)."""
         shapes = {}
         for name, module in backbone.targets.items():
             shapes[f"{name}.b"] = torch.Size([module.out_features, rank])
             shapes[f"{name}.a"] = torch.Size([rank, module.in_features])
         return shapes
 
-    def move(self, backbone: Backbone, move: State, phase_round: int) -> None:
+    def change(self, backbone: Backbone, change: State, phase_round: int) -> None:
         """Add b·a to each target matrix."""
         with torch.no_grad():
             for name, module in backbone.targets.items():
                 # In float64, so that the last bit rarely depends on who multiplies.
-                product = move[f"{name}.b"].double() @ move[f"{name}.a"].double()
+                product = change[f"{name}.b"].double() @ change[f"{name}.a"].double()
                 module.weight.add_(product.to(module.weight.device, torch.float32))
 
     def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
@@ -119,7 +123,7 @@ class LowRankAdapter(HeadAdapter):
                 a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
                 if self._orthonormal:
                     nn.init.orthogonal_(a)
-                if self._aggregator == "ffa":
+                if self._trains == "b":
                     if self._frozen is not None:
                         a.data.copy_(self._frozen[name])
                     a.requires_grad_(False)

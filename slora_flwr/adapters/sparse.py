@@ -7,7 +7,7 @@ all clients, named by its seed.
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,10 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from slora_flwr.adapters.base import HeadAdapter
-from slora_flwr.adapters.masks import deal_densities, draw_lines, fingerprint, positions
+from slora_flwr.adapters.base import Adapter, require_float32, require_targets
+from slora_flwr.adapters.masks import (
+    deal_densities,
+    draw_lines,
+    fingerprint,
+    mask_size,
+    positions,
+)
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
+from slora_flwr.config import ConfigError, RunConfig
+from slora_flwr.config.schedule import Phase
 
 # On a CPU, masks of up to this density are quicker to sample than to gather from the
 # dense gradient, at every shape from 384 x 384 to 768 x 3072, on two cores
@@ -26,7 +34,7 @@ from slora_flwr.common.tensors import State
 SAMPLED_DENSITY = 0.1
 
 
-class SparseAdapter(HeadAdapter):
+class SparseAdapter(Adapter):
     """Train the values at a mask's positions.
 
     The state holds, for each target matrix, the weight's values at the mask's positions
@@ -53,6 +61,12 @@ class SparseAdapter(HeadAdapter):
         trained, and its start need not travel: the values are the base's.
     """
 
+    default_lr = 1e-2
+    section = "sparse"
+    is_selection = True
+    acts_on_targets = True
+    learns_delta = True
+
     def __init__(
         self,
         density: float,
@@ -69,10 +83,74 @@ class SparseAdapter(HeadAdapter):
         self._fingerprint = ""
         self._before: dict[str, Tensor] = {}
 
+    @classmethod
+    def from_config(cls, config: RunConfig, frozen: State | None = None) -> Self:
+        """Return an adapter of the run, not attached yet."""
+        sparse, redrawn = config.sparse, cls.changes_base(config)
+        return cls(sparse.density, sparse.mask, config.seed, sparse.budget, redrawn)
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Refuse what masks drawn anew each round cannot run with."""
+        if not cls.changes_base(config):
+            return
+        writes = ", since sparse.schedule per-round writes to the weights"
+        require_float32(config, writes)
+        if config.server.optimizer != "none":
+            # Moments of one round's weights would move the next one's.
+            raise ConfigError(
+                f"server.optimizer is {config.server.optimizer!r}; allowed: none, "
+                "since sparse.schedule is per-round"
+            )
+
+    @classmethod
+    def check_fit(cls, config: RunConfig, backbone: Backbone) -> None:
+        """Refuse a backbone without target matrices."""
+        require_targets(config, backbone)
+
+    @classmethod
+    def changes_base(cls, config: RunConfig) -> bool:
+        """Return whether each round has a mask of its own."""
+        return config.sparse.schedule == "per-round"
+
+    @classmethod
+    def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
+        """Return the number of values in a whole state, whatever is attached."""
+        sparse = config.sparse
+        shapes = {name: _shape(module) for name, module in backbone.targets.items()}
+        densities = deal_densities(shapes, sparse.density, sparse.budget)
+        return backbone.head_size + sum(
+            mask_size(shape, densities[name], sparse.mask)
+            for name, shape in shapes.items()
+        )
+
+    @classmethod
+    def traffic(
+        cls,
+        phase: Phase,
+        config: RunConfig,
+        backbone: Backbone,
+        phase_round: int,
+        client: int,
+    ) -> tuple[int, int]:
+        """Return how many values a client is sent in a round and how many it returns.
+
+        Values that the base holds already are not sent.
+        """
+        whole = cls.state_size(config, backbone)
+        return (backbone.head_size if phase.changes_base else whole), whole
+
+    @classmethod
+    def change_size(
+        cls, phase: Phase, config: RunConfig, backbone: Backbone, cohort: int
+    ) -> int:
+        """Return the number of values by which a round changes the base."""
+        return cls.state_size(config, backbone) - backbone.head_size
+
     def masks(
         self, backbone: Backbone, rounds: int = 0
     ) -> dict[str, NDArray[np.int64]]:
-        """Give what the mask of each target matrix covers: row-major positions.
+        """Return what the mask of each target matrix covers: row-major positions.
 
         Parameters
         ----------
@@ -111,18 +189,18 @@ class SparseAdapter(HeadAdapter):
         values = {f"{name}.values": t.float().cpu() for name, t in self._before.items()}
         return values | sent
 
-    def move_shapes(self, backbone: Backbone, rank: int) -> dict[str, torch.Size]:
-        """Give the layout of a move: the values under a round's mask."""
+    def change_shapes(self, backbone: Backbone, rank: int) -> dict[str, torch.Size]:
+        """Return the layout of a base change: the values under a round's mask."""
         shapes = self.mask_of(backbone, 1)
         return {f"{name}.values": torch.Size([len(p)]) for name, p in shapes.items()}
 
-    def move(self, backbone: Backbone, move: State, phase_round: int) -> None:
+    def change(self, backbone: Backbone, change: State, phase_round: int) -> None:
         """Write the values that a round ended with into the base, while detached."""
         with torch.no_grad():
             for name, lines in self._draw(backbone, phase_round).items():
                 weight = backbone.targets[name].weight
                 at = torch.from_numpy(lines).to(weight.device)
-                values = move[f"{name}.values"].to(weight.device, weight.dtype)
+                values = change[f"{name}.values"].to(weight.device, weight.dtype)
                 _scatter(weight, at, values, self._structure)
 
     def commit(self) -> None:
@@ -136,7 +214,7 @@ class SparseAdapter(HeadAdapter):
     def learned(
         self, state: State, rounds: int
     ) -> tuple[dict[str, NDArray[np.int64]], State]:
-        """Give the entries that so many rounds trained.
+        """Return the entries that so many rounds trained.
 
         Parameters
         ----------

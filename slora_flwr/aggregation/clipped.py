@@ -7,6 +7,7 @@ import torch
 from flwr.app import Array
 from torch import Tensor
 
+from slora_flwr.aggregation.base import Aggregator
 from slora_flwr.aggregation.mean import PLAIN, SCALE, Mean
 from slora_flwr.wire.clipping import clip
 from slora_flwr.wire.codec import Codec
@@ -83,3 +84,12 @@ class ClippedMean(Mean):
 
     def _divisor(self, name: str, sums: Tensor) -> Tensor | int:
         return self._clients
+
+
+class ClippedAggregator(Aggregator):
+    """The mean of clipped updates in place of another aggregator's mean."""
+
+    def make_fold(self) -> ClippedMean:
+        """Return an empty fold that clips each client's update."""
+        bound = self.config.privacy.bound(self.phase.adapter_type.section)
+        return ClippedMean(bound, self.config.clients.per_round, self.codec)

@@ -1,8 +1,20 @@
-"""What becomes of the mean of products B·A: new factors, or a change of the base."""
+"""Aggregators of LoRA's products B·A, which the means of factors do not give.
+
+With P the mean of the clients' products B_i·A_i, weighted by examples:
+
+- `exact` (FedEx-LoRA, arXiv 2410.09432) takes the means of the factors and adds what
+  their product lacks, P - B·A, to the base.
+- `flexlora` (FlexLoRA, arXiv 2402.11505) takes the best factors of the rank, by the SVD
+  of P, which the QR factors of the stacks give without the dense product (FLoRIST,
+  arXiv 2506.09199).
+"""
 
 import torch
 
+from slora_flwr.adapters.base import Adapter
 from slora_flwr.adapters.priming import prime
+from slora_flwr.aggregation.base import Aggregator, Step
+from slora_flwr.aggregation.mean import Mean
 from slora_flwr.aggregation.stack import Stack
 from slora_flwr.common.svd import truncated_product
 from slora_flwr.common.tensors import State
@@ -67,3 +79,36 @@ def residual(stack: Stack, sent: State, after: State, scaling: float) -> State:
         change[f"{name}.b"] = torch.from_numpy(svd.u[:, :rank] * root).float()
         change[f"{name}.a"] = torch.from_numpy(root[:, None] * svd.vt[:rank]).float()
     return change
+
+
+class ExactProducts(Aggregator):
+    """The means of the factors, and their product's error on the base: FedEx-LoRA."""
+
+    steps = False
+    is_mean = False
+    changes_base = True
+    needs_float32 = True
+    fold = Stack
+
+    def finish(
+        self, fold: Mean, sent: State, step: Step, adapter: Adapter
+    ) -> tuple[State, State | None]:
+        """Return the state after a round, and s·(P - B·A); see `Aggregator.finish`."""
+        state = step(fold.result())
+        return state, residual(Stack.of(fold), sent, state, adapter.scaling)
+
+
+class FactoredProducts(Aggregator):
+    """The best factors of the mean product: FlexLoRA."""
+
+    steps = False
+    takes_ranks = True
+    is_mean = False
+    renews = True
+    fold = Stack
+
+    def finish(
+        self, fold: Mean, sent: State, step: Step, adapter: Adapter
+    ) -> tuple[State, State | None]:
+        """Return the state after a round, its factors new; the base stays."""
+        return step(fold.result()) | redistribute(Stack.of(fold), sent), None

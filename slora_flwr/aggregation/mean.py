@@ -1,6 +1,7 @@
 """Aggregation: folds of updates whose order and grouping do not matter."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Self
 
 import torch
 from flwr.app import Array
@@ -54,6 +55,19 @@ class Mean:
         self._clip_norm = clip_norm
         self._expected = 0
         self._weights: dict[int, int] = {}  # by rank
+
+    @classmethod
+    def of(cls, fold: "Mean") -> Self:
+        """Return a fold as what its aggregator made it.
+
+        Raises
+        ------
+        TypeError
+            If another aggregator made it.
+        """
+        if not isinstance(fold, cls):
+            raise TypeError(f"the fold is {type(fold).__name__}, not {cls.__name__}")
+        return fold
 
     def expect(self, weight: int) -> None:
         """Name the weight of all that may come: each gets its share of the range.

@@ -21,7 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slora_flwr.adapters.base import Adapter
 from slora_flwr.adapters.priming import prime
+from slora_flwr.aggregation.base import Aggregator, Step
+from slora_flwr.aggregation.mean import Mean
 from slora_flwr.aggregation.stack import Stack
 from slora_flwr.common.svd import truncated_svd
 from slora_flwr.common.tensors import State
@@ -139,3 +142,20 @@ def _gram(
 
 def _stack(updates: Sequence[Update], name: str) -> Tensor:
     return torch.stack([update[name].double() for update in updates])
+
+
+class RobustAggregator(Aggregator):
+    """A robust statistic in place of another aggregator's mean."""
+
+    fold = Stack
+
+    def finish(
+        self, fold: Mean, sent: State, step: Step, adapter: Adapter
+    ) -> tuple[State, State | None]:
+        """Return the state after a round, and what it changes of the base."""
+        update, factors = combine(
+            Stack.of(fold), self.config.server, sent, adapter.scaling
+        )
+        state = step(update) | factors
+        changes = self.phase.changes_base
+        return state, adapter.base_change(state) if changes else None

@@ -1,16 +1,4 @@
-"""Aggregators that need each client's update: `exact`, `flexlora`, and robust ones.
-
-The mean of A and the mean of B do not multiply to the mean of B·A. With P the mean of
-the clients' products B_i·A_i, weighted by examples:
-
-- `exact` (FedEx-LoRA, arXiv 2410.09432) takes the means of the factors and adds what
-  their product lacks, P - B·A, to the base.
-- `flexlora` (FlexLoRA, arXiv 2402.11505) takes the best factors of the rank, by the SVD
-  of P, which the QR factors of the stacks give without the dense product (FLoRIST,
-  arXiv 2506.09199).
-
-For the robust ones see `slora_flwr.aggregation.robust`.
-"""
+"""The mean, and each client's update beside it, for what a mean does not give."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,11 +7,8 @@ from flwr.app import Array
 from torch import Tensor
 
 from slora_flwr.adapters.low_rank import fill_slices, rank_shapes, take_slices
-from slora_flwr.aggregation.clipped import ClippedMean
 from slora_flwr.aggregation.mean import PLAIN, Mean
 from slora_flwr.common.tensors import State
-from slora_flwr.config import RunConfig
-from slora_flwr.config.schedule import Phase
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.packing import pack, unpack
 
@@ -116,17 +101,3 @@ class Stack(Mean):
                 left.append(b[:, :rank] * (weight / self.weight))
             found[name] = torch.cat(left, dim=1), torch.cat(right)
         return found
-
-
-def make_aggregate(phase: Phase, config: RunConfig, head: int) -> Mean:
-    """Make the fold of a phase's updates, whose last `head` values are the head's."""
-    rank_of = None
-    if phase.adapter == "lora" and config.lora.ranks:
-        rank_of = config.lora.rank_of
-    codec = Codec.of_upload(config.upload, phase.adapter, head)
-    if config.privacy.is_on:
-        bound = config.privacy.bound(phase.adapter)
-        return ClippedMean(bound, config.clients.per_round, codec)
-    robust = config.server.robust != "none"
-    kind = Stack if robust or phase.aggregator in ("exact", "flexlora") else Mean
-    return kind(rank_of, codec, config.server.clip_norm)

@@ -11,7 +11,7 @@ from slora_flwr.backbone.load import Backbone
 
 
 @dataclass
-class BasePatch:
+class BaseWeights:
     """W_base = W_0 with the sparse phase's values, minus s·B·A of the start.
 
     All parts may be empty: the base is W_0 then, and it can be changed and given back.
@@ -99,7 +99,7 @@ class BasePatch:
         state: dict[str, Tensor],
         positions: dict[str, NDArray[np.int64]],
         scaling: float,
-    ) -> "BasePatch":
+    ) -> "BaseWeights":
         """Build a patch from its `state`."""
         parts: dict[str, dict[str, Tensor]] = {"values": {}, "a": {}, "b": {}}
         for key, tensor in state.items():

@@ -50,6 +50,11 @@ class Backbone:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
+    @property
+    def target_size(self) -> int:
+        """Number of weights in all target matrices."""
+        return sum(module.weight.numel() for module in self.targets.values())
+
     @cached_property
     def digest(self) -> str:
         """BLAKE2b of W_0 without the head, as loaded; 32 hex digits.

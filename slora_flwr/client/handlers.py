@@ -22,11 +22,10 @@ from flwr.common.logger import log
 from torch import Size
 
 import slora_flwr
-from slora_flwr.adapters.handoff import base_layout
 from slora_flwr.adapters.low_rank import fill_slices, rank_shapes
+from slora_flwr.aggregation.choice import make_aggregator
 from slora_flwr.aggregation.mean import FoldError
-from slora_flwr.aggregation.stack import make_aggregate
-from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import digest_of
 from slora_flwr.client.network_bytes import count_wire
 from slora_flwr.client.sender import Sender
@@ -148,7 +147,8 @@ def train(message: Message, context: Context) -> Message:
     worker = get_worker(context, instruction)
     state = _enter(worker, instruction)
     phase = worker.schedule[instruction.phase]
-    fold = make_aggregate(phase, worker.config, worker.backbone.head_size)
+    aggregator = make_aggregator(phase, worker.config, worker.backbone.head_size)
+    fold = aggregator.make_fold()
     report = Report(
         instruction.server_round,
         instruction.phase,
@@ -240,14 +240,14 @@ def _enter(worker: Worker, instruction: Instruction) -> State:
         parcel = instruction.parcel
         if parcel.weights is not None:
             weights = unpack(parcel.weights, worker.target_shapes)
-            worker.enter(phase, BasePatch(weights=weights), instruction.base)
+            worker.enter(phase, BaseWeights(weights=weights), instruction.base)
         else:
             if not worker.has_entered(phase, parcel.known):
                 patch = _base(worker, instruction) if parcel.known else None
                 worker.enter(phase, patch, parcel.known)
             if parcel.moves:
                 moves = [_read_move(worker, packed) for packed in parcel.moves]
-                worker.move_base(moves, parcel.version + 1, instruction.base)
+                worker.change_base(moves, parcel.version + 1, instruction.base)
     adapter = worker.enter(phase, None, instruction.base)
     adapter.begin(instruction.phase_round)
     if adapter.fingerprint() != instruction.fingerprint:
@@ -263,9 +263,9 @@ def _read_state(
     worker: Worker, layout: dict[str, Size], instruction: Instruction
 ) -> State:
     """Read what a client is sent of the state."""
-    lora = worker.config.lora
-    if worker.schedule[instruction.phase].adapter == "lora" and lora.ranks:
-        largest = max(map(lora.rank_of, instruction.clients))
+    adapter = worker.schedule[instruction.phase].adapter_type
+    if rank_of := adapter.client_ranks(worker.config):
+        largest = max(map(rank_of, instruction.clients))
         sent = unpack(instruction.state, rank_shapes(layout, largest))
         return fill_slices(sent, layout)
     codec = Codec.of_download(worker.config.download, worker.backbone.head_size)
@@ -283,10 +283,10 @@ def _read_state(
 
 
 def _read_move(worker: Worker, packed: Array) -> State:
-    return unpack(packed, worker.move_shapes(len(packed.data) // 4))
+    return unpack(packed, worker.change_shapes(len(packed.data) // 4))
 
 
-def _base(worker: Worker, instruction: Instruction) -> BasePatch:
+def _base(worker: Worker, instruction: Instruction) -> BaseWeights:
     """Take the phase's first base from the message, or from this machine's cache."""
     known, sent = instruction.parcel.known, instruction.parcel.start
     # Through bytes, so that what came over the network cannot be a path.
@@ -302,8 +302,9 @@ def _base(worker: Worker, instruction: Instruction) -> BasePatch:
     if sent is not None:
         write_atomically(path, data)
     rounds_before = instruction.server_round - instruction.phase_round
-    shapes, positions, scaling = base_layout(
-        worker.schedule[instruction.phase],
+    phase = worker.schedule[instruction.phase]
+    shapes, positions, scaling = phase.adapter_type.base_layout(
+        phase,
         worker.config,
         worker.backbone,
         rounds_before,
@@ -311,4 +312,4 @@ def _base(worker: Worker, instruction: Instruction) -> BasePatch:
     size = sum(prod(shape) for shape in shapes.values())
     change = codec.decode(Array(codec.dtype, (size,), codec.stype, data), shapes)
     known_of = {} if codec.is_exact else worker.known_of(positions)
-    return BasePatch.from_state(add(change, known_of), positions, scaling)
+    return BaseWeights.from_state(add(change, known_of), positions, scaling)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from flwr.app import Context
 from numpy.random import Philox
 
-from slora_flwr.adapters.low_rank import LowRankAdapter, fill_slices, take_slices
+from slora_flwr.adapters.low_rank import fill_slices, take_slices
 from slora_flwr.client.residuals import Residuals
 from slora_flwr.common.random import key
 from slora_flwr.common.tensors import State
@@ -35,19 +35,17 @@ class Sender:
         self._worker, self._instruction = worker, instruction
         config, phase = worker.config, worker.schedule[instruction.phase]
         self._codec = Codec.of_upload(
-            config.upload, phase.adapter, worker.backbone.head_size
+            config.upload, phase.adapter_type.is_selection, worker.backbone.head_size
         )
-        self._has_ranks = phase.adapter == "lora" and bool(config.lora.ranks)
+        self._rank_of = phase.adapter_type.client_ranks(config)
         self._remembers = config.upload.feedback and not self._codec.is_exact
         self._clip_norm = config.server.clip_norm
         if config.privacy.is_on:
-            self._clip_norm = config.privacy.bound(phase.adapter)
+            self._clip_norm = config.privacy.bound(phase.adapter_type.section)
         self._before: State = {}
         # What an update lacks of a mask that was drawn for one round has no place in
         # another's, nor what it lacks of factors that FlexLoRA makes anew.
-        self._has_head_alone = phase.aggregator == "flexlora" or (
-            phase.adapter == "sparse" and phase.moves_base
-        )
+        self._has_head_alone = phase.renews
         layout = "head" if self._has_head_alone else instruction.fingerprint
         self._tag = f"{instruction.phase} {layout} "
         is_only_client = parse(context.run_config).clients.count == 0
@@ -65,14 +63,14 @@ class Sender:
         """Code a client's update; `start` is the state that it was sent."""
         config = self._worker.config
         shapes = {name: tensor.shape for name, tensor in update.items()}
-        rank = config.lora.rank_of(client)
         if self._remembers:
             since = self._since(client)
             self._before = self._residuals.take(client, self._tag, since)
         adapter = self._worker.adapter
-        if isinstance(adapter, LowRankAdapter):
-            start = adapter.whole(start)
-        if self._has_ranks:
+        assert adapter is not None
+        start = adapter.whole(start)
+        if self._rank_of:
+            rank = self._rank_of(client)
             update, start = take_slices(update, rank), take_slices(start, rank)
         upload = code_update(
             update,

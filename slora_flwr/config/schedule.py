@@ -1,38 +1,12 @@
-"""Methods as schedules of phases."""
+"""A run's method as a schedule of phases."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from slora_flwr.config.methods import find_adapter, find_aggregator, list_methods
 from slora_flwr.config.sections import PhaseRecipeConfig, RecipeConfig, RunConfig
-
-# Each method: the adapters of its phases, in order.
-SCHEDULES: dict[str, tuple[str, ...]] = {
-    "fft": ("full",),
-    "head": ("head",),
-    "sft": ("sparse",),
-    "lora": ("lora",),
-    "ffa-lora": ("lora",),
-    "alternate-lora": ("lora",),
-    "fedex-lora": ("lora",),
-    "flexlora": ("lora",),
-    "slora": ("sparse", "lora"),
-    "head-lora": ("head", "lora"),
-    "bitfit": ("bias",),
-    "houlsby": ("houlsby",),
-    "pfeiffer": ("pfeiffer",),
-}
-
-# The useful rates differ by an order of magnitude between adapters.
-DEFAULT_RATES = {
-    "full": 5e-4,
-    "head": 5e-3,
-    "sparse": 1e-2,
-    "lora": 2e-3,
-    "bias": 5e-3,
-    "houlsby": 2e-3,
-    "pfeiffer": 2e-3,
-}
 
 
 @dataclass(frozen=True)
@@ -42,20 +16,22 @@ class Phase:
     Attributes
     ----------
     adapter : str
-        One of `DEFAULT_RATES`; it also names the phase.
+        The adapter's name, which also names the phase.
     rounds : int
         Number of rounds; the most that it may take where `is_open`.
     recipe : RecipeConfig
         Local training, every field resolved.
     aggregator : str
-        What becomes of the clients' updates: `fedavg`, or another of the low-rank
-        phase's.
+        What becomes of the clients' updates.
     primed : bool
-        True where it starts from the delta that a sparse phase before it learned.
+        True where it starts from the delta that the phase before it learned.
     is_open : bool
         True where the phase ends once it has stopped gaining.
-    moves_base : bool
+    changes_base : bool
         True where each round changes the weights that the adapter stands on.
+    renews : bool
+        True where each round's values have no place in the next one's: residuals of
+        their coding are dropped.
     """
 
     adapter: str
@@ -64,30 +40,43 @@ class Phase:
     aggregator: str = "fedavg"
     primed: bool = False
     is_open: bool = False
-    moves_base: bool = False
+    changes_base: bool = False
+    renews: bool = False
+
+    @property
+    def adapter_type(self) -> Any:
+        """The adapter's class, a `slora_flwr.adapters.base.Adapter`."""
+        return find_adapter(self.adapter)
+
+    @property
+    def aggregator_type(self) -> Any:
+        """The aggregator's class, a `slora_flwr.aggregation.base.Aggregator`."""
+        return find_aggregator(self.aggregator)
 
 
 def make_schedule(config: RunConfig) -> list[Phase]:
-    """List the phases of the run's method in order."""
-    adapters = SCHEDULES[config.method]
+    """Return the phases of the run's method in order."""
+    rows = list_methods()[config.method].phases
     phases = []
-    for i, adapter in enumerate(adapters):
+    for i, row in enumerate(rows):
         rounds, is_open = config.rounds, False
-        if len(adapters) == 2:
+        if len(rows) == 2:
             is_open = i == 0 and not config.sparse.rounds
             first = config.sparse.rounds or config.rounds // 2
             rounds = first if i == 0 else config.rounds - first
-        aggregator = config.aggregator if adapter == "lora" else "fedavg"
-        redrawn = adapter == "sparse" and config.sparse.schedule == "per-round"
+        name = row.aggregator or config.lora.aggregator
+        adapter, aggregator = find_adapter(row.adapter), find_aggregator(name)
+        redraws = adapter.changes_base(config)
         phases.append(
             Phase(
-                adapter,
+                row.adapter,
                 rounds,
                 _recipe(config, adapter),
-                aggregator,
-                primed=adapters[:i] == ("sparse",),
+                name,
+                primed=i > 0 and find_adapter(rows[i - 1].adapter).learns_delta,
                 is_open=is_open,
-                moves_base=redrawn or aggregator == "exact",
+                changes_base=redraws or aggregator.changes_base,
+                renews=redraws or aggregator.renews,
             )
         )
     return phases
@@ -98,7 +87,7 @@ PATIENCE, LEAST_GAIN = 3, 0.01
 
 
 def has_stopped_gaining(*figures: Sequence[float]) -> bool:
-    """Tell whether an open phase should end: each figure's best is `PATIENCE` old.
+    """Return whether an open phase should end: each figure's best is `PATIENCE` old.
 
     A figure (accuracy; share of the delta's energy that the rank keeps) gains in a
     round if it exceeds the best before by `LEAST_GAIN`, absolute: one point.
@@ -106,7 +95,7 @@ def has_stopped_gaining(*figures: Sequence[float]) -> bool:
     Parameters
     ----------
     *figures : Sequence[float]
-        Each figure after every round so far, in order; all of one length.
+        Each figure after every round so far, in order; all have the same length.
     """
     return all(_rounds_without_gain(series) >= PATIENCE for series in figures)
 
@@ -119,17 +108,12 @@ def _rounds_without_gain(series: Sequence[float]) -> int:
     return since
 
 
-def _recipe(config: RunConfig, adapter: str) -> RecipeConfig:
-    own: PhaseRecipeConfig = {
-        "sparse": config.sparse,
-        "lora": config.lora,
-        "houlsby": config.bottleneck,
-        "pfeiffer": config.bottleneck,
-    }.get(adapter, PhaseRecipeConfig())
+def _recipe(config: RunConfig, adapter: Any) -> RecipeConfig:
+    own = getattr(config, adapter.section) if adapter.section else PhaseRecipeConfig()
     return replace(
         config.train,
         epochs=own.epochs or config.train.epochs,
         batch_size=own.batch_size or config.train.batch_size,
         optimizer=own.optimizer or config.train.optimizer,
-        lr=own.lr or config.train.lr or DEFAULT_RATES[adapter],
+        lr=own.lr or config.train.lr or adapter.default_lr,
     )

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slora_flwr.adapters import make_adapter
-from slora_flwr.adapters.size import targets_size
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.config import RecipeConfig, RunConfig
 from slora_flwr.config.schedule import Phase
@@ -54,7 +52,7 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
     backbone : Backbone
         With W_0 resident and nothing attached, before and after.
     """
-    adapter = make_adapter(phase.adapter, config)
+    adapter = phase.adapter_type.from_config(config)
     resident = {p.untyped_storage().data_ptr() for p in backbone.model.parameters()}
     adapter.attach(backbone)
     adapter.begin(1)
@@ -71,10 +69,10 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
     adapter.detach()
     weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
     aside = 0
-    if phase.adapter == "full":
+    if adapter.copies_weights:
         aside = weights
-    elif phase.moves_base or start_size(phase, config, backbone, 1):
-        aside = 4 * targets_size(backbone)
+    elif phase.changes_base or start_size(phase, config, backbone, 1):
+        aside = 4 * backbone.target_size
     return Memory(weights, 4 * (beside + (1 + moments) * trained), kept, aside)
 
 

@@ -1,12 +1,9 @@
-"""What a run will train, send and need in memory, from its config alone."""
+"""What a run will send, round by round, from its config alone."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from slora_flwr.adapters.handoff import base_layout
-from slora_flwr.adapters.size import factors_size, state_size, targets_size, traffic
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.random import sample_cohort
 from slora_flwr.config import RunConfig
@@ -52,58 +49,44 @@ def plan_rounds(
     """
     rounds = []
     number = 0
-    head = state_size("head", config, backbone)
+    head = backbone.head_size
     schedule = make_schedule(config)
     lengths = lengths or [phase.rounds for phase in schedule]
     for index, phase in enumerate(schedule):
-        before = number
+        before, adapter = number, phase.adapter_type
         down_codec = Codec.of_download(config.download, head)
-        up_codec = Codec.of_upload(config.upload, phase.adapter, head)
+        up_codec = Codec.of_upload(config.upload, adapter.is_selection, head)
         start = start_size(phase, config, backbone, before)
-        matrices = 4 * targets_size(backbone)
         base_codec = replace(down_codec, head=0)
-        holdings = Holdings(base_codec.size(start) if start else 0, matrices)
+        start_bytes = base_codec.size(start) if start else 0
+        holdings = Holdings(start_bytes, 4 * backbone.target_size)
         for phase_round in range(1, lengths[index] + 1):
             number += 1
             per_round = config.clients.per_round
             cohort = sample_cohort(clients, per_round, config.seed, number)
-            ranks = {client: config.lora.rank_of(client) for client in cohort}
-            sizes = {
-                rank: traffic(phase, config, backbone, phase_round, rank)
-                for rank in {*ranks.values()}
-            }
             down = up = 0
             for client in cohort:
-                sent, back = sizes[ranks[client]]
+                sent, back = adapter.traffic(
+                    phase, config, backbone, phase_round, client
+                )
                 down += down_codec.size(sent) + holdings.owed(client)
                 up += up_codec.size(back)
             rounds.append(PlannedRound(number, index, down, up))
-            holdings.moves.append(4 * move_size(phase, config, backbone, len(cohort)))
+            change = 0
+            if phase.changes_base:
+                change = adapter.change_size(phase, config, backbone, len(cohort))
+            holdings.moves.append(4 * change)
     return rounds
 
 
 def start_size(
     phase: Phase, config: RunConfig, backbone: Backbone, rounds_before: int
 ) -> int:
-    """Count the values of the base that a phase starts from, 0 for W_0."""
-    if phase.adapter != "lora":
-        return 0
-    shapes, _, _ = base_layout(phase, config, backbone, rounds_before)
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
-
-
-def move_size(phase: Phase, config: RunConfig, backbone: Backbone, cohort: int) -> int:
-    """Count the values by which a round moves the base, for `exact` at most."""
-    if not phase.moves_base:
-        return 0
-    if phase.adapter == "sparse":
-        head = state_size("head", config, backbone)
-        return state_size("sparse", config, backbone) - head
-    # The mean of the products lacks the products of the clients' deviations from the
-    # means, and one client's deviations follow from the others'.
-    sides = [min(m.weight.shape) for m in backbone.targets.values()]
-    rank = min(max(0, cohort - 1) * config.lora.rank, max(sides))
-    return factors_size(rank, backbone)
+    """Return the number of values of the base that a phase starts from, 0 for W_0."""
+    shapes, _, _ = phase.adapter_type.base_layout(
+        phase, config, backbone, rounds_before
+    )
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def population(config: RunConfig) -> list[int]:

@@ -6,13 +6,14 @@ from itertools import accumulate
 from math import ceil
 from statistics import fmean
 
-from slora_flwr.config import METHODS, PARTITIONERS, RunConfig, Value, flatten
-from slora_flwr.config.schedule import SCHEDULES
+from slora_flwr.config import PARTITIONERS, RunConfig, Value, flatten
+from slora_flwr.config.methods import list_methods
 from slora_flwr.runs.reader import Run
 
 LAST = 5  # evaluations of the steadier accuracy
 
-# Sections that say nothing about methods without one of these phases.
+# Sections that say nothing about methods without one of these phases. The adapters say
+# so themselves, but to ask them takes torch, which a page on finished runs needs not.
 _SECTIONS = {
     "sparse": {"sparse"},
     "lora": {"lora"},
@@ -250,7 +251,9 @@ def heterogeneity(config: dict[str, Value]) -> str:
 
 
 def _effective(config: dict[str, Value]) -> dict[str, Value]:
-    phases = set(SCHEDULES.get(str(config["method"]), ()))
+    method = list_methods().get(str(config["method"]))
+    rows = method.phases if method else ()
+    phases = {row.adapter for row in rows}
     partitioner = config["clients.partitioner"]
 
     def matters(key: str) -> bool:
@@ -260,7 +263,7 @@ def _effective(config: dict[str, Value]) -> dict[str, Value]:
         if key == "lora.targets":
             return bool(phases & {"sparse", "lora"})
         if key == "sparse.rounds":
-            return len(phases) != 1
+            return len(rows) != 1
         return partitioner in _PARTITIONERS.get(key, (partitioner,)) and bool(
             not phases or phases & _SECTIONS.get(section, phases)
         )
@@ -303,7 +306,7 @@ def _value(value: Value) -> str:
 
 
 def _order(group: Group) -> tuple[object, ...]:
-    methods = {name: i for i, name in enumerate(METHODS)}
+    methods = {name: i for i, name in enumerate(list_methods())}
     return evenness(group.config), methods.get(group.method, len(methods)), group.label
 
 

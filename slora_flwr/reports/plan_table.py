@@ -5,11 +5,10 @@ from dataclasses import replace
 
 from rich.table import Table
 
-from slora_flwr.adapters.size import traffic
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.random import sample_cohort
 from slora_flwr.config import DownloadConfig, RunConfig, UploadConfig
-from slora_flwr.config.schedule import make_schedule
+from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.planning.memory import plan_memory
 from slora_flwr.planning.rounds import plan_rounds, population
 
@@ -49,7 +48,7 @@ def plan_table(config: RunConfig, backbone: Backbone) -> Table:
             own = [r for r in rounds if r.phase == index]
             down, up = sum(r.down for r in own), sum(r.up for r in own)
             turns = len(own) * cohort
-            _, trained = traffic(phase, other, backbone, 1, other.lora.rank)
+            trained = _trained_values(phase, other, backbone)
             memory = plan_memory(phase, other, backbone)
             table.add_row(
                 name if name in REFERENCES else f"{phase.adapter} phase",
@@ -69,6 +68,13 @@ def plan_table(config: RunConfig, backbone: Backbone) -> Table:
         "values with gradients and moments, activations of a full batch"
     )
     return table
+
+
+def _trained_values(phase: Phase, config: RunConfig, backbone: Backbone) -> int:
+    """Return how many values a client of the largest rank returns."""
+    config = replace(config, lora=replace(config.lora, ranks=""))
+    _, trained = phase.adapter_type.traffic(phase, config, backbone, 1, 0)
+    return int(trained)
 
 
 def _variants(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:

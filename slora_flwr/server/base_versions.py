@@ -6,7 +6,7 @@ from hashlib import blake2b
 import torch
 from flwr.app import Array
 
-from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.common.tensors import State
 from slora_flwr.planning.holdings import Holdings
 from slora_flwr.runs.snapshot import Snapshot, to_bytes, to_tensor
@@ -23,7 +23,7 @@ class Base:
 
     Parameters
     ----------
-    patch : BasePatch or None
+    patch : BaseWeights or None
         The start; None, or one that is empty, for W_0.
     size : int
         Bytes of all target matrices: what more moves than that would cost.
@@ -37,7 +37,7 @@ class Base:
 
     def __init__(
         self,
-        patch: BasePatch | None,
+        patch: BaseWeights | None,
         size: int,
         weights: Callable[[], Array],
         codec: Codec,
@@ -48,7 +48,7 @@ class Base:
         if patch is not None and self._start is not None:
             shapes = {name: tensor.shape for name, tensor in state.items()}
             read = add(codec.decode(self._start, shapes), reference)
-            patch = BasePatch.from_state(read, patch.positions, patch.scaling)
+            patch = BaseWeights.from_state(read, patch.positions, patch.scaling)
         self.patch = patch
         self._digests = [_digest(self._start.data) if self._start else ""]
         self._moves: list[Array] = []
@@ -128,7 +128,7 @@ class Base:
             start, positions = patch.part("start"), patch.part("positions")
             dtype, shape, stype = start.facts["array"]
             self._start = Array(dtype, tuple(shape), stype, to_bytes(start.tensors[""]))
-            self.patch = BasePatch.from_state(
+            self.patch = BaseWeights.from_state(
                 patch.part("state").tensors,
                 {name: at.numpy() for name, at in positions.tensors.items()},
                 positions.facts["scaling"],

@@ -21,6 +21,7 @@ import numpy as np
 from dp_accounting.rdp import RdpAccountant
 
 from slora_flwr.aggregation.clipped import ClippedMean
+from slora_flwr.aggregation.mean import Mean
 from slora_flwr.common.random import key
 from slora_flwr.config import RunConfig
 
@@ -60,9 +61,9 @@ class Privacy:
         drawn = np.random.Generator(stream).random(self._population) < self._rate
         return [client for client in sorted(clients) if drawn[client]]
 
-    def perturb(self, fold: ClippedMean, shapes: Mapping[str, Sequence[int]]) -> None:
+    def perturb(self, fold: Mean, shapes: Mapping[str, Sequence[int]]) -> None:
         """Add a round's noise to the sum of its updates."""
-        fold.perturb(self.noise_multiplier, shapes, self._generator)
+        ClippedMean.of(fold).perturb(self.noise_multiplier, shapes, self._generator)
 
     def epsilon(self, rounds: int) -> float:
         """Give what so many rounds have spent at `delta`."""

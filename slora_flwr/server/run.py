@@ -16,20 +16,13 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from slora_flwr import __version__
-from slora_flwr.adapters import LowRankAdapter
-from slora_flwr.adapters.bottleneck import KINDS
-from slora_flwr.adapters.export import (
-    export_adapter,
-    export_bottlenecks,
-    export_classes,
-    export_model,
-)
-from slora_flwr.adapters.size import state_size
-from slora_flwr.backbone.base_weights import BasePatch
-from slora_flwr.backbone.load import digest_of
+from slora_flwr.adapters.model_files import export_classes
+from slora_flwr.backbone.base_weights import BaseWeights
+from slora_flwr.backbone.load import Backbone, digest_of
 from slora_flwr.common.code_digest import code_digest
 from slora_flwr.common.files import make_folder, make_private, residuals_folder
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
+from slora_flwr.config.methods import find_adapter, list_methods
 from slora_flwr.reports.closing_table import closing_table
 from slora_flwr.runs.checkpoint import EVENTS, check_identity, find_checkpoint
 from slora_flwr.runs.directory import RunDirectory, RunDirectoryError, in_use, writing
@@ -248,8 +241,8 @@ def _summarise(
         "phases": phases,
         # One direction of what the other methods' clients would send in these rounds.
         "same_rounds": {
-            method: turns * 4 * state_size(adapter, config, worker.backbone)
-            for method, adapter in (("fft", "full"), ("lora", "lora"))
+            method: turns * 4 * _largest_state(method, config, worker.backbone)
+            for method in ("fft", "lora")
         },
     }
     reached = [h for h in strategy.history if h.get("accuracy", 0) >= config.run.target]
@@ -259,27 +252,22 @@ def _summarise(
     return summary
 
 
+def _largest_state(method: str, config: RunConfig, backbone: Backbone) -> int:
+    """Return the number of values in the largest state of a method's phases."""
+    adapters = [find_adapter(row.adapter) for row in list_methods()[method].phases]
+    return max(adapter.state_size(config, backbone) for adapter in adapters)
+
+
 def _export(
     config: RunConfig, worker: Worker, strategy: PhasedStrategy, directory: RunDirectory
 ) -> None:
-    last = worker.schedule[-1].adapter
-    folder = directory.path / ("adapter" if last == "lora" else "model")
+    adapter, base = worker.adapter, strategy.patch
+    assert adapter is not None
+    folder = directory.path / adapter.folder
     make_folder(folder)
-    if last == "lora":
-        assert isinstance(worker.adapter, LowRankAdapter)
-        lora, patch = worker.adapter, strategy.patch
-        state = lora.whole(strategy.state)
-        if worker.schedule[-1].moves_base:
-            patch = BasePatch(weights=worker.base_weights())
-        worker.leave()
-        export_adapter(folder, worker.backbone, state, lora.rank, lora.scaling, patch)
-    else:
-        # PEFT has no format for these, so the whole model is written.
-        assert worker.adapter is not None
-        worker.adapter.load(strategy.state)
-        export_model(folder, worker.backbone, worker.task.classes)
-        if last in KINDS:
-            reduction = config.bottleneck.reduction
-            export_bottlenecks(folder, strategy.state, last, reduction)
-    export_classes(folder, worker.task.classes)
+    if worker.schedule[-1].changes_base:
+        base = BaseWeights(weights=worker.base_weights())
+    classes = worker.task.classes
+    adapter.export(folder, strategy.state, base, classes, worker.leave)
+    export_classes(folder, classes)
     make_private(folder)

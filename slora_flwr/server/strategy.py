@@ -2,12 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
 from statistics import fmean
 
-import torch
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -19,16 +18,12 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from slora_flwr.adapters import HeadAdapter, LowRankAdapter
+from slora_flwr.adapters.base import Adapter
 from slora_flwr.adapters.low_rank import take_slices
-from slora_flwr.adapters.size import factors_size, targets_size
-from slora_flwr.aggregation.clipped import ClippedMean
-from slora_flwr.aggregation.lora_products import redistribute, residual
+from slora_flwr.aggregation.choice import make_aggregator
 from slora_flwr.aggregation.mean import FoldError, Mean
-from slora_flwr.aggregation.robust import combine
 from slora_flwr.aggregation.server_optimizer import ServerOptimizer
-from slora_flwr.aggregation.stack import Stack, make_aggregate
-from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.common.random import sample_cohort
 from slora_flwr.common.tensors import State
 from slora_flwr.common.text import printable
@@ -279,7 +274,7 @@ class PhasedStrategy(Strategy):
             `clients.min-replies` are in the aggregate.
         """
         current = self._round
-        fold = make_aggregate(self.phase, self.config, self._worker.backbone.head_size)
+        fold = self._aggregator.make_fold()
         cohort = [c for clients in current.cohort.values() for c in clients]
         fold.expect(sum(self.fleet.sizes[client] for client in cohort))
         for reply in replies:
@@ -392,7 +387,7 @@ class PhasedStrategy(Strategy):
         return None if found is None else _metrics(found)
 
     @property
-    def patch(self) -> BasePatch | None:
+    def patch(self) -> BaseWeights | None:
         """What the base of the phase under way starts from, None for W_0."""
         return self._base.patch
 
@@ -403,14 +398,15 @@ class PhasedStrategy(Strategy):
         start: State = {}
         patch = None
         if phase.primed:
-            start, patch = self._hand_over()
-        elif phase.adapter == "lora":
-            start, patch = worker.start_low_rank()
+            start, patch = self._hand_over(phase)
+        else:
+            worker.leave()
+            start, patch = phase.adapter_type.start(phase, self.config, worker.backbone)
         self._phase, self._phase_round = index, 0
         self._base = self._make_base(patch)
         patch = self._base.patch
         self._save_base(patch.state() if patch else {})
-        self._adapter: HeadAdapter = worker.enter(phase, patch, self._base.digest)
+        self._adapter: Adapter = worker.enter(phase, patch, self._base.digest)
         head = {n: t for n, t in self.state.items() if n in worker.backbone.head}
         # What the base gave up is what the factors start from, as it was read.
         given = {f"{n}.lora_A": t for n, t in patch.a.items()} if patch else {}
@@ -419,7 +415,7 @@ class PhasedStrategy(Strategy):
         self.state = {**self._adapter.state(), **head, **start}
         self._begin_phase()
 
-    def _make_base(self, patch: BasePatch | None) -> Base:
+    def _make_base(self, patch: BaseWeights | None) -> Base:
         worker = self._worker
         codec = self._download
         known: State = {}
@@ -427,7 +423,7 @@ class PhasedStrategy(Strategy):
             known = worker.known_of(patch.positions)
         return Base(
             patch,
-            4 * targets_size(worker.backbone),
+            4 * worker.backbone.target_size,
             lambda: pack(worker.base_weights()),
             replace(codec, head=0),
             known,
@@ -442,7 +438,8 @@ class PhasedStrategy(Strategy):
         config, head = self.config, self._worker.backbone.head_size
         self._broadcast = Broadcast(self._download, self._worker.reference)
         self._optimizer = ServerOptimizer(config.server.optimizer, config.server.lr)
-        upload = Codec.of_upload(config.upload, self.phase.adapter, head)
+        self._aggregator = make_aggregator(self.phase, config, head)
+        upload = self._aggregator.codec
         # A node of one client keeps its residual by itself.
         self._keeps_residuals = (
             config.upload.feedback and not upload.is_exact and config.clients.count > 0
@@ -458,7 +455,7 @@ class PhasedStrategy(Strategy):
             "best": [self._best, self._best_round],
             "counted": [*self._counted.items()],
         }
-        weights = self._worker.base_weights() if self.phase.moves_base else {}
+        weights = self._worker.base_weights() if self.phase.changes_base else {}
         snapshot = Snapshot.join(
             {
                 "strategy": Snapshot(facts, self.state),
@@ -488,7 +485,7 @@ class PhasedStrategy(Strategy):
         self._base.restore(checkpoint.part("base"))
         patch, weights = self._base.patch, checkpoint.part("weights").tensors
         if weights:
-            patch = BasePatch(weights=weights)
+            patch = BaseWeights(weights=weights)
         self._adapter = worker.enter(self.phase, patch, self._base.digest)
         self._adapter.begin(self._phase_round)
         self.state = {name: own.tensors[name] for name in self._adapter.shapes()}
@@ -515,34 +512,19 @@ class PhasedStrategy(Strategy):
 
     def _step(self, fold: Mean) -> None:
         """Go from the round's start to the next one's, in state and base."""
-        before, factors = self.state, State()
         if self._privacy is not None:
-            assert isinstance(fold, ClippedMean)
             self._privacy.perturb(fold, self._adapter.returned())
-        if self.config.server.robust == "none":
-            update = fold.result()
-        else:
-            assert isinstance(fold, Stack)
-            adapter = self._adapter
-            scaling = adapter.scaling if isinstance(adapter, LowRankAdapter) else 1.0
-            update, factors = combine(fold, self.config.server, self._start, scaling)
-        self.state = self._optimizer.step(before, update) | factors
-        aggregator = self.phase.aggregator
-        if aggregator == "flexlora":
-            assert isinstance(fold, Stack)
-            self.state |= redistribute(fold, self._start)
-        if not self.phase.moves_base:
-            return
-        if aggregator == "exact":
-            assert isinstance(fold, Stack)
-            assert isinstance(self._adapter, LowRankAdapter)
-            move = residual(fold, self._start, self.state, self._adapter.scaling)
-        else:
-            sent = self._adapter.sent()
-            move = {name: t for name, t in self.state.items() if name not in sent}
-        self._base.move(pack(move))
-        self._worker.move_base([move], self._phase_round, self._base.digest)
-        self._save_base(self._worker.base_weights())
+        before = self.state
+        self.state, change = self._aggregator.finish(
+            fold,
+            self._start,
+            lambda update: self._optimizer.step(before, update),
+            self._adapter,
+        )
+        if change is not None:
+            self._base.move(pack(change))
+            self._worker.change_base([change], self._phase_round, self._base.digest)
+            self._save_base(self._worker.base_weights())
 
     def _draw(self, server_round: int) -> list[int]:
         """Draw a round's cohort."""
@@ -560,19 +542,20 @@ class PhasedStrategy(Strategy):
     def _payload_down(self, clients: Iterable[int]) -> int:
         """Count what clients are sent, each as if it were a node of its own."""
         bases = sum(self._base.clients.owed(client) for client in clients)
-        if not self.config.lora.ranks:
+        if not self._aggregator.rank_of:
             return bases + self._broadcast.owed(clients)
-        sent = self._adapter.sent()
-        return bases + sum(4 * self._values(sent, client) for client in clients)
+        return bases + sum(4 * self._values_sent(client) for client in clients)
 
-    def _values(self, shapes: Mapping[str, torch.Size], client: int) -> int:
-        """Count the values of a layout for a client, whose rank may be smaller."""
-        values = sum(shape.numel() for shape in shapes.values())
-        if self.phase.adapter == "lora":
-            lora = self.config.lora
-            cut = lora.rank - lora.rank_of(client)
-            values -= factors_size(cut, self._worker.backbone)
-        return values
+    def _values_sent(self, client: int) -> int:
+        """Return how many values a client is sent, whose rank may be smaller."""
+        sent, _ = self.phase.adapter_type.traffic(
+            self.phase,
+            self.config,
+            self._worker.backbone,
+            self._phase_round,
+            client,
+        )
+        return int(sent)
 
     def _plan(self, index: int, rounds: int) -> None:
         """Plan the run again, now that it is known how long a phase takes at most."""
@@ -664,11 +647,10 @@ class PhasedStrategy(Strategy):
     ) -> list[Message]:
         messages = []
         self._sent_anew: set[tuple[int, int]] = set()
-        lora = self.config.lora
         for node, clients in cohort.items():
             state, since = self._broadcast.letter(node)
-            if self.phase.adapter == "lora" and lora.ranks:
-                largest = max(map(lora.rank_of, clients))
+            if rank_of := self._aggregator.rank_of:
+                largest = max(map(rank_of, clients))
                 state = pack(take_slices(self._sent(), largest))
             instruction = Instruction(
                 self._round.number,
@@ -764,9 +746,7 @@ class PhasedStrategy(Strategy):
                 "its clients' examples"
             )
         shapes = self._adapter.returned().values()
-        head = self._worker.backbone.head_size
-        codec = Codec.of_upload(self.config.upload, self.phase.adapter, head)
-        most = codec.most(sum(shape.numel() for shape in shapes))
+        most = self._aggregator.codec.most(sum(shape.numel() for shape in shapes))
         if len(report.payloads) != len(owned) or not all(
             type(given) is int and 0 < given <= most for given in report.payloads
         ):
@@ -889,10 +869,10 @@ class PhasedStrategy(Strategy):
             ),
         )
 
-    def _hand_over(self) -> tuple[State, BasePatch | None]:
+    def _hand_over(self, phase: Phase) -> tuple[State, BaseWeights | None]:
         """Prime the next phase by what the sparse phase learned."""
         started = time.perf_counter()
-        handoff = self._worker.hand_over(self.state, self._phase_round)
+        handoff = self._worker.hand_over(self.state, self._phase_round, phase)
         kept = fmean(handoff.energies.values())
         log(
             INFO,

@@ -30,6 +30,7 @@ from statistics import fmean
 from typing import Any
 
 from slora_flwr.config import ConfigError, RunConfig, Value, flatten, parse
+from slora_flwr.config.methods import PhaseRow, find_adapter, list_methods
 from slora_flwr.config.schedule import make_schedule
 
 Config = dict[str, Value]
@@ -37,16 +38,6 @@ Config = dict[str, Value]
 DEFAULTS = flatten(RunConfig())
 ENGINES = ("inline", "flwr")
 SECTIONS = ("sweep", "base", "grid", "also", "tune")
-# Each phase's rate has a key of its own; the phases of other adapters have `train.lr`.
-RATE_KEYS = {
-    "sparse": "sparse.lr",
-    "lora": "lora.lr",
-    "houlsby": "bottleneck.lr",
-    "pfeiffer": "bottleneck.lr",
-}
-# Methods that are a first phase of others alone. They tune it for those, so that the
-# rate of the second phase, not tuned yet, has no part in the score.
-ALONE = {"sparse": "sft", "head": "head"}
 
 
 @dataclass(frozen=True)
@@ -296,16 +287,24 @@ def _trial(
     adapters = adapters_of(run)
     if i >= len(adapters):
         return None
-    key = RATE_KEYS.get(adapters[i], "train.lr")
+    section = find_adapter(adapters[i]).section or "train"
+    key = f"{section}.lr"
     if key in run or key in tuned:
         return None
     full = flatten(parse(run))
     values = {name: full[name] for name in tuning.per}
     config = base | tuning.config | {"method": full["method"]} | values | tuned
-    if i < len(adapters) - 1 and adapters[i] in ALONE:
-        config["method"] = ALONE[adapters[i]]
+    if i < len(adapters) - 1 and (alone := _method_of(adapters[i])):
+        # The rate of the second phase, which is not tuned yet, has no part then.
+        config["method"] = alone
     shared = tuple(sorted(config.items()))
     return Trial(key, tuning.rates, tuning.per, tuple(values.values()), shared)
+
+
+def _method_of(adapter: str) -> str | None:
+    """Return the method whose only phase trains an adapter, None without one."""
+    row = PhaseRow(adapter)
+    return next((n for n, m in list_methods().items() if m.phases == (row,)), None)
 
 
 def planned(study: Study) -> Iterator[Config]:

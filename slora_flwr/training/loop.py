@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from slora_flwr.adapters.base import HeadAdapter
+from slora_flwr.adapters.base import Adapter
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.random import key
 from slora_flwr.config import RecipeConfig
@@ -17,7 +17,7 @@ from slora_flwr.training.metrics import Evaluation, count
 
 def train(
     backbone: Backbone,
-    adapter: HeadAdapter,
+    adapter: Adapter,
     examples: Examples,
     recipe: RecipeConfig,
     rng_key: tuple[object, ...],
@@ -28,7 +28,7 @@ def train(
     ----------
     backbone : Backbone
         The resident backbone.
-    adapter : HeadAdapter
+    adapter : Adapter
         Attached to it.
     examples : Examples
         One client's.

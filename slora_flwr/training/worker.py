@@ -1,7 +1,7 @@
 """One process's resident backbone with a phase's adapter attached, and its data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from statistics import fmean
@@ -11,12 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from slora_flwr.adapters import HeadAdapter, LowRankAdapter, SparseAdapter, make_adapter
-from slora_flwr.adapters.bottleneck import KINDS, find_places
-from slora_flwr.adapters.handoff import Handoff, prime_low_rank, start_from_weights
-from slora_flwr.adapters.low_rank import cut_ranks
-from slora_flwr.adapters.size import factors_size
-from slora_flwr.backbone.base_weights import BasePatch
+from slora_flwr.adapters.base import Adapter
+from slora_flwr.adapters.handoff import Handoff
+from slora_flwr.adapters.lora import factors_size
+from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone, load_backbone
 from slora_flwr.common.svd import truncated_svd
 from slora_flwr.common.tensors import State
@@ -71,13 +69,13 @@ class Worker:
         self._agreed = list(classes)
         self._own: dict[int, tuple[OwnData, Examples]] = {}
         self.schedule = make_schedule(config)
-        self.adapter: HeadAdapter | None = None
+        self.adapter: Adapter | None = None
         self._entered: tuple[Phase, str] | None = None
         # Of the phase's states, what both sides know without a message.
         self.reference: State = {}
         # The last states that came, as `Codec.write` gave them, by their digests.
         self.received: dict[str, bytes] = {}
-        self._patch: BasePatch | None = None
+        self._patch: BaseWeights | None = None
 
     @cached_property
     def _texts(self) -> tuple[Texts, Texts]:
@@ -132,28 +130,28 @@ class Worker:
         return digest.hexdigest()
 
     def enter(
-        self, phase: Phase, patch: BasePatch | None = None, patch_digest: str = ""
-    ) -> HeadAdapter:
+        self, phase: Phase, patch: BaseWeights | None = None, patch_digest: str = ""
+    ) -> Adapter:
         """Attach a phase's adapter over its base, unless it is attached already.
 
         Parameters
         ----------
         phase : Phase
             One of the schedule's.
-        patch : BasePatch or None
+        patch : BaseWeights or None
             The base, None for W_0.
         patch_digest : str
             Names the patch; empty for none.
         """
         if not self.has_entered(phase, patch_digest):
             self.leave()
-            if patch is None and phase.moves_base:
-                patch = BasePatch()  # keeps W_0 aside
+            if patch is None and phase.changes_base:
+                patch = BaseWeights()  # keeps W_0 aside
             if patch is not None:
                 patch.apply(self.backbone)
                 self._patch = patch
             frozen = patch.a if patch is not None and patch.a else None
-            self.adapter = make_adapter(phase.adapter, self.config, frozen)
+            self.adapter = phase.adapter_type.from_config(self.config, frozen)
             self.adapter.attach(self.backbone)
             self._entered = (phase, patch_digest)
             self.reference = {}
@@ -162,12 +160,12 @@ class Worker:
         assert self.adapter is not None
         return self.adapter
 
-    def _known(self, phase: Phase, patch: BasePatch | None) -> State:
+    def _known(self, phase: Phase, patch: BaseWeights | None) -> State:
         """Give what is known of states: W_0's values, and the factors of the base."""
         assert self.adapter is not None
         known = self.adapter.known()
         # A base that moves may have come without the factors that it began with.
-        if patch is not None and not phase.moves_base:
+        if patch is not None and not phase.changes_base:
             named = {f"{n}.lora_A": t for n, t in patch.a.items()}
             named |= {f"{n}.lora_B": t for n, t in patch.b.items()}
             known |= {n: t for n, t in named.items() if n in self.adapter.shapes()}
@@ -191,7 +189,7 @@ class Worker:
         before = list(self.received.items())[-1:]
         self.received = {**dict(before), digest: data}
 
-    def move_base(self, moves: Sequence[State], first: int, digest: str) -> None:
+    def change_base(self, moves: Sequence[State], first: int, digest: str) -> None:
         """Change the base under the attached adapter.
 
         Parameters
@@ -208,15 +206,15 @@ class Worker:
         phase, self._entered = self._entered[0], None  # until it is whole again
         self.adapter.detach()
         for number, move in enumerate(moves, start=first):
-            self.adapter.move(self.backbone, move, number)
+            self.adapter.change(self.backbone, move, number)
         self.adapter.attach(self.backbone)
         self._entered = (phase, digest)
 
-    def move_shapes(self, values: int) -> dict[str, torch.Size]:
+    def change_shapes(self, values: int) -> dict[str, torch.Size]:
         """Give the layout of a move of so many values."""
         assert self.adapter is not None
         rank = values // factors_size(1, self.backbone)
-        return self.adapter.move_shapes(self.backbone, rank)
+        return self.adapter.change_shapes(self.backbone, rank)
 
     @property
     def target_shapes(self) -> dict[str, torch.Size]:
@@ -242,18 +240,20 @@ class Worker:
             self._patch.remove(self.backbone)
         self.adapter, self._patch, self._entered = None, None, None
 
-    def hand_over(self, state: State, rounds: int) -> Handoff:
+    def hand_over(self, state: State, rounds: int, phase: Phase) -> Handoff:
         """End the sparse phase that is attached, after so many rounds.
 
         Nothing is attached afterwards, and W_0 is resident.
         """
-        sparse = self.adapter
-        assert isinstance(sparse, SparseAdapter)
-        positions, values = sparse.learned(state, rounds)
+        assert self.adapter is not None
+        positions, values = self.adapter.learned(state, rounds)
         self.leave()
         head = {name: state[name] for name in self.backbone.head}
-        lora, seed = self.config.lora, self.config.seed
-        return prime_low_rank(self.backbone, positions, values, head, lora, seed)
+        adapter_type = phase.adapter_type
+        primed: Handoff = adapter_type.prime(
+            self.config, self.backbone, positions, values, head
+        )
+        return primed
 
     def kept_energy(self, state: State, rounds: int) -> float:
         """Give the share of the sparse deltas' energy that a handoff now would keep.
@@ -261,7 +261,7 @@ class Worker:
         It is the mean over the target matrices, as the handoff reports it.
         """
         sparse = self.adapter
-        assert isinstance(sparse, SparseAdapter)
+        assert sparse is not None
         positions, values = sparse.learned(state, rounds)
         sparse.detach()
         first = self.base_weights() if self._patch is None else self._patch.before
@@ -274,31 +274,6 @@ class Worker:
             rank = self.config.lora.rank
             energies.append(truncated_svd(positions[name], delta, (m, n), rank).energy)
         return fmean(energies)
-
-    def start_low_rank(self) -> tuple[State, BasePatch | None]:
-        """Start a low-rank phase that nothing primes; nothing is attached then.
-
-        Returns
-        -------
-        state : State
-            Factors that are not the adapter's own start.
-        patch : BasePatch or None
-            The base, None for W_0.
-        """
-        self.leave()
-        config = replace(self.config.lora, aggregator=self.config.aggregator)
-        if config.start == "federa":
-            return start_from_weights(self.backbone, config)
-        if config.start == "orthonormal" and config.aggregator == "ffa":
-            # It travels, since the last bits of a QR depend on the machine.
-            lora = make_adapter("lora", self.config)
-            assert isinstance(lora, LowRankAdapter)
-            lora.attach(self.backbone)
-            whole = lora.whole({})
-            lora.detach()
-            a = {name: whole[f"{name}.lora_A"] for name in self.backbone.targets}
-            return {}, BasePatch(a=a)
-        return {}, None
 
     def host(self, client: int, source: OwnData) -> None:
         """Make a node's own data a client's; rows of other labels are left out."""
@@ -353,8 +328,9 @@ class Worker:
 
     def _own_ranks(self, client: int, state: State) -> State:
         """Cut low-rank factors to a client's rank."""
-        lora = self.config.lora
-        return cut_ranks(state, lora.rank_of(client)) if lora.ranks else state
+        assert self.adapter is not None
+        rank_of = self.adapter.client_ranks(self.config)
+        return self.adapter.cut(state, rank_of(client)) if rank_of else state
 
     def evaluate_client(self, client: int, state: State) -> Evaluation | None:
         """Evaluate a state on a client's held-out examples, None without any."""
@@ -386,18 +362,5 @@ def _check_fit(config: RunConfig, backbone: Backbone) -> None:
                     f"data.max-length is {config.data.max_length}; allowed: 4 to "
                     f"{most}, the positions of model {config.model.name!r}"
                 )
-    adapters = {phase.adapter for phase in make_schedule(config)}
-    for kind in adapters.intersection(KINDS):
-        find_places(backbone.model, kind)
-    if adapters & {"sparse", "lora"} and not backbone.targets:
-        raise ConfigError(
-            f"model.name is {config.model.name!r}, whose blocks hold no linear layers; "
-            f"allowed for {config.method}: a model that has some, or method fft or head"
-        )
-    if "lora" in adapters:
-        side, name = min((min(m.weight.shape), n) for n, m in backbone.targets.items())
-        if config.lora.rank > side:
-            raise ConfigError(
-                f"lora.rank is {config.lora.rank}; allowed: 1 to {side}, the smaller "
-                f"side of {name}"
-            )
+    for phase in make_schedule(config):
+        phase.adapter_type.check_fit(config, backbone)

@@ -70,9 +70,9 @@ class Codec:
     head: int = 0
 
     @classmethod
-    def of_upload(cls, config: UploadConfig, adapter: str, head: int) -> "Codec":
-        """Give the one of updates; a mask has chosen a sparse phase's already."""
-        every = adapter == "sparse" or config.top_k == 1
+    def of_upload(cls, config: UploadConfig, is_selection: bool, head: int) -> "Codec":
+        """Return the one of updates; those that are a selection travel whole."""
+        every = is_selection or config.top_k == 1
         share = 0.0 if every else config.top_k
         return cls(config.dtype, share, config.lossless, head)
 

@@ -1,0 +1,21 @@
+"""A whole model, and its label names, in the formats of transformers and JSON."""
+
+import json
+from pathlib import Path
+
+from slora_flwr.backbone.load import Backbone
+
+
+def export_model(folder: Path, backbone: Backbone, classes: list[str]) -> None:
+    """Write the whole model as it computes now, in transformers' format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = backbone.model.config
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: i for i, name in enumerate(classes)}
+    backbone.model.save_pretrained(str(folder))
+    backbone.tokenizer.save_pretrained(str(folder))
+
+
+def export_classes(folder: Path, classes: list[str]) -> None:
+    """Write the label names, in the order of class ids."""
+    (folder / "classes.json").write_text(json.dumps(classes, indent=1) + "\n")
