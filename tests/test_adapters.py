@@ -66,7 +66,7 @@ KEY = (0, 1, 2)
 
 
 @pytest.fixture(params=ADAPTERS)
-def adapter(request: pytest.FixtureRequest) -> HeadAdapter:
+def adapter(request: pytest.FixtureRequest) -> Adapter:
     torch.manual_seed(17)  # LoRA's start
     return ADAPTERS[request.param]()
 
@@ -96,7 +96,7 @@ def no_dropout(backbone: Backbone) -> Backbone:
 
 
 def test_state_keeps_its_order(
-    backbone: Backbone, adapter: HeadAdapter, examples: Examples
+    backbone: Backbone, adapter: Adapter, examples: Examples
 ) -> None:
     adapter.attach(backbone)
     names = list(adapter.state())
@@ -112,7 +112,7 @@ def test_state_keeps_its_order(
 
 
 def test_loading_a_state_gives_the_same_function(
-    backbone: Backbone, adapter: HeadAdapter, examples: Examples
+    backbone: Backbone, adapter: Adapter, examples: Examples
 ) -> None:
     adapter.attach(backbone)
     train(backbone, adapter, examples, ADAMW, KEY)
@@ -124,7 +124,7 @@ def test_loading_a_state_gives_the_same_function(
     assert all(torch.equal(adapter.state()[name], state[name]) for name in state)
 
 
-def test_state_is_a_copy(backbone: Backbone, adapter: HeadAdapter) -> None:
+def test_state_is_a_copy(backbone: Backbone, adapter: Adapter) -> None:
     adapter.attach(backbone)
     state = adapter.state()
     kept = {name: tensor.clone() for name, tensor in state.items()}
@@ -133,7 +133,7 @@ def test_state_is_a_copy(backbone: Backbone, adapter: HeadAdapter) -> None:
 
 
 def test_detach_restores_every_bit(
-    backbone: Backbone, adapter: HeadAdapter, examples: Examples
+    backbone: Backbone, adapter: Adapter, examples: Examples
 ) -> None:
     before, digest = copy_parameters(backbone.model), backbone.digest
     start = logits(backbone.model, examples)
@@ -151,7 +151,7 @@ def test_detach_restores_every_bit(
 
 
 def test_training_learns(
-    backbone: Backbone, adapter: HeadAdapter, examples: Examples
+    backbone: Backbone, adapter: Adapter, examples: Examples
 ) -> None:
     adapter.attach(backbone)
     before = evaluate(backbone, examples).loss
@@ -162,7 +162,7 @@ def test_training_learns(
 
 
 def test_only_the_trained_parameters_move(
-    backbone: Backbone, adapter: HeadAdapter, examples: Examples
+    backbone: Backbone, adapter: Adapter, examples: Examples
 ) -> None:
     resident = list(backbone.model.parameters())
     adapter.attach(backbone)
@@ -180,7 +180,7 @@ def test_only_the_trained_parameters_move(
             assert (moved[name] != before).float().mean() > 0.5, name
 
 
-def test_unfit_states_are_refused(backbone: Backbone, adapter: HeadAdapter) -> None:
+def test_unfit_states_are_refused(backbone: Backbone, adapter: Adapter) -> None:
     adapter.attach(backbone)
     state = adapter.state()
     first = next(iter(state))
@@ -198,7 +198,7 @@ def test_unfit_states_are_refused(backbone: Backbone, adapter: HeadAdapter) -> N
 
 
 def test_bf16_recipe_stays_finite(
-    backbone: Backbone, adapter: HeadAdapter, examples: Examples
+    backbone: Backbone, adapter: Adapter, examples: Examples
 ) -> None:
     adapter.attach(backbone)
     start = adapter.state()
@@ -212,7 +212,7 @@ def test_bf16_recipe_stays_finite(
 
 
 def test_proximal_term_pulls_to_the_sent_state(
-    backbone: Backbone, adapter: HeadAdapter, examples: Examples
+    backbone: Backbone, adapter: Adapter, examples: Examples
 ) -> None:
     """With lr·mu = 1 the term takes the first step back when the second is made.
 

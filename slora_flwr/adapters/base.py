@@ -38,8 +38,6 @@ class Adapter:
     is_selection : bool
         True where a state is a selection of weights already, so that `upload.top-k`
         does not apply.
-    acts_on_targets : bool
-        True where it acts on the backbone's target matrices.
     learns_delta : bool
         True where the next phase starts from the delta that this one learned; such a
         class has `learned`.
@@ -54,7 +52,6 @@ class Adapter:
     default_lr: ClassVar[float]
     section: ClassVar[str] = ""
     is_selection: ClassVar[bool] = False
-    acts_on_targets: ClassVar[bool] = False
     learns_delta: ClassVar[bool] = False
     copies_weights: ClassVar[bool] = False
     folder: ClassVar[str] = "model"

@@ -31,7 +31,6 @@ class LoraAdapter(LowRankAdapter):
     default_lr = 2e-3
     section = "lora"
     folder = "adapter"
-    acts_on_targets = True
 
     @classmethod
     def from_config(cls, config: RunConfig, frozen: State | None = None) -> Self:

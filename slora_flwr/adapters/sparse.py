@@ -64,7 +64,6 @@ class SparseAdapter(Adapter):
     default_lr = 1e-2
     section = "sparse"
     is_selection = True
-    acts_on_targets = True
     learns_delta = True
 
     def __init__(
