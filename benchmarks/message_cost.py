@@ -58,7 +58,7 @@ import json, sys, time
 times = [time.perf_counter()]
 import flwr.supernode.cli
 times.append(time.perf_counter())
-import slora_flwr.node
+import slora_flwr.client.handlers
 times.append(time.perf_counter())
 from slora_flwr.config import parse
 from slora_flwr.training.worker import Worker

@@ -96,7 +96,7 @@ prepare() {
 """Three nodes' files and the server's, from the standard library's docstrings."""
 import csv, hashlib, sys
 from pathlib import Path
-from slora_flwr.tasks.stdlib_docs import load
+from slora_flwr.data.stdlib_docs import load
 
 work = Path(sys.argv[1])
 rows = sorted(zip(*load()), key=lambda row: hashlib.sha256(row[0].encode()).digest())[:700]

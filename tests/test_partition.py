@@ -95,7 +95,7 @@ def test_alpha_001_with_100_clients_is_topped_up(seed: int) -> None:
 def test_a_fresh_process_makes_the_same_partition() -> None:
     ask = """
 import sys, zlib, numpy as np
-from slora_flwr.tasks.partition import make_partition
+from slora_flwr.data.partition import make_partition
 for name in ("virtual", "iid", "dirichlet", "pathological"):
     p = make_partition(np.arange(2000) % 20, 20, count=30, partitioner=name, alpha=0.01,
                        classes=2, examples=50, min_examples=1, seed=7)

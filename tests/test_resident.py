@@ -250,7 +250,8 @@ def test_another_run_or_launcher_takes_its_place(
 def test_another_bundle_is_served_by_its_own_code(folder: Path) -> None:
     reach = (
         "import sys; sys.path.insert(0, sys.argv[1]);"
-        "from flwr.app import Context, RecordDict; from slora_flwr import resident;"
+        "from flwr.app import Context, RecordDict;"
+        "from slora_flwr.client import resident;"
         f"context = Context(5, {NODE}, {{}}, RecordDict(), {{}});"
         "resident._reach(context, 60).close()"
     )
