@@ -1,14 +1,11 @@
-"""What tests share: a quiet environment, tiny random models, examples."""
+"""What tests share: a quiet environment, tiny models, texts and a config."""
 
-import copy
 import csv
 import os
 import random
 import shutil
 import tempfile
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -20,179 +17,28 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_ADDRESS"] = "local"
 os.environ["SLORA_HOME"] = tempfile.mkdtemp(prefix="slora-tests-")
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AlbertConfig,
-    AlbertModel,
-    BertConfig,
-    BertModel,
-    DebertaV2Config,
-    DebertaV2Model,
-    DistilBertConfig,
-    DistilBertModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaModel,
+
+from slora_flwr.backbone.load import Backbone
+from slora_flwr.data.examples import Examples
+from tests.support.runs import Config, make_config
+from tests.support.tiny import (
+    CLASSES,
+    FAMILIES,
+    SPECIAL,
+    VOCAB,
+    load_tiny,
+    make_body,
+    make_examples,
+    save_checkpoint,
 )
 
-from slora_flwr.adapters import SparseAdapter
-from slora_flwr.adapters.handoff import Handoff, prime_low_rank
-from slora_flwr.backbone.load import Backbone, load_backbone
-from slora_flwr.common.tensors import State
-from slora_flwr.config import LoraConfig, ModelConfig
-from slora_flwr.data.examples import Examples
-
 torch.set_num_threads(1)
-
-FAMILIES = ("bert", "distilbert", "roberta", "albert", "deberta-v2")
-VOCAB = 120
-LABELS = 3
-CLASSES = ["apples", "bridges", "clouds"]
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["SLORA_HOME"], ignore_errors=True)
-
-
-class Clock:
-    """Time that passes only by sleeping."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-def make_body(family: str) -> PreTrainedModel:
-    """Make a random body; 32 against 48 features, so that layers are not all square."""
-    # Larger weights than the usual 0.02, so that a wrong weight shows in the logits.
-    shared: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "pad_token_id": 0,
-        "max_position_embeddings": 40,
-        "initializer_range": 0.2,
-    }
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    if family == "bert":
-        return BertModel(BertConfig(**shared, **sizes))
-    if family == "distilbert":
-        own: dict[str, Any] = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
-        return DistilBertModel(DistilBertConfig(**shared, **own))
-    if family == "roberta":
-        return RobertaModel(RobertaConfig(**shared, **sizes))
-    if family == "albert":
-        return AlbertModel(AlbertConfig(**shared, **sizes, embedding_size=16))
-    relative: dict[str, Any] = {
-        "relative_attention": True,
-        "pos_att_type": ["c2p", "p2c"],
-        "position_buckets": 8,
-        "norm_rel_ebd": "layer_norm",
-        "share_att_key": True,
-        "position_biased_input": False,
-    }
-    return DebertaV2Model(DebertaV2Config(**shared, **sizes, **relative))
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer of whole words: the special tokens, then w5, w6, ..."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCAB))]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    pad, unk, cls, sep, mask = SPECIAL
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=pad,
-        unk_token=unk,
-        cls_token=cls,
-        sep_token=sep,
-        mask_token=mask,
-    )
-
-
-def save_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
-    """Save a checkpoint with the tiny tokenizer beside it."""
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@cache
-def _loaded(folder: Path, targets: str) -> Backbone:
-    return load_backbone(ModelConfig(name=str(folder)), LABELS, 3, targets)
-
-
-def load_tiny(folder: Path, targets: str = "all-linear") -> Backbone:
-    """Load a tiny backbone; copies of the first load, since loading takes longer."""
-    return copy.deepcopy(_loaded(folder, targets))
-
-
-def make_examples(count: int = 24, seed: int = 0) -> Examples:
-    """Draw random tokens of unequal lengths; half of them tell the label."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(LABELS, size=count)
-    lengths = random.integers(4, 17, size=count)
-    tokens = []
-    for label, length in zip(labels, lengths, strict=True):
-        text = random.integers(len(SPECIAL), VOCAB, size=length)
-        telling = random.random(length) < 0.5
-        tokens.append(np.where(telling, len(SPECIAL) + label, text))
-    return Examples(
-        np.concatenate(tokens).astype(np.int32),
-        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        labels.astype(np.int64),
-        pad=0,
-    )
-
-
-def logits(model: nn.Module, examples: Examples) -> Tensor:
-    """Compute all examples' logits in one batch, without dropout."""
-    device = next(model.parameters()).device
-    ids, mask, _ = examples.batch(np.arange(len(examples)))
-    with torch.no_grad():
-        out = model.eval()(input_ids=ids.to(device), attention_mask=mask.to(device))
-    result = out.logits
-    assert isinstance(result, Tensor)
-    return result.float().cpu()
-
-
-def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def perturb(state: dict[str, Tensor], scale: float, seed: int = 0) -> dict[str, Tensor]:
-    """Add noise to every tensor of a state."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: tensor + scale * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in state.items()
-    }
-
-
-def hand_over(
-    backbone: Backbone, sparse: SparseAdapter, state: State, config: LoraConfig
-) -> Handoff:
-    """End a sparse phase with one mask, as a worker does."""
-    positions, values = sparse.learned(state, rounds=0)
-    sparse.detach()
-    head = {name: state[name] for name in backbone.head}
-    return prime_low_rank(backbone, positions, values, head, config)
 
 
 @pytest.fixture(scope="session")
@@ -236,6 +82,17 @@ def folder(family: str, tiny_models: dict[str, Path]) -> Path:
 def backbone(folder: Path) -> Backbone:
     """A tiny backbone of each family, with W_0 resident."""
     return load_tiny(folder)
+
+
+@pytest.fixture
+def config(corpus: Path, tiny_models: dict[str, Path], tmp_path: Path) -> Config:
+    """Three rounds of LoRA by six clients of a tiny BERT."""
+    return make_config(corpus, tiny_models["bert"], tmp_path / "run")
+
+
+@pytest.fixture
+def two_phases(config: Config) -> Config:
+    return config | {"method": "slora", "rounds": 4, "sparse.rounds": 1}
 
 
 @pytest.fixture

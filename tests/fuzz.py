@@ -1,8 +1,8 @@
 """Whatever a node answers is read, or refused by the one error that is meant for it.
 
 `python tests/fuzz.py --minutes 10` feeds the decoders arbitrary and mutated input, with
-memory bounded; it ends with 1 if one raised anything else. `test_hostile.py` runs every
-target for a moment.
+memory bounded; it ends with 1 if one raised anything else.
+`server/test_hostile.py` runs every target for a moment.
 """
 
 import argparse

@@ -1,0 +1,140 @@
+"""Real `flwr run` in simulation: Ray, a SuperLink of the test's own, the app bundle."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from flwr.common.config import flatten_dict
+from safetensors.torch import load_file
+
+from slora_flwr.engines.inline import InlineGrid
+from slora_flwr.server.run import run
+
+ROOT = Path(__file__).parents[2]
+VALUES: dict[str, Any] = {
+    "rounds": 2,
+    "sparse.rounds": 1,
+    "clients.per-round": 3,
+    "data.max-test": 100,
+    "train.batch-size": 32,
+}
+CODED: dict[str, Any] = {
+    "rounds": 3,
+    "clients.count": 4,
+    "upload.dtype": "'int4'",
+    "upload.top-k": 0.1,
+    "upload.lossless": "true",
+    "download.dtype": "'int8'",
+    "download.lossless": "true",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Give an environment with its own SuperLink, and end what was started in it."""
+    home = tmp_path_factory.mktemp("flower")
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+        "SLORA_HOME": str(home / "slora"),
+    }
+    yield environment
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("FLWR_HOME") == str(home):
+                process.kill()
+        except psutil.Error:  # gone, or another user's: not ours
+            continue
+
+
+def slora(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [Path(sys.executable).parent / "slora", "run", str(ROOT), *arguments],
+        env=environment,
+        # The SuperLink keeps the folder it is started in on the actors' sys.path; in
+        # the checkout they would run its code instead of the bundle's.
+        cwd=environment["FLWR_HOME"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, CODED], ids=["plain", "coded"])
+def test_a_simulation_gives_the_inline_engines_figures(
+    flower: dict[str, str], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    given = VALUES | changes | {"run.dir": f"'{tmp_path}/ray'"}
+    written = " ".join(f"{key}={value}" for key, value in given.items())
+    done = slora(flower, "--nodes", "2", "-c", written)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "No additional application dependencies needed" in done.stdout
+    assert "fft, same rounds" in done.stdout
+
+    read = tomllib.loads(written.replace(" ", "\n"))
+    values = flatten_dict(read) | {"run.dir": str(tmp_path / "inline")}
+    run(InlineGrid(values, run_id=2), values, run_id=2)
+    for name in ("last", "best"):
+        states = [
+            load_file(tmp_path / engine / "checkpoints" / f"{name}.safetensors")
+            for engine in ("ray", "inline")
+        ]
+        assert states[0].keys() == states[1].keys()
+        for key, tensor in states[0].items():
+            assert torch.equal(tensor, states[1][key]), key
+    summaries = [
+        json.loads((tmp_path / engine / "summary.json").read_text())
+        for engine in ("ray", "inline")
+    ]
+    figures = ("accuracy", "macro_f1", "loss", "payload_bytes_up", "payload_bytes_down")
+    for key in figures:
+        assert summaries[0][key] == pytest.approx(summaries[1][key], abs=1e-6)
+
+
+def test_a_failed_run_has_a_failed_exit_status(flower: dict[str, str]) -> None:
+    done = slora(flower, "-c", "data.name='/nowhere'")
+    assert done.returncode == 1
+    assert "data.name is '/nowhere'; allowed:" in done.stdout
+    assert "finished:failed" in done.stderr
+
+
+def test_the_bundle_holds_the_code_and_asks_for_no_installation(
+    tmp_path: Path,
+) -> None:
+    from flwr.cli.build import build_fab_from_disk
+
+    fab = build_fab_from_disk(ROOT)
+    (tmp_path / "app.fab").write_bytes(fab)
+    with zipfile.ZipFile(tmp_path / "app.fab") as bundle:
+        names = set(bundle.namelist())
+        project = tomllib.loads(bundle.read("pyproject.toml").decode())
+    source = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("slora_flwr/**/*.py")}
+    assert source | {"server_app.py", "client_app.py"} <= names
+    # uv would read it instead of the metadata below, and install torch again.
+    assert "uv.toml" not in names
+    assert not any(name.startswith(("tests", "slora_embedded")) for name in names)
+    assert project["tool"]["uv"] == {
+        "dependency-metadata": [
+            {"name": project["project"]["name"], "version": "0", "requires-dist": []}
+        ]
+    }
+    assert len(fab) < 1_000_000

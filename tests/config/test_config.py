@@ -1,0 +1,520 @@
+"""The run config: keys, types, limits, cross-checks, and the schedule it gives."""
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slora_flwr.config import ConfigError, RunConfig, Value, flatten, parse
+from slora_flwr.config.schedule import make_schedule
+
+DEFAULTS = flatten(RunConfig())
+
+# For every key another value that is fine, all of them together too.
+CHANGED: dict[str, Value] = {
+    "method": "lora",
+    "rounds": 7,
+    "seed": 2**63 - 1,
+    "model.name": "some/model",
+    "model.revision": "v2",
+    "model.dtype": "bfloat16",
+    "data.name": "20newsgroups",
+    "data.train": "a.csv",
+    "data.test": "b.csv",
+    "data.text": "title,body",
+    "data.label": "topic",
+    "data.labels": "",
+    "data.max-length": 4,
+    "data.validation": 0.25,
+    "data.max-test": 9,
+    "clients.count": 0,
+    "clients.per-round": 11,
+    "clients.partitioner": "virtual",
+    "clients.alpha": 0.5,
+    "clients.classes": 3,
+    "clients.examples": 50,
+    "clients.min-examples": 2,
+    "clients.min-nodes": 2,
+    "clients.min-replies": 11,
+    "clients.deadline": 0.5,
+    "clients.holdout": 0.1,
+    "train.epochs": 2,
+    "train.batch-size": 8,
+    "train.optimizer": "sgd",
+    "train.lr": 0.1,
+    "train.weight-decay": 0.01,
+    "train.momentum": 0.9,
+    "train.prox": 0.001,
+    "train.clip-norm": 1.0,
+    "train.precision": "bf16",
+    "sparse.epochs": 3,
+    "sparse.batch-size": 4,
+    "sparse.optimizer": "adamw",
+    "sparse.lr": 0.2,
+    "sparse.density": 1.0,
+    "sparse.rounds": 2,
+    "sparse.mask": "rows",
+    "sparse.schedule": "per-round",
+    "sparse.budget": "equal",
+    "lora.epochs": 4,
+    "bottleneck.epochs": 4,
+    "lora.batch-size": 32,
+    "bottleneck.batch-size": 32,
+    "lora.optimizer": "sgd",
+    "bottleneck.optimizer": "sgd",
+    "lora.lr": 0.3,
+    "bottleneck.lr": 0.3,
+    "lora.rank": 4,
+    "lora.ranks": "1, 4",
+    "lora.scaling": "root-rank",
+    "lora.start": "orthonormal",
+    "bottleneck.reduction": 1,
+    "lora.alpha": 1.0,
+    "lora.targets": "query, value",
+    "lora.aggregator": "flexlora",
+    "lora.base": "warm-start",
+    "lora.factors": "b",
+    "server.optimizer": "none",
+    "server.lr": 1.0,
+    "server.clip-norm": 2.0,
+    "server.robust": "none",
+    "server.byzantine": 0,
+    "attack.kind": "label-flip",
+    "attack.share": 0.1,
+    "attack.scale": 0.0,
+    "upload.dtype": "int4",
+    "upload.top-k": 0.1,
+    "upload.importance": "product",
+    "upload.feedback": False,
+    "upload.lossless": True,
+    "download.dtype": "float32",
+    "download.lossless": False,
+    "privacy.noise-multiplier": 0.0,
+    "privacy.epsilon": 0.0,
+    "privacy.delta": 1e-6,
+    "privacy.clip-norm": 0.5,
+    "privacy.sparse-clip-norm": 0.25,
+    "privacy.lora-clip-norm": 0.75,
+    "run.dir": "/out",
+    "run.resume": "/out",
+    "run.keep": 1,
+    "run.eval-every": 0,
+    "run.target": 1.0,
+}
+# What flexlora and lora.ranks leave no choice of, privacy among it, and data.labels,
+# which is for data.name "node".
+KEPT = {
+    "server.optimizer",
+    "server.lr",
+    "server.robust",
+    "server.byzantine",
+    "download.dtype",
+    "download.lossless",
+    "data.labels",
+    "privacy.noise-multiplier",
+    "privacy.epsilon",
+}
+OWN: dict[str, Value] = {
+    "data.name": "node",
+    "clients.count": 0,
+    "clients.holdout": 0.2,
+}
+
+OPTIMIZERS = "adamw, sgd"
+# Key, a value of the right type that cannot be, and what its message says is allowed:
+# every one of the phrases.
+BAD: list[tuple[str, Value, str]] = [
+    ("method", "fedavg", "slora, sft, lora, fft, bitfit, houlsby, pfeiffer, head"),
+    ("method", "fedex", "ffa-lora, alternate-lora, fedex-lora, flexlora, head-lora"),
+    ("rounds", 0, "a number of at least 1"),
+    ("seed", -1, "a whole number from 0 to 2^63 - 1"),
+    ("seed", 2**63, "a whole number from 0 to 2^63 - 1"),
+    ("model.name", "", "embedded, a folder or a Hub id"),
+    ("model.dtype", "float16", "float32, bfloat16"),
+    ("data.name", "", "a data set's name or a path"),
+    ("data.labels", "a,b", "empty, or data.name node"),
+    ("data.max-length", 3, "a number of at least 4"),
+    ("data.validation", 1.0, "a number from 0 below 1"),
+    ("data.validation", -0.1, "a number from 0 below 1"),
+    ("data.max-test", -1, "a number of at least 0"),
+    ("clients.count", -1, "a number of at least 0"),
+    ("clients.per-round", 0, "a number of at least 1"),
+    ("clients.per-round", 21, "1 to clients.count, which is 20"),
+    ("clients.partitioner", "zipf", "iid, dirichlet, pathological, virtual"),
+    ("clients.alpha", 0.0, "a number above 0"),
+    ("clients.classes", 0, "a number of at least 1"),
+    ("clients.examples", 0, "a number of at least 1"),
+    ("clients.min-examples", 0, "a number of at least 1"),
+    ("clients.min-nodes", 0, "a number of at least 1"),
+    ("clients.min-replies", 0, "1 to clients.per-round, which is 5"),
+    ("clients.min-replies", 6, "1 to clients.per-round, which is 5"),
+    ("clients.deadline", 0.0, "a number above 0"),
+    ("clients.holdout", 1.0, "a number from 0 below 1"),
+    ("train.epochs", 0, "a number of at least 1"),
+    ("train.batch-size", 0, "a number of at least 1"),
+    ("train.optimizer", "", OPTIMIZERS),
+    ("train.lr", -0.1, "a number of at least 0"),
+    ("train.weight-decay", -0.1, "a number of at least 0"),
+    ("train.momentum", -0.1, "a number of at least 0"),
+    ("train.prox", -0.1, "a number of at least 0"),
+    ("train.clip-norm", -0.1, "a number of at least 0"),
+    ("train.precision", "fp16", "float32, bf16"),
+    ("sparse.epochs", -1, "a number of at least 0"),
+    ("sparse.batch-size", -1, "a number of at least 0"),
+    ("sparse.optimizer", "adam", OPTIMIZERS),
+    ("sparse.lr", -0.1, "a number of at least 0"),
+    ("sparse.density", 0.0, "a number above 0 up to 1"),
+    ("sparse.density", 1.5, "a number above 0 up to 1"),
+    ("sparse.rounds", -1, "a number of at least 0"),
+    ("sparse.rounds", 12, "up to 11 for slora, since rounds is 12"),
+    ("sparse.mask", "diagonal", "unstructured, rows, columns"),
+    ("sparse.schedule", "never", "fixed, per-round"),
+    ("sparse.budget", "global", "uniform, erdos-renyi, equal"),
+    ("lora.epochs", -1, "a number of at least 0"),
+    ("bottleneck.epochs", -1, "a number of at least 0"),
+    ("lora.batch-size", -1, "a number of at least 0"),
+    ("bottleneck.batch-size", -1, "a number of at least 0"),
+    ("lora.optimizer", "adam", OPTIMIZERS),
+    ("bottleneck.optimizer", "adam", OPTIMIZERS),
+    ("lora.lr", -0.1, "a number of at least 0"),
+    ("bottleneck.lr", -0.1, "a number of at least 0"),
+    ("lora.rank", 0, "a number of at least 1"),
+    ("bottleneck.reduction", 0, "a number of at least 1"),
+    ("lora.alpha", 0.0, "a number above 0"),
+    ("lora.targets", "", "all-linear, or module names"),
+    ("lora.targets", "query,,value", "all-linear, or module names"),
+    ("lora.ranks", "2,9", "empty, or whole numbers from 1 to lora.rank, which is 8"),
+    ("lora.ranks", "0", "empty, or whole numbers from 1 to lora.rank, which is 8"),
+    ("lora.ranks", "2,,4", "empty, or whole numbers from 1 to lora.rank, which is 8"),
+    ("lora.scaling", "none", "rank, root-rank"),
+    ("lora.start", "pissa", "peft, orthonormal, federa"),
+    ("lora.aggregator", "median", "fedavg, ffa, alternate, exact, flexlora"),
+    ("lora.base", "w1", "residual, w0, warm-start"),
+    ("lora.factors", "a", "auto, balanced, b"),
+    ("server.optimizer", "adam", "none, fedavgm, fedadam"),
+    ("server.lr", 0.0, "a number above 0"),
+    ("server.clip-norm", -0.1, "a number of at least 0"),
+    ("server.robust", "bulyan", "none, median, trimmed-mean, krum, multi-krum"),
+    ("server.byzantine", -1, "a number of at least 0"),
+    ("server.byzantine", 1, "0, since server.robust is none"),
+    ("attack.kind", "backdoor", "none, label-flip, scaled-update"),
+    ("attack.share", 0.0, "a number above 0 up to 1"),
+    ("attack.share", 1.5, "a number above 0 up to 1"),
+    ("attack.scale", 1.0, "a number other than 1"),
+    ("upload.dtype", "int2", "float32, float16, bfloat16, int8, int4"),
+    ("upload.top-k", 1.5, "a number from 0 up to 1"),
+    ("upload.top-k", -0.1, "a number from 0 up to 1"),
+    ("upload.importance", "random", "magnitude, product"),
+    ("download.dtype", "int4", "float32, float16, bfloat16, int8"),
+    ("privacy.noise-multiplier", -1.0, "a number of at least 0"),
+    ("privacy.epsilon", -1.0, "a number of at least 0"),
+    ("privacy.delta", -1e-5, "a number of at least 0"),
+    ("privacy.delta", 1.0, "a number from 0 below 1"),
+    ("privacy.clip-norm", -1.0, "a number of at least 0"),
+    ("privacy.sparse-clip-norm", -1.0, "a number of at least 0"),
+    ("privacy.lora-clip-norm", -1.0, "a number of at least 0"),
+    ("run.dir", "out", "an absolute path, or empty"),
+    ("run.resume", "out", "an absolute path, or empty"),
+    ("run.keep", 0, "a number of at least 1"),
+    ("run.eval-every", -1, "a number of at least 0"),
+    ("run.target", 1.1, "a number from 0 up to 1"),
+]
+# Any string will do here; what they name is looked up later.
+FREE = {"model.revision", "data.train", "data.test", "data.text", "data.label"}
+# Both values will do.
+FREE |= {"upload.feedback", "upload.lossless", "download.lossless"}
+
+WRONG_TYPES: dict[type, tuple[list[Value], str]] = {
+    bool: ([1, 0.0, "true"], "true or false"),
+    int: ([True, 1.0, "1"], "a whole number"),
+    float: ([True, "1.0"], "a number"),
+    str: ([1, 0.5, False], "a string"),
+}
+
+
+def refusal(values: dict[str, Value]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(values)
+    return str(caught.value)
+
+
+def test_pyproject_holds_every_default() -> None:
+    path = Path(__file__).parents[2] / "pyproject.toml"
+    table = tomllib.loads(path.read_text())["tool"]["flwr"]["app"]["config"]
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        else:
+            flat[key] = value
+    assert flat == DEFAULTS
+    assert {k: type(v) for k, v in flat.items()} == {
+        k: type(v) for k, v in DEFAULTS.items()
+    }
+
+
+def test_no_keys_mean_the_defaults() -> None:
+    assert parse({}) == RunConfig()
+    assert parse(DEFAULTS) == RunConfig()
+
+
+def test_every_key_can_be_changed_and_comes_back() -> None:
+    assert CHANGED.keys() == DEFAULTS.keys()
+    same = {key for key, value in CHANGED.items() if value == DEFAULTS[key]}
+    assert same == KEPT
+    config = parse(CHANGED)
+    assert flatten(config) == CHANGED
+    assert parse(flatten(config)) == config
+
+
+def test_keys_land_in_their_sections() -> None:
+    config = parse(CHANGED)
+    assert (config.method, config.rounds) == ("lora", 7)
+    assert config.clients.per_round == 11
+    assert config.clients.min_replies == 11
+    assert config.data.max_length == 4
+    assert (config.train.epochs, config.sparse.epochs, config.lora.epochs) == (2, 3, 4)
+    assert (config.train.lr, config.sparse.lr, config.lora.lr) == (0.1, 0.2, 0.3)
+    assert config.run.eval_every == 0
+
+
+def test_whole_numbers_are_numbers() -> None:
+    found = parse({"clients.alpha": 1}).clients.alpha
+    assert (found, type(found)) == (1.0, float)
+
+
+def test_the_bad_values_cover_every_key() -> None:
+    assert {key for key, _, _ in BAD} | FREE == DEFAULTS.keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"), BAD, ids=[f"{k}={v}" for k, v, _ in BAD]
+)
+def test_a_bad_value_is_named_with_what_is_allowed(
+    key: str, value: Value, allowed: str
+) -> None:
+    start, _, end = refusal({key: value}).partition("; allowed: ")
+    assert start == f"{key} is {value!r}"
+    assert set(allowed.split(", ")) <= set(end.split(", "))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(k, v) for k, d in DEFAULTS.items() for v in WRONG_TYPES[type(d)][0]],
+)
+def test_a_wrong_type_is_named(key: str, value: Value) -> None:
+    wanted = WRONG_TYPES[type(DEFAULTS[key])][1]
+    assert refusal({key: value}) == f"{key} is {value!r}; allowed: {wanted}"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", [k for k, v in DEFAULTS.items() if type(v) is float])
+def test_numbers_are_finite(key: str, value: float) -> None:
+    assert refusal({key: value}).startswith(f"{key} is {value!r}; allowed: a number ")
+
+
+@pytest.mark.parametrize(
+    ("unknown", "near"),
+    [
+        ("clients.per_round", "clients.per-round"),
+        ("lora.rnak", "lora.rank"),
+        ("round", "rounds"),
+        ("train.batchsize", "train.batch-size"),
+    ],
+)
+def test_an_unknown_key_suggests_the_near_one(unknown: str, near: str) -> None:
+    expected = f"{unknown} is not a run config key; did you mean {near}?"
+    assert refusal({unknown: 1}) == expected
+
+
+def test_a_key_like_no_other_lists_those_there_are() -> None:
+    message = refusal({"xyzzy": 1})
+    assert message.startswith("xyzzy is not a run config key; known: method, rounds, ")
+    assert all(key in message for key in DEFAULTS)
+
+
+def test_sparse_rounds_leave_one_for_lora() -> None:
+    parse({"rounds": 5, "sparse.rounds": 4})
+    message = refusal({"rounds": 4, "sparse.rounds": 4})
+    assert message == (
+        "sparse.rounds is 4; allowed: up to 3 for slora, since rounds is 4"
+    )
+
+
+@pytest.mark.parametrize("method", ["sft", "lora", "fft", "head"])
+def test_only_slora_splits_its_rounds(method: str) -> None:
+    assert parse({"method": method, "rounds": 1, "sparse.rounds": 9}).rounds == 1
+
+
+def test_a_cohort_fits_the_population() -> None:
+    parse({"clients.count": 3, "clients.per-round": 3})
+    message = refusal({"clients.count": 3, "clients.per-round": 4})
+    assert message == "clients.per-round is 4; allowed: 1 to clients.count, which is 3"
+
+
+def test_one_client_per_node_leaves_the_cohort_open() -> None:
+    config = parse({"clients.count": 0, "clients.per-round": 1000})
+    assert config.clients.per_round == 1000
+
+
+def test_as_many_replies_can_be_asked_for_as_clients() -> None:
+    parse({"clients.per-round": 2, "clients.min-replies": 2})
+    message = refusal({"clients.per-round": 2, "clients.min-replies": 3})
+    expected = "clients.min-replies is 3; allowed: 1 to clients.per-round, which is 2"
+    assert message == expected
+
+
+def test_full_fine_tuning_needs_float32_weights() -> None:
+    parse({"method": "sft", "model.dtype": "bfloat16"})
+    message = refusal({"method": "fft", "model.dtype": "bfloat16"})
+    assert message.startswith("model.dtype is 'bfloat16'; allowed: float32 for fft")
+
+
+def test_slora_splits_its_rounds_in_two_phases() -> None:
+    phases = make_schedule(parse({"rounds": 12, "sparse.rounds": 5}))
+    assert [(p.adapter, p.rounds, p.primed) for p in phases] == [
+        ("sparse", 5, False),
+        ("lora", 7, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "rate"),
+    [
+        ("fft", "full", 5e-4),
+        ("bitfit", "bias", 5e-3),
+        ("houlsby", "houlsby", 2e-3),
+        ("pfeiffer", "pfeiffer", 2e-3),
+        ("head", "head", 5e-3),
+        ("sft", "sparse", 1e-2),
+        ("lora", "lora", 2e-3),
+    ],
+)
+def test_one_phase_methods_have_all_rounds_and_their_own_rate(
+    method: str, adapter: str, rate: float
+) -> None:
+    [phase] = make_schedule(parse({"method": method, "rounds": 6}))
+    assert (phase.adapter, phase.rounds, phase.primed) == (adapter, 6, False)
+    assert phase.recipe.lr == rate
+
+
+def test_a_phase_changes_only_what_it_names() -> None:
+    train: dict[str, Value] = {
+        "train.epochs": 2,
+        "train.batch-size": 8,
+        "train.lr": 0.5,
+        "train.weight-decay": 0.25,
+        "train.prox": 0.125,
+        "train.clip-norm": 3.0,
+        "train.momentum": 0.75,
+        "train.precision": "bf16",
+    }
+    own: dict[str, Value] = {
+        "sparse.epochs": 3,
+        "sparse.lr": 0.1,
+        "lora.batch-size": 64,
+        "lora.optimizer": "sgd",
+        "bottleneck.optimizer": "sgd",
+    }
+    sparse, lora = (phase.recipe for phase in make_schedule(parse(train | own)))
+    assert (sparse.epochs, sparse.batch_size) == (3, 8)
+    assert (sparse.optimizer, sparse.lr) == ("adamw", 0.1)
+    assert (lora.epochs, lora.batch_size) == (2, 64)
+    assert (lora.optimizer, lora.lr) == ("sgd", 0.5)
+    for recipe in (sparse, lora):
+        assert (recipe.weight_decay, recipe.prox, recipe.clip_norm) == (0.25, 0.125, 3)
+        assert (recipe.momentum, recipe.precision) == (0.75, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("clients.count", 20, "0, since data.name is node"),
+        ("data.validation", 0.1, "0, since data.name is node"),
+        ("clients.holdout", 0.0, "above 0, since data.name is node and data.test is "),
+        (
+            "data.train",
+            "/a.csv",
+            "a path with {} for a simulated node's number",
+        ),
+        ("data.labels", "a", "two or more names, each once"),
+        ("data.labels", "a,b,a", "two or more names, each once"),
+        ("data.labels", "a,,b", "two or more names, each once"),
+    ],
+)
+def test_own_data_refuses_what_cannot_be_with_it(
+    key: str, value: Value, allowed: str
+) -> None:
+    parse(OWN)
+    message = refusal(OWN | {key: value})
+    assert message.startswith(f"{key} is {value!r}; allowed: {allowed}")
+
+
+def test_own_data_needs_no_holdout_beside_test_data() -> None:
+    parse(OWN | {"clients.holdout": 0.0, "data.test": "/srv/test.csv"})
+
+
+ROBUST: dict[str, Value] = {
+    "server.robust": "trimmed-mean",
+    "server.byzantine": 2,
+    "clients.min-replies": 5,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"clients.min-replies": 4},
+            "clients.min-replies is 4; allowed: at least 5, since server.robust is "
+            "trimmed-mean and server.byzantine is 2",
+        ),
+        (
+            {"server.robust": "krum"},
+            "clients.per-round is 5; allowed: at least 7, since server.robust is krum "
+            "and server.byzantine is 2",
+        ),
+        (
+            {"method": "fedex-lora"},
+            "server.robust is 'trimmed-mean'; allowed: none, since the aggregator is "
+            "exact",
+        ),
+        (
+            {"method": "lora", "lora.ranks": "4,8"},
+            "server.robust is 'trimmed-mean'; allowed: none, since lora.ranks has "
+            "clients of unequal ranks",
+        ),
+        (
+            {"server.optimizer": "fedadam"},
+            "server.optimizer is 'fedadam'; allowed: none, since server.robust "
+            "is trimmed-mean",
+        ),
+        (
+            {"server.lr": 0.5},
+            "server.lr is 0.5; allowed: 1.0, since server.robust is trimmed-mean",
+        ),
+    ],
+)
+def test_robust_statistics_refuse_what_cannot_be_with_them(
+    changes: dict[str, Value], message: str
+) -> None:
+    parse(ROBUST)
+    assert refusal(ROBUST | changes) == message
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "sft"}, {"method": "ffa-lora"}, {"server.robust": "krum"}]
+)
+def test_a_statistic_of_updates_can_have_a_server_optimiser(
+    changes: dict[str, Value],
+) -> None:
+    most = {"clients.per-round": 7, "clients.min-replies": 7}
+    parse(ROBUST | most | {"server.optimizer": "fedadam"} | changes)
+
+
+def test_attacks_are_for_simulations() -> None:
+    message = refusal(OWN | {"attack.kind": "label-flip"})
+    expected = "attack.kind is 'label-flip'; allowed: none, since data.name is node"
+    assert message == expected

@@ -1,0 +1,184 @@
+"""Data that never leaves its node: what is read, what the server learns, who is in."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from slora_flwr.config import DataConfig
+from slora_flwr.data.node_files import OwnData, OwnDataError, load_test_texts
+from slora_flwr.data.texts import Texts
+from tests.support.own_data import ROWS, write
+
+
+def load(path: Path, text: str = "text") -> tuple[Texts, dict[str, int]]:
+    return OwnData(str(path), text, "label").load()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_file_is_read_in_its_order(tmp_path: Path, suffix: str) -> None:
+    texts, skipped = load(write(tmp_path / f"a{suffix}"))
+    assert list(zip(texts.texts, texts.labels, strict=True)) == ROWS
+    assert skipped == {}
+
+
+def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
+    write(tmp_path / "b.csv", ROWS[:1])
+    write(tmp_path / "a.jsonl", ROWS[1:])
+    (tmp_path / "notes.txt").write_text("not data")
+    texts, _ = load(tmp_path)
+    assert texts.texts == [ROWS[1][0], ROWS[2][0], ROWS[0][0]]
+
+
+def test_broken_csv_rows_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbftext,label\n"
+        b"good one,x\n"
+        b"one field\n"
+        b"a,b,c\n"
+        b"caf\xe9,x\n"
+        b",x\n"
+        b"  ,x\n"
+        b"no label,\n"
+        b"good two,y\n"
+    )
+    texts, skipped = load(path)
+    assert (texts.texts, texts.labels) == (["good one", "good two"], ["x", "y"])
+    assert skipped == {"broken": 3, "no text": 2, "no label": 1}
+
+
+def test_broken_json_lines_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [
+        b'{"text": "good", "label": 1}',
+        b'{"text": "half", "lab',
+        b'["text", "label"]',
+        b'{"text": "\xff", "label": 1}',
+        b'{"text": "\\ud800", "label": 1}',
+        b'{"label": 1}',
+        b'{"text": "x", "label": null}',
+        b"",
+    ]
+    path.write_bytes(b"\n".join(lines))
+    texts, skipped = load(path)
+    assert (texts.texts, texts.labels) == (["good"], ["1"])
+    assert skipped == {"broken": 4, "no text": 1, "no label": 1}
+
+
+def test_nulls_in_parquet_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [("a", "x"), (None, "x"), ("b", None)])
+    texts, skipped = load(path)
+    assert texts.texts == ["a"]
+    assert skipped == {"no text": 1, "no label": 1}
+
+
+def test_long_documents_are_read(tmp_path: Path) -> None:
+    texts, skipped = load(write(tmp_path / "a.csv", [("word " * 100_000, "x")]))
+    assert (len(texts.texts[0]), skipped) == (500_000, {})
+
+
+def test_a_quote_that_is_never_closed_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text,label\na,x\n"b,x\n' + "c,x\n" * 100)
+    with pytest.raises(OwnDataError, match="a quote after line 2 is never closed"):
+        load(path)
+
+
+def test_a_deeply_nested_line_is_broken(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("[" * 100_000 + '\n{"text": "a", "label": "x"}\n')
+    assert load(path) == (Texts(["a"], ["x"]), {"broken": 1})
+
+
+def test_other_columns_of_parquet_do_not_matter(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "text": ["a"],
+            "label": ["x"],
+            "when": pa.array([2**58], pa.timestamp("ms")),  # beyond Python's
+        }
+    )
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert load(tmp_path / "a.parquet") == (Texts(["a"], ["x"]), {})
+
+
+def test_labels_are_as_they_are_written(tmp_path: Path) -> None:
+    """No type is guessed, on the server as little as on a node."""
+    labels = ["true", "01", "NA", "1.0"]
+    path = write(tmp_path / "a.csv", [("a", label) for label in labels])
+    assert load(path)[0].labels == labels
+    assert load_test_texts(DataConfig(name="node", test=str(path))).labels == labels
+
+
+def test_a_column_of_texts_is_not_told_as_labels(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv")
+    for source in (OwnData(str(path), "label", "label"), OwnData(str(path), "x", "y")):
+        texts = Texts(["t"] * 1001, [str(i) for i in range(1001)])
+        with pytest.raises(OwnDataError, match="is not one of labels"):
+            source.labels(texts)
+    with pytest.raises(OwnDataError, match="of up to 201 characters"):
+        OwnData("", "x", "y").labels(Texts(["t"], ["a" * 201]))
+    assert OwnData("", "x", "y").labels(Texts(["t"] * 3, ["b", "a", "b"])) == {
+        "a": 1,
+        "b": 2,
+    }
+
+
+def test_columns_are_joined(tmp_path: Path) -> None:
+    texts, _ = load(write(tmp_path / "a.csv"), text="label, text")
+    assert texts.texts[0] == "animal\nred fox"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_missing_column_is_an_error(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"a{suffix}")
+    with pytest.raises(
+        OwnDataError, match="no column body; its columns are text, label"
+    ):
+        load(path, text="body")
+
+
+def test_a_file_that_is_not_what_it_says_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_text("text,label\n")
+    with pytest.raises(OwnDataError, match="cannot be read"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["", "missing.csv", "a.txt"])
+def test_no_data_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(OwnDataError, match=r"allowed: a file .*, \.jsonl, \.parquet"):
+        load(tmp_path / name)
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=st.binary(max_size=200), suffix=st.sampled_from([".csv", ".jsonl"]))
+def test_any_bytes_give_rows_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    path.write_bytes((b"text,label\n" if suffix == ".csv" else b"") + content)
+    try:
+        texts, _ = load(path)
+    except OwnDataError:
+        return
+    for text, label in zip(texts.texts, texts.labels, strict=True):
+        assert text.strip().encode()
+        assert label.encode()
+
+
+def test_the_nodes_config_goes_before_the_runs() -> None:
+    config = DataConfig(name="node", train="/sim/{}.csv", text="t", label="l")
+    node_config = {"partition-id": 3, "num-partitions": 9}
+    assert OwnData.of(node_config, config) == OwnData("/sim/3.csv", "t", "l")
+    own = {"data-path": "/d", "data-text": "a,b", "data-label": "c", **node_config}
+    assert OwnData.of(own, config) == OwnData("/d", "a,b", "c")
+    with pytest.raises(OwnDataError, match="has no data-path"):
+        OwnData.of({"name": "real"}, config)
+    with pytest.raises(OwnDataError, match="has no data-path"):
+        OwnData.of(node_config, DataConfig(name="node"))

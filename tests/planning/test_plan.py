@@ -1,0 +1,148 @@
+"""The plan of a run: bytes of rounds, memory of a client, the command."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from typer.testing import CliRunner
+
+from slora_flwr.backbone.load import Backbone
+from slora_flwr.cli import app
+from slora_flwr.config import parse
+from slora_flwr.config.schedule import make_schedule
+from slora_flwr.planning.memory import Memory, plan_memory
+from slora_flwr.planning.rounds import PlannedRound, plan_rounds
+from tests.support.runs import (
+    HEAD_VALUES,
+    LAYERS,
+    LORA_VALUES,
+    RANK,
+    SPARSE_VALUES,
+    Config,
+)
+from tests.support.tiny import CLASSES, load_tiny
+
+CLIENTS = list(range(6))
+
+
+@pytest.fixture
+def bert(tiny_models: dict[str, Path]) -> Backbone:
+    return load_tiny(tiny_models["bert"])
+
+
+def test_slora_by_hand(config: Config, bert: Backbone) -> None:
+    """A base goes down once: values under the mask and both factors."""
+    config |= {"method": "slora"}
+    sparse = 4 * 6 * (SPARSE_VALUES + HEAD_VALUES)
+    lora = 4 * 6 * (LORA_VALUES + HEAD_VALUES)
+    base = 4 * 6 * (SPARSE_VALUES + LORA_VALUES)
+    assert plan_rounds(parse(config), bert, CLIENTS) == [
+        PlannedRound(1, 0, sparse, sparse),
+        PlannedRound(2, 1, lora + base, lora),
+        PlannedRound(3, 1, lora, lora),
+    ]
+
+
+def test_a_client_gets_the_base_when_it_is_first_drawn(
+    config: Config, bert: Backbone
+) -> None:
+    config |= {"method": "slora", "rounds": 40, "clients.per-round": 2}
+    rounds = plan_rounds(parse(config), bert, CLIENTS)
+    lora = 4 * 2 * (LORA_VALUES + HEAD_VALUES)
+    extra = sum(planned.down - lora for planned in rounds if planned.phase == 1)
+    assert extra == 4 * 6 * (SPARSE_VALUES + LORA_VALUES)
+
+
+def memory(config: Config, bert: Backbone, **changes: Any) -> Memory:
+    settings = parse(config | changes)
+    return plan_memory(make_schedule(settings)[0], settings, bert)
+
+
+def test_memory_by_hand(config: Config, bert: Backbone) -> None:
+    """Gradients and AdamW's two moments, and values that the backbone lacks."""
+    head, weights = HEAD_VALUES, 4 * bert.size
+    full = memory(config, bert, method="fft")
+    lora = memory(config, bert, method="lora")
+    sparse = memory(config, bert, method="sft")
+    assert (full.weights, full.trained) == (weights, 4 * 3 * bert.size)
+    assert lora.trained == 4 * (4 * LORA_VALUES + 3 * head)
+    assert sparse.trained == 4 * (4 * SPARSE_VALUES + 3 * head)
+    plain = memory(config, bert, method="fft", **{"train.optimizer": "sgd"})
+    assert plain.trained == 4 * bert.size
+    assert full.total == full.weights + full.trained + full.activations + full.aside
+    assert (full.aside, lora.aside) == (weights, 0)  # to give W_0 back
+    exact = memory(config, bert, method="fedex-lora")
+    assert exact.aside == 4 * LAYERS * (4 * 32 * 32 + 2 * 32 * 48)
+
+
+def test_columns_keep_a_slice_of_the_activations(
+    config: Config, bert: Backbone
+) -> None:
+    """Each layer's inputs of 4 x 32 and 32 + 48 features; 2 columns of each at 5%."""
+    whole = memory(config, bert, method="sft")
+    slices = memory(config, bert, method="sft", **{"sparse.mask": "columns"})
+    tokens = 32 * 12
+    # Query, key and value share an input, and attention's output is one more.
+    inputs = LAYERS * 4 * tokens * (32 + 32 + 32 + 48)
+    kept = LAYERS * 4 * tokens * 6 * 2
+    assert whole.activations - slices.activations <= inputs
+    assert whole.activations - slices.activations > inputs / 4 - kept
+    assert memory(config, bert, method="fft").activations >= whole.activations
+
+
+def test_nothing_stays_attached(config: Config, bert: Backbone) -> None:
+    before = bert.digest
+    memory(config, bert, method="fft")
+    memory(config, bert, method="fedex-lora")
+    del bert.digest
+    assert bert.digest == before
+    assert not any(p.requires_grad for p in bert.model.parameters())
+
+
+def test_the_command(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(config | {"method": "slora"}))
+    found = CliRunner().invoke(app, ["plan", "-c", str(path)], env={"COLUMNS": "160"})
+    assert found.exit_code == 0, found.output
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in found.output.splitlines()
+        if line.startswith("│")
+    ]
+    assert [row[0] for row in rows] == ["sparse phase", "lora phase", "fft", "lora"]
+    trained = LORA_VALUES + HEAD_VALUES
+    assert rows[1][2] == f"{trained:,}"
+    assert rows[3][5] == f"{4 * trained / 1e3:,.1f}"
+    assert rows[3][7] == f"{4 * 3 * 6 * trained / 1e6:,.2f}"
+    assert (RANK, len(CLASSES)) == (4, 3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_bfloat16_can_be_planned(
+    config: Config, tmp_path: Path, precision: str
+) -> None:
+    path = tmp_path / "run.toml"
+    changes = {"model.dtype": "bfloat16", "train.precision": precision}
+    path.write_text(tomli_w.dumps(config | changes))
+    found = CliRunner().invoke(app, ["plan", "-c", str(path)], env={"COLUMNS": "160"})
+    assert found.exit_code == 0, found.output
+    assert "fft" not in found.output  # which has no bfloat16
+
+
+def test_a_plan_for_nodes_data_needs_labels(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    changes = {"data.name": "node", "clients.count": 0, "clients.holdout": 0.2}
+    path.write_text(tomli_w.dumps(config | changes))
+    found = CliRunner().invoke(app, ["plan", "-c", str(path)])
+    assert found.exit_code == 2
+    assert "data.labels is ''" in found.output
+    path.write_text(tomli_w.dumps(config | changes | {"data.labels": "a,b,c"}))
+    found = CliRunner().invoke(app, ["plan", "-c", str(path)], env={"COLUMNS": "160"})
+    assert f"{LORA_VALUES + HEAD_VALUES:,}" in found.output
+
+
+def test_a_bad_config_is_refused() -> None:
+    found = CliRunner().invoke(app, ["plan", "-c", "lora.rank=0"])
+    assert found.exit_code == 2
+    assert "lora.rank is 0; allowed: a number of at least 1" in found.output

@@ -1,0 +1,129 @@
+"""Two runs at once in one directory: the second is refused."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from logging import WARNING
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from slora_flwr.cli import app
+from slora_flwr.config import ConfigError
+from slora_flwr.runs.checkpoint import list_checkpoints
+from slora_flwr.runs.lock import sole_use
+from slora_flwr.server.run import run
+from tests.support.grids import Grid
+from tests.support.resuming import InterruptionError, StoppingGrid, content, resumed
+from tests.support.runs import Config, arguments, events, make_config
+
+SLORA = [sys.executable, "-c", "from slora_flwr.cli import app; app()"]
+
+
+@pytest.fixture
+def config(corpus: Path, tiny_models: dict[str, Path], tmp_path: Path) -> Config:
+    # Stopped, or interrupted, long before its end.
+    config = make_config(corpus, tiny_models["bert"], tmp_path / "run")
+    return config | {"rounds": 300, "clients.per-round": 2}
+
+
+@pytest.fixture
+def running(config: Config) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose run has a checkpoint, and which stands still."""
+    directory = Path(str(config["run.dir"]))
+    process = subprocess.Popen([*SLORA, *arguments(config)])
+    while not list_checkpoints(directory):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGSTOP)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_directory_in_use_is_refused_until_its_process_is_killed(
+    config: Config, running: subprocess.Popen[bytes]
+) -> None:
+    directory = Path(str(config["run.dir"]))
+    before = content(directory)
+    allowed = "the directory of a run that has ended"
+    refusal = f"'{directory}', which another run is using; allowed: {allowed}"
+    grid = Grid(config)
+    with pytest.raises(ConfigError) as caught:
+        run(grid, resumed(config), 1)
+    assert refusal in str(caught.value)
+    assert grid.queried == grid.asked == []
+    # A new run is refused too, as in all folders that hold something.
+    with pytest.raises(ConfigError, match="holds files of another run"):
+        run(grid, config, 1)
+    done = CliRunner().invoke(app, arguments(resumed(config)))
+    assert (done.exit_code, refusal in done.output) == (2, True)
+    assert content(directory) == before
+    # Who only reads is not kept out.
+    done = CliRunner().invoke(app, ["report", str(directory)])
+    assert done.exit_code == 0, done.output
+    running.kill()
+    running.wait()
+    last = len(events(directory, "round"))
+    with pytest.raises(InterruptionError):
+        run(StoppingGrid(config, last + 2), resumed(config), 2)
+    assert events(directory, "resumed")
+    assert len(events(directory, "round")) == last + 1
+
+
+def test_a_run_that_failed_in_this_process_lets_go(config: Config) -> None:
+    with pytest.raises(InterruptionError) as kept:
+        run(StoppingGrid(config, 2), config, 1)
+    with pytest.raises(InterruptionError):
+        run(StoppingGrid(config, 3), resumed(config), 2)
+    del kept
+
+
+def test_programs_that_a_run_starts_do_not_keep_its_lock(tmp_path: Path) -> None:
+    """As resident workers and Ray's processes might, which may outlive it."""
+    path = tmp_path / "file"
+    path.touch()
+    script = (
+        "import subprocess, sys, time\n"
+        "from pathlib import Path\n"
+        "from slora_flwr.runs.lock import sole_use\n"
+        "with sole_use(Path(sys.argv[1]), 'in use'):\n"
+        "    left = subprocess.Popen(['sleep', '60'], close_fds=False)\n"
+        "    print(left.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    left = int(process.stdout.readline())
+    try:
+        with pytest.raises(ConfigError, match="in use"), sole_use(path, "in use"):
+            pass
+        process.kill()
+        process.wait()
+        os.kill(left, 0)  # it lives
+        with sole_use(path, "in use"):
+            pass
+    finally:
+        os.kill(left, signal.SIGKILL)
+        process.kill()
+        process.wait()
+
+
+def test_a_file_system_without_locks_is_told_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with caplog.at_level(WARNING, logger="flwr"), sole_use(tmp_path, "in use"):
+        pass
+    assert f"{tmp_path} has no lock against others ([Errno" in caplog.text

@@ -1,0 +1,115 @@
+"""Evaluation: by clients and by the server, when, and the round at the target."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+
+from slora_flwr.common.tensors import State
+from slora_flwr.server import collect
+from slora_flwr.training.loop import Evaluation
+from slora_flwr.training.worker import Worker
+from tests.support.clock import Clock
+from tests.support.grids import RecordingGrid
+from tests.support.runs import (
+    HEAD_VALUES,
+    LORA_VALUES,
+    Config,
+    elsewhere,
+    events,
+    start,
+    summary,
+)
+
+
+def test_clients_evaluate_on_what_they_hold_out(config: Config) -> None:
+    trained_on = RecordingGrid(config, nodes=2)
+    start(config, trained_on)
+    config = elsewhere(config, **{"clients.holdout": 0.25})
+    grid = RecordingGrid(config, nodes=2)
+    directory = start(config, grid)
+    all_sizes = [n for r in trained_on.reports[:2] for n in r.examples]
+    sizes = [n for r in grid.reports[:2] for n in r.examples]
+    assert sizes == [n - round(n / 4) for n in all_sizes]
+    for number, event in enumerate(events(directory, "round")):
+        one, other = grid.evaluations[2 * number : 2 * number + 2]
+        weights = one["num-examples"], other["num-examples"]
+        assert sum(weights) == sum(round(n / 4) for n in all_sizes)
+        mean = (weights[0] * one["loss"] + weights[1] * other["loss"]) / sum(weights)
+        assert event["client_loss"] == pytest.approx(mean)
+        hits = sum(one["hits"]) + sum(other["hits"])
+        assert event["client_accuracy"] == pytest.approx(hits / sum(weights))
+        assert 0 <= event["client_accuracy"] <= 1
+
+
+def test_without_a_holdout_clients_do_not_evaluate(config: Config) -> None:
+    grid = RecordingGrid(config)
+    directory = start(config, grid)
+    assert grid.evaluations == []
+    assert all("client_accuracy" not in e for e in events(directory, "round"))
+
+
+class BadEvaluationGrid(RecordingGrid):
+    """Node 2 answers evaluations without figures, or never."""
+
+    silent = False
+
+    def _answer(self, message: Message) -> Message:
+        reply = super()._answer(message)
+        if self._is_meant(reply):
+            reply.content = RecordDict({"other": ConfigRecord({"x": 1})})
+        return reply
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = super().pull_messages(message_ids)
+        return [r for r in replies if not (self.silent and self._is_meant(r))]
+
+    def _is_meant(self, reply: Message) -> bool:
+        facts = reply.metadata
+        return (facts.message_type, facts.src_node_id) == (MessageType.EVALUATE, 2)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_bad_evaluation_is_named_and_left_out(
+    config: Config, monkeypatch: pytest.MonkeyPatch, silent: bool
+) -> None:
+    monkeypatch.setattr(collect, "time", Clock())
+    config |= {"clients.holdout": 0.25}
+    grid = BadEvaluationGrid(config, nodes=2)
+    grid.silent = silent
+    directory = start(config, grid)
+    assert [(f["round"], f["node"]) for f in events(directory, "failure")] == [
+        (1, 2),
+        (2, 2),
+        (3, 2),
+    ]
+    assert all("client_accuracy" in e for e in events(directory, "round"))
+
+
+def test_evaluation_can_wait_for_the_end_of_a_phase(two_phases: Config) -> None:
+    two_phases |= {"run.eval-every": 0}
+    directory = start(two_phases, RecordingGrid(two_phases))
+    evaluated = [e["round"] for e in events(directory, "round") if "accuracy" in e]
+    assert evaluated == [1, 4]
+
+
+def test_the_summary_names_the_first_round_at_the_target(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter([0.4, 0.7, 0.6])
+
+    def evaluate(self: Worker, state: State) -> Evaluation:
+        hits = round(10 * next(accuracies))
+        return Evaluation(1.0, np.array([[hits, 0, 0], [10, 0, 0], [10, 0, 0]]))
+
+    monkeypatch.setattr(Worker, "evaluate_test", evaluate)
+    config |= {"run.target": 0.6}
+    target = summary(start(config, RecordingGrid(config)))["target"]
+    assert target["round"] == 2
+    assert target["payload_bytes"] == 2 * 2 * 6 * 4 * (LORA_VALUES + HEAD_VALUES)
+
+
+def test_a_target_that_is_not_reached_is_not_in_the_summary(config: Config) -> None:
+    config |= {"run.target": 1.0, "rounds": 1, "lora.lr": 1e-9}
+    assert "target" not in summary(start(config, RecordingGrid(config)))

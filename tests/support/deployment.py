@@ -1,0 +1,259 @@
+"""A deployment on loopback: real processes, which tests kill, stop and start again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from slora_flwr.common.files import write_atomically
+from tests.support.processes import free_port, is_open, residents, wait_until
+from tests.support.runs import Config
+
+ROOT = Path(__file__).parents[2]
+FAULTS = Path(__file__).parent / "faults"
+TOOLS = Path(sys.executable).parent
+
+
+@dataclass
+class Run:
+    """What `flwr run --stream` started."""
+
+    run_id: int
+    directory: Path
+    stream: subprocess.Popen[bytes]
+
+    def rounds(self) -> list[int]:
+        """List the rounds that have ended."""
+        return [event["round"] for event in self.events("round")]
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        path = self.directory / "events.jsonl"
+        # A line may be only half there.
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+    def wait_for_round(self, number: int) -> None:
+        """Wait until a round has ended."""
+        wait_until(lambda: number in self.rounds(), 240)
+
+
+class Node:
+    """A SuperNode with folders of its own, as if it were a machine of its own.
+
+    Its processes do what the file `faults` says, see `faults/sitecustomize.py`.
+    """
+
+    def __init__(self, index: int, folder: Path, link: int) -> None:
+        self.folder, self._index, self._link = folder, index, link
+        folder.mkdir()
+        self.faults = folder / "faults.json"
+        self.err({})
+        self.start()
+
+    def start(self) -> None:
+        environment = {
+            **_environment(self.folder),
+            "PYTHONPATH": os.pathsep.join([str(FAULTS), *_python_path()]),
+            "SLORA_TEST_FAULTS": str(self.faults),
+        }
+        with (self.folder / "log").open("ab") as log:
+            self.process = psutil.Popen(
+                [
+                    *(
+                        sys.executable,
+                        "-m",
+                        "slora_flwr.client.supernode",
+                        "--insecure",
+                    ),
+                    *("--superlink", f"127.0.0.1:{self._link}"),
+                    *("--port", str(free_port()), "--poll-seconds", "0.2"),
+                    *("--node-config", f"partition-id={self._index} num-partitions=2"),
+                ],
+                cwd=self.folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def kill(self) -> None:
+        """Take it away, as a power failure would."""
+        # Stopped first, so that none starts another in the meantime.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            self.signal(number)
+        self.process.wait()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all its processes."""
+        for process in self.processes():
+            process.send_signal(number)
+
+    def err(self, faults: dict[int, str]) -> None:
+        """Say which faults it commits in which rounds."""
+        # At once, since they read it while they wait.
+        write_atomically(self.faults, json.dumps(faults).encode())
+
+    def processes(self) -> list[psutil.Process]:
+        """List what runs on it, from the SuperNode down."""
+        return [*_family(self.process), *residents(self.folder)]
+
+    def log_of(self, run: Run, number: int) -> str:
+        """Give what its SuperNode has logged since it took the message of a round."""
+        text = (self.folder / "log").read_text()
+        return text.partition(f"[RUN {run.run_id}, ROUND {number}]")[2]
+
+    def wait_until_it_trains(self, run: Run, number: int) -> None:
+        """Wait until it has the message of a round, in which it waits."""
+        wait_until(lambda: "Received successfully" in self.log_of(run, number), 240)
+
+
+class Deployment:
+    """A SuperLink with a database and two SuperNodes.
+
+    The ServerApp's processes are the SuperLink's, or, where those of the SuperLink are
+    `separate`, as in the compose files, those of a SuperExec beside it.
+    """
+
+    def __init__(self) -> None:
+        # Not pytest's folder: too long for the path of a Unix socket.
+        self.folder = Path(tempfile.mkdtemp(prefix="slora-"))
+        self._link = free_port()
+        self._environment = _environment(self.folder / "server")
+        flower = Path(self._environment["FLWR_HOME"])
+        flower.mkdir(parents=True)
+        (flower / "config.toml").write_text(
+            f'[superlink.here]\naddress = "127.0.0.1:{self._link}"\ninsecure = true\n'
+        )
+        self._started: list[psutil.Popen] = []
+        self._runs = 0
+        self.superexec: psutil.Popen | None = None
+        self.nodes: list[Node] = []
+
+    def start(self) -> None:
+        self.start_superlink()
+        for index in range(2):
+            self.nodes.append(Node(index, self.folder / f"{index}", self._link))
+
+    def start_superlink(self, *, separate: bool = False) -> None:
+        """Start the SuperLink, again on what it left in its database."""
+        database = self.folder / "server" / "database"
+        self.superlink = self._start(
+            *(TOOLS / "flower-superlink", "--insecure", "--port", self._link),
+            *("--database", database),
+            *("--isolation", "process" if separate else "subprocess"),
+        )
+        if separate and self.superexec is None:
+            address = f"127.0.0.1:{self._link}"
+            self.superexec = self._start(
+                *(TOOLS / "flower-superexec", "--insecure"),
+                *("--runtime-api-address", address),
+            )
+        wait_until(lambda: is_open(self._link), 60)
+
+    def kill_superlink(self) -> None:
+        self.superlink.kill()
+        self.superlink.wait()
+
+    def run(self, config: Config) -> Run:
+        """Start a run, and wait until Flower has named it."""
+        text = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        self._runs += 1
+        log = self.folder / "server" / f"run-{self._runs}"
+        command = (TOOLS / "flwr", "run", ROOT, "here", "--stream", "--run-config")
+        stream = self._start(*command, text, log=log)
+        said = "Successfully started run "
+        wait_until(lambda: said in log.read_text(), 60)
+        run_id = log.read_text().partition(said)[2].split()[0]
+        directory = str(config.get("run.resume") or config["run.dir"])
+        return Run(int(run_id), Path(directory), stream)
+
+    def log(self) -> str:
+        """Give what the SuperLink and the ServerApps have logged."""
+        return (self.folder / "server" / "log").read_text()
+
+    def status(self, run: Run) -> str:
+        """Ask Flower how a run stands."""
+        command = ("list", "here", "--run-id", str(run.run_id), "--format", "json")
+        done = subprocess.run(
+            [TOOLS / "flwr", *command],
+            cwd=self.folder,
+            env=self._environment,
+            capture_output=True,
+            check=True,
+        )
+        return str(json.loads(done.stdout)["runs"][0]["status"])
+
+    def serverapps(self) -> list[psutil.Process]:
+        """List the processes in which ServerApps run."""
+        launchers = [self.superlink, *filter(None, [self.superexec])]
+        found = [p for launcher in launchers for p in _family(launcher)]
+        return [p for p in found if _is_called("flwr-serverapp", p)]
+
+    def kill_serverapp(self, run: Run) -> None:
+        """Kill the process in which the run lives, and leave the stream of its log."""
+        [process] = self.serverapps()
+        process.kill()
+        run.stream.kill()
+        run.stream.wait()
+
+    def close(self) -> None:
+        """End all processes, and those that they started."""
+        left = [p for process in self._started for p in _family(process)]
+        left += [p for node in self.nodes for p in node.processes()]
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=20)
+        shutil.rmtree(self.folder)
+
+    def _start(self, *command: str | int | Path, log: Path | None = None) -> Any:
+        path = log or self.folder / "server" / "log"
+        with path.open("ab") as file:
+            process = psutil.Popen(
+                [*map(str, command)],
+                # Not in the checkout, whose code would go before the bundle's.
+                cwd=self.folder,
+                env=self._environment,
+                stdout=file,
+                stderr=file,
+            )
+        self._started.append(process)
+        return process
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        # Where Flower looks for what it starts itself.
+        "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_HOME": str(folder / "flower"),
+        "SLORA_HOME": str(folder / "home"),
+        "TMPDIR": str(folder),
+    }
+
+
+def _python_path() -> list[str]:
+    return [*filter(None, [os.environ.get("PYTHONPATH")])]
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_called(name: str, process: psutil.Process) -> bool:
+    try:
+        return any(Path(part).name == name for part in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,70 @@
+"""Nodes whose answers to a query are written down."""
+
+from collections.abc import Callable, Iterable
+
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+
+from slora_flwr.engines.inline import InlineGrid
+from slora_flwr.server.fleet import Fleet
+
+EXPECTED = {"version": "1", "code": "c0de", "backbone": "b0ne", "partition": "pa27"}
+
+
+SIZES = {0: 30, 1: 20, 2: 10, 3: 10, 4: 5, 5: 1}
+
+
+class FakeGrid(InlineGrid):
+    """Nodes whose answers to a query are written down, one by one."""
+
+    def __init__(self, nodes: Iterable[int] = ()) -> None:
+        super().__init__({})
+        self.online: list[int] = list(nodes)
+        self.asked: list[int] = []
+        self.code: dict[int, str] = {}
+        self.backbone: dict[int, str] = {}
+        self.hosts: dict[int, list[int]] = {}
+        self.partition: dict[int, str] = {}
+        self.of_nodes = 1
+        self.broken: dict[int, Callable[[Message], Message]] = {}
+        self.silent: set[int] = set()
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.online)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        heard = {i: self._sent[i] for i in message_ids if i in self._sent}
+        return super().pull_messages(
+            [i for i, m in heard.items() if m.metadata.dst_node_id not in self.silent]
+        )
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = list(messages)
+        self.asked += [message.metadata.dst_node_id for message in sent]
+        return super().push_messages(sent)
+
+    def _answer(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        if node in self.broken:
+            return self.broken[node](message)
+        clients = self.hosts.get(node, list(SIZES))
+        config = ConfigRecord(
+            EXPECTED  # type: ignore[arg-type]
+            | {
+                "code": self.code.get(node, "c0de"),
+                "backbone": self.backbone.get(node, "b0ne"),
+                "partition": self.partition.get(node, "pa27"),
+                "nodes": self.of_nodes,
+            }
+        )
+        metrics = MetricRecord(
+            {"clients": clients, "examples": [SIZES[c] for c in clients]}
+        )
+        return Message(
+            RecordDict({"config": config, "metrics": metrics}), reply_to=message
+        )
+
+
+def gathered(grid: FakeGrid, min_nodes: int = 1) -> Fleet:
+    found = Fleet(EXPECTED, min_nodes, deadline=5.0)
+    found.gather(grid)
+    return found

@@ -1,0 +1,124 @@
+"""In-process nodes that keep what they are asked, and err as they are told."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from flwr.app import Message, MessageType, RecordDict
+from flwr.common.serde import message_to_proto
+from torch import Tensor
+
+from slora_flwr.engines.inline import InlineGrid
+from slora_flwr.wire.messages import Instruction, Report
+from tests.support.runs import Config
+
+# Changes a report in place, or gives the content to answer with in its stead.
+Tamper = Callable[[Report], RecordDict | None]
+
+
+class RecordingGrid(InlineGrid):
+    """Keeps what was asked and answered; `tampers` are for reports of some rounds."""
+
+    def __init__(
+        self,
+        config: Config,
+        nodes: int = 1,
+        tampers: Mapping[int, Tamper] | None = None,
+        bad: Iterable[int] = (2,),
+    ) -> None:
+        super().__init__(config, nodes)
+        self.asked: list[Instruction] = []
+        self.asked_nodes: list[int] = []
+        self.queried: list[int] = []
+        self.asked_bytes: list[int] = []
+        self.reports: list[Report] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self._tampers, self._bad = tampers or {}, set(bad)
+
+    def _answer(self, message: Message) -> Message:
+        kind, at = message.metadata.message_type, message.metadata.dst_node_id
+        if kind == MessageType.QUERY:
+            self.queried.append(at)
+        if kind == MessageType.TRAIN:
+            self.asked.append(Instruction.read(message.content))
+            self.asked_nodes.append(at)
+            self.asked_bytes.append(len(message_to_proto(message).SerializeToString()))
+            self.before(self.asked[-1])
+        reply = super()._answer(message)
+        if kind == MessageType.EVALUATE:
+            self.evaluations.append(dict(reply.content.metric_records["metrics"]))
+        if kind != MessageType.TRAIN or reply.has_error():
+            return reply
+        report = Report.read(reply.content)
+        number = self.asked[-1].server_round
+        if at in self._bad and number in self._tampers:
+            reply.content = self._tampers[number](report) or report.content()
+        else:
+            self.reports.append(report)
+        return reply
+
+    def before(self, asked: Instruction) -> None:
+        """Something happens before a node reads an instruction."""
+
+    def sent(self, server_round: int) -> Tensor:
+        """What state the round started from."""
+        return values(next(i for i in self.asked if i.server_round == server_round))
+
+    def mean(self, server_round: int) -> Tensor:
+        """The mean of the round's good updates, by hand."""
+        good = [r for r in self.reports if r.server_round == server_round]
+        total = torch.stack([weighted(report) for report in good]).sum(dim=0)
+        return (total / sum(sum(report.examples) for report in good)).float()
+
+
+def values(of: Instruction | Report) -> Tensor:
+    array = of.state if isinstance(of, Instruction) else of.update
+    dtype = {"float32": torch.float32, "int64": torch.int64}[array.dtype]
+    return torch.frombuffer(bytearray(array.data), dtype=dtype)
+
+
+def weighted(report: Report) -> Tensor:
+    """The sum of a node's updates, each times its examples."""
+    if len(report.clients) == 1:
+        return values(report).double() * report.examples[0]
+    return values(report).double() / 2**30
+
+
+class ShufflingGrid(RecordingGrid):
+    """Replies come one a poll, in an order that a seed draws."""
+
+    def __init__(self, config: Config, nodes: int, order: int) -> None:
+        super().__init__(config, nodes)
+        self.arrivals: list[int] = []
+        self._draw = random.Random(order)
+        self._ready: dict[str, Message] = {}
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        asked = list(message_ids)
+        for reply in super().pull_messages(asked):
+            self._ready[reply.metadata.reply_to_message_id] = reply
+        reply = self._ready.pop(self._draw.choice(asked))
+        if reply.metadata.message_type == MessageType.TRAIN:
+            self.arrivals.append(reply.metadata.src_node_id)
+        return [reply]
+
+
+def set_to(**fields: Any) -> Tamper:
+    def tamper(report: Report) -> None:
+        for name, value in fields.items():
+            setattr(report, name, value)
+
+    return tamper
+
+
+RUN_IDS = itertools.count(1000)
+
+
+class Grid(RecordingGrid):
+    """A recording grid whose runs have ids of their own."""
+
+    def __init__(self, config: Config, nodes: int = 1) -> None:
+        super().__init__(config, nodes)
+        InlineGrid.__init__(self, config, nodes, next(RUN_IDS))

@@ -1,0 +1,38 @@
+"""Processes and ports that tests wait for."""
+
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+
+def residents(folder: Path) -> list[psutil.Process]:
+    """List the resident workers whose sockets are below a folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+        except psutil.Error:  # gone, or another user's: not ours
+            continue
+        if "slora_flwr.client.resident" in command and str(folder) in " ".join(command):
+            found.append(process)
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0

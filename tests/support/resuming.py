@@ -1,0 +1,128 @@
+"""Runs that are interrupted and go on, and what they must have in common."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message, MessageType
+
+from slora_flwr.client import handlers as node
+from slora_flwr.runs.checkpoint import list_checkpoints, read_checkpoint
+from tests.support.grids import Grid
+from tests.support.runs import (
+    Config,
+    differ,
+    events,
+    facts,
+    final,
+    ledger,
+    start,
+    summary,
+)
+
+
+class InterruptionError(Exception):
+    """What ends a run before its end."""
+
+
+class StoppingGrid(Grid):
+    """Its run is interrupted in a round, once the first node has trained."""
+
+    def __init__(self, config: Config, last: int, nodes: int = 2) -> None:
+        super().__init__(config, nodes)
+        self._last = last
+
+    def _answer(self, message: Message) -> Message:
+        reply = super()._answer(message)
+        if (
+            message.metadata.message_type == MessageType.TRAIN
+            and not reply.has_error()
+            and self.asked[-1].server_round == self._last
+        ):
+            raise InterruptionError
+        return reply
+
+
+def resumed(config: Config) -> Config:
+    """The same run, which goes on where it is."""
+    return config | {"run.resume": config["run.dir"]}
+
+
+def stop(config: Config, last: int) -> Path:
+    """Interrupt a run in its round `last`."""
+    node._worker.cache_clear()  # another process has none
+    with pytest.raises(InterruptionError):
+        start(config, StoppingGrid(config, last))
+    return Path(str(config["run.dir"]))
+
+
+def go_on(config: Config, nodes: int = 2) -> Path:
+    node._worker.cache_clear()
+    return start(resumed(config), Grid(config, nodes))
+
+
+def without(figures: dict[str, Any], *others: str) -> dict[str, Any]:
+    """Leave out what depends on the clock, or on what processes still have."""
+    left_out = {"seconds", "took", "message_bytes", *others}
+    left_out |= {"message_bytes_up", "message_bytes_down"}
+    return {
+        name: without(value) if isinstance(value, dict) else value
+        for name, value in figures.items()
+        if name not in left_out
+    }
+
+
+def files(directory: Path) -> dict[str, Any]:
+    """Give what was exported."""
+    found: dict[str, Any] = {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for folder in ("adapter", "model")
+        for path in sorted((directory / folder).rglob("*"))
+    }
+    if written := found.get("adapter/adapter_config.json"):
+        read = json.loads(written)
+        # PEFT keeps them as a set, whose order is another in another process.
+        found["adapter/adapter_config.json"] = read | {
+            "target_modules": sorted(read["target_modules"])
+        }
+    return found
+
+
+def assert_same(directory: Path, expected: Path) -> None:
+    """Compare two run directories in all that is promised."""
+    names = {path.name for path in (expected / "checkpoints").iterdir()}
+    assert {path.name for path in (directory / "checkpoints").iterdir()} == names
+    for name in {"last", "best", "base", "best-base"} & {Path(n).stem for n in names}:
+        assert facts(directory, name) == facts(expected, name)
+        one, other = final(directory, name), final(expected, name)
+        assert one.keys() == other.keys()
+        assert not differ(one, other), name
+    for path in list_checkpoints(expected):
+        one = read_checkpoint(directory / "checkpoints" / path.name).tensors
+        other = read_checkpoint(path).tensors
+        assert [*one] == [*other]
+        assert not differ(one, other), path.name
+    for kind in ("round", "handoff"):
+        found = [without(event) for event in events(directory, kind)]
+        for event, other_event in zip(found, events(expected, kind), strict=True):
+            for client in event.get("clients", {}):
+                assert event["clients"][client]["loss"] > 0
+            assert event == without(other_event)
+    # Rows without clients are messages that were sent again.
+    rows = [
+        [without(row) for row in ledger(d) if row["clients"] != "0"]
+        for d in (directory, expected)
+    ]
+    assert rows[0] == rows[1]
+    assert without(summary(directory)) == without(summary(expected))
+    assert files(directory) == files(expected) != {}
+    assert events(directory, "failure") == []
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }

@@ -1,0 +1,146 @@
+"""Local training: FedProx, clipping, random streams and the order of examples."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from slora_flwr.adapters import HeadAdapter, SparseAdapter
+from slora_flwr.adapters.masks import make_mask
+from slora_flwr.backbone.load import Backbone
+from slora_flwr.config import RecipeConfig
+from slora_flwr.data.examples import Examples
+from slora_flwr.training.loop import train
+from tests.support.tiny import load_tiny, loss_of, make_examples, no_dropout, shape_of
+
+ADAMW = RecipeConfig(epochs=2, batch_size=8, lr=0.01, weight_decay=0.1)
+KEY = (0, 1, 2)
+
+
+@pytest.fixture
+def bert(tiny_models: dict[str, Path]) -> Backbone:
+    return no_dropout(load_tiny(tiny_models["bert"]))
+
+
+def head_gradient(
+    features: np.ndarray, labels: np.ndarray, weight: np.ndarray, bias: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradient of the mean cross-entropy of softmax(features·Wᵀ + b)."""
+    z = np.exp(features @ weight.T + bias)
+    z /= z.sum(axis=1, keepdims=True)
+    z -= np.eye(len(bias))[labels]
+    return z.T @ features / len(labels), z.mean(axis=0)
+
+
+def features_of(backbone: Backbone, examples: Examples) -> np.ndarray:
+    seen: list[Tensor] = []
+    hook = backbone.model.classifier.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0])
+    )
+    backbone.model.train()
+    ids, mask, _ = examples.batch(np.arange(len(examples)))
+    with torch.no_grad():
+        for _ in range(2):
+            backbone.model(
+                input_ids=ids.to(backbone.device),
+                attention_mask=mask.to(backbone.device),
+            )
+    hook.remove()
+    assert torch.equal(*seen)  # no dropout
+    return seen[0].double().cpu().numpy()
+
+
+def head_of(state: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    weight, bias = state["classifier.weight"], state["classifier.bias"]
+    return weight.double().numpy(), bias.double().numpy()
+
+
+def test_fedprox_by_hand(bert: Backbone, examples: Examples) -> None:
+    lr, mu = 0.3, 0.7
+    adapter = HeadAdapter()
+    adapter.attach(bert)
+    features = features_of(bert, examples)
+    w0, b0 = w, b = head_of(adapter.state())
+    for _ in range(2):
+        grad_w, grad_b = head_gradient(features, examples.labels, w, b)
+        w, b = w - lr * (grad_w + mu * (w - w0)), b - lr * (grad_b + mu * (b - b0))
+
+    recipe = RecipeConfig(epochs=2, batch_size=24, optimizer="sgd", lr=lr, prox=mu)
+    train(bert, adapter, examples, recipe, KEY)
+    got_w, got_b = head_of(adapter.state())
+    np.testing.assert_allclose(got_w, w, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(got_b, b, rtol=0, atol=1e-6)
+    plain_w = w0
+    for _ in range(2):
+        grad_w, _ = head_gradient(features, examples.labels, plain_w, b0)
+        plain_w = plain_w - lr * grad_w
+    assert np.abs(w - plain_w).max() > 1e-3  # mu matters here
+
+
+def test_loss_of_training_is_the_mean_over_batches(
+    bert: Backbone, examples: Examples
+) -> None:
+    adapter = HeadAdapter()
+    adapter.attach(bert)
+    w, b = head_of(adapter.state())
+    z = features_of(bert, examples) @ w.T + b
+    loss = np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), examples.labels]
+    recipe = RecipeConfig(batch_size=24, optimizer="sgd", lr=1e-3)
+    got = train(bert, adapter, examples, recipe, KEY)
+    assert got == pytest.approx(loss.mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.01, 100.0])
+def test_clipping_uses_the_norm_of_what_is_trained(
+    tiny_models: dict[str, Path], examples: Examples, clip: float
+) -> None:
+    """The dense gradient's norm would be about 1 / sqrt(density) times as large."""
+    dense = no_dropout(load_tiny(tiny_models["bert"]))
+    for parameter in dense.model.parameters():
+        parameter.requires_grad_()
+    loss_of(dense, examples).backward()
+    gradients = {}
+    for name, module in dense.targets.items():
+        position = make_mask(5, name, shape_of(module), 0.05)
+        assert module.weight.grad is not None
+        gradients[f"{name}.values"] = module.weight.grad.flatten().cpu()[position]
+    for name, parameter in dense.head.items():
+        assert parameter.grad is not None
+        gradients[name] = parameter.grad.cpu()
+    norm = float(torch.cat([g.flatten() for g in gradients.values()]).norm())
+    assert 0.01 < norm < 100.0
+
+    backbone = no_dropout(load_tiny(tiny_models["bert"]))
+    adapter = SparseAdapter(0.05, "unstructured", 5)
+    adapter.attach(backbone)
+    start = adapter.state()
+    recipe = RecipeConfig(batch_size=24, optimizer="sgd", lr=1.0, clip_norm=clip)
+    train(backbone, adapter, examples, recipe, KEY)
+    for name, after in adapter.state().items():
+        expected = start[name] - gradients[name] * min(1.0, clip / norm)
+        torch.testing.assert_close(after, expected, rtol=0, atol=1e-5 * min(clip, 1.0))
+
+
+def test_training_is_keyed_by_its_rng_key_alone(
+    folder: Path, examples: Examples
+) -> None:
+    states = []
+    for noise, rng_key in ((1, (0, 1, 2)), (2, (0, 1, 2)), (1, (0, 1, 3))):
+        backbone = load_tiny(folder)
+        adapter = HeadAdapter()
+        adapter.attach(backbone)
+        torch.manual_seed(noise)
+        train(backbone, adapter, examples, ADAMW, rng_key)
+        states.append(next(iter(adapter.state().values())))
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_training_order_covers_every_example_once() -> None:
+    examples = make_examples(50)
+    batches = list(examples.shuffled(8, np.random.Philox(key=1)))
+    rows = np.concatenate(batches)
+    assert sorted(rows.tolist()) == list(range(50))
+    assert sorted(len(batch) for batch in batches) == [2, 8, 8, 8, 8, 8, 8]

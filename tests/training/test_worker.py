@@ -1,0 +1,65 @@
+"""What a model cannot do is refused before any client is asked."""
+
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config, GPT2Model
+
+from slora_flwr.common.files import cache_folder
+from slora_flwr.config import ConfigError, parse
+from slora_flwr.data.texts import list_classes, make_task
+from slora_flwr.training.worker import Worker
+from tests.support.tiny import VOCAB, make_tokenizer, save_checkpoint
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [f"w{i} w{i + 1},{'odd' if i % 2 else 'even'}" for i in range(40)]
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(["text,label", *rows]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("family", "most"), [("bert", 40), ("roberta", 39), ("albert", 40)]
+)
+def test_texts_longer_than_the_models_positions_are_refused(
+    data: Path, tiny_models: dict[str, Path], family: str, most: int
+) -> None:
+    values = {"model.name": str(tiny_models[family]), "data.name": str(data)}
+    refusal = f"data.max-length is {most + 1}; allowed: 4 to {most}, the positions"
+    with pytest.raises(ConfigError, match=refusal):
+        _ = Worker(parse({**values, "data.max-length": most + 1})).backbone
+    worker = Worker(parse({**values, "data.max-length": most}))
+    worker.enter(worker.schedule[0])
+
+
+@pytest.mark.parametrize("method", ["sft", "lora", "slora"])
+def test_a_model_without_linear_layers_is_refused(
+    data: Path, tmp_path: Path, method: str
+) -> None:
+    body = GPT2Model(
+        GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    )
+    folder = save_checkpoint(body, tmp_path / "gpt2")
+    values = {"model.name": str(folder), "data.name": str(data), "method": method}
+    with pytest.raises(ConfigError, match=f"no linear layers; allowed for {method}"):
+        _ = Worker(parse(values)).backbone
+
+
+def test_a_rank_beyond_the_matrices_is_refused(
+    data: Path, tiny_models: dict[str, Path]
+) -> None:
+    values = {"model.name": str(tiny_models["bert"]), "data.name": str(data)}
+    with pytest.raises(ConfigError, match=r"lora\.rank is 33; allowed: 1 to 32"):
+        _ = Worker(parse({**values, "lora.rank": 33, "data.max-length": 8})).backbone
+
+
+def test_real_tokenizers_find_their_tokens_in_the_cache(data: Path) -> None:
+    config = parse({"data.name": str(data)})
+    texts = Worker(config)._texts
+    cached = []
+    for _ in range(2):  # as two processes would, each with a fresh tokenizer
+        make_task(config.data, make_tokenizer(), texts, list_classes(texts))
+        cached.append({path.name for path in cache_folder().glob("tokens-*")})
+    assert cached[0] == cached[1]
