@@ -41,8 +41,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-Value = bool | int | float | str
-Config = dict[str, Value]
+Config = dict[str, Any]
 Facts = dict[str, Any]
 
 # Below the folder that a case has to itself.
@@ -172,9 +171,12 @@ CASES: dict[str, Case] = {
     "orthonormal": Case({"method": "lora", "lora.start": "orthonormal"}),
     "root-rank": Case({"lora.scaling": "root-rank", "lora.factors": "b"}),
     # The server
-    "median": Case({"server.robust": "median"}),
+    "median": Case({"server.robust": "median", "clients.min-replies": 3}),
     "trimmed-mean": Case({"method": "fft", "server.robust": "trimmed-mean"}),
-    "multi-krum": Case({"method": "lora", "server.robust": "multi-krum"}, nodes=2),
+    "multi-krum": Case(
+        {"method": "lora", "server.robust": "multi-krum", "clients.min-replies": 3},
+        nodes=2,
+    ),
     "krum": Case(
         {"server.robust": "krum", "server.byzantine": 1, "clients.per-round": 6}
         | {"clients.min-replies": 5, "attack.kind": "label-flip"}
