@@ -29,11 +29,7 @@ class FullAdapter(Adapter):
     @classmethod
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
         """Return the number of values in a whole state, whatever is attached."""
-        return backbone.head_size + sum(
-            parameter.numel()
-            for name, parameter in backbone.model.named_parameters()
-            if name not in backbone.head and cls._trains(name)
-        )
+        return backbone.size
 
     def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
         body = {
@@ -60,6 +56,15 @@ class BiasAdapter(FullAdapter):
 
     default_lr = 5e-3
     copies_weights = False
+
+    @classmethod
+    def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
+        """Return the number of values in a whole state."""
+        return backbone.head_size + sum(
+            parameter.numel()
+            for name, parameter in backbone.model.named_parameters()
+            if name not in backbone.head and cls._trains(name)
+        )
 
     @classmethod
     def _trains(cls, name: str) -> bool:

@@ -210,6 +210,14 @@ def test_size_is_known_without_attaching(backbone: Backbone) -> None:
         assert find_adapter(name).state_size(config, backbone) == expected
 
 
+def test_size_does_not_count_the_factors_that_are_attached(backbone: Backbone) -> None:
+    config = parse({})
+    found = [find_adapter(name) for name in methods.ADAPTERS]
+    sizes = [adapter.state_size(config, backbone) for adapter in found]
+    LowRankAdapter(4, 12.0).attach(backbone)
+    assert [adapter.state_size(config, backbone) for adapter in found] == sizes
+
+
 # --- low-rank
 
 

@@ -8,8 +8,8 @@ folder of its own. Of its run directory the facts hold
 
 Two checkouts compute the same if `--compare` finds no difference between their files:
 
-    PYTHONPATH=. python tests/golden/run_configs.py --out facts.json
-    python tests/golden/run_configs.py --compare facts.json other.json
+    python -m tests.golden.run_configs --out facts.json
+    python -m tests.golden.run_configs --compare facts.json other.json
 
 Digests and metrics are those of one machine and one number of threads, since the last
 bits of a sum depend on both. `--stable` leaves only what is the same everywhere.
@@ -421,8 +421,9 @@ def keep_stable(facts: Mapping[str, Facts]) -> Facts:
     dict
         `layouts` of states and exports: dtype and shape of each tensor, and the digest
         where it holds whole numbers, which are masks' positions. `runs` by their names:
-        the layout of each file, the cohort and the examples of each round, and the
-        ledger, with payload bytes where they do not depend on values.
+        the layout of each file, the cohort and the examples of each round, bytes that
+        other methods would send in them, and the ledger, with payload bytes where they
+        do not depend on values.
     """
     layouts: Facts = {}
     runs: Facts = {}
@@ -443,6 +444,7 @@ def keep_stable(facts: Mapping[str, Facts]) -> Facts:
             key = blake2b(json.dumps(layout).encode(), digest_size=4).hexdigest()
             layouts[key] = layout
             runs[name]["files"][file] = key
+        runs[name]["same_rounds"] = found["summary"]["same_rounds"]
         columns = ["round", "phase", "direction", "clients", "planned_payload_bytes"]
         if CASES[name].has_fixed_sizes:
             columns.append("payload_bytes")

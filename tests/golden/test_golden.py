@@ -4,8 +4,9 @@
 planned and as sent, cohorts and examples, and of states and exports the tensors' names,
 dtypes and shapes, with a digest of masks' positions. The last bits of trained values
 are not in it, since they depend on the CPU and on the number of threads; that a run
-repeats its own to the bit is tested by `test_rounds` and, over processes, by
-`test_resume`. Where a change is meant, `run_configs.py --stable` writes the file anew.
+repeats its own to the bit is tested by `server/test_rounds.py` and, over processes, by
+`app/test_killed.py`. Where a change is meant, `run_configs.py --stable` writes the file
+anew.
 """
 
 import json
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_configs import list_differences
+
+from tests.golden.run_configs import list_differences
 
 FOLDER = Path(__file__).parent
 KEPT = json.loads((FOLDER / "facts.json").read_text())
@@ -25,8 +27,9 @@ KEPT = json.loads((FOLDER / "facts.json").read_text())
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("golden") / "facts.json"
     # A process of its own: runs are forked from it, which pytest's threads forbid.
-    command = [sys.executable, str(FOLDER / "run_configs.py"), "--stable"]
-    subprocess.run([*command, "--out", str(path), *KEPT["runs"]], check=True)
+    command = [sys.executable, "-m", "tests.golden.run_configs", *KEPT["runs"]]
+    command += ["--stable", "--out", str(path)]
+    subprocess.run(command, check=True, cwd=FOLDER.parents[1])
     return json.loads(path.read_text())
 
 
