@@ -61,9 +61,9 @@ times.append(time.perf_counter())
 import slora_flwr.client.handlers
 times.append(time.perf_counter())
 from slora_flwr.config import parse
-from slora_flwr.training.worker import Worker
-worker = Worker(parse(json.loads(sys.argv[1])))
-worker.backbone, worker.task
+from slora_flwr.training.trainer import Trainer
+trainer = Trainer(parse(json.loads(sys.argv[1])))
+trainer.model.backbone, trainer.data.task
 times.append(time.perf_counter())
 print(json.dumps(times))
 """

@@ -49,15 +49,15 @@ def run_config(options: argparse.Namespace) -> dict[str, Any]:
 def bare(config: dict[str, Any], first: int = 0, step: int = 1) -> list[float]:
     """Train every so many clients in this process; give the rounds' ends."""
     from slora_flwr.config import parse
-    from slora_flwr.training.worker import Worker
+    from slora_flwr.training.trainer import Trainer
 
-    worker = Worker(parse(config))
-    [phase] = worker.schedule
-    state = worker.enter(phase).state()
+    trainer = Trainer(parse(config))
+    [phase] = trainer.schedule
+    state = trainer.model.attach(phase).state()
     ends = []
     for server_round in range(1, phase.rounds + 1):
-        for client in range(first, worker.config.clients.count, step):
-            worker.train_client(client, state, phase, server_round)
+        for client in range(first, trainer.config.clients.count, step):
+            trainer.train_client(client, state, phase, server_round)
         ends.append(time.perf_counter())
     return ends
 

@@ -19,7 +19,7 @@ def work(options: argparse.Namespace) -> None:
     import torch
 
     from slora_flwr.config import Value, parse
-    from slora_flwr.training.worker import Worker
+    from slora_flwr.training.trainer import Trainer
 
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.child))
@@ -34,15 +34,15 @@ def work(options: argparse.Namespace) -> None:
         "clients.examples": options.examples,
         "train.precision": options.precision,
     }
-    worker = Worker(parse(config))
-    phase = worker.schedule[0]
-    state = worker.enter(phase).state()
+    trainer = Trainer(parse(config))
+    phase = trainer.schedule[0]
+    state = trainer.model.attach(phase).state()
     for client in range(WARM_UP):
-        worker.train_client(client, state, phase, 1)
+        trainer.train_client(client, state, phase, 1)
     print("ready", flush=True)
     sys.stdin.readline()
     for client in range(WARM_UP, WARM_UP + options.clients // options.child):
-        worker.train_client(client, state, phase, 1)
+        trainer.train_client(client, state, phase, 1)
     print("done", flush=True)
 
 

@@ -84,7 +84,7 @@ def plan(
         from rich.console import Console
 
         from slora_flwr.reports.plan_table import plan_table
-        from slora_flwr.training.worker import Worker
+        from slora_flwr.training.trainer import Trainer
 
         labels = [name.strip() for name in config.data.labels.split(",")]
         if config.data.is_own and not config.data.labels:
@@ -92,8 +92,8 @@ def plan(
                 "data.labels is ''; allowed: the label names, with commas, without "
                 "which the head's size is not known before the nodes are"
             )
-        worker = Worker(config, labels if config.data.is_own else ())
-        Console().print(plan_table(config, worker.backbone))
+        trainer = Trainer(config, labels if config.data.is_own else ())
+        Console().print(plan_table(config, trainer.model.backbone))
     except (ConfigError, ValueError, OSError, click.ClickException) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error

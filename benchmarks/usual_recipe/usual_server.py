@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from slora_flwr.backbone.load import find_targets, load_backbone
 from slora_flwr.config import RunConfig, parse
-from slora_flwr.training.worker import Worker
+from slora_flwr.training.process_data import ProcessData
 
 # Flower ServerApp
 app = ServerApp()
@@ -25,9 +25,9 @@ def read_recipe(context: Context) -> RunConfig:
 
 
 @cache
-def load_data(config: RunConfig) -> Worker:
+def load_data(config: RunConfig) -> ProcessData:
     """Load data and partition once a process, as Flower's examples do too."""
-    return Worker(config)
+    return ProcessData(config)
 
 
 def make_model(config: RunConfig) -> Any:

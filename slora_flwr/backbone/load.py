@@ -85,8 +85,43 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Load a backbone's tokeniser, `transformers.PreTrainedTokenizerFast`.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such model, or it has no tokenizer that can be used.
+    """
+    # Here and not above: it takes seconds, and a node may not get this far.
+    from transformers import AutoTokenizer
+
+    _quiet_transformers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**_source(config))
+    except (OSError, ValueError) as error:
+        # From none, since a traceback would show what is left out of the message.
+        raise _not_found(config, error) from None
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        # transformers makes one of special tokens alone where it finds no files.
+        raise ConfigError(
+            f"model.name is {config.name!r}, which has no tokenizer files: all text "
+            "would become unknown words"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"model.name is {config.name!r}, whose tokenizer has no padding token; "
+            "allowed: one that has"
+        )
+    return tokenizer
+
+
 def load_backbone(
-    config: ModelConfig, num_labels: int, seed: int, targets: str = "all-linear"
+    config: ModelConfig,
+    num_labels: int,
+    seed: int,
+    targets: str = "all-linear",
+    tokenizer: Any = None,
 ) -> Backbone:
     """Load a backbone with a fresh head for `num_labels` classes.
 
@@ -100,6 +135,8 @@ def load_backbone(
         Seeds the weights that the checkpoint does not hold, which are the head.
     targets : str
         `all-linear`, or ends of module names with commas.
+    tokenizer : transformers.PreTrainedTokenizerFast or None
+        Its tokeniser, None to load it as well.
 
     Raises
     ------
@@ -107,47 +144,23 @@ def load_backbone(
         If there is no such model, or it has no such target matrices.
     """
     # Here and not above: it takes seconds, and a node may not get this far.
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        logging,
-    )
+    from transformers import AutoModelForSequenceClassification
 
-    # A fresh head is meant, so its report and the bars would only hide the run's lines.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    redact_hub_logs()
-    source = locate(config.name)
-    revision = {"revision": config.revision} if config.revision else {}
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config)
+    _quiet_transformers()
     torch.manual_seed(seed)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **revision)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            source,
             num_labels=num_labels,
             dtype=_DTYPES[config.dtype],
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             use_safetensors=True,  # a pickled checkpoint could run code
-            **revision,
+            **_source(config),
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.name is {config.name!r}; allowed: embedded, a folder with "
-            "config.json, model.safetensors and tokenizer.json, a name below "
-            f"$SLORA_ASSETS/models, or a Hub id that can be reached ({redact(error)})"
-        ) from None  # a traceback would show what is left out here
-    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
-        # transformers makes one of special tokens alone where it finds no files.
-        raise ConfigError(
-            f"model.name is {config.name!r}, which has no tokenizer files: all text "
-            "would become unknown words"
-        )
-    if tokenizer.pad_token_id is None:
-        raise ConfigError(
-            f"model.name is {config.name!r}, whose tokenizer has no padding token; "
-            "allowed: one that has"
-        )
+        raise _not_found(config, error) from None
     model.requires_grad_(False)
     model.to(best_device())
     # The key of a size mismatch is (name, shape found, shape wanted).
@@ -162,6 +175,29 @@ def load_backbone(
     for parameter in head.values():
         parameter.data = parameter.data.float()
     return Backbone(model, tokenizer, find_targets(model, targets), head)
+
+
+def _quiet_transformers() -> None:
+    """Silence reports and bars, which would hide the run's lines: a head is fresh."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    redact_hub_logs()
+
+
+def _source(config: ModelConfig) -> dict[str, str]:
+    """Return the arguments by which transformers finds a model."""
+    source = {"pretrained_model_name_or_path": locate(config.name)}
+    return source | ({"revision": config.revision} if config.revision else {})
+
+
+def _not_found(config: ModelConfig, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"model.name is {config.name!r}; allowed: embedded, a folder with "
+        "config.json, model.safetensors and tokenizer.json, a name below "
+        f"$SLORA_ASSETS/models, or a Hub id that can be reached ({redact(error)})"
+    )
 
 
 def locate(name: str) -> str:

@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import lru_cache, wraps
+from functools import wraps
 from hashlib import blake2b
 from logging import ERROR
 from math import prod
@@ -28,6 +27,7 @@ from slora_flwr.aggregation.mean import FoldError
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import digest_of
 from slora_flwr.client.network_bytes import count_wire
+from slora_flwr.client.process import ClientProcess, get_process
 from slora_flwr.client.sender import Sender
 from slora_flwr.common.code_digest import code_digest
 from slora_flwr.common.files import cache_folder, write_atomically
@@ -35,8 +35,9 @@ from slora_flwr.common.tensors import State
 from slora_flwr.common.text import redact
 from slora_flwr.config import RunConfig, parse
 from slora_flwr.data.node_files import OwnData, OwnDataError
+from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.metrics import pool
-from slora_flwr.training.worker import ClientError, Worker
+from slora_flwr.training.trainer import ClientError, Trainer
 from slora_flwr.wire.codec import Codec, add, name_version
 from slora_flwr.wire.messages import (
     MISSING_BASE,
@@ -99,12 +100,12 @@ def query(message: Message, context: Context) -> Message:
 def _describe_partition(
     config: RunConfig, context: Context, described: ConfigRecord
 ) -> MetricRecord:
-    worker = get_worker(context)
-    worker.leave()  # the digest is W_0's
-    described["backbone"] = worker.backbone.digest
-    described["partition"] = worker.partition_digest
-    described["classes"] = worker.classes
-    sizes = worker.partition.sizes
+    trainer = get_process(context).trainer
+    trainer.model.detach()  # the digest is W_0's
+    described["backbone"] = trainer.model.backbone.digest
+    described["partition"] = trainer.data.partition_digest
+    described["classes"] = trainer.data.classes
+    sizes = trainer.data.partition.sizes
     hosted = np.arange(len(sizes))
     if config.clients.count == 0:
         hosted = hosted[[int(context.node_config["partition-id"])]]
@@ -144,10 +145,12 @@ def train(message: Message, context: Context) -> Message:
     """Train some clients one after the other, and fold their updates into one."""
     instruction = Instruction.read(message.content)
     release(message)
-    worker = get_worker(context, instruction)
-    state = _enter(worker, instruction)
-    phase = worker.schedule[instruction.phase]
-    aggregator = make_aggregator(phase, worker.config, worker.backbone.head_size)
+    process = get_process(context, instruction)
+    trainer = process.trainer
+    state = _enter(process, instruction)
+    phase = trainer.schedule[instruction.phase]
+    head = trainer.model.backbone.head_size
+    aggregator = make_aggregator(phase, trainer.config, head)
     fold = aggregator.make_fold()
     report = Report(
         instruction.server_round,
@@ -161,12 +164,12 @@ def train(message: Message, context: Context) -> Message:
         payloads=[],
         wire=count_wire(str(context.node_config.get("wire-interface", ""))),
     )
-    sender = Sender(worker, context, instruction)
+    sender = Sender(trainer, context, instruction)
     alone = pack({})
     for client in instruction.clients:
         started = time.perf_counter()
         try:
-            turn = worker.train_client(client, state, phase, instruction.server_round)
+            turn = trainer.train_client(client, state, phase, instruction.server_round)
             upload = sender.code(client, turn.update, state)
             fold.add(upload.update, turn.examples, client)
         except (ClientError, FoldError) as error:
@@ -192,9 +195,9 @@ def evaluate(message: Message, context: Context) -> Message:
     """Evaluate a state on the held-out examples of some clients."""
     instruction = Instruction.read(message.content)
     release(message)
-    worker = get_worker(context, instruction)
-    state = _enter(worker, instruction)
-    results = [worker.evaluate_client(c, state) for c in instruction.clients]
+    process = get_process(context, instruction)
+    state = _enter(process, instruction)
+    results = [process.trainer.evaluate_client(c, state) for c in instruction.clients]
     found = [result for result in results if result is not None]
     content = write_evaluation(pool(found) if found else None)
     return Message(content, reply_to=message)
@@ -203,52 +206,23 @@ def evaluate(message: Message, context: Context) -> Message:
 HANDLERS: dict[str, Handler] = {"query": query, "train": train, "evaluate": evaluate}
 
 
-def get_worker(context: Context, instruction: Instruction | None = None) -> Worker:
-    """Give this process's worker for the run; simulation keeps processes alive."""
-    config = parse(context.run_config)
-    if config.clients.count == 0 and not config.data.is_own:
-        config = _one_client_per_node(config, context)
-    worker = _worker(config, tuple(instruction.classes) if instruction else ())
-    if instruction and config.data.is_own:
-        source = OwnData.of(context.node_config, config.data)
-        for client in instruction.clients:
-            worker.host(client, source)
-    return worker
-
-
-@lru_cache(maxsize=1)
-def _worker(config: RunConfig, classes: tuple[str, ...]) -> Worker:
-    return Worker(config, classes)
-
-
-def _one_client_per_node(config: RunConfig, context: Context) -> RunConfig:
-    if "num-partitions" not in context.node_config:
-        raise ValueError(
-            "clients.count is 0, one client per node, and this node's config has no "
-            "partition-id and num-partitions"
-        )
-    count = int(context.node_config["num-partitions"])
-    per_round = min(config.clients.per_round, count)
-    clients = replace(config.clients, count=count, per_round=per_round)
-    return replace(config, clients=clients)
-
-
-def _enter(worker: Worker, instruction: Instruction) -> State:
+def _enter(process: ClientProcess, instruction: Instruction) -> State:
     """Attach what the instruction is for, and complete the state it brings."""
-    phase = worker.schedule[instruction.phase]
-    if not worker.has_entered(phase, instruction.base):
-        parcel = instruction.parcel
-        if parcel.weights is not None:
-            weights = unpack(parcel.weights, worker.target_shapes)
-            worker.enter(phase, BaseWeights(weights=weights), instruction.base)
+    trainer = process.trainer
+    model, phase = trainer.model, trainer.schedule[instruction.phase]
+    if not model.is_attached(phase, instruction.base):
+        delta = instruction.base_delta
+        if delta.weights is not None:
+            weights = unpack(delta.weights, model.target_shapes)
+            model.attach(phase, BaseWeights(weights=weights), instruction.base)
         else:
-            if not worker.has_entered(phase, parcel.known):
-                patch = _base(worker, instruction) if parcel.known else None
-                worker.enter(phase, patch, parcel.known)
-            if parcel.moves:
-                moves = [_read_move(worker, packed) for packed in parcel.moves]
-                worker.change_base(moves, parcel.version + 1, instruction.base)
-    adapter = worker.enter(phase, None, instruction.base)
+            if not model.is_attached(phase, delta.known):
+                start = _base(trainer, instruction) if delta.known else None
+                model.attach(phase, start, delta.known)
+            if delta.changes:
+                changes = [_read_change(model, packed) for packed in delta.changes]
+                model.change_base(changes, delta.version + 1, instruction.base)
+    adapter = model.attach(phase, None, instruction.base)
     adapter.begin(instruction.phase_round)
     if adapter.fingerprint() != instruction.fingerprint:
         raise MismatchError(
@@ -256,42 +230,43 @@ def _enter(worker: Worker, instruction: Instruction) -> State:
             f"{adapter.fingerprint()}, the server's {instruction.fingerprint}: their "
             "masks or backbones differ"
         )
-    return adapter.complete(_read_state(worker, adapter.sent(), instruction))
+    return adapter.complete(_read_state(process, adapter.sent(), instruction))
 
 
 def _read_state(
-    worker: Worker, layout: dict[str, Size], instruction: Instruction
+    process: ClientProcess, layout: dict[str, Size], instruction: Instruction
 ) -> State:
     """Read what a client is sent of the state."""
-    adapter = worker.schedule[instruction.phase].adapter_type
-    if rank_of := adapter.client_ranks(worker.config):
+    trainer = process.trainer
+    adapter = trainer.schedule[instruction.phase].adapter_type
+    if rank_of := adapter.client_ranks(trainer.config):
         largest = max(map(rank_of, instruction.clients))
         sent = unpack(instruction.state, rank_shapes(layout, largest))
         return fill_slices(sent, layout)
-    codec = Codec.of_download(worker.config.download, worker.backbone.head_size)
+    codec = Codec.of_download(trainer.config.download, trainer.model.backbone.head_size)
     if not codec.lossless:
-        return add(codec.decode(instruction.state, layout), worker.reference)
+        return add(codec.decode(instruction.state, layout), trainer.model.reference)
     known = b""
     if instruction.since:
-        if instruction.since not in worker.received:
+        if instruction.since not in process.received:
             raise MissingStateError(f"no state {instruction.since} here")
-        known = worker.received[instruction.since]
+        known = process.received[instruction.since]
     count = sum(shape.numel() for shape in layout.values())
     data = codec.open(instruction.state, count, known)
-    worker.receive(name_version(data), data)
-    return add(codec.read(data, layout), worker.reference)
+    process.receive(name_version(data), data)
+    return add(codec.read(data, layout), trainer.model.reference)
 
 
-def _read_move(worker: Worker, packed: Array) -> State:
-    return unpack(packed, worker.change_shapes(len(packed.data) // 4))
+def _read_change(model: AttachedModel, packed: Array) -> State:
+    return unpack(packed, model.change_shapes(len(packed.data) // 4))
 
 
-def _base(worker: Worker, instruction: Instruction) -> BaseWeights:
+def _base(trainer: Trainer, instruction: Instruction) -> BaseWeights:
     """Take the phase's first base from the message, or from this machine's cache."""
-    known, sent = instruction.parcel.known, instruction.parcel.start
+    known, sent = instruction.base_delta.known, instruction.base_delta.start
     # Through bytes, so that what came over the network cannot be a path.
     path = cache_folder() / f"base-{bytes.fromhex(known).hex()}"
-    codec = Codec.of_download(worker.config.download, head=0)
+    codec = Codec.of_download(trainer.config.download, head=0)
     if sent is None and not path.is_file():
         raise MissingBaseError(f"no base {known} here")
     data = path.read_bytes() if sent is None else sent.data
@@ -302,14 +277,14 @@ def _base(worker: Worker, instruction: Instruction) -> BaseWeights:
     if sent is not None:
         write_atomically(path, data)
     rounds_before = instruction.server_round - instruction.phase_round
-    phase = worker.schedule[instruction.phase]
+    phase = trainer.schedule[instruction.phase]
     shapes, positions, scaling = phase.adapter_type.base_layout(
         phase,
-        worker.config,
-        worker.backbone,
+        trainer.config,
+        trainer.model.backbone,
         rounds_before,
     )
     size = sum(prod(shape) for shape in shapes.values())
     change = codec.decode(Array(codec.dtype, (size,), codec.stype, data), shapes)
-    known_of = {} if codec.is_exact else worker.known_of(positions)
-    return BaseWeights.from_state(add(change, known_of), positions, scaling)
+    reference = {} if codec.is_exact else trainer.model.known_values(positions)
+    return BaseWeights.from_state(add(change, reference), positions, scaling)

@@ -10,7 +10,7 @@ from slora_flwr.client.residuals import Residuals
 from slora_flwr.common.random import key
 from slora_flwr.common.tensors import State
 from slora_flwr.config import parse
-from slora_flwr.training.worker import Worker
+from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.messages import Instruction
 from slora_flwr.wire.upload import Upload, code_update
@@ -21,7 +21,7 @@ class Sender:
 
     Parameters
     ----------
-    worker : Worker
+    trainer : Trainer
         With the phase's adapter attached.
     context : Context
         The node's.
@@ -30,12 +30,14 @@ class Sender:
     """
 
     def __init__(
-        self, worker: Worker, context: Context, instruction: Instruction
+        self, trainer: Trainer, context: Context, instruction: Instruction
     ) -> None:
-        self._worker, self._instruction = worker, instruction
-        config, phase = worker.config, worker.schedule[instruction.phase]
+        self._trainer, self._instruction = trainer, instruction
+        config, phase = trainer.config, trainer.schedule[instruction.phase]
         self._codec = Codec.of_upload(
-            config.upload, phase.adapter_type.is_selection, worker.backbone.head_size
+            config.upload,
+            phase.adapter_type.is_selection,
+            trainer.model.backbone.head_size,
         )
         self._rank_of = phase.adapter_type.client_ranks(config)
         self._remembers = config.upload.feedback and not self._codec.is_exact
@@ -61,14 +63,12 @@ class Sender:
 
     def code(self, client: int, update: State, start: State) -> Upload:
         """Code a client's update; `start` is the state that it was sent."""
-        config = self._worker.config
+        config = self._trainer.config
         shapes = {name: tensor.shape for name, tensor in update.items()}
         if self._remembers:
             since = self._since(client)
             self._before = self._residuals.take(client, self._tag, since)
-        adapter = self._worker.adapter
-        assert adapter is not None
-        start = adapter.whole(start)
+        start = self._trainer.model.adapter.whole(start)
         if self._rank_of:
             rank = self._rank_of(client)
             update, start = take_slices(update, rank), take_slices(start, rank)
@@ -89,7 +89,7 @@ class Sender:
             # A factor whose turn it was not has what it had.
             residual = self._before | upload.residual
             if self._has_head_alone:
-                head = self._worker.backbone.head
+                head = self._trainer.model.backbone.head
                 residual = {n: t for n, t in residual.items() if n in head}
             number = self._instruction.server_round
             since = self._since(client)
@@ -101,4 +101,4 @@ class Sender:
 
     def _stream(self, client: int) -> Philox:
         round_ = self._instruction.server_round
-        return Philox(key=key("upload", self._worker.config.seed, round_, client))
+        return Philox(key=key("upload", self._trainer.config.seed, round_, client))

@@ -15,6 +15,17 @@ def key(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(joined.encode(), digest_size=16).digest())
 
 
+def partition_key(seed: int, purpose: str) -> int:
+    """Return a 128-bit key of the partition of data, unrelated to any of `key`'s."""
+    text = f"slora partition, seed {int(seed)}, {purpose}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
+
+
+def partition_generator(seed: int, purpose: str) -> np.random.Generator:
+    """Return a generator for one purpose of the partition of data."""
+    return np.random.Generator(np.random.Philox(key=partition_key(seed, purpose)))
+
+
 def draw_distinct(stream: np.random.Philox, count: int, size: int) -> NDArray[np.int64]:
     """Draw the first `count` distinct numbers below `size` of a raw stream, sorted.
 

@@ -18,13 +18,13 @@ flwr-datasets everywhere.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from slora_flwr.common.random import partition_generator, partition_key
 from slora_flwr.config import PARTITIONERS, ConfigError
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Virtual:
     def indices(self, client: int) -> Int64Array:
         """Row numbers of the client's examples, sorted; well under a millisecond."""
         _check_client(client, len(self.sizes))
-        rng = _rng(self._seed, f"client {int(client)}")
+        rng = partition_generator(self._seed, f"client {int(client)}")
         counts = rng.multinomial(self._examples, rng.dirichlet(self._concentration))
         rows = []
         for label in np.flatnonzero(counts):
@@ -232,7 +232,8 @@ def make_partition(
         )
     # The library cuts a label's rows in their order, so a corpus sorted by date or
     # source would hand each client one stretch of it.
-    order = _rng(seed, "shuffle").permutation(len(labels)).astype(np.int64)
+    rng = partition_generator(seed, "shuffle")
+    order = rng.permutation(len(labels)).astype(np.int64)
     if partitioner == "iid":
         parts, moved = _iid(labels[order], count), 0
     elif partitioner == "pathological":
@@ -269,7 +270,12 @@ def _pathological(
     # and the library's rejection sampling would take long.
     mode = "deterministic" if classes == len(present) else "first-deterministic"
     library = PathologicalPartitioner(
-        count, "label", classes, mode, shuffle=False, seed=_key(seed, "pathological")
+        count,
+        "label",
+        classes,
+        mode,
+        shuffle=False,
+        seed=partition_key(seed, "pathological"),
     )
     try:
         parts = _parts(library, labels, count)
@@ -316,7 +322,7 @@ def _dirichlet(
             min_partition_size=0,
             self_balancing=False,
             shuffle=False,
-            seed=_key(seed, f"dirichlet {attempt}"),
+            seed=partition_key(seed, f"dirichlet {attempt}"),
         )
         return _parts(library, labels, count)
 
@@ -331,7 +337,7 @@ def _dirichlet(
             if short > 10:
                 break
     sizes = np.array([len(part) for part in parts])
-    rng = _rng(seed, "top up")
+    rng = partition_generator(seed, "top up")
     moved = 0
     for client in np.flatnonzero(sizes < min_examples):
         while sizes[client] < min_examples:
@@ -372,14 +378,3 @@ def _parts(library: Partitioner, labels: Int64Array, count: int) -> list[Int64Ar
 def _check_client(client: int, count: int) -> None:
     if not 0 <= client < count:
         raise IndexError(f"client {client}: must be from 0 to {count - 1}")
-
-
-def _key(seed: int, purpose: str) -> int:
-    """128 bits for one purpose, unrelated to those of any other."""
-    text = f"slora partition, seed {int(seed)}, {purpose}"
-    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-    return int.from_bytes(digest, "big")
-
-
-def _rng(seed: int, purpose: str) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=_key(seed, purpose)))

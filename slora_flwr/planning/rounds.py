@@ -8,7 +8,7 @@ from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.random import sample_cohort
 from slora_flwr.config import RunConfig
 from slora_flwr.config.schedule import Phase, make_schedule
-from slora_flwr.planning.holdings import Holdings
+from slora_flwr.planning.version_bytes import VersionBytes
 from slora_flwr.wire.codec import Codec
 
 
@@ -59,7 +59,7 @@ def plan_rounds(
         start = start_size(phase, config, backbone, before)
         base_codec = replace(down_codec, head=0)
         start_bytes = base_codec.size(start) if start else 0
-        holdings = Holdings(start_bytes, 4 * backbone.target_size)
+        versions = VersionBytes(start_bytes, 4 * backbone.target_size)
         for phase_round in range(1, lengths[index] + 1):
             number += 1
             per_round = config.clients.per_round
@@ -69,13 +69,13 @@ def plan_rounds(
                 sent, back = adapter.traffic(
                     phase, config, backbone, phase_round, client
                 )
-                down += down_codec.size(sent) + holdings.owed(client)
+                down += down_codec.size(sent) + versions.bytes_due(client)
                 up += up_codec.size(back)
             rounds.append(PlannedRound(number, index, down, up))
             change = 0
             if phase.changes_base:
                 change = adapter.change_size(phase, config, backbone, len(cohort))
-            holdings.moves.append(4 * change)
+            versions.changes.append(4 * change)
     return rounds
 
 

@@ -31,7 +31,7 @@ from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.own_data_fleet import OwnDataFleet
 from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.strategy import PhasedStrategy
-from slora_flwr.training.worker import Worker
+from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.packing import pack
 
 
@@ -98,13 +98,13 @@ def _run(
     """Run, from the checkpoint on if there is one; `held` keeps what ends with it."""
     started = time.perf_counter()
     privacy = Privacy(config, generator) if config.privacy.is_on else None
-    worker = Worker(config)
+    trainer = Trainer(config)
     moved = 0
     if config.clients.count:
         # Here too, so that an impossible partition ends the run before any message.
-        moved = worker.partition.moved
+        moved = trainer.data.partition.moved
     fleet_of = _own_data_fleet if config.data.is_own else _shared_data_fleet
-    fleet = fleet_of(worker, {"version": __version__, "code": code_digest()})
+    fleet = fleet_of(trainer, {"version": __version__, "code": code_digest()})
     if checkpoint is not None:
         check_identity(config, checkpoint, fleet.expected)
         fleet.restore(checkpoint.facts["agreed"])
@@ -124,13 +124,13 @@ def _run(
     try:
         fleet.gather(grid, directory.event)
         if isinstance(fleet, OwnDataFleet):
-            worker = Worker(config, fleet.classes)
-        resolved = _resolved(worker, moved)
+            trainer = Trainer(config, fleet.classes)
+        resolved = _resolved(trainer, moved)
         if privacy is not None:
             resolved["privacy"] = privacy.facts(config.rounds)
         if checkpoint is None:
             directory.write_config(config, resolved)
-        strategy = PhasedStrategy(worker, directory, fleet, checkpoint, privacy)
+        strategy = PhasedStrategy(trainer, directory, fleet, checkpoint, privacy)
         strategy.start(
             grid,
             ArrayRecord({"state": pack(strategy.initial_state())}),
@@ -140,12 +140,12 @@ def _run(
         with suppress(RunDirectoryError):  # which may be what the error is about
             directory.event("stopped", reason=f"{type(error).__name__}: {error}")
         raise
-    summary = _summarise(config, worker, strategy, directory, started)
+    summary = _summarise(config, trainer, strategy, directory, started)
     if privacy is not None:
         summary["privacy"] = privacy.facts(config.rounds)
     directory.write_summary(summary)
     with writing(directory.path):
-        _export(config, worker, strategy, directory)
+        _export(trainer, strategy, directory)
     # Those of a simulation's clients, who are done.
     shutil.rmtree(residuals_folder(directory.lineage), ignore_errors=True)
     Console(width=100).print(closing_table(summary))
@@ -153,22 +153,25 @@ def _run(
     return summary
 
 
-def _shared_data_fleet(worker: Worker, expected: dict[str, object]) -> Fleet:
-    expected |= {"backbone": worker.backbone.digest, "classes": worker.classes}
-    clients = worker.config.clients
+def _shared_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
+    expected |= {
+        "backbone": trainer.model.backbone.digest,
+        "classes": trainer.data.classes,
+    }
+    clients = trainer.config.clients
     sizes = None
     if clients.count:
-        expected["partition"] = worker.partition_digest
-        sizes = dict(enumerate(worker.partition.sizes.tolist()))
+        expected["partition"] = trainer.data.partition_digest
+        sizes = dict(enumerate(trainer.data.partition.sizes.tolist()))
     return Fleet(expected, clients.min_nodes, clients.deadline, sizes)
 
 
-def _own_data_fleet(worker: Worker, expected: dict[str, object]) -> Fleet:
-    config = worker.config
+def _own_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
+    config = trainer.config
     expected["backbone"] = digest_of(config.model)
     labels = {name.strip() for name in config.data.labels.split(",")} - {""}
     # Before the nodes' are known, the classes are those of the server's test data.
-    if labels and (others := {*worker.classes} - labels):
+    if labels and (others := {*trainer.data.classes} - labels):
         raise ConfigError(
             f"data.test is {config.data.test!r}, which holds the labels "
             f"{', '.join(sorted(others))}; allowed: those of data.labels, which are "
@@ -179,13 +182,13 @@ def _own_data_fleet(worker: Worker, expected: dict[str, object]) -> Fleet:
         config.clients.min_nodes,
         config.clients.deadline,
         labels=labels,
-        also=worker.classes,
+        also=trainer.data.classes,
         min_examples=config.clients.min_examples,
     )
 
 
-def _resolved(worker: Worker, moved: int) -> dict[str, Any]:
-    backbone, task = worker.backbone, worker.task
+def _resolved(trainer: Trainer, moved: int) -> dict[str, Any]:
+    backbone, task = trainer.model.backbone, trainer.data.task
     return {
         "backbone_digest": backbone.digest,
         "weights": backbone.size,
@@ -196,14 +199,14 @@ def _resolved(worker: Worker, moved: int) -> dict[str, Any]:
         "moved_examples": moved,
         "phases": [
             {"adapter": p.adapter, "rounds": p.rounds, "lr": p.recipe.lr}
-            for p in worker.schedule
+            for p in trainer.schedule
         ],
     }
 
 
 def _summarise(
     config: RunConfig,
-    worker: Worker,
+    trainer: Trainer,
     strategy: PhasedStrategy,
     directory: RunDirectory,
     started: float,
@@ -221,7 +224,7 @@ def _summarise(
 
     phases: dict[str, Any] = {}
     before = 0.0
-    for i, phase in enumerate(worker.schedule):
+    for i, phase in enumerate(trainer.schedule):
         rounds = [figures for figures in strategy.history if figures["phase"] == i]
         last = rounds[-1]
         phases[phase.adapter] = {
@@ -241,7 +244,7 @@ def _summarise(
         "phases": phases,
         # One direction of what the other methods' clients would send in these rounds.
         "same_rounds": {
-            method: turns * 4 * _largest_state(method, config, worker.backbone)
+            method: turns * 4 * _largest_state(method, config, trainer.model.backbone)
             for method in ("fft", "lora")
         },
     }
@@ -259,15 +262,14 @@ def _largest_state(method: str, config: RunConfig, backbone: Backbone) -> int:
 
 
 def _export(
-    config: RunConfig, worker: Worker, strategy: PhasedStrategy, directory: RunDirectory
+    trainer: Trainer, strategy: PhasedStrategy, directory: RunDirectory
 ) -> None:
-    adapter, base = worker.adapter, strategy.patch
-    assert adapter is not None
-    folder = directory.path / adapter.folder
+    model, base = trainer.model, strategy.patch
+    folder = directory.path / model.adapter.folder
     make_folder(folder)
-    if worker.schedule[-1].changes_base:
-        base = BaseWeights(weights=worker.base_weights())
-    classes = worker.task.classes
-    adapter.export(folder, strategy.state, base, classes, worker.leave)
+    if trainer.schedule[-1].changes_base:
+        base = BaseWeights(weights=model.base_weights())
+    classes = trainer.data.classes
+    model.adapter.export(folder, strategy.state, base, classes, model.detach)
     export_classes(folder, classes)
     make_private(folder)

@@ -9,7 +9,7 @@ from slora_flwr.runs.snapshot import Snapshot, to_bytes, to_tensor
 from slora_flwr.wire.codec import Codec, add, name_version, subtract
 
 
-class Broadcast:
+class StateVersions:
     """A phase's states on their way down.
 
     All clients of a round start from the same values, whatever each had before: a
@@ -38,7 +38,7 @@ class Broadcast:
         self._forgetful: set[int] = set()
 
     def publish(self, state: State) -> State:
-        """Make a state the one that is sent; give what its readers start from."""
+        """Make a state the one that is sent; return what its readers start from."""
         codec = self._codec
         self._values = sum(tensor.numel() for tensor in state.values())
         if codec.is_plain:
@@ -58,8 +58,8 @@ class Broadcast:
             return state
         return add(codec.read(data, shapes), self._reference)
 
-    def letter(self, node: int, *, anew: bool = False) -> tuple[Array, str]:
-        """Give what a node is sent, and the digest of the version it is to have.
+    def encode_for(self, node: int, *, anew: bool = False) -> tuple[Array, str]:
+        """Return what a node is sent, and the digest of the version it is to have.
 
         Parameters
         ----------
@@ -74,7 +74,7 @@ class Broadcast:
         since = self._since(known)
         return self._array(since), since
 
-    def owed(self, clients: Iterable[int]) -> int:
+    def bytes_due(self, clients: Iterable[int]) -> int:
         """Count the bytes that clients are sent, each as if it were a node."""
         return sum(
             len(self._array(self._since(self._clients.get(client))).data)
@@ -88,7 +88,7 @@ class Broadcast:
             self._clients |= dict.fromkeys(clients, self._digest)
 
     def snapshot(self) -> Snapshot:
-        """Give what `restore` takes."""
+        """Return what `restore` takes."""
         facts = {
             "digest": self._digest,
             "values": self._values,
@@ -108,7 +108,7 @@ class Broadcast:
             self._arrays = {"": sealed}
 
     def _since(self, version: str | None) -> str:
-        """Give the version to send the difference to, if there is one and it pays."""
+        """Return the version to send the difference to, if there is one and it pays."""
         if version is None or version not in self._written:
             return ""
         difference, whole = self._array(version), self._array("")

@@ -34,13 +34,13 @@ from slora_flwr.reports.progress import progress_line
 from slora_flwr.runs.directory import RunDirectory
 from slora_flwr.runs.ledger import Entry
 from slora_flwr.runs.snapshot import Snapshot
-from slora_flwr.server.base_versions import Base
+from slora_flwr.server.base_versions import BaseVersions
 from slora_flwr.server.collect import collect, is_gone
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.privacy import Privacy
-from slora_flwr.server.state_versions import Broadcast
+from slora_flwr.server.state_versions import StateVersions
 from slora_flwr.training.metrics import Evaluation, pool
-from slora_flwr.training.worker import Worker
+from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.messages import (
     MISSING_BASE,
@@ -94,7 +94,7 @@ class PhasedStrategy(Strategy):
 
     Parameters
     ----------
-    worker : Worker
+    trainer : Trainer
         This process's own, for evaluation, the handoff and the layout of states.
     directory : RunDirectory
         Where events, bytes and states go.
@@ -108,19 +108,19 @@ class PhasedStrategy(Strategy):
 
     def __init__(
         self,
-        worker: Worker,
+        trainer: Trainer,
         directory: RunDirectory,
         fleet: Fleet,
         checkpoint: Snapshot | None = None,
         privacy: Privacy | None = None,
     ) -> None:
-        self.config = worker.config
+        self.config = trainer.config
         self.fleet = fleet
         self.history: list[dict[str, float]] = []
         self.state: State = {}
-        self._worker = worker
+        self._trainer, self._model = trainer, trainer.model
         self._directory = directory
-        self._lengths = [phase.rounds for phase in worker.schedule]
+        self._lengths = [phase.rounds for phase in trainer.schedule]
         self._best, self._best_round = -1.0, 0
         self._wire: dict[int, list[int]] = {}
         self._privacy = privacy
@@ -135,11 +135,11 @@ class PhasedStrategy(Strategy):
     @property
     def phase(self) -> Phase:
         """The phase under way."""
-        return self._worker.schedule[self._phase]
+        return self._trainer.schedule[self._phase]
 
     def summary(self) -> None:
         """Log what will run."""
-        for phase in self._worker.schedule:
+        for phase in self._trainer.schedule:
             recipe = phase.recipe
             log(
                 INFO,
@@ -206,7 +206,7 @@ class PhasedStrategy(Strategy):
         started = time.perf_counter()
         if self.history:
             started -= self.history[-1]["seconds"]
-        phases = self._worker.schedule
+        phases = self._trainer.schedule
         for index in range(self._phase, len(phases)):
             phase = phases[index]
             if index > self._phase:
@@ -343,7 +343,7 @@ class PhasedStrategy(Strategy):
             for node, clients in self._round.cohort.items()
             if not trained.isdisjoint(clients)
         }
-        if not len(self._worker.task.test):
+        if not len(self._trainer.data.task.test):
             self._evaluating = self.fleet.assign(self.fleet.clients)
         self._broadcast.publish(self._sent())
         return self._instruct(MessageType.EVALUATE, self._evaluating)
@@ -361,7 +361,8 @@ class PhasedStrategy(Strategy):
                 self._fail(node, clients, reply.error.reason)
                 continue
             try:
-                figures = read_evaluation(reply.content, len(self._worker.classes))
+                classes = len(self._trainer.data.classes)
+                figures = read_evaluation(reply.content, classes)
             except MessageError as error:
                 self._fail(node, clients, str(error))
                 continue
@@ -383,31 +384,31 @@ class PhasedStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord
     ) -> MetricRecord | None:
         """Evaluate on the test data in this process, None without any."""
-        found = self._worker.evaluate_test(self.state)
+        found = self._trainer.evaluate_test(self.state)
         return None if found is None else _metrics(found)
 
     @property
     def patch(self) -> BaseWeights | None:
         """What the base of the phase under way starts from, None for W_0."""
-        return self._base.patch
+        return self._base.start
 
     def _enter(self, index: int) -> None:
         """Begin a phase: its base, its adapter, where it starts, a new optimiser."""
-        worker = self._worker
-        phase = worker.schedule[index]
+        model = self._model
+        phase = self._trainer.schedule[index]
         start: State = {}
         patch = None
         if phase.primed:
             start, patch = self._hand_over(phase)
         else:
-            worker.leave()
-            start, patch = phase.adapter_type.start(phase, self.config, worker.backbone)
+            model.detach()
+            start, patch = phase.adapter_type.start(phase, self.config, model.backbone)
         self._phase, self._phase_round = index, 0
         self._base = self._make_base(patch)
-        patch = self._base.patch
+        patch = self._base.start
         self._save_base(patch.state() if patch else {})
-        self._adapter: Adapter = worker.enter(phase, patch, self._base.digest)
-        head = {n: t for n, t in self.state.items() if n in worker.backbone.head}
+        self._adapter: Adapter = model.attach(phase, patch, self._base.digest)
+        head = {n: t for n, t in self.state.items() if n in model.backbone.head}
         # What the base gave up is what the factors start from, as it was read.
         given = {f"{n}.lora_A": t for n, t in patch.a.items()} if patch else {}
         given |= {f"{n}.lora_B": t for n, t in patch.b.items()} if patch else {}
@@ -415,28 +416,28 @@ class PhasedStrategy(Strategy):
         self.state = {**self._adapter.state(), **head, **start}
         self._begin_phase()
 
-    def _make_base(self, patch: BaseWeights | None) -> Base:
-        worker = self._worker
+    def _make_base(self, patch: BaseWeights | None) -> BaseVersions:
+        model = self._model
         codec = self._download
         known: State = {}
         if patch is not None and not codec.is_exact:
-            known = worker.known_of(patch.positions)
-        return Base(
+            known = model.known_values(patch.positions)
+        return BaseVersions(
             patch,
-            4 * worker.backbone.target_size,
-            lambda: pack(worker.base_weights()),
+            4 * model.backbone.target_size,
+            lambda: pack(model.base_weights()),
             replace(codec, head=0),
             known,
         )
 
     @property
     def _download(self) -> Codec:
-        return Codec.of_download(self.config.download, self._worker.backbone.head_size)
+        return Codec.of_download(self.config.download, self._model.backbone.head_size)
 
     def _begin_phase(self) -> None:
         """Make what a phase has of its own, once its adapter is attached."""
-        config, head = self.config, self._worker.backbone.head_size
-        self._broadcast = Broadcast(self._download, self._worker.reference)
+        config, head = self.config, self._model.backbone.head_size
+        self._broadcast = StateVersions(self._download, self._model.reference)
         self._optimizer = ServerOptimizer(config.server.optimizer, config.server.lr)
         self._aggregator = make_aggregator(self.phase, config, head)
         upload = self._aggregator.codec
@@ -455,7 +456,7 @@ class PhasedStrategy(Strategy):
             "best": [self._best, self._best_round],
             "counted": [*self._counted.items()],
         }
-        weights = self._worker.base_weights() if self.phase.changes_base else {}
+        weights = self._model.base_weights() if self.phase.changes_base else {}
         snapshot = Snapshot.join(
             {
                 "strategy": Snapshot(facts, self.state),
@@ -475,7 +476,7 @@ class PhasedStrategy(Strategy):
 
     def _restore(self, checkpoint: Snapshot) -> None:
         """Go on from the end of a round."""
-        worker, own = self._worker, checkpoint.part("strategy")
+        model, own = self._model, checkpoint.part("strategy")
         self._server_round = checkpoint.facts["round"]
         self._phase, self._phase_round = own.facts["phase"], own.facts["phase_round"]
         self._lengths, self.history = own.facts["lengths"], own.facts["history"]
@@ -483,10 +484,10 @@ class PhasedStrategy(Strategy):
         self._counted = dict(own.facts["counted"])
         self._base = self._make_base(None)
         self._base.restore(checkpoint.part("base"))
-        patch, weights = self._base.patch, checkpoint.part("weights").tensors
+        patch, weights = self._base.start, checkpoint.part("weights").tensors
         if weights:
             patch = BaseWeights(weights=weights)
-        self._adapter = worker.enter(self.phase, patch, self._base.digest)
+        self._adapter = model.attach(self.phase, patch, self._base.digest)
         self._adapter.begin(self._phase_round)
         self.state = {name: own.tensors[name] for name in self._adapter.shapes()}
         self._begin_phase()
@@ -522,9 +523,9 @@ class PhasedStrategy(Strategy):
             self._adapter,
         )
         if change is not None:
-            self._base.move(pack(change))
-            self._worker.change_base([change], self._phase_round, self._base.digest)
-            self._save_base(self._worker.base_weights())
+            self._base.change(pack(change))
+            self._model.change_base([change], self._phase_round, self._base.digest)
+            self._save_base(self._model.base_weights())
 
     def _draw(self, server_round: int) -> list[int]:
         """Draw a round's cohort."""
@@ -541,9 +542,9 @@ class PhasedStrategy(Strategy):
 
     def _payload_down(self, clients: Iterable[int]) -> int:
         """Count what clients are sent, each as if it were a node of its own."""
-        bases = sum(self._base.clients.owed(client) for client in clients)
+        bases = sum(self._base.clients.bytes_due(client) for client in clients)
         if not self._aggregator.rank_of:
-            return bases + self._broadcast.owed(clients)
+            return bases + self._broadcast.bytes_due(clients)
         return bases + sum(4 * self._values_sent(client) for client in clients)
 
     def _values_sent(self, client: int) -> int:
@@ -551,7 +552,7 @@ class PhasedStrategy(Strategy):
         sent, _ = self.phase.adapter_type.traffic(
             self.phase,
             self.config,
-            self._worker.backbone,
+            self._model.backbone,
             self._phase_round,
             client,
         )
@@ -561,7 +562,7 @@ class PhasedStrategy(Strategy):
         """Plan the run again, now that it is known how long a phase takes at most."""
         self._lengths[index] = rounds
         plan = plan_rounds(
-            self.config, self._worker.backbone, self.fleet.clients, self._lengths
+            self.config, self._model.backbone, self.fleet.clients, self._lengths
         )
         self._planned = {planned.number: planned for planned in plan}
 
@@ -648,7 +649,7 @@ class PhasedStrategy(Strategy):
         messages = []
         self._sent_anew: set[tuple[int, int]] = set()
         for node, clients in cohort.items():
-            state, since = self._broadcast.letter(node)
+            state, since = self._broadcast.encode_for(node)
             if rank_of := self._aggregator.rank_of:
                 largest = max(map(rank_of, clients))
                 state = pack(take_slices(self._sent(), largest))
@@ -663,11 +664,11 @@ class PhasedStrategy(Strategy):
                 since=since,
             )
             if self.config.data.is_own:
-                instruction.classes = self._worker.classes
+                instruction.classes = self._trainer.data.classes
             if self._keeps_residuals and message_type == MessageType.TRAIN:
                 instruction.lineage = self._directory.lineage
                 instruction.residuals = [self._counted.get(c, 0) for c in clients]
-            instruction.parcel = self._base.parcel(node)
+            instruction.base_delta = self._base.delta_for(node)
             messages.append(
                 Message(
                     instruction.content(),
@@ -693,9 +694,9 @@ class PhasedStrategy(Strategy):
         self._sent_anew.add((node, code))
         instruction = Instruction.read(sent.content)
         if code == MISSING_BASE:
-            instruction.parcel = self._base.parcel(node, anew=True)
+            instruction.base_delta = self._base.delta_for(node, anew=True)
         else:
-            state, since = self._broadcast.letter(node, anew=True)
+            state, since = self._broadcast.encode_for(node, anew=True)
             instruction.state, instruction.since = state, since
         message = Message(
             instruction.content(),
@@ -822,13 +823,13 @@ class PhasedStrategy(Strategy):
         clients = result.evaluate_metrics_clientapp.get(server_round)
         server = result.evaluate_metrics_serverapp.get(server_round)
         # Without test data on the server the clients' figures are the run's.
-        own = "client_" if len(self._worker.task.test) else ""
+        own = "client_" if len(self._trainer.data.task.test) else ""
         for prefix, found in ((own, clients), ("", server)):
             for name, value in (found or {}).items():
                 if name != "num-examples":
                     figures[prefix + name.replace("-", "_")] = float(value)  # type: ignore[arg-type]
         if self.phase.is_open:
-            kept = self._worker.kept_energy(self.state, self._phase_round)
+            kept = self._model.kept_energy(self.state, self._phase_round)
             figures["kept_energy"] = kept
         if self._privacy is not None:
             figures["epsilon"] = self._privacy.epsilon(server_round)
@@ -872,7 +873,7 @@ class PhasedStrategy(Strategy):
     def _hand_over(self, phase: Phase) -> tuple[State, BaseWeights | None]:
         """Prime the next phase by what the sparse phase learned."""
         started = time.perf_counter()
-        handoff = self._worker.hand_over(self.state, self._phase_round, phase)
+        handoff = self._model.hand_over(self.state, self._phase_round, phase)
         kept = fmean(handoff.energies.values())
         log(
             INFO,

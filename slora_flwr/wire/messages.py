@@ -29,18 +29,18 @@ class MessageError(ValueError):
 
 
 @dataclass
-class Parcel:
+class BaseDelta:
     """What turns the base that a node has into the one that an instruction is for.
 
     Attributes
     ----------
     known : str
-        Digest of the version of the base at which the moves begin; empty for W_0.
+        Digest of the version of the base at which the changes begin; empty for W_0.
     version : int
-        Its number: how many rounds of the phase have moved it.
+        Its number: how many rounds of the phase have changed it.
     start : Array or None
         That version, packed, for a node that has nothing; it is the phase's first.
-    moves : list[Array]
+    changes : list[Array]
         What the rounds since have changed, one each.
     weights : Array or None
         The target matrices of the base, in place of all of these.
@@ -49,7 +49,7 @@ class Parcel:
     known: str = ""
     version: int = 0
     start: Array | None = None
-    moves: list[Array] = field(default_factory=list)
+    changes: list[Array] = field(default_factory=list)
     weights: Array | None = None
 
 
@@ -72,7 +72,7 @@ class Instruction:
         The coded state to start from.
     base : str
         Digest of the phase's base, empty for W_0.
-    parcel : Parcel
+    base_delta : BaseDelta
         What the node lacks of the base.
     since : str
         Digest of the state to which `state` is the difference; empty where it is whole.
@@ -91,7 +91,7 @@ class Instruction:
     base: str = ""
     classes: list[str] = field(default_factory=list)
     phase_round: int = 1
-    parcel: Parcel = field(default_factory=Parcel)
+    base_delta: BaseDelta = field(default_factory=BaseDelta)
     since: str = ""
     lineage: int = 0
     residuals: list[int] = field(default_factory=list)
@@ -99,13 +99,13 @@ class Instruction:
     def content(self) -> RecordDict:
         """Write the records."""
         arrays = ArrayRecord({"state": self.state})
-        parcel = self.parcel
-        if parcel.start is not None:
-            arrays["base"] = parcel.start
-        if parcel.weights is not None:
-            arrays["weights"] = parcel.weights
-        for i, move in enumerate(parcel.moves):
-            arrays[f"move-{i}"] = move
+        delta = self.base_delta
+        if delta.start is not None:
+            arrays["base"] = delta.start
+        if delta.weights is not None:
+            arrays["weights"] = delta.weights
+        for i, change in enumerate(delta.changes):
+            arrays[f"move-{i}"] = change
         config = ConfigRecord(
             {
                 "server-round": self.server_round,
@@ -113,14 +113,14 @@ class Instruction:
                 "phase-round": self.phase_round,
                 "clients": self.clients,
                 "fingerprint": self.fingerprint,
-                "version": parcel.version,
-                "moves": len(parcel.moves),
+                "version": delta.version,
+                "moves": len(delta.changes),
             }
         )
         if self.base:  # Flower cannot count the bytes of an empty string
             config["base"] = self.base
-        if parcel.known:
-            config["known"] = parcel.known
+        if delta.known:
+            config["known"] = delta.known
         if self.since:
             config["since"] = self.since
         if self.classes:
@@ -150,11 +150,11 @@ class Instruction:
                 fingerprint=str(config["fingerprint"]),
                 state=arrays["state"],
                 base=_digest(config.get("base", "")),
-                parcel=Parcel(
+                base_delta=BaseDelta(
                     known=_digest(config.get("known", "")),
                     version=_number(config["version"]),
                     start=arrays.get("base"),
-                    moves=[
+                    changes=[
                         arrays[f"move-{i}"] for i in range(_number(config["moves"]))
                     ],
                     weights=arrays.get("weights"),

@@ -16,12 +16,12 @@ from flwr.app import Array, Error, Message, MessageType
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 
-from slora_flwr.client import handlers as node
+from slora_flwr.client.process import make_process
 from slora_flwr.common.files import cache_folder
 from slora_flwr.runs.checkpoint import list_checkpoints
 from slora_flwr.server import collect, fleet
 from slora_flwr.server.strategy import NO_REPLY, TooFewRepliesError
-from slora_flwr.training.worker import ClientError, Trained, Worker
+from slora_flwr.training.trainer import ClientError, ClientUpdate, Trainer
 from slora_flwr.wire.messages import MISSING_BASE, MISSING_STATE, Instruction, Report
 from tests.support.clock import Clock
 from tests.support.grids import Grid
@@ -223,7 +223,7 @@ class ChaosGrid(Grid):
         at, fault = message.metadata.dst_node_id, self._fault(message)
         if fault.startswith(("its process ends", "it loses")) and at not in self._lost:
             self._lost.add(at)
-            node._worker.cache_clear()
+            make_process.cache_clear()
             if fault.startswith("it loses"):
                 for path in cache_folder().glob("base-*"):
                     path.unlink()
@@ -264,11 +264,11 @@ class ChaosGrid(Grid):
 
 def survive(config: Config, chaos: Chaos, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a run to its end, however often it takes."""
-    train_client = Worker.train_client
+    train_client = Trainer.train_client
     clock = Clock()
     grid = ChaosGrid(config, chaos)
 
-    def train(self: Worker, client: int, *arguments: Any) -> Trained:
+    def train(self: Trainer, client: int, *arguments: Any) -> ClientUpdate:
         fault = grid.fails.get(client)
         if fault == ONE_CLIENT:
             raise ClientError("no examples left")
@@ -277,14 +277,14 @@ def survive(config: Config, chaos: Chaos, monkeypatch: pytest.MonkeyPatch) -> Pa
         return train_client(self, client, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "train_client", train)
+        patch.setattr(Trainer, "train_client", train)
         patch.setattr(fleet, "time", clock)
         patch.setattr(collect, "time", clock)
         directory = Path(str(config["run.dir"]))
         while not (directory / "summary.json").exists():
             with suppress(InterruptionError, TooFewRepliesError):
                 start(config, grid)
-            node._worker.cache_clear()
+            make_process.cache_clear()
             if list_checkpoints(directory):
                 config = resumed(config)
             else:  # it died in its first round
@@ -297,17 +297,17 @@ def make_whole(
     config: Config, lost: dict[int, set[int]], monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """Make the run on one node without a fault, and without the clients lost."""
-    train_client = Worker.train_client
+    train_client = Trainer.train_client
 
     def train(
-        self: Worker, client: int, state: Any, phase: Any, server_round: int
-    ) -> Trained:
+        self: Trainer, client: int, state: Any, phase: Any, server_round: int
+    ) -> ClientUpdate:
         if client in lost.get(server_round, ()):
             raise ClientError("left out")
         return train_client(self, client, state, phase, server_round)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "train_client", train)
+        patch.setattr(Trainer, "train_client", train)
         return start(config, Grid(config))
 
 

@@ -20,8 +20,8 @@ from slora_flwr.common.tensors import State
 from slora_flwr.config import METHODS, Value, parse
 from slora_flwr.config.methods import find_adapter
 from slora_flwr.config.schedule import make_schedule
-from slora_flwr.planning.holdings import Holdings
-from slora_flwr.training.worker import Worker
+from slora_flwr.planning.version_bytes import VersionBytes
+from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.messages import Instruction, Report
 from slora_flwr.wire.packing import pack, unpack
 from tests.support.grids import RecordingGrid
@@ -113,7 +113,7 @@ def test_stock_peft_computes_what_the_run_evaluated(config: Config, name: str) -
     if (folder / PATCH_FILE).exists():
         apply_base_patch(model, folder / PATCH_FILE)
     model = PeftModel.from_pretrained(model, folder)
-    test = Worker(parse(config)).task.test
+    test = Trainer(parse(config)).data.task.test
     loss = F.cross_entropy(logits(model, test), torch.from_numpy(test.labels))
     assert float(loss) == pytest.approx(summary(directory)["loss"], abs=1e-4)
 
@@ -207,16 +207,16 @@ def test_a_client_gets_what_it_missed(config: Config) -> None:
 
 
 def test_the_matrices_go_where_they_are_cheaper() -> None:
-    """A start of 30 bytes, matrices of 100, and moves of 40 each."""
-    holdings = Holdings(30, 100)
-    assert holdings.owed(1) == 30
-    assert holdings.owed(1) == 0
-    holdings.moves += [40, 40]
-    assert holdings.owed(1) == 80
-    assert holdings.owed(2) == 100  # for 30 + 80
-    holdings.moves.append(40)
-    assert [holdings.owed(client) for client in (1, 2, 3)] == [40, 40, 100]
-    assert Holdings(130, 100).owed(1) == 130  # a start alone is no move
+    """A start of 30 bytes, matrices of 100, and changes of 40 each."""
+    held = VersionBytes(30, 100)
+    assert held.bytes_due(1) == 30
+    assert held.bytes_due(1) == 0
+    held.changes += [40, 40]
+    assert held.bytes_due(1) == 80
+    assert held.bytes_due(2) == 100  # for 30 + 80
+    held.changes.append(40)
+    assert [held.bytes_due(client) for client in (1, 2, 3)] == [40, 40, 100]
+    assert VersionBytes(130, 100).bytes_due(1) == 130  # a start alone is no change
 
 
 def base_of(directory: Path) -> State:
@@ -261,7 +261,7 @@ def test_the_base_of_exact_holds_what_the_means_lack(config: Config) -> None:
     "changes",
     [
         {"method": "sft", "sparse.schedule": "per-round"},
-        # Of two clients, so that the moves are smaller than the matrices.
+        # Of two clients, so that the changes are smaller than the matrices.
         {"method": "fedex-lora", "clients.per-round": 2},
     ],
 )
@@ -269,19 +269,19 @@ def test_a_node_that_lost_a_moved_base_gets_it_anew(
     config: Config, changes: Config
 ) -> None:
     """A worker that begins in round 3 ends as one that was there from the first."""
-    from slora_flwr.client import handlers as node
+    from slora_flwr.client.process import make_process
 
     class Forgetful(RecordingGrid):
         def before(self, asked: Instruction) -> None:
-            if asked.server_round == 3 and asked.parcel.version == 1:
-                node._worker.cache_clear()
+            if asked.server_round == 3 and asked.base_delta.version == 1:
+                make_process.cache_clear()
 
     config |= {**changes, "rounds": 4}
     expected = final(start(config, RecordingGrid(config)))
     grid = Forgetful(elsewhere(config))
     directory = start(elsewhere(config), grid)
     assert [i.server_round for i in grid.asked] == [1, 2, 3, 3, 4]
-    assert [len(i.parcel.moves) for i in grid.asked] == [0, 1, 1, 2, 1]
+    assert [len(i.base_delta.changes) for i in grid.asked] == [0, 1, 1, 2, 1]
     assert not events(directory, "failure")
     assert not differ(final(directory), expected)
 
@@ -329,10 +329,10 @@ def test_a_redrawn_phase_is_handed_over_whole(config: Config) -> None:
     backbone = load_tiny(Path(str(config["model.name"])))
     adapter = find_adapter("sparse").from_config(settings)
     positions = adapter.masks(backbone, 3)
-    assert first.parcel.start is not None
+    assert first.base_delta.start is not None
     layout = BaseWeights.shapes(backbone, positions, RANK)
     patch = BaseWeights.from_state(
-        unpack(first.parcel.start, layout), positions, 16 / RANK
+        unpack(first.base_delta.start, layout), positions, 16 / RANK
     )
     patch.apply(backbone)
     lora = find_adapter("lora").from_config(settings)

@@ -11,7 +11,7 @@ from flwr.app import Message
 from safetensors.torch import load_file
 from torch import Tensor
 
-from slora_flwr.client import handlers as node
+from slora_flwr.client.process import make_process
 from slora_flwr.config import ConfigError
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
@@ -79,7 +79,7 @@ def test_a_node_whose_data_grew_is_asked_again(config: Config, tmp_path: Path) -
         def _answer(self, message: Message) -> Message:
             if message.metadata.group_id == "2" and grown.is_file():
                 write(grown, texts(0, 60, KINDS[:2]))
-                node._worker.cache_clear()
+                make_process.cache_clear()
             return super()._answer(message)
 
     grown = tmp_path / "node-0.csv"

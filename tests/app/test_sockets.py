@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from slora_flwr.engines.inline import InlineGrid
-from slora_flwr.training.worker import ClientError, Trained, Worker
+from slora_flwr.training.trainer import ClientError, ClientUpdate, Trainer
 from tests.support.deployment import Deployment, Run
 from tests.support.processes import wait_until
 from tests.support.resuming import assert_same, resumed, without
@@ -91,16 +91,16 @@ def replay(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
     They fail each by itself, so that a round's mean is that of the others.
     """
     answered = {e["round"]: {int(c) for c in e["clients"]} for e in run.events("round")}
-    train_client = Worker.train_client
+    train_client = Trainer.train_client
 
     def fail(
-        self: Worker, client: int, state: Any, phase: Any, server_round: int
-    ) -> Trained:
+        self: Trainer, client: int, state: Any, phase: Any, server_round: int
+    ) -> ClientUpdate:
         if client not in answered[server_round]:
             raise ClientError("it failed there")
         return train_client(self, client, state, phase, server_round)
 
-    monkeypatch.setattr(Worker, "train_client", fail)
+    monkeypatch.setattr(Trainer, "train_client", fail)
     config = elsewhere(config, **{"clients.min-nodes": 1})
     return start(config, InlineGrid(config))
 

@@ -22,6 +22,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from slora_flwr.client import handlers as node
 from slora_flwr.client import resident
+from slora_flwr.client.process import get_process
 from slora_flwr.wire.messages import Instruction
 from slora_flwr.wire.packing import pack
 from tests.support.processes import free_port, is_open, residents, wait_until
@@ -136,8 +137,8 @@ def test_it_answers_as_the_handlers_do_and_stays(
     folder: Path, task: dict[str, Any]
 ) -> None:
     context = make_context(task)
-    worker = node.get_worker(context)
-    adapter = worker.enter(worker.schedule[0])
+    trainer = get_process(context).trainer
+    adapter = trainer.model.attach(trainer.schedule[0])
     instruction = Instruction(1, 0, [0], adapter.fingerprint(), pack(adapter.state()))
     query = make_message("query")
 

@@ -9,7 +9,7 @@ import pytest
 
 from slora_flwr.config import ConfigError, flatten, parse
 from slora_flwr.server.run import run
-from slora_flwr.training.worker import Worker
+from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.messages import Report
 from tests.support.grids import RecordingGrid
 from tests.support.runs import LAYERS, Config, events, facts, final, start, summary
@@ -89,9 +89,9 @@ def test_checkpoints_hold_the_last_and_the_best_state(config: Config) -> None:
     best = accuracies.index(max(accuracies)) + 1
     assert facts(directory, "last") == {"round": "3", "phase": "lora", "base": ""}
     assert facts(directory, "best") == {"round": str(best), "phase": "lora", "base": ""}
-    worker = Worker(parse(config))
-    worker.enter(worker.schedule[0])
-    found = [worker.evaluate_test(final(directory, name)) for name in ("last", "best")]
+    trainer = Trainer(parse(config))
+    trainer.model.attach(trainer.schedule[0])
+    found = [trainer.evaluate_test(final(directory, name)) for name in ("last", "best")]
     assert found[0] is not None
     assert found[1] is not None
     assert found[0].accuracy == pytest.approx(accuracies[-1])

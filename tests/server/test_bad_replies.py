@@ -12,7 +12,7 @@ from slora_flwr.config import parse
 from slora_flwr.server import collect
 from slora_flwr.server.run import run
 from slora_flwr.server.strategy import TooFewRepliesError
-from slora_flwr.training.worker import ClientError, Trained, Worker
+from slora_flwr.training.trainer import ClientError, ClientUpdate, Trainer
 from slora_flwr.wire.messages import Report
 from slora_flwr.wire.packing import pack, unpack
 from tests.support.clock import Clock
@@ -166,14 +166,14 @@ def test_a_node_that_raises_is_named_and_left_out(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = RecordingGrid(config, nodes=3)
-    train_client = Worker.train_client
+    train_client = Trainer.train_client
 
-    def fail(self: Worker, *args: Any) -> Trained:
+    def fail(self: Trainer, *args: Any) -> ClientUpdate:
         if grid.asked[-1].server_round == 2 and grid.asked_nodes[-1] == 2:
             raise OSError("no space left")
         return train_client(self, *args)
 
-    monkeypatch.setattr(Worker, "train_client", fail)
+    monkeypatch.setattr(Trainer, "train_client", fail)
     directory = start(config, grid)
     check_node_left_out(directory, grid, "error 0: OSError: no space left")
 
@@ -181,14 +181,14 @@ def test_a_node_that_raises_is_named_and_left_out(
 def test_one_client_that_fails_does_not_spoil_its_node(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_client = Worker.train_client
+    train_client = Trainer.train_client
 
-    def fail(self: Worker, client: int, *args: Any) -> Trained:
+    def fail(self: Trainer, client: int, *args: Any) -> ClientUpdate:
         if client == 4:
             raise ClientError("no examples")
         return train_client(self, client, *args)
 
-    monkeypatch.setattr(Worker, "train_client", fail)
+    monkeypatch.setattr(Trainer, "train_client", fail)
     grid = RecordingGrid(config, nodes=2)
     directory = start(config, grid)
     assert [
@@ -240,8 +240,8 @@ def test_too_few_good_replies_twice_stop_the_run(config: Config) -> None:
     assert stopped["reason"].startswith("TooFewRepliesError: round 2 got 0 good")
     assert [e["round"] for e in events(directory, "round")] == [1]
     assert facts(directory, "last") == {"round": "1", "phase": "lora", "base": ""}
-    worker = Worker(parse(config))
-    shapes = worker.enter(worker.schedule[0]).shapes()
+    trainer = Trainer(parse(config))
+    shapes = trainer.model.attach(trainer.schedule[0]).shapes()
     expected = unpack(grid.asked[-1].state, shapes)
     assert_close(final(directory), expected, within=0.0)
     assert not (directory / "summary.json").exists()

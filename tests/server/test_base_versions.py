@@ -2,7 +2,7 @@
 
 import pytest
 
-from slora_flwr.client import handlers as node
+from slora_flwr.client.process import make_process
 from slora_flwr.common.files import cache_folder
 from slora_flwr.wire.messages import Instruction
 from tests.support.grids import RecordingGrid
@@ -15,9 +15,9 @@ class ForgetfulGrid(RecordingGrid):
     loses: tuple[str, ...] = ("process", "disk")
 
     def before(self, asked: Instruction) -> None:
-        if asked.server_round == 3 and asked.parcel.start is None:
+        if asked.server_round == 3 and asked.base_delta.start is None:
             if "process" in self.loses:
-                node._worker.cache_clear()
+                make_process.cache_clear()
             if "disk" in self.loses:
                 (cache_folder() / f"base-{asked.base}").unlink()
 
@@ -31,7 +31,7 @@ def test_a_node_that_lost_the_base_is_sent_it_again(
     config = elsewhere(two_phases)
     grid = ForgetfulGrid(config)
     directory = start(config, grid)
-    assert [(i.server_round, i.parcel.start is not None) for i in grid.asked] == [
+    assert [(i.server_round, i.base_delta.start is not None) for i in grid.asked] == [
         (1, False),
         (2, True),
         (3, False),
@@ -48,7 +48,7 @@ def test_a_new_process_finds_the_base_on_disk(two_phases: Config) -> None:
     grid = ForgetfulGrid(config)
     grid.loses = ("process",)
     directory = start(config, grid)
-    sent = [i.server_round for i in grid.asked if i.parcel.start is not None]
+    sent = [i.server_round for i in grid.asked if i.base_delta.start is not None]
     assert sent == [2]
     assert not differ(final(directory), final(undisturbed))
 
@@ -65,7 +65,7 @@ def test_base_w0_sends_no_base(two_phases: Config) -> None:
     grid = RecordingGrid(two_phases | {"lora.base": "w0"})
     start(two_phases | {"lora.base": "w0"}, grid)
     assert {i.base for i in grid.asked} == {""}
-    assert all(i.parcel.start is None for i in grid.asked)
+    assert all(i.base_delta.start is None for i in grid.asked)
 
 
 def test_a_base_that_is_sent_again_is_in_the_ledger(two_phases: Config) -> None:

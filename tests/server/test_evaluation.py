@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from slora_flwr.common.tensors import State
 from slora_flwr.server import collect
 from slora_flwr.training.loop import Evaluation
-from slora_flwr.training.worker import Worker
+from slora_flwr.training.trainer import Trainer
 from tests.support.clock import Clock
 from tests.support.grids import RecordingGrid
 from tests.support.runs import (
@@ -99,11 +99,11 @@ def test_the_summary_names_the_first_round_at_the_target(
 ) -> None:
     accuracies = iter([0.4, 0.7, 0.6])
 
-    def evaluate(self: Worker, state: State) -> Evaluation:
+    def evaluate(self: Trainer, state: State) -> Evaluation:
         hits = round(10 * next(accuracies))
         return Evaluation(1.0, np.array([[hits, 0, 0], [10, 0, 0], [10, 0, 0]]))
 
-    monkeypatch.setattr(Worker, "evaluate_test", evaluate)
+    monkeypatch.setattr(Trainer, "evaluate_test", evaluate)
     config |= {"run.target": 0.6}
     target = summary(start(config, RecordingGrid(config)))["target"]
     assert target["round"] == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from flwr.app import Array, Message, MessageType, RecordDict
 
-from slora_flwr.client import handlers as node
+from slora_flwr.client.process import make_process
 from slora_flwr.config import parse
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.wire.messages import Report
@@ -148,7 +148,7 @@ def test_a_process_that_has_trained_describes_the_untrained_backbone(
 ) -> None:
     grid = RecordingGrid(two_phases)
     resolved = tomllib.loads((start(two_phases, grid) / "config.toml").read_text())
-    node._worker(parse(two_phases), ()).backbone.__dict__.pop("digest")
+    make_process(parse(two_phases), ()).trainer.model.backbone.__dict__.pop("digest")
     query = Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
     [number] = grid.push_messages([query])
     [reply] = grid.pull_messages([number])

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from slora_flwr.client import handlers as node
+from slora_flwr.client.process import make_process
 from slora_flwr.common.tensors import State
-from slora_flwr.server.state_versions import Broadcast
+from slora_flwr.server.state_versions import StateVersions
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.messages import Instruction
 from tests.support.grids import Grid
@@ -29,7 +29,7 @@ class Forgetful(Grid):
 
     def before(self, asked: Instruction) -> None:
         if asked.server_round == 3 and asked.since:
-            node._worker.cache_clear()
+            make_process.cache_clear()
 
 
 def test_a_client_with_the_last_state_gets_the_difference(config: Config) -> None:
@@ -80,35 +80,35 @@ def test_a_broadcast_by_hand() -> None:
     """Versions of three states; who has the last, the one before, or none."""
     codec = Codec("int8", lossless=True, head=2)
     known = {"x": torch.linspace(0.0, 1.0, 1000)}
-    cast = Broadcast(codec, known)
+    versions = StateVersions(codec, known)
     states: list[State] = []
     for step in (0.0, 1e-3, 2e-3):
         sent = {"x": known["x"] + step * torch.arange(1000) / 1000, "y": torch.ones(2)}
-        read = cast.publish(sent)
+        read = versions.publish(sent)
         # int8 of the difference to what is known, not of the values themselves.
         assert (read["x"] - sent["x"]).abs().max() <= step / 254 + 1e-7
         states.append(read)
         if step == 0.0:
-            cast.received(1, [10])
+            versions.received(1, [10])
         if step == 1e-3:
-            cast.received(2, [20])
-    whole, since = cast.letter(3)
+            versions.received(2, [20])
+    whole, since = versions.encode_for(3)
     assert since == ""
-    assert cast.letter(1) == (whole, "")  # it missed one
-    change, since = cast.letter(2)
+    assert versions.encode_for(1) == (whole, "")  # it missed one
+    change, since = versions.encode_for(2)
     assert since != ""
     assert len(change.data) < len(whole.data)
-    assert cast.letter(2, anew=True) == (whole, "")
-    assert cast.owed([10, 20, 30]) == 2 * len(whole.data) + len(change.data)
+    assert versions.encode_for(2, anew=True) == (whole, "")
+    assert versions.bytes_due([10, 20, 30]) == 2 * len(whole.data) + len(change.data)
 
 
 def test_the_same_state_twice_is_no_new_version() -> None:
     """After an evaluation the next round's clients have their state already."""
-    cast = Broadcast(Codec(lossless=True), {})
+    versions = StateVersions(Codec(lossless=True), {})
     state: dict[str, Any] = {"x": torch.randn(1000)}
-    cast.publish(state)
-    cast.received(1, [1])
-    cast.publish({"x": state["x"].clone()})
-    change, since = cast.letter(1)
+    versions.publish(state)
+    versions.received(1, [1])
+    versions.publish({"x": state["x"].clone()})
+    change, since = versions.encode_for(1)
     assert since != ""
     assert len(change.data) < 100

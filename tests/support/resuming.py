@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from flwr.app import Message, MessageType
 
-from slora_flwr.client import handlers as node
+from slora_flwr.client.process import make_process
 from slora_flwr.runs.checkpoint import list_checkpoints, read_checkpoint
 from tests.support.grids import Grid
 from tests.support.runs import (
@@ -51,14 +51,14 @@ def resumed(config: Config) -> Config:
 
 def stop(config: Config, last: int) -> Path:
     """Interrupt a run in its round `last`."""
-    node._worker.cache_clear()  # another process has none
+    make_process.cache_clear()  # another process has none
     with pytest.raises(InterruptionError):
         start(config, StoppingGrid(config, last))
     return Path(str(config["run.dir"]))
 
 
 def go_on(config: Config, nodes: int = 2) -> Path:
-    node._worker.cache_clear()
+    make_process.cache_clear()
     return start(resumed(config), Grid(config, nodes))
 
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slora_flwr.wire.messages import (
+    BaseDelta,
     Instruction,
     MessageError,
-    Parcel,
     Report,
     message_bytes,
 )
@@ -146,27 +146,28 @@ DIGEST, OTHER = "0123456789abcdef" * 2, "fedcba9876543210" * 2
 
 
 @pytest.mark.parametrize(
-    "parcel",
+    "delta",
     [
-        Parcel(),
-        Parcel(DIGEST),
-        Parcel(DIGEST, 0, packed(9.0), [packed(1.0), packed(2.0, 3.0)]),
-        Parcel(OTHER, 7, None, [packed(4.0)]),
-        Parcel(weights=packed(5.0)),
+        BaseDelta(),
+        BaseDelta(DIGEST),
+        BaseDelta(DIGEST, 0, packed(9.0), [packed(1.0), packed(2.0, 3.0)]),
+        BaseDelta(OTHER, 7, None, [packed(4.0)]),
+        BaseDelta(weights=packed(5.0)),
     ],
 )
 @pytest.mark.parametrize("base", ["", DIGEST])
-def test_an_instruction_arrives_as_it_was_sent(base: str, parcel: Parcel) -> None:
+def test_an_instruction_arrives_as_it_was_sent(base: str, delta: BaseDelta) -> None:
     sent = Instruction(3, 1, [4, 0, 17], "f00d", pack(KNOWN), base, phase_round=2)
-    sent.parcel, sent.since = parcel, base
+    sent.base_delta, sent.since = delta, base
     got = Instruction.read(travel(sent.content()))
     assert (got.server_round, got.phase, got.clients) == (3, 1, [4, 0, 17])
     assert (got.fingerprint, got.base, got.phase_round) == ("f00d", base, 2)
     assert (got.state.data, got.since) == (KNOWN_BYTES, base)
-    assert (got.parcel.known, got.parcel.version) == (parcel.known, parcel.version)
-    assert [m.data for m in got.parcel.moves] == [m.data for m in parcel.moves]
+    came = got.base_delta
+    assert (came.known, came.version) == (delta.known, delta.version)
+    assert [c.data for c in came.changes] == [c.data for c in delta.changes]
     for name in ("start", "weights"):
-        there, here = getattr(got.parcel, name), getattr(parcel, name)
+        there, here = getattr(came, name), getattr(delta, name)
         assert (there and there.data) == (here and here.data)
 
 

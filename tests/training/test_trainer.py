@@ -7,8 +7,8 @@ from transformers import GPT2Config, GPT2Model
 
 from slora_flwr.common.files import cache_folder
 from slora_flwr.config import ConfigError, parse
-from slora_flwr.data.texts import list_classes, make_task
-from slora_flwr.training.worker import Worker
+from slora_flwr.data.texts import list_classes, load_texts, make_task
+from slora_flwr.training.trainer import Trainer
 from tests.support.tiny import VOCAB, make_tokenizer, save_checkpoint
 
 
@@ -29,9 +29,9 @@ def test_texts_longer_than_the_models_positions_are_refused(
     values = {"model.name": str(tiny_models[family]), "data.name": str(data)}
     refusal = f"data.max-length is {most + 1}; allowed: 4 to {most}, the positions"
     with pytest.raises(ConfigError, match=refusal):
-        _ = Worker(parse({**values, "data.max-length": most + 1})).backbone
-    worker = Worker(parse({**values, "data.max-length": most}))
-    worker.enter(worker.schedule[0])
+        _ = Trainer(parse({**values, "data.max-length": most + 1})).model.backbone
+    trainer = Trainer(parse({**values, "data.max-length": most}))
+    trainer.model.attach(trainer.schedule[0])
 
 
 @pytest.mark.parametrize("method", ["sft", "lora", "slora"])
@@ -44,20 +44,21 @@ def test_a_model_without_linear_layers_is_refused(
     folder = save_checkpoint(body, tmp_path / "gpt2")
     values = {"model.name": str(folder), "data.name": str(data), "method": method}
     with pytest.raises(ConfigError, match=f"no linear layers; allowed for {method}"):
-        _ = Worker(parse(values)).backbone
+        _ = Trainer(parse(values)).model.backbone
 
 
 def test_a_rank_beyond_the_matrices_is_refused(
     data: Path, tiny_models: dict[str, Path]
 ) -> None:
     values = {"model.name": str(tiny_models["bert"]), "data.name": str(data)}
+    config = parse({**values, "lora.rank": 33, "data.max-length": 8})
     with pytest.raises(ConfigError, match=r"lora\.rank is 33; allowed: 1 to 32"):
-        _ = Worker(parse({**values, "lora.rank": 33, "data.max-length": 8})).backbone
+        _ = Trainer(config).model.backbone
 
 
 def test_real_tokenizers_find_their_tokens_in_the_cache(data: Path) -> None:
     config = parse({"data.name": str(data)})
-    texts = Worker(config)._texts
+    texts = load_texts(config.data)
     cached = []
     for _ in range(2):  # as two processes would, each with a fresh tokenizer
         make_task(config.data, make_tokenizer(), texts, list_classes(texts))

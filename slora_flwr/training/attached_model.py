@@ -1,0 +1,212 @@
+"""A process's resident backbone, with a phase's adapter attached over its base."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from statistics import fmean
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from slora_flwr.adapters.base import Adapter
+from slora_flwr.adapters.handoff import Handoff
+from slora_flwr.adapters.lora import factors_size
+from slora_flwr.backbone.base_weights import BaseWeights
+from slora_flwr.backbone.load import Backbone, load_backbone
+from slora_flwr.common.svd import truncated_svd
+from slora_flwr.common.tensors import State
+from slora_flwr.config import ConfigError, RunConfig
+from slora_flwr.config.schedule import Phase, make_schedule
+from slora_flwr.training.process_data import ProcessData
+
+
+class AttachedModel:
+    """A backbone that is loaded when first asked for, and what is attached to it.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    data : ProcessData
+        Says how many classes the head is for, and has the tokeniser.
+
+    Attributes
+    ----------
+    reference : State
+        Values of the phase's states that both sides know without a message.
+    """
+
+    def __init__(self, config: RunConfig, data: ProcessData) -> None:
+        self._config, self._data = config, data
+        self._adapter: Adapter | None = None
+        self._base: BaseWeights | None = None
+        self._attached: tuple[Phase, str] | None = None
+        self.reference: State = {}
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The resident backbone."""
+        config, data = self._config, self._data
+        classes = len(data.classes)
+        backbone = load_backbone(
+            config.model, classes, config.seed, config.lora.targets, data.tokenizer
+        )
+        _check_fit(config, backbone)
+        return backbone
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter attached."""
+        assert self._adapter is not None, "no adapter is attached"
+        return self._adapter
+
+    def attach(
+        self, phase: Phase, base: BaseWeights | None = None, digest: str = ""
+    ) -> Adapter:
+        """Attach a phase's adapter over its base, unless it is attached already.
+
+        Parameters
+        ----------
+        phase : Phase
+            One of the schedule's.
+        base : BaseWeights or None
+            The base, None for W_0.
+        digest : str
+            Names the base; empty for W_0.
+        """
+        if not self.is_attached(phase, digest):
+            self.detach()
+            if base is None and phase.changes_base:
+                base = BaseWeights()  # keeps W_0 aside
+            if base is not None:
+                base.apply(self.backbone)
+                self._base = base
+            frozen = base.a if base is not None and base.a else None
+            self._adapter = phase.adapter_type.from_config(self._config, frozen)
+            self._adapter.attach(self.backbone)
+            self._attached = (phase, digest)
+            self.reference = {}
+            if self._config.download.dtype != "float32":
+                self.reference = self._known(phase, base)
+        return self.adapter
+
+    def is_attached(self, phase: Phase, digest: str) -> bool:
+        """Return whether the phase's adapter is attached over the base of a digest."""
+        return self._attached == (phase, digest)
+
+    def detach(self) -> None:
+        """Make the backbone W_0 again."""
+        if self._adapter is not None:
+            self._adapter.detach()
+        if self._base is not None:
+            self._base.remove(self.backbone)
+        self._adapter, self._base, self._attached = None, None, None
+
+    def change_base(self, changes: Sequence[State], first: int, digest: str) -> None:
+        """Change the base under the attached adapter.
+
+        Parameters
+        ----------
+        changes : Sequence[State]
+            What rounds of the phase changed of it, one after the other.
+        first : int
+            The round within the phase of the first change.
+        digest : str
+            Names the base then.
+        """
+        assert self._attached is not None
+        phase, self._attached = self._attached[0], None  # until it is whole again
+        self.adapter.detach()
+        for number, change in enumerate(changes, start=first):
+            self.adapter.change(self.backbone, change, number)
+        self.adapter.attach(self.backbone)
+        self._attached = (phase, digest)
+
+    def change_shapes(self, values: int) -> dict[str, torch.Size]:
+        """Return the layout of a change of the base that has so many values."""
+        rank = values // factors_size(1, self.backbone)
+        return self.adapter.change_shapes(self.backbone, rank)
+
+    @property
+    def target_shapes(self) -> dict[str, torch.Size]:
+        """The layout of the base's target matrices."""
+        return {name: m.weight.shape for name, m in self.backbone.targets.items()}
+
+    def base_weights(self) -> State:
+        """Return a copy of the base's target matrices, float32 on the CPU."""
+        return {
+            name: module.weight.detach().to("cpu", torch.float32, copy=True)
+            for name, module in self.backbone.targets.items()
+        }
+
+    def known_values(self, positions: Mapping[str, NDArray[np.int64]]) -> State:
+        """Return W_0's values at positions of target matrices, named as in a base.
+
+        Nothing is attached afterwards.
+        """
+        self.detach()
+        return {
+            f"{name}.values": weight.reshape(-1)[torch.from_numpy(positions[name])]
+            for name, weight in self.base_weights().items()
+            if name in positions
+        }
+
+    def hand_over(self, state: State, rounds: int, phase: Phase) -> Handoff:
+        """End the sparse phase that is attached, after so many rounds.
+
+        Nothing is attached afterwards.
+        """
+        positions, values = self.adapter.learned(state, rounds)
+        self.detach()
+        head = {name: state[name] for name in self.backbone.head}
+        adapter_type = phase.adapter_type
+        primed: Handoff = adapter_type.prime(
+            self._config, self.backbone, positions, values, head
+        )
+        return primed
+
+    def kept_energy(self, state: State, rounds: int) -> float:
+        """Return the share of the sparse deltas' energy that a handoff now would keep.
+
+        It is the mean over the target matrices, as the handoff reports it.
+        """
+        sparse = self.adapter
+        positions, values = sparse.learned(state, rounds)
+        sparse.detach()
+        first = self.base_weights() if self._base is None else self._base.before
+        sparse.attach(self.backbone)
+        energies = []
+        for name, weight in first.items():
+            at = torch.from_numpy(positions[name])
+            delta = (values[name] - weight.reshape(-1).cpu()[at]).double().numpy()
+            m, n = weight.shape
+            rank = self._config.lora.rank
+            energies.append(truncated_svd(positions[name], delta, (m, n), rank).energy)
+        return fmean(energies)
+
+    def _known(self, phase: Phase, base: BaseWeights | None) -> State:
+        """Return what is known of states: W_0's values, and the factors of the base."""
+        known = self.adapter.known()
+        # A base that changes may have come without the factors that it began with.
+        if base is not None and not phase.changes_base:
+            named = {f"{n}.lora_A": t for n, t in base.a.items()}
+            named |= {f"{n}.lora_B": t for n, t in base.b.items()}
+            known |= {n: t for n, t in named.items() if n in self.adapter.shapes()}
+        return known
+
+
+def _check_fit(config: RunConfig, backbone: Backbone) -> None:
+    """Refuse what this backbone cannot do, before any client is asked to."""
+    for name, module in backbone.model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa's positions start after the padding index.
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            most = module.num_embeddings - skipped
+            if config.data.max_length > most:
+                raise ConfigError(
+                    f"data.max-length is {config.data.max_length}; allowed: 4 to "
+                    f"{most}, the positions of model {config.model.name!r}"
+                )
+    for phase in make_schedule(config):
+        phase.adapter_type.check_fit(config, backbone)

@@ -1,0 +1,113 @@
+"""The data of a run that a process loads once, and what each client has of it."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from slora_flwr.backbone.load import load_tokenizer
+from slora_flwr.config import RunConfig
+from slora_flwr.data.examples import Examples
+from slora_flwr.data.node_files import OwnData, load_test_texts
+from slora_flwr.data.partition import Partition, make_partition
+from slora_flwr.data.texts import (
+    Task,
+    Texts,
+    list_classes,
+    load_texts,
+    make_task,
+    tokenise,
+)
+
+
+class ProcessData:
+    """A run's data in one process; each part is loaded when it is first asked for.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    classes : Sequence[str]
+        The label names agreed, where nodes train on data of their own; else they are
+        the data set's.
+    """
+
+    def __init__(self, config: RunConfig, classes: Sequence[str] = ()) -> None:
+        self._config = config
+        self._agreed = list(classes)
+        self._own: dict[int, tuple[OwnData, Examples]] = {}
+
+    @cached_property
+    def _texts(self) -> tuple[Texts, Texts]:
+        if self._config.data.is_own:
+            return Texts([], []), load_test_texts(self._config.data)
+        return load_texts(self._config.data)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The label names; class id i is the i-th."""
+        return self._agreed or list_classes(self._texts)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The backbone's tokeniser."""
+        return load_tokenizer(self._config.model)
+
+    @cached_property
+    def task(self) -> Task:
+        """The tokenised task."""
+        texts, config = self._texts, self._config.data
+        task = make_task(config, self.tokenizer, texts, self.classes)
+        del self.__dict__["_texts"]
+        return task
+
+    @cached_property
+    def partition(self) -> Partition:
+        """Who owns which rows of the training data."""
+        clients = self._config.clients
+        return make_partition(
+            self.task.train.labels,
+            len(self.task.classes),
+            count=clients.count,
+            partitioner=clients.partitioner,
+            alpha=clients.alpha,
+            classes=clients.classes,
+            examples=clients.examples,
+            min_examples=clients.min_examples,
+            seed=self._config.seed,
+        )
+
+    @cached_property
+    def partition_digest(self) -> str:
+        """BLAKE2b of the clients' sizes and of some clients' rows, 32 hex digits."""
+        sizes = self.partition.sizes
+        digest = blake2b(sizes.astype("<i8").tobytes(), digest_size=16)
+        for client in (0, len(sizes) // 2, len(sizes) - 1):
+            digest.update(self.partition.indices(client).astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def host(self, client: int, source: OwnData) -> None:
+        """Make a node's own data a client's; rows of other labels are left out."""
+        if client in self._own and self._own[client][0] == source:
+            return
+        texts, _ = source.load()
+        known = set(self.classes)
+        texts = texts.select(np.array([label in known for label in texts.labels]))
+        examples = tokenise(self._config.data, self.tokenizer, self.classes, texts)
+        self._own[client] = (source, examples)
+
+    def examples(self, client: int) -> tuple[Examples, Examples]:
+        """Return a client's examples: to train on, and held out for evaluation."""
+        if client in self._own:
+            examples = self._own[client][1]
+            rows = np.arange(len(examples))
+        else:
+            examples, rows = self.task.train, self.partition.indices(client)
+        # The last ones, of an order that has nothing to do with labels.
+        held = round(len(rows) * self._config.clients.holdout)
+        cut = len(rows) - held
+        order = np.random.Philox(key=client).random_raw(len(rows)).argsort()
+        rows = rows[order]
+        return examples.select(rows[:cut]), examples.select(rows[cut:])

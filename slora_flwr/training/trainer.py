@@ -1,0 +1,91 @@
+"""What a process keeps of a run to train clients and to evaluate."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slora_flwr.common.tensors import State
+from slora_flwr.config import RunConfig
+from slora_flwr.config.schedule import Phase, make_schedule
+from slora_flwr.training.attached_model import AttachedModel
+from slora_flwr.training.attack import spoil_examples, spoil_update
+from slora_flwr.training.loop import evaluate, train
+from slora_flwr.training.metrics import Evaluation
+from slora_flwr.training.process_data import ProcessData
+
+
+class ClientError(RuntimeError):
+    """One client's training failed; the others of its node are unharmed."""
+
+
+@dataclass
+class ClientUpdate:
+    """What one client's training gave: its update, number of examples and mean loss."""
+
+    update: State
+    examples: int
+    loss: float
+
+
+class Trainer:
+    """The data and the model of a run, kept between clients, rounds and phases.
+
+    Parameters
+    ----------
+    config, classes
+        As of `ProcessData`.
+    """
+
+    def __init__(self, config: RunConfig, classes: Sequence[str] = ()) -> None:
+        self.config = config
+        self.schedule = make_schedule(config)
+        self.data = ProcessData(config, classes)
+        self.model = AttachedModel(config, self.data)
+
+    def train_client(
+        self, client: int, state: State, phase: Phase, server_round: int
+    ) -> ClientUpdate:
+        """Train one client from a state, with the phase's adapter attached.
+
+        Raises
+        ------
+        ClientError
+            If the client has no examples or its update is not finite.
+        """
+        adapter = self.model.adapter
+        examples, _ = self.data.examples(client)
+        if not len(examples):
+            raise ClientError("no examples")
+        classes = len(self.data.classes)
+        examples = spoil_examples(self.config, client, examples, classes)
+        state = self._own_ranks(client, state)
+        adapter.load(state)
+        rng_key = (self.config.seed, server_round, client)
+        loss = train(self.model.backbone, adapter, examples, phase.recipe, rng_key)
+        after = adapter.state()
+        update = {n: after[n].sub_(state[n]) for n in adapter.returned()}
+        update = spoil_update(self.config, client, update)
+        if not all(bool(tensor.isfinite().all()) for tensor in update.values()):
+            raise ClientError(f"the update is not finite (loss {loss:.3g})")
+        return ClientUpdate(update, len(examples), loss)
+
+    def evaluate_client(self, client: int, state: State) -> Evaluation | None:
+        """Evaluate a state on a client's held-out examples, None without any."""
+        _, held = self.data.examples(client)
+        if not len(held):
+            return None
+        self.model.adapter.load(self._own_ranks(client, state))
+        return evaluate(self.model.backbone, held, self.config.train.precision)
+
+    def evaluate_test(self, state: State) -> Evaluation | None:
+        """Evaluate a state on the server's test data, None without any."""
+        test = self.data.task.test
+        if not len(test):
+            return None
+        self.model.adapter.load(state)
+        return evaluate(self.model.backbone, test, self.config.train.precision)
+
+    def _own_ranks(self, client: int, state: State) -> State:
+        """Return low-rank factors cut to a client's rank, other states as they are."""
+        adapter = self.model.adapter
+        rank_of = adapter.client_ranks(self.config)
+        return adapter.cut(state, rank_of(client)) if rank_of else state
