@@ -70,9 +70,10 @@ class Mean:
         return fold
 
     def expect(self, weight: int) -> None:
-        """Reserve the range for a total weight, each node getting its share.
+        """Set the total weight to expect, and so limit each part to its share.
 
-        Without that, one node whose sums fill the range would keep out later ones.
+        Without a limit, one node could exhaust the range of the sums and keep out those
+        that answer later.
         """
         self._expected = weight
 
@@ -184,7 +185,7 @@ class Mean:
             self._weights[rank] = self._weights.get(rank, 0) + weight
 
     def _divisor(self, name: str, sums: Tensor) -> Tensor | int:
-        """Return the divisor: for a factor, the weight of the clients with each slice."""
+        """Return the divisor: for a factor, the weight of the clients per slice."""
         if self._rank_of is None or not name.endswith((".lora_A", ".lora_B")):
             return self.weight
         along = int(name.endswith(".lora_B"))
