@@ -136,7 +136,7 @@ def load_backbone(
             f"model.name is {config.name!r}; allowed: embedded, a folder with "
             "config.json, model.safetensors and tokenizer.json, a name below "
             f"$SLORA_ASSETS/models, or a Hub id that can be reached ({redact(error)})"
-        ) from None  # a traceback would show what is left out here
+        ) from None  # a traceback would show what is redacted here
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         # Without tokenizer files, transformers makes one that has only special tokens.
         raise ConfigError(
@@ -146,7 +146,7 @@ def load_backbone(
     if tokenizer.pad_token_id is None:
         raise ConfigError(
             f"model.name is {config.name!r}, whose tokenizer has no padding token; "
-            "allowed: one that has"
+            "allowed: a model whose tokenizer has one"
         )
     model.requires_grad_(False)
     model.to(best_device())
