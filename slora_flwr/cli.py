@@ -1,11 +1,6 @@
 """The command line: `slora`."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +19,7 @@ app = typer.Typer(
 
 
 class Engine(StrEnum):
-    """What carries the messages of a run."""
+    """The engines of `slora run`."""
 
     FLWR = "flwr"
     INLINE = "inline"
@@ -32,7 +27,7 @@ class Engine(StrEnum):
 
 @app.callback()
 def main() -> None:
-    """Take the options that all commands share, of which there are none."""
+    """Accept the options shared by all commands, of which there are none."""
 
 
 @app.command()
@@ -45,22 +40,24 @@ def run(
         typer.Option(
             "--run-config",
             "-c",
-            help="As `flwr run` takes it: 'key=value key2=value2', or one TOML file.",
+            help="As for `flwr run`: 'key=value key2=value2', or one TOML file.",
         ),
     ] = None,
     engine: Annotated[
         Engine,
-        typer.Option(help="Flower's simulation on Ray, or all in this process."),
+        typer.Option(help="Flower's simulation on Ray, or this process alone."),
     ] = Engine.FLWR,
     nodes: Annotated[
         int | None,
-        typer.Option(min=1, help="Simulated nodes; one per GPU, or else per core."),
+        typer.Option(
+            min=1, help="Simulated nodes; default: one per GPU or, without GPUs, core."
+        ),
     ] = None,
 ) -> None:
-    """Run a method; the exit status says whether it ended well."""
+    """Run a method. The exit status is 0 only if the run completes."""
     try:
         values = parse_config_args(run_config)
-        # Refused here, before anything starts.
+        # Invalid values are refused here, before anything starts.
         parse(values)
     except (ConfigError, ValueError, OSError, click.ClickException) as error:
         typer.echo(f"Error: {error}", err=True)
@@ -75,10 +72,10 @@ def run(
 def plan(
     run_config: Annotated[
         list[str] | None,
-        typer.Option("--run-config", "-c", help="As `flwr run` takes it."),
+        typer.Option("--run-config", "-c", help="As for `flwr run`."),
     ] = None,
 ) -> None:
-    """Say what a run would train, send and need in memory; nothing is trained."""
+    """Print what a run would train, send and need in memory, without training."""
     try:
         config = parse(parse_config_args(run_config))
         from rich.console import Console
@@ -89,8 +86,8 @@ def plan(
         labels = [name.strip() for name in config.data.labels.split(",")]
         if config.data.is_own and not config.data.labels:
             raise ConfigError(
-                "data.labels is ''; allowed: the label names, with commas, without "
-                "which the head's size is not known before the nodes are"
+                "data.labels is ''; allowed: the label names, separated by commas: "
+                "without them the head's size is unknown until nodes answer"
             )
         trainer = Trainer(config, labels if config.data.is_own else ())
         Console().print(plan_table(config, trainer.model.backbone))
@@ -106,13 +103,15 @@ def sweep(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for its runs; else results/<study> beside the file."),
+        typer.Option(
+            help="Folder for the runs; default: results/<study> beside the file."
+        ),
     ] = None,
     keep_states: Annotated[
         bool, typer.Option(help="Keep checkpoints and models of finished runs.")
     ] = False,
 ) -> None:
-    """Make every run of a study that is not finished yet, several at once."""
+    """Execute all unfinished runs of a study, several at once."""
     from slora_flwr.studies.sweep import sweep as sweep_study
 
     try:
@@ -130,15 +129,16 @@ def report(
     run: Annotated[
         str | None,
         typer.Argument(
-            help="Run directory, or its name below $SLORA_HOME/runs; else the newest."
+            help="Run directory, or its name below $SLORA_HOME/runs; default: the "
+            "newest."
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write; else report.html in the run directory."),
+        typer.Option(help="File to write; default: report.html in the run directory."),
     ] = None,
 ) -> None:
-    """Write a page on one run: figures, bytes, curves, clients, failures, config."""
+    """Write a report on one run: metrics, bytes, curves, clients, failures, config."""
     from slora_flwr.reports.page import render
     from slora_flwr.reports.run_page import report as lay_out
     from slora_flwr.runs.reader import RunError, find_run, read_run
@@ -161,8 +161,8 @@ def compare(
         list[str],
         typer.Argument(
             metavar="RUN...",
-            help="Run directories, their names below $SLORA_HOME/runs, or folders that "
-            "hold some.",
+            help="Run directories, their names below $SLORA_HOME/runs, or folders of "
+            "run directories.",
         ),
     ],
     out: Annotated[
@@ -173,14 +173,16 @@ def compare(
         typer.Option(
             min=0,
             max=1,
-            help="Accuracy whose bytes and time to compare; else a point below fft's.",
+            help="Accuracy at which to compare bytes and time; default: a point below "
+            "fft's.",
         ),
     ] = None,
     uplink: Annotated[
-        str, typer.Option(help="Mbit/s of the modelled times, with commas.")
+        str,
+        typer.Option(help="Rates of the modelled times in Mbit/s, comma-separated."),
     ] = "1,10,100",
 ) -> None:
-    """Compare runs on one page: those that differ by the seed alone are one group."""
+    """Compare runs on one page, grouping those that differ only in the seed."""
     from slora_flwr.reports.comparison_page import compare as lay_out
     from slora_flwr.reports.page import write
     from slora_flwr.runs.reader import RunError, find_runs, read_run
@@ -190,7 +192,7 @@ def compare(
     except ValueError:
         rates = []
     if not rates or not all(0 < rate < math.inf for rate in rates):
-        allowed = "numbers above 0 with commas, in Mbit/s"
+        allowed = "comma-separated numbers above 0, in Mbit/s"
         typer.echo(f"Error: --uplink is {uplink!r}; allowed: {allowed}", err=True)
         raise typer.Exit(2)
     try:
@@ -202,17 +204,15 @@ def compare(
 
 
 def _run_inline(values: dict[str, Any], nodes: int) -> None:
-    # torch and transformers take seconds to import, which an error above need not wait.
+    # Imported here, since torch and transformers take seconds.
     from slora_flwr.adapters.priming import HandoffError
-    from slora_flwr.engines.inline import InlineGrid
+    from slora_flwr.engines.inline import run_inline
     from slora_flwr.runs.directory import RunDirectoryError
     from slora_flwr.server.fleet import FleetError
-    from slora_flwr.server.run import run as run_on
     from slora_flwr.server.strategy import TooFewRepliesError
 
-    run_id = time.time_ns()
     try:
-        run_on(InlineGrid(values, nodes, run_id), values, run_id)
+        run_inline(values, nodes)
     except ConfigError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
@@ -222,51 +222,10 @@ def _run_inline(values: dict[str, Any], nodes: int) -> None:
 
 
 def _run_flower(folder: Path, run_config: list[str], nodes: int | None) -> None:
-    if not (folder / "pyproject.toml").is_file():
-        typer.echo(
-            f"Error: {folder.absolute()} holds no Flower app; allowed: a checkout of "
-            "slora-flwr, or --engine inline",
-            err=True,
-        )
-        raise typer.Exit(2)
-    command = ["run", str(folder), "--format", "json"]
-    for value in run_config:
-        command += ["--run-config", value]
-    gpus = _gpus()
-    nodes = nodes or gpus or os.cpu_count() or 1
-    # Ray takes a part of a GPU, or whole ones.
-    share = min(1.0, gpus / nodes)
-    resources = f"client-resources-num-cpus=1 client-resources-num-gpus={share}"
-    command += ["--federation-config", f"num-supernodes={nodes} {resources}"]
-    started = _flower(*command)
-    run_id = str(started["run-id"])
-    streamed = subprocess.run([*_FLOWER, "log", run_id, "--stream"], check=False)
-    listed = _flower("list", "--run-id", run_id, "--format", "json")
-    status = listed["runs"][0]["status"]
-    # `flwr log` ends with 0 whatever became of the run.
-    if status != "finished:completed" or streamed.returncode:
-        typer.echo(f"Error: run {run_id} is {status}", err=True)
-        raise typer.Exit(1)
+    from slora_flwr.engines.flower import FlowerError, run_flower
 
-
-_FLOWER = (sys.executable, "-m", "flwr.cli.app")
-
-
-def _flower(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [*_FLOWER, *arguments], stdout=subprocess.PIPE, text=True, check=False
-    )
     try:
-        answer = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        answer = {"success": False, "error-message": done.stdout.strip()}
-    if done.returncode or not answer.get("success"):
-        typer.echo(f"Error: {answer.get('error-message', 'flwr failed')}", err=True)
-        raise typer.Exit(done.returncode or 1)
-    return dict(answer)
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
+        run_flower(folder, run_config, nodes)
+    except (ConfigError, FlowerError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error

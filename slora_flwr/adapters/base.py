@@ -1,4 +1,4 @@
-"""What every adapter shares: it trains the head, and answers for itself."""
+"""The root class of all adapters: it trains the head and describes itself."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -19,34 +19,34 @@ from slora_flwr.config.schedule import Phase
 
 
 class StateError(ValueError):
-    """A state that does not fit the adapter it is meant for."""
+    """A state does not fit the adapter that loads it."""
 
 
 class Adapter:
-    """Train the head, and what a subclass adds to it.
+    """Train the head, and whatever parameters a subclass adds.
 
-    A subclass overrides `_make` to add trained parameters and `_restore` to take them
-    out again. What the rest of the package asks of a kind of adapter, before one is
-    made, are the class methods.
+    A subclass overrides `_make` to add trained parameters and `_restore` to remove
+    them. The class methods answer what the rest of the package needs to know about a
+    kind of adapter before an instance exists.
 
     Attributes
     ----------
     default_lr : float
-        The learning rate where the config names none.
+        Learning rate if the config sets none.
     section : str
-        The config section with a recipe of its own; empty for `train` alone.
+        Config section that overrides `train` for this adapter; empty if there is none.
     is_selection : bool
-        True where a state is a selection of weights already, so that `upload.top-k`
-        does not apply.
+        True if the state already holds only a selection of the weights, so that
+        `upload.top-k` does not apply.
     learns_delta : bool
-        True where the next phase starts from the delta that this one learned; such a
-        class has `learned`.
+        True if the next phase starts from the delta learned here; such a class
+        implements `learned`.
     copies_weights : bool
-        True where all weights of the backbone are kept aside while it is attached.
+        True if attaching keeps a copy of all backbone weights.
     folder : str
-        Where the run directory has what is exported.
+        Folder of the run directory that receives the export.
     scaling : float
-        LoRA's s; 1 where there are no factors.
+        LoRA's s; 1 if there are no factors.
     """
 
     default_lr: ClassVar[float]
@@ -65,33 +65,36 @@ class Adapter:
 
     @classmethod
     def from_config(cls, config: RunConfig, frozen: State | None = None) -> Self:
-        """Return an adapter of the run, not attached yet.
+        """Return a detached adapter, built from a run config.
 
         Parameters
         ----------
         config : RunConfig
             The run.
         frozen : State or None
-            Frozen factors by target matrix that the phase's base brings.
+            Frozen factors by target matrix, if the phase's base supplies them.
         """
         return cls()
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Raise ConfigError for a run config that this adapter cannot run with."""
+        """Raise ConfigError if this adapter cannot run with the config."""
 
     @classmethod
     def check_fit(cls, config: RunConfig, backbone: Backbone) -> None:
-        """Raise ConfigError for a backbone that this adapter cannot act on."""
+        """Raise ConfigError if this adapter cannot be attached to the backbone."""
 
     @classmethod
     def changes_base(cls, config: RunConfig) -> bool:
-        """Return whether each round changes the weights that the adapter stands on."""
+        """Return whether each round changes the base."""
         return False
 
     @classmethod
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
-        """Return the number of values in a whole state, whatever is attached."""
+        """Return the number of values in a complete state.
+
+        The backbone may have any adapter attached.
+        """
         return backbone.head_size
 
     @classmethod
@@ -103,18 +106,18 @@ class Adapter:
         phase_round: int,
         client: int,
     ) -> tuple[int, int]:
-        """Return how many values a client is sent in a round and how many it returns.
+        """Return how many values a client receives and returns in a round.
 
         Parameters
         ----------
         phase : Phase
-            One of the schedule's.
+            A phase of the schedule.
         config, backbone
-            As of `state_size`.
+            As for `state_size`.
         phase_round : int
             The round within the phase, from 1.
         client : int
-            Its id; clients may have factors of different ranks.
+            The client's id; clients may have factors of different ranks.
         """
         whole = cls.state_size(config, backbone)
         return whole, whole
@@ -123,21 +126,21 @@ class Adapter:
     def base_layout(
         cls, phase: Phase, config: RunConfig, backbone: Backbone, rounds_before: int
     ) -> tuple[dict[str, tuple[int, ...]], dict[str, NDArray[np.int64]], float]:
-        """Return what the base that the phase starts from is made of.
+        """Return the layout of the base that the phase starts from.
 
         Parameters
         ----------
         phase, config, backbone
-            As of `traffic`.
+            As for `traffic`.
         rounds_before : int
-            Rounds of the phase before.
+            Number of rounds in the preceding phase.
 
         Returns
         -------
         shapes : dict
             Layout of `BaseWeights.state`, empty for W_0.
         positions : dict
-            Positions of the sparse values in each target matrix, row-major.
+            Row-major positions of the sparse values in each target matrix.
         scaling : float
             LoRA's s.
         """
@@ -147,9 +150,16 @@ class Adapter:
     def change_size(
         cls, phase: Phase, config: RunConfig, backbone: Backbone, cohort: int
     ) -> int:
-        """Return the most values by which a round of so many clients changes the base.
+        """Return the largest number of values in a round's change of the base.
 
-        It is asked only of a phase that `changes_base`.
+        Called only for a phase that `changes_base`.
+
+        Parameters
+        ----------
+        phase, config, backbone
+            As for `traffic`.
+        cohort : int
+            Number of clients in the round.
         """
         raise NotImplementedError
 
@@ -157,26 +167,26 @@ class Adapter:
     def start(
         cls, phase: Phase, config: RunConfig, backbone: Backbone
     ) -> tuple[State, BaseWeights | None]:
-        """Return where a phase starts that nothing primes.
+        """Return the start of a phase that is not primed by an earlier one.
 
-        Nothing is attached to the backbone, before and after.
+        No adapter may be attached; none is attached afterwards.
 
         Returns
         -------
         state : State
-            What differs from the adapter's own start.
+            The values that differ from the adapter's own initialisation.
         base : BaseWeights or None
-            None for W_0.
+            The base; None for W_0.
         """
         return {}, None
 
     @classmethod
     def client_ranks(cls, config: RunConfig) -> Callable[[int], int] | None:
-        """Return each client's rank by its id, None where all train the same values."""
+        """Return a function from client id to rank; None if all ranks are equal."""
         return None
 
     def attach(self, backbone: Backbone) -> None:
-        """Make the trained parameters on a resident backbone, without a copy of it."""
+        """Add the trained parameters to a resident backbone, without copying it."""
         self.backbone = backbone
         self._head_before = {n: p.detach().clone() for n, p in backbone.head.items()}
         # The head comes last, so that a state reads adapter first in every phase.
@@ -185,7 +195,7 @@ class Adapter:
             parameter.requires_grad_(True)
 
     def detach(self) -> None:
-        """Leave the backbone as it was before `attach`, bit for bit."""
+        """Restore the backbone to its state before `attach`, bit for bit."""
         for parameter in self._trained.values():
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -196,85 +206,90 @@ class Adapter:
         self._trained, self._head_before = {}, {}
 
     def begin(self, phase_round: int) -> None:
-        """Get ready for a round of the phase, from 1; most train alike in all."""
+        """Prepare for a round of the phase, counted from 1."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return what the optimiser trains, in the order of `state`."""
+        """Return the parameters that the optimiser trains, in the order of `state`."""
         return [p for name, p in self._trained.items() if name not in self._idle]
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Return the layout of a state: names and shapes in their stable order."""
+        """Return the layout of a state: names and shapes in a stable order."""
         return {name: p.shape for name, p in self._trained.items()}
 
     def sent(self) -> dict[str, torch.Size]:
-        """Return the layout of what a client is sent of a state."""
+        """Return the layout of the part of a state that is sent to clients."""
         return self.shapes()
 
     def complete(self, sent: State) -> State:
-        """Return a whole state, from what a client was sent."""
+        """Return the complete state, given the part that was sent."""
         return sent
 
     def returned(self) -> dict[str, torch.Size]:
-        """Return the layout of what a client returns: what this round trains."""
+        """Return the layout of the part that this round trains and clients return."""
         return {n: s for n, s in self.shapes().items() if n not in self._idle}
 
     def change_shapes(self, backbone: Backbone, rank: int) -> dict[str, torch.Size]:
-        """Return the layout of a round's change of the base, if the phase has any."""
+        """Return the layout of a round's change of the base.
+
+        Called only for a phase that `changes_base`.
+        """
         raise NotImplementedError
 
     def change(self, backbone: Backbone, change: State, phase_round: int) -> None:
-        """Change the base as a round of the phase did, while detached."""
+        """Apply a round's change to the base; the adapter must be detached."""
         raise NotImplementedError
 
     def learned(
         self, state: State, rounds: int
     ) -> tuple[dict[str, NDArray[np.int64]], State]:
-        """Return the entries that so many rounds trained, where it `learns_delta`.
+        """Return the entries that the phase has trained, if it `learns_delta`.
+
+        The adapter must be attached.
 
         Parameters
         ----------
         state : State
-            The last round's, of this adapter, which must be attached.
+            The state after the last round.
         rounds : int
-            Rounds of the phase so far.
+            Number of rounds of the phase so far.
 
         Returns
         -------
         positions : dict[str, NDArray[np.int64]]
-            For each target matrix, row-major positions, (k,).
+            Row-major positions in each target matrix, (k,).
         values : State
-            The weights there, (k,), float32.
+            The weights at these positions, (k,), float32.
         """
         raise NotImplementedError
 
     def base_change(self, state: State) -> State:
-        """Return what a round's new state changes of the base, by this adapter alone.
+        """Return the change of the base that follows from a round's new state.
 
-        It is asked only of a phase that `changes_base`.
+        Called only for a phase that `changes_base`.
         """
         sent = self.sent()
         return {name: tensor for name, tensor in state.items() if name not in sent}
 
     def whole(self, state: State) -> State:
-        """Return a state with the frozen values that it is left without."""
+        """Return a state completed by the frozen values that it omits."""
         return state
 
     def cut(self, state: State, rank: int) -> State:
-        """Return what a client of a rank trains on, zeros in place of the rest."""
+        """Return the state for a client of a given rank, zero beyond that rank."""
         return state
 
     def state(self) -> State:
-        """Return a copy of the trained values in their order, float32 on the CPU."""
+        """Return a copy of the trained values in a stable order, float32 on the CPU."""
         return {
             name: p.detach().to("cpu", torch.float32, copy=True)
             for name, p in self._trained.items()
         }
 
     def known(self) -> State:
-        """Return the values that whoever has W_0 knows without a message.
+        """Return the values that anyone with W_0 knows without a message.
 
-        Just after `attach`. A random start, of a head or of factors, is not among them,
-        since its bits may depend on the machine.
+        Call it right after `attach`. Randomly initialised values (the head, factors)
+        are excluded, since their bits may depend on the machine.
         """
         return {n: t for n, t in self.state().items() if n not in self.backbone.head}
 
@@ -284,7 +299,7 @@ class Adapter:
         Raises
         ------
         StateError
-            If a name is missing or unknown, or a shape differs.
+            If a name is missing or unknown, or a shape is wrong.
         """
         given = {name: tensor.shape for name, tensor in state.items()}
         if given != self.shapes():
@@ -296,10 +311,10 @@ class Adapter:
         self.commit()
 
     def commit(self) -> None:
-        """Make the backbone compute with the trained values, after each change."""
+        """Make the backbone use the trained values; called after each change."""
 
     def fingerprint(self) -> str:
-        """Digest the layout (and the mask where there is one), 32 hex digits."""
+        """Return a digest of the layout, and of the mask if any; 32 hex digits."""
         layout = "\x1e".join(f"{n}\x1f{tuple(s)}" for n, s in self.shapes().items())
         return hashlib.blake2b(layout.encode(), digest_size=16).hexdigest()
 
@@ -313,20 +328,21 @@ class Adapter:
     ) -> None:
         """Write a final state in a format that stock libraries load.
 
-        The whole model is written where PEFT has no format for the adapter.
+        If PEFT has no format for the adapter, the whole model is written. The adapter
+        must be attached.
 
         Parameters
         ----------
         folder : Path
             An empty folder.
         state : State
-            Of this adapter, which is attached.
+            The state of this adapter.
         base : BaseWeights or None
-            What it stands on.
+            The base that the adapter stands on.
         classes : list[str]
             The label names, in the order of class ids.
         leave : Callable
-            Makes the backbone W_0 again, with nothing attached.
+            Detaches the adapter and restores W_0.
         """
         self.load(state)
         export_model(folder, self.backbone, classes)
@@ -338,28 +354,27 @@ class Adapter:
         pass
 
 
-def require_float32(config: RunConfig, why: str) -> None:
-    """Refuse weights in half precision.
+def require_float32(config: RunConfig, why: str = "") -> None:
+    """Raise ConfigError if the weights are not float32.
 
-    Raises
-    ------
-    ConfigError
-        With the reason why this adapter needs float32.
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    why : str
+        The end of the error message, if the reason is not that weights are trained.
     """
     if config.model.dtype != "float32":
+        why = why or (
+            f" for {config.method}, whose updates bfloat16 weights would round away"
+        )
         raise ConfigError(
             f"model.dtype is {config.model.dtype!r}; allowed: float32{why}"
         )
 
 
 def require_targets(config: RunConfig, backbone: Backbone) -> None:
-    """Refuse a backbone without target matrices.
-
-    Raises
-    ------
-    ConfigError
-        If the blocks hold no linear layers.
-    """
+    """Raise ConfigError if the backbone has no target matrices."""
     if not backbone.targets:
         raise ConfigError(
             f"model.name is {config.model.name!r}, whose blocks hold no linear layers; "

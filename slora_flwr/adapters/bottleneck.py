@@ -1,9 +1,9 @@
-"""Bottleneck adapters, at the places of two papers.
+"""Bottleneck adapters, placed as in two papers.
 
-`houlsby` (arXiv 1902.00751): two in each block, on what attention and feed-forward give
-before the residual is added; the block's normalisations are trained too.
-`pfeiffer` (arXiv 2005.00247): one in each block, beside the residual that the last
-normalisation gets: y = norm(x + up(relu(down(norm(x))))).
+`houlsby` (arXiv 1902.00751) puts two in each block, on the outputs of attention and
+feed-forward, before the residual is added. The block's normalisations are trained too.
+`pfeiffer` (arXiv 2005.00247) puts one in each block, on the residual path into the last
+normalisation: y = norm(x + up(relu(down(norm(x))))).
 """
 
 from collections.abc import Callable
@@ -27,17 +27,17 @@ from slora_flwr.config import ConfigError, RunConfig
 
 BOTTLENECK_FILE = "bottlenecks.safetensors"
 
-# Ends of module names, in BERT, RoBERTa and DeBERTa, in DistilBERT, and in ALBERT.
+# Endings of module names in BERT, RoBERTa and DeBERTa; in DistilBERT; and in ALBERT.
 _ATTENTION = (".attention.output.dropout", ".attention.out_lin", ".output_dropout")
 _FEED_FORWARD = (".output.dropout", ".ffn.dropout", ".ffn_output")
 _LAST_NORM = (".output.LayerNorm", ".output_layer_norm", ".full_layer_layer_norm")
 
-# Both papers begin near the identity.
+# Both papers initialise the adapters near the identity.
 INITIAL_DEVIATION = 1e-3
 
 
 class Bottleneck(nn.Module):
-    """x -> up(f(down(x))), from `width` features to `inner` and back, in float32."""
+    """up(f(down(x))), from `width` features to `inner` and back, in float32."""
 
     def __init__(self, width: int, inner: int, relu: bool) -> None:
         super().__init__()
@@ -48,21 +48,21 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give what is added to x."""
+        """Return the value to add to x."""
         return self.up(self._between(self.down(x.float()))).to(x.dtype)
 
 
 class BottleneckAdapter(Adapter):
     """Train bottlenecks between the frozen layers of each block.
 
-    The state holds, for each place, `<module>.down.weight`, shape (inner, width),
-    `.down.bias`, `.up.weight` and `.up.bias`, and for `houlsby` the normalisations'
-    weights and biases.
+    The state holds, for each bottleneck, `<module>.down.weight`, shape (inner, width),
+    `.down.bias`, `.up.weight` and `.up.bias`; for `houlsby` also the weights and biases
+    of the normalisations.
 
     Parameters
     ----------
     reduction : int
-        Features are divided by it in the bottleneck.
+        The model's width divided by the bottleneck's.
     """
 
     default_lr = 2e-3
@@ -76,17 +76,17 @@ class BottleneckAdapter(Adapter):
 
     @classmethod
     def from_config(cls, config: RunConfig, frozen: State | None = None) -> Self:
-        """Return an adapter of the run, not attached yet."""
+        """Return a detached adapter, built from a run config."""
         return cls(config.bottleneck.reduction)
 
     @classmethod
     def check_fit(cls, config: RunConfig, backbone: Backbone) -> None:
-        """Refuse a backbone whose blocks are of no known family."""
+        """Raise ConfigError if the backbone's blocks are of no known family."""
         find_places(backbone.model, cls.kind)
 
     @classmethod
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
-        """Return the number of values in a whole state, whatever is attached."""
+        """Return the number of values in a complete state."""
         width, inner = bottleneck_shape(backbone.model, config.bottleneck.reduction)
         places = len(find_places(backbone.model, cls.kind))
         norms = cls._find_norms(backbone).values()
@@ -97,7 +97,7 @@ class BottleneckAdapter(Adapter):
         )
 
     def known(self) -> State:
-        """Return the normalisations: bottlenecks start at random."""
+        """Return the normalisations; bottlenecks start at random."""
         return {name: t for name, t in self.state().items() if name in self._norms}
 
     def export(
@@ -108,7 +108,7 @@ class BottleneckAdapter(Adapter):
         classes: list[str],
         leave: Callable[[], None],
     ) -> None:
-        """Write the whole model, and the bottlenecks beside it."""
+        """Write the whole model, with the bottlenecks in a separate file."""
         self.load(state)
         export_model(folder, self.backbone, classes)
         export_bottlenecks(folder, state, self.kind, self._reduction)
@@ -133,22 +133,19 @@ class BottleneckAdapter(Adapter):
 
 
 class HoulsbyAdapter(BottleneckAdapter):
-    """Two bottlenecks in each block, and its normalisations (arXiv 1902.00751)."""
+    """Train two bottlenecks and the normalisations per block (arXiv 1902.00751)."""
 
     kind = "houlsby"
     trains_norms = True
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Refuse weights in half precision, since normalisations are trained."""
-        rounds = (
-            f" for {config.method}, whose updates bfloat16 weights would round away"
-        )
-        require_float32(config, rounds)
+        """Raise ConfigError if the normalisations' weights are not float32."""
+        require_float32(config)
 
 
 class PfeifferAdapter(BottleneckAdapter):
-    """One bottleneck in each block (arXiv 2005.00247)."""
+    """Train one bottleneck per block (arXiv 2005.00247)."""
 
     kind = "pfeiffer"
     trains_norms = False
@@ -157,15 +154,15 @@ class PfeifferAdapter(BottleneckAdapter):
 def insert(
     model: Any, kind: str, reduction: int
 ) -> tuple[dict[str, nn.Parameter], list[RemovableHandle]]:
-    """Put bottlenecks into a model; the handles take them out again.
+    """Insert bottlenecks into a model.
 
     Returns
     -------
     dict
-        Their parameters by the module's name and `down.weight`, `down.bias`,
+        Their parameters, named by the module and `down.weight`, `down.bias`,
         `up.weight` or `up.bias`.
     list
-        A handle for each.
+        A handle per bottleneck that removes it.
     """
     parameters, hooks = {}, []
     device = next(model.parameters()).device
@@ -180,18 +177,18 @@ def insert(
 
 
 def bottleneck_shape(model: Any, reduction: int) -> tuple[int, int]:
-    """Give a bottleneck's width and inner width."""
+    """Return a bottleneck's outer and inner width."""
     width = int(model.config.hidden_size)
     return width, max(1, width // reduction)
 
 
 def find_places(model: Any, kind: str) -> dict[str, nn.Module]:
-    """Find the modules whose output a bottleneck changes, by name.
+    """Return the modules whose output a bottleneck changes, by name.
 
     Raises
     ------
     ConfigError
-        If the model's blocks are of no known family.
+        If the model's blocks are of an unknown family.
     """
     ends = (*_ATTENTION, *_FEED_FORWARD) if kind == "houlsby" else _LAST_NORM
     found = {
@@ -201,7 +198,7 @@ def find_places(model: Any, kind: str) -> dict[str, nn.Module]:
     }
     if not found:
         raise ConfigError(
-            f"method is {kind!r}, and it does not know the blocks of "
+            f"method is {kind!r}, which does not know the blocks of "
             f"{type(model).__name__}; allowed: a BERT, RoBERTa, DeBERTa, DistilBERT or "
             "ALBERT, or another method"
         )
@@ -209,7 +206,7 @@ def find_places(model: Any, kind: str) -> dict[str, nn.Module]:
 
 
 def find_norms(model: Any) -> dict[str, nn.Parameter]:
-    """Find the weights and biases of the blocks' normalisations, by name."""
+    """Return the weights and biases of the blocks' normalisations, by name."""
     return {
         f"{name}.{part}": parameter
         for name, module in block_modules(model).items()
@@ -232,21 +229,21 @@ def _around(
 
 
 def export_bottlenecks(folder: Path, state: State, kind: str, reduction: int) -> None:
-    """Write the bottlenecks of a state beside the model that they belong to."""
+    """Write a state's bottlenecks into the folder of the exported model."""
     arrays = {n: t for n, t in state.items() if ".down." in n or ".up." in n}
     facts = {"kind": kind, "reduction": str(reduction)}
     save_file(arrays, folder / BOTTLENECK_FILE, facts)
 
 
 def apply_bottlenecks(model: nn.Module, path: Path) -> None:
-    """Put exported bottlenecks into the exported model.
+    """Insert exported bottlenecks into the exported model.
 
     Parameters
     ----------
     model : nn.Module
-        From the folder that holds them, loaded by transformers.
+        The model in the same folder, loaded by transformers.
     path : Path
-        `bottlenecks.safetensors`.
+        Path of `bottlenecks.safetensors`.
     """
     with safe_open(path, "pt") as file, torch.no_grad():
         facts = file.metadata()

@@ -1,4 +1,4 @@
-"""A low-rank state in PEFT's format, with a patch of the base if it has one."""
+"""Exported low-rank states in PEFT's format, and the patch of their base."""
 
 from pathlib import Path
 
@@ -24,25 +24,25 @@ def export_adapter(
     scaling: float,
     patch: BaseWeights | None,
 ) -> None:
-    """Write a low-rank state in PEFT's format, with a patch of the base if it has one.
+    """Write a low-rank state in PEFT's format, with a base patch if needed.
 
-    Where the base subtracts s·B_0·A_0 (`residual`), the adapter is written with twice
-    the rank: [B, -B_0]·[A; A_0], as PEFT does for PiSSA. Then the base differs from the
-    checkpoint by the sparse phase's values alone, which `base_patch.safetensors` holds;
-    or by whole matrices where rounds have moved it.
+    If the base subtracts s·B_0·A_0 (`residual`), the adapter is written with twice the
+    rank, [B, -B_0]·[A; A_0], as PEFT does for PiSSA. The base then differs from the
+    checkpoint only by the sparse phase's values, which `base_patch.safetensors` holds.
+    If rounds have changed the base, the file holds whole matrices.
 
     Parameters
     ----------
     folder : Path
-        Made if need be.
+        Destination; created if missing.
     backbone : Backbone
-        With W_0 resident and nothing attached; it is used up.
+        The backbone with W_0 and nothing attached. It cannot be used afterwards.
     state : State
-        Of the low-rank adapter, A included.
+        State of the low-rank adapter, including A.
     rank, scaling : int, float
-        The adapter's.
+        The adapter's rank and s.
     patch : BaseWeights or None
-        The base.
+        The base; None for W_0.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rank *= 2 if patch is not None and patch.b else 1
@@ -80,14 +80,14 @@ def export_adapter(
 
 
 def apply_base_patch(model: nn.Module, path: Path) -> None:
-    """Turn a checkpoint's weights into the base that an exported adapter is for.
+    """Change a checkpoint's weights to the base that an exported adapter stands on.
 
     Parameters
     ----------
     model : nn.Module
-        The checkpoint, loaded by transformers, before PEFT wraps it.
+        The checkpoint, loaded by transformers and not yet wrapped by PEFT.
     path : Path
-        `base_patch.safetensors`.
+        Path of `base_patch.safetensors`.
     """
     with safe_open(path, "pt") as file, torch.no_grad():
         names = {key.rsplit(".", 1)[0] for key in file.keys()}  # noqa: SIM118
@@ -102,7 +102,7 @@ def apply_base_patch(model: nn.Module, path: Path) -> None:
 
 
 def _head_modules(backbone: Backbone) -> list[str]:
-    """Name the modules that hold the head: whole ones where all of one is head."""
+    """Return the names of the head's modules, the outermost that hold nothing else."""
     modules = set()
     for parameter in backbone.head:
         top = parameter.split(".", 1)[0]

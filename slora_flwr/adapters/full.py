@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight of the backbone, or its biases alone."""
+"""Full fine-tuning: all weights of the backbone, or only its biases."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from slora_flwr.config import RunConfig
 
 
 class FullAdapter(Adapter):
-    """Train all weights; the state holds them by their names in the model."""
+    """Train all weights; the state names them as the model does."""
 
     default_lr = 5e-4
     copies_weights = True
@@ -20,11 +20,8 @@ class FullAdapter(Adapter):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Refuse weights in half precision."""
-        rounds = (
-            f" for {config.method}, whose updates bfloat16 weights would round away"
-        )
-        require_float32(config, rounds)
+        """Raise ConfigError if the weights are not float32."""
+        require_float32(config)
 
     @classmethod
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
@@ -52,7 +49,7 @@ class FullAdapter(Adapter):
 
 
 class BiasAdapter(FullAdapter):
-    """Train every bias of the backbone: BitFit (arXiv 2106.10199)."""
+    """Train all biases of the backbone: BitFit (arXiv 2106.10199)."""
 
     default_lr = 5e-3
     copies_weights = False

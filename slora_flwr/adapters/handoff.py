@@ -1,4 +1,4 @@
-"""The handoff of SLoRA: a finished sparse phase becomes a low-rank phase's start."""
+"""SLoRA's handoff: a finished sparse phase becomes the start of a low-rank phase."""
 
 from dataclasses import dataclass
 
@@ -20,12 +20,12 @@ from slora_flwr.config.schedule import Phase
 
 @dataclass
 class Handoff:
-    """Where the low-rank phase starts.
+    """The start of a low-rank phase.
 
     Attributes
     ----------
     state : State
-        Of the low-rank adapter, with the head that the sparse phase trained.
+        State of the low-rank adapter, with the head that the sparse phase trained.
     patch : BaseWeights or None
         The base; None for W_0.
     energies : dict[str, float]
@@ -45,22 +45,22 @@ def prime_low_rank(
     config: LoraConfig,
     seed: int = 0,
 ) -> Handoff:
-    """Prime a low-rank phase by the SVD of learned weights' difference from W_0.
+    """Prime a low-rank phase by the SVD of what the sparse phase learned.
 
     Parameters
     ----------
     backbone : Backbone
-        With W_0 resident and nothing attached, before and after.
+        The backbone with W_0 and nothing attached, both before and after the call.
     positions : dict[str, NDArray[np.int64]]
-        For each target matrix, row-major positions of the entries that changed, (k,).
+        Row-major positions of the changed entries of each target matrix, (k,).
     values : State
-        The weights there, (k,).
+        The weights at these positions, (k,).
     head : State
         The trained head.
     config : LoraConfig
         Rank, alpha, base, factors and aggregator.
     seed : int
-        Of the start that nothing primes, for base `warm-start`.
+        Seed of LoRA's own initialisation, used for base `warm-start`.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def prime_low_rank(
         trains=find_aggregator(config.aggregator).trains,
     )
     lora.attach(backbone)
-    start = lora.whole(lora.state()) | head  # PEFT's own start, for `warm-start`
+    start = lora.whole(lora.state()) | head  # PEFT's initialisation, for `warm-start`
     lora.detach()
 
     frozen = find_aggregator(config.aggregator).trains == "b"
@@ -106,7 +106,7 @@ def prime_low_rank(
 
 
 def _resolve(config: LoraConfig) -> str:
-    """Choose the factors of `auto`: a frozen A is best orthonormal."""
+    """Return `config.factors`, with `auto` resolved: a frozen A is orthonormal."""
     if config.factors != "auto":
         return config.factors
     return "b" if find_aggregator(config.aggregator).trains == "b" else "balanced"
@@ -115,22 +115,22 @@ def _resolve(config: LoraConfig) -> str:
 def start_from_weights(
     backbone: Backbone, config: LoraConfig
 ) -> tuple[State, BaseWeights]:
-    """Start a low-rank phase from the SVD of W_0, and take that off the base.
+    """Compute the start of a low-rank phase from the SVD of W_0.
 
-    FeDeRA (arXiv 2404.18848), PiSSA (arXiv 2404.02948): s·B·A = U_r S_r V_rᵀ of W_0,
-    base W_0 - s·B·A, so that the function is W_0's.
+    FeDeRA (arXiv 2404.18848), PiSSA (arXiv 2404.02948): s·B·A = U_r S_r V_rᵀ of W_0
+    over the base W_0 - s·B·A, so that the model computes what W_0 does.
 
     Parameters
     ----------
     backbone : Backbone
-        With W_0 resident and nothing attached.
+        The backbone with W_0 and nothing attached.
     config : LoraConfig
         Rank, alpha, factors and aggregator.
 
     Returns
     -------
     state : State
-        The factors by their names in the low-rank adapter's state.
+        The factors, named as in the low-rank adapter's state.
     patch : BaseWeights
         The base.
     """
@@ -155,28 +155,7 @@ def start_from_weights(
 def base_layout(
     phase: Phase, config: RunConfig, backbone: Backbone, rounds_before: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, NDArray[np.int64]], float]:
-    """Give what the base that a low-rank phase starts from is made of.
-
-    Parameters
-    ----------
-    phase : Phase
-        The low-rank phase.
-    config : RunConfig
-        The run.
-    backbone : Backbone
-        The target matrices.
-    rounds_before : int
-        Rounds of the phase before it.
-
-    Returns
-    -------
-    shapes : dict
-        The layout of the patch's state, empty for W_0.
-    positions : dict
-        The masks' positions.
-    scaling : float
-        s.
-    """
+    """Return the layout of a low-rank phase's base; see `Adapter.base_layout`."""
     lora, frozen = config.lora, find_aggregator(phase.aggregator).trains == "b"
     positions: dict[str, NDArray[np.int64]] = {}
     start = lora.base if phase.primed else lora.start
@@ -199,7 +178,7 @@ def _check(
     start: State,
     patch: BaseWeights | None,
 ) -> None:
-    """Compare the weights that a node would compute with, one matrix at a time."""
+    """Check the weights that a node would compute with, one matrix at a time."""
     before = {n: m.weight.detach().float().cpu() for n, m in backbone.targets.items()}
     before = {name: weight.clone() for name, weight in before.items()}
     if patch is not None:
@@ -209,8 +188,8 @@ def _check(
         product = scaling * (b @ start[f"{name}.lora_A"])
         effective = module.weight.detach().float().cpu() - before[name] + product
         if base != "warm-start":
-            # The base of `residual` takes back whatever the factors are, so wrong ones
-            # show only here.
+            # Base `residual` subtracts the factors whatever they are, so only this
+            # check finds wrong ones.
             svd = svds[name]
             kept = torch.from_numpy((svd.u * svd.s) @ svd.vt).float()
             check_handoff(product, kept, b, base, name)

@@ -1,9 +1,9 @@
-"""The head alone."""
+"""The adapter that trains only the head."""
 
 from slora_flwr.adapters.base import Adapter
 
 
 class HeadAdapter(Adapter):
-    """Train the head and nothing else."""
+    """Train only the head."""
 
     default_lr = 5e-3

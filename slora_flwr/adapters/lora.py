@@ -1,4 +1,4 @@
-"""LoRA as a phase of a run: its sizes, its starts, what it leaves."""
+"""The adapter of low-rank phases: its sizes, traffic, start and export."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -26,7 +26,7 @@ from slora_flwr.config.schedule import Phase
 
 
 class LoraAdapter(LowRankAdapter):
-    """Low-rank factors, as the run config describes them."""
+    """Train low-rank factors as the run config specifies."""
 
     default_lr = 2e-3
     section = "lora"
@@ -34,7 +34,7 @@ class LoraAdapter(LowRankAdapter):
 
     @classmethod
     def from_config(cls, config: RunConfig, frozen: State | None = None) -> Self:
-        """Return an adapter of the run, not attached yet."""
+        """Return a detached adapter, built from a run config."""
         return cls(
             config.lora.rank,
             config.lora.alpha,
@@ -47,7 +47,10 @@ class LoraAdapter(LowRankAdapter):
 
     @classmethod
     def check_fit(cls, config: RunConfig, backbone: Backbone) -> None:
-        """Refuse a backbone without target matrices, or with smaller ones than rank."""
+        """Raise ConfigError if there are no target matrices, or the rank exceeds one.
+
+        The rank may be at most the smaller side of each target matrix.
+        """
         require_targets(config, backbone)
         side, name = min((min(m.weight.shape), n) for n, m in backbone.targets.items())
         if config.lora.rank > side:
@@ -58,7 +61,7 @@ class LoraAdapter(LowRankAdapter):
 
     @classmethod
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
-        """Return the number of values of the head, A and B, whatever is attached."""
+        """Return the number of values of the head, A and B."""
         return backbone.head_size + factors_size(config.lora.rank, backbone)
 
     @classmethod
@@ -70,9 +73,9 @@ class LoraAdapter(LowRankAdapter):
         phase_round: int,
         client: int,
     ) -> tuple[int, int]:
-        """Return how many values a client is sent in a round and how many it returns.
+        """Return how many values a client receives and returns in a round.
 
-        A frozen A is not sent; of factors that are trained in turn one is returned.
+        A frozen A is not sent. If the factors are trained in turn, one is returned.
         """
         rank, head = config.lora.rank_of(client), backbone.head_size
         modules = backbone.targets.values()
@@ -89,16 +92,16 @@ class LoraAdapter(LowRankAdapter):
     def base_layout(
         cls, phase: Phase, config: RunConfig, backbone: Backbone, rounds_before: int
     ) -> tuple[dict[str, tuple[int, ...]], dict[str, NDArray[np.int64]], float]:
-        """Return what the base that the phase starts from is made of."""
+        """Return the layout of the base that the phase starts from."""
         return base_layout(phase, config, backbone, rounds_before)
 
     @classmethod
     def change_size(
         cls, phase: Phase, config: RunConfig, backbone: Backbone, cohort: int
     ) -> int:
-        """Return the most values of factors whose product a round adds to the base."""
-        # The mean of the products lacks the products of the clients' deviations from
-        # the means, and one client's deviations follow from the others'.
+        """Return the largest size of the factors whose product changes the base."""
+        # The product of the mean factors misses the products of the clients' deviations
+        # from the means, and one client's deviations follow from the others'.
         sides = [min(m.weight.shape) for m in backbone.targets.values()]
         rank = min(max(0, cohort - 1) * config.lora.rank, max(sides))
         return factors_size(rank, backbone)
@@ -107,12 +110,12 @@ class LoraAdapter(LowRankAdapter):
     def start(
         cls, phase: Phase, config: RunConfig, backbone: Backbone
     ) -> tuple[State, BaseWeights | None]:
-        """Return where a phase starts that nothing primes."""
+        """Return the start of a phase that is not primed by an earlier one."""
         trains = phase.aggregator_type.trains
         if config.lora.start == "federa":
             return start_from_weights(backbone, _lora_config(config))
         if config.lora.start == "orthonormal" and trains == "b":
-            # It travels, since the last bits of a QR depend on the machine.
+            # A is sent, since the last bits of a QR depend on the machine.
             lora = cls.from_config(config)
             lora.attach(backbone)
             whole = lora.whole({})
@@ -130,13 +133,13 @@ class LoraAdapter(LowRankAdapter):
         values: State,
         head: State,
     ) -> Handoff:
-        """Return where a phase starts that is primed; see `prime_low_rank`."""
+        """Return the start of a primed phase; see `prime_low_rank`."""
         lora, seed = _lora_config(config), config.seed
         return prime_low_rank(backbone, dict(positions), values, head, lora, seed)
 
     @classmethod
     def client_ranks(cls, config: RunConfig) -> Callable[[int], int] | None:
-        """Return each client's rank by its id, None where all have the same."""
+        """Return a function from client id to rank; None if all ranks are equal."""
         return config.lora.rank_of if config.lora.ranks else None
 
     def export(
@@ -147,18 +150,18 @@ class LoraAdapter(LowRankAdapter):
         classes: list[str],
         leave: Callable[[], None],
     ) -> None:
-        """Write a final state in PEFT's format, with a patch of the base if needed."""
+        """Write a final state in PEFT's format, with a base patch if needed."""
         backbone, state = self.backbone, self.whole(state)
         leave()
         export_adapter(folder, backbone, state, self.rank, self.scaling, base)
 
 
 def factors_size(rank: int, backbone: Backbone) -> int:
-    """Return the number of values of all target matrices' A and B of a rank."""
+    """Return the number of values in A and B of all target matrices."""
     modules = backbone.targets.values()
     return rank * sum(module.out_features + module.in_features for module in modules)
 
 
 def _lora_config(config: RunConfig) -> LoraConfig:
-    """Return the section with the aggregator that the method names."""
+    """Return the section with the aggregator of the run's method."""
     return replace(config.lora, aggregator=config.aggregator)

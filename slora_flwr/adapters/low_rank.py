@@ -19,7 +19,7 @@ class LowRankAdapter(Adapter):
     """Train factors of each target matrix: W = W_base + s·B·A.
 
     The state holds `<module>.lora_A`, shape (rank, in), and `<module>.lora_B`, shape
-    (out, rank). They start as PEFT does, A random and B zero. LoRA: arXiv 2106.09685.
+    (out, rank). PEFT initialises A at random and B with zeros. LoRA: arXiv 2106.09685.
 
     Parameters
     ----------
@@ -31,15 +31,15 @@ class LowRankAdapter(Adapter):
         s is alpha / r for `rank` and alpha / sqrt(r) for `root-rank` (rsLoRA, arXiv
         2312.03732).
     seed : int
-        Of the random start: on all machines the same.
+        Seed of the random initialisation, the same on all machines.
     trains : str
-        `both` factors, or `b`: A stays as it starts and is not in the state (FFA-LoRA,
-        arXiv 2403.12313), or `in-turn`: odd rounds train and return B, even ones A
-        (RoLoRA, arXiv 2409.02346).
+        `both` factors; `b`: A is frozen and not part of the state (FFA-LoRA, arXiv
+        2403.12313); `in-turn`: odd rounds train and return B, even rounds A (RoLoRA,
+        arXiv 2409.02346).
     orthonormal : bool
-        Start with orthonormal rows in A.
+        Initialise A with orthonormal rows.
     frozen : State or None
-        Where A is frozen, A by target matrix if it does not follow from the seed.
+        The frozen A by target matrix, if it does not follow from the seed.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class LowRankAdapter(Adapter):
         self._factors: State = {}
 
     def peft_config(self, backbone: Backbone) -> LoraConfig:
-        """Describe this adapter to PEFT."""
+        """Return this adapter's PEFT config."""
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.scaling * self.rank,  # type: ignore[arg-type]
@@ -78,20 +78,20 @@ class LowRankAdapter(Adapter):
             parameter.requires_grad_(name not in self._idle)
 
     def whole(self, state: State) -> State:
-        """Return a state with A, where A is frozen and the state is left without it."""
+        """Return a state completed by A, if A is frozen."""
         frozen = {f"{n}.lora_A": a.float().cpu() for n, a in self._factors.items()}
         return state | frozen
 
     def cut(self, state: State, rank: int) -> State:
-        """Return what a client of a rank trains on, zeros in place of the rest."""
+        """Return the state for a client of a given rank, zero beyond that rank."""
         return cut_ranks(state, rank)
 
     def known(self) -> State:
-        """Return nothing: factors start at random."""
+        """Return an empty state: factors start at random."""
         return {}
 
     def fingerprint(self) -> str:
-        """Digest the layout, and A where it is frozen."""
+        """Return a digest of the layout, and of A if it is frozen."""
         digest = hashlib.blake2b(super().fingerprint().encode(), digest_size=16)
         for a in self._factors.values():
             digest.update(a.float().cpu().numpy().tobytes())
@@ -109,7 +109,7 @@ class LowRankAdapter(Adapter):
         """Add b·a to each target matrix."""
         with torch.no_grad():
             for name, module in backbone.targets.items():
-                # In float64, so that the last bit rarely depends on who multiplies.
+                # In float64, so that the last bit rarely depends on the machine.
                 product = change[f"{name}.b"].double() @ change[f"{name}.a"].double()
                 module.weight.add_(product.to(module.weight.device, torch.float32))
 
@@ -140,10 +140,10 @@ class LowRankAdapter(Adapter):
 
 
 def cut_ranks(state: State, rank: int) -> State:
-    """Leave a client the first slices of the factors: the others become zero.
+    """Return a state whose factors keep their first slices; the others become zero.
 
-    A slice that is zero in both A and B has no gradient in either, so that a client
-    trains as if its factors had that rank.
+    A slice that is zero in both A and B has no gradient in either, so a client trains
+    as if its factors had the smaller rank.
     """
     shapes = {name: tensor.shape for name, tensor in state.items()}
     return fill_slices(take_slices(state, rank), shapes)
@@ -152,7 +152,7 @@ def cut_ranks(state: State, rank: int) -> State:
 def rank_shapes(
     shapes: Mapping[str, Sequence[int]], rank: int
 ) -> dict[str, tuple[int, ...]]:
-    """Give a layout whose factors have their first slices alone, as they travel."""
+    """Return a layout in which the factors have only their first slices."""
     cut = {name: tuple(shape) for name, shape in shapes.items()}
     for name, shape in cut.items():
         if name.endswith(".lora_A"):
@@ -163,7 +163,7 @@ def rank_shapes(
 
 
 def take_slices(state: Mapping[str, Tensor], rank: int) -> State:
-    """Take the first slices of factors."""
+    """Return a state in which the factors have only their first slices."""
     shapes = rank_shapes({name: t.shape for name, t in state.items()}, rank)
     return {n: t[tuple(map(slice, shapes[n]))] for n, t in state.items()}
 
@@ -171,7 +171,7 @@ def take_slices(state: Mapping[str, Tensor], rank: int) -> State:
 def fill_slices(
     state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
 ) -> State:
-    """Put zeros in the place of slices that did not travel."""
+    """Return a state in which zeros stand for slices that were not sent."""
     filled = {}
     for name, tensor in state.items():
         filled[name] = tensor
@@ -182,9 +182,9 @@ def fill_slices(
 
 
 def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Put PEFT's LoRA layers into a model, without two warnings that do not apply."""
+    """Insert PEFT's LoRA layers, without two warnings that do not apply."""
     with warnings.catch_warnings():
-        # A model keeps a mark of adapters that `unload` has taken out again.
+        # A model stays marked as wrapped after `unload`.
         warnings.filterwarnings("ignore", message=".*for a second time")
         # PEFT reads a property that transformers has renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")

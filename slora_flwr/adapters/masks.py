@@ -1,8 +1,8 @@
-"""Masks: which entries of each target matrix a sparse phase trains.
+"""Masks: the entries of each target matrix that a sparse phase trains.
 
 A mask is a pure function of (seed, round, matrix name, shape, density, structure). It
-is drawn from the raw stream of NumPy's Philox bit generator, which NEP 19 keeps stable
-over NumPy versions, unlike the methods of `Generator`.
+is drawn from the raw stream of NumPy's Philox bit generator: NEP 19 keeps this stream
+stable across NumPy versions, unlike the methods of `Generator`.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ def draw_lines(
     structure: str,
     server_round: int = 0,
 ) -> NDArray[np.int64]:
-    """Choose what a mask is made of: entries, whole rows or whole columns.
+    """Draw the entries, rows or columns that a mask consists of.
 
     Parameters
     ----------
@@ -33,17 +33,16 @@ def draw_lines(
     shape : tuple of int
         (output features, input features).
     density : float
-        Share of the entries, rows or columns; it is rounded to a whole number of them,
-        at least one.
+        Share of the entries, rows or columns. Their number is rounded, at least one.
     structure : str
         `unstructured`, `rows` (output features) or `columns` (input features).
     server_round : int
-        0 for a mask that is fixed over the phase.
+        The round of the mask, 0 for a mask fixed over the phase.
 
     Returns
     -------
     NDArray[np.int64]
-        Row-major positions of entries, or numbers of rows or columns; distinct and
+        Row-major positions of entries, or indices of rows or columns; distinct and
         ascending.
     """
     size = _lines(shape, structure)
@@ -59,7 +58,7 @@ def make_mask(
     structure: str = "unstructured",
     server_round: int = 0,
 ) -> NDArray[np.int64]:
-    """Choose the trained entries of one target matrix; arguments as of `draw_lines`.
+    """Draw the trained entries of one target matrix; parameters as for `draw_lines`.
 
     Returns
     -------
@@ -73,7 +72,7 @@ def make_mask(
 def positions(
     lines: NDArray[np.int64], shape: tuple[int, int], structure: str
 ) -> NDArray[np.int64]:
-    """Give the row-major positions of all entries of some lines, ascending."""
+    """Return the row-major positions of all entries that lines cover, ascending."""
     rows, columns = np.arange(shape[0]), np.arange(shape[1])
     if structure == "rows":
         return (lines[:, None] * shape[1] + columns).ravel()
@@ -82,10 +81,10 @@ def positions(
     return lines
 
 
-def deal_densities(
+def allocate_densities(
     shapes: Mapping[str, tuple[int, int]], density: float, budget: str
 ) -> dict[str, float]:
-    """Deal the entries that all masks may have together to the matrices.
+    """Allocate the total number of masked entries to the matrices.
 
     Parameters
     ----------
@@ -94,14 +93,14 @@ def deal_densities(
     density : float
         Share of all entries of all matrices.
     budget : str
-        `uniform`, each matrix that share of its own (the paper's); `equal`, as many
-        entries for each; `erdos-renyi`, m + n parts of them for an m x n matrix, so
-        that smaller ones are denser (SET, arXiv 1707.04780).
+        `uniform`: the same density for each matrix, as in the paper. `equal`: the same
+        number of entries for each. `erdos-renyi`: a number proportional to m + n for
+        an m x n matrix, so that smaller ones are denser (SET, arXiv 1707.04780).
 
     Returns
     -------
     dict[str, float]
-        Each matrix's density, at most 1: what one cannot take goes to the others.
+        Each matrix's density, at most 1; the excess goes to the other matrices.
     """
     parts = {
         name: {"uniform": m * n, "equal": 1, "erdos-renyi": m + n}[budget]
@@ -123,7 +122,7 @@ def deal_densities(
 
 
 def mask_size(shape: tuple[int, int], density: float, structure: str) -> int:
-    """Count the entries of a mask."""
+    """Return the number of entries of a mask."""
     lines = _lines(shape, structure)
     return max(1, round(density * lines)) * (shape[0] * shape[1] // lines)
 
@@ -138,12 +137,12 @@ def _lines(shape: tuple[int, int], structure: str) -> int:
 
 
 def fingerprint(masks: dict[str, NDArray[np.int64]]) -> str:
-    """Digest masks by name, so that two machines can tell whether theirs agree.
+    """Return a digest of named masks, by which two machines compare theirs.
 
     Returns
     -------
     str
-        BLAKE2b of the names and of the positions as little-endian int64, 32 hex digits.
+        BLAKE2b of the names and the positions (little-endian int64), 32 hex digits.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, positions in masks.items():

@@ -1,4 +1,4 @@
-"""A whole model, and its label names, in the formats of transformers and JSON."""
+"""Exported files: a whole model as transformers writes it, and its label names."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from slora_flwr.backbone.load import Backbone
 
 
 def export_model(folder: Path, backbone: Backbone, classes: list[str]) -> None:
-    """Write the whole model as it computes now, in transformers' format."""
+    """Write the whole model with its present weights, in transformers' format."""
     folder.mkdir(parents=True, exist_ok=True)
     config = backbone.model.config
     config.id2label = dict(enumerate(classes))
@@ -17,5 +17,5 @@ def export_model(folder: Path, backbone: Backbone, classes: list[str]) -> None:
 
 
 def export_classes(folder: Path, classes: list[str]) -> None:
-    """Write the label names, in the order of class ids."""
+    """Write the label names as JSON, in the order of class ids."""
     (folder / "classes.json").write_text(json.dumps(classes, indent=1) + "\n")

@@ -1,12 +1,12 @@
-"""Priming: from the sparse phase's delta to the low-rank phase's start and base.
+"""Priming: LoRA's factors from a truncated SVD, and the check of a handoff.
 
 SLoRA (arXiv 2308.06522), for each target matrix: the delta D = W - W_0 of the sparse
 phase has the truncated SVD D ~ U S Vᵀ, and LoRA starts at s·B·A = U S Vᵀ. Three bases:
 
-- `w0`: base W_0. The result is a plain adapter for the public checkpoint; what rank r
-  does not keep of D is lost, so the function jumps.
+- `w0`: base W_0. The result is a plain adapter for the public checkpoint. The part of D
+  beyond rank r is lost, so the function jumps.
 - `residual`: base W_0 + D - s·B·A. The function is continuous and nothing is lost.
-- `warm-start`, a control: base W_0 + D and LoRA's own start, B = 0.
+- `warm-start`, a control: base W_0 + D and LoRA's own initialisation, B = 0.
 """
 
 import math
@@ -19,17 +19,17 @@ from slora_flwr.common.svd import TruncatedSvd
 
 
 def prime(svd: TruncatedSvd, scaling: float, factors: str) -> tuple[Tensor, Tensor]:
-    """Turn a truncated SVD into LoRA's factors, so that s·B·A = u · diag(S) · vt.
+    """Return LoRA's factors for a truncated SVD, so that s·B·A = u · diag(S) · vt.
 
     Parameters
     ----------
     svd : TruncatedSvd
-        Of the delta.
+        SVD of the delta.
     scaling : float
-        LoRA's s = alpha / rank; it divides the product once.
+        LoRA's s; the product B·A is divided by it.
     factors : str
-        `balanced` puts the root of S / s on both sides; `b` puts S / s into B, and A
-        has orthonormal rows.
+        `balanced` puts the root of S / s into both factors; `b` puts S / s into B and
+        leaves A with orthonormal rows.
 
     Returns
     -------
@@ -39,8 +39,8 @@ def prime(svd: TruncatedSvd, scaling: float, factors: str) -> tuple[Tensor, Tens
     weights = svd.s / scaling
     if factors == "balanced":
         root = np.sqrt(weights)
-        # A component of no weight keeps its direction in A, as LoRA starts: with zeros
-        # on both sides neither would ever get a gradient.
+        # A component of zero weight keeps its direction in A, as in LoRA's own
+        # initialisation: if both sides were zero, neither would ever get a gradient.
         live = weights > 1e-12 * weights[0]
         a = np.where(live, root, 1.0)[:, None] * svd.vt
         b = svd.u * np.where(live, root, 0.0)
@@ -55,7 +55,7 @@ def prime(svd: TruncatedSvd, scaling: float, factors: str) -> tuple[Tensor, Tens
 
 
 class HandoffError(RuntimeError):
-    """A handoff whose result is not what its base and factors promise."""
+    """The result of a handoff is not what its base and factors intend."""
 
 
 def check_handoff(
@@ -66,27 +66,27 @@ def check_handoff(
     name: str,
     rounding: float = 0.0,
 ) -> None:
-    """Refuse a handoff that silently became another method.
+    """Check that a handoff has primed one matrix as intended.
 
     Parameters
     ----------
     effective : Tensor
-        What the low-rank phase starts with: s·B·A alone, or with the base's change of
-        W_0, (m, n).
+        What the low-rank phase starts with, (m, n): s·B·A, or that plus the difference
+        between the base and W_0.
     intended : Tensor
-        What it should be: the delta's best rank-r approximation, or the delta, (m, n).
+        What it should be, (m, n): the delta's best rank-r approximation, or the delta.
     b : Tensor
         LoRA's B, (m, rank).
     base, name : str
         The base and the matrix, for the message.
     rounding : float
-        How far storing the base in the weight's own type may move an entry.
+        Largest error of an entry due to the weight's data type.
 
     Raises
     ------
     HandoffError
-        If they differ by more than float32 rounding, or a primed B is zero although the
-        delta is not.
+        If the two differ by more than float32 rounding, or a primed B is zero although
+        the delta is not.
     """
     scale = float(intended.abs().max())
     error = float((effective - intended).abs().max())

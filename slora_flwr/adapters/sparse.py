@@ -1,7 +1,7 @@
-"""Sparse fine-tuning: the masked entries of the target matrices, in place.
+"""Sparse fine-tuning: training the masked entries of the target matrices in place.
 
-Stage 1 of SLoRA (arXiv 2308.06522): one random mask of uniform density, the same for
-all clients, named by its seed.
+Stage 1 of SLoRA (arXiv 2308.06522): one random mask of uniform density, derived from a
+seed and shared by all clients.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from slora_flwr.adapters.base import Adapter, require_float32, require_targets
 from slora_flwr.adapters.masks import (
-    deal_densities,
+    allocate_densities,
     draw_lines,
     fingerprint,
     mask_size,
@@ -28,8 +28,8 @@ from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError, RunConfig
 from slora_flwr.config.schedule import Phase
 
-# On a CPU, masks of up to this density are quicker to sample than to gather from the
-# dense gradient, at every shape from 384 x 384 to 768 x 3072, on two cores
+# On a CPU, sampling the gradient is faster than gathering it from the dense one up to
+# this density: measured on two cores, at every shape from 384 x 384 to 768 x 3072
 # (benchmarks/masked_gradient.py).
 SAMPLED_DENSITY = 0.1
 
@@ -40,25 +40,24 @@ class SparseAdapter(Adapter):
     The state holds, for each target matrix, the weight's values at the mask's positions
     (`<module>.values`, shape (k,)), not their difference from W_0: writing them into
     the weight then loses no bits. While attached, each target module computes with its
-    own resident weight, which `commit` updates at k entries; the optimiser sees k
-    values, so it keeps no moments for the others and its weight decay cannot reach
-    them.
+    own resident weight, of which `commit` updates k entries. The optimiser sees only
+    these k values: it keeps no moments for the others and does not decay them.
 
     Parameters
     ----------
     density : float
-        Share of the entries of the target matrices.
+        Share of the entries of the target matrices that the mask covers.
     structure : str
-        Structure of the mask, see `masks.draw_lines`. Of `rows` and `columns` only
-        their slice of the weight's gradient is computed; `columns` also keeps only
-        their slice of the activations.
+        Structure of the mask, see `masks.draw_lines`. For `rows` and `columns`, only
+        their slice of the weight's gradient is computed; for `columns`, also only
+        their slice of the activations is kept.
     seed : int
-        The seed that names the mask.
+        The seed of the mask.
     budget : str
-        How the density is dealt to the matrices, see `masks.deal_densities`.
+        How the density is allocated to the matrices, see `masks.allocate_densities`.
     redrawn : bool
-        Whether each round has a mask of its own. Then the base moves by what a round
-        trained, and its start need not travel: the values are the base's.
+        True if each round has its own mask. The base then takes on what each round
+        trained, so a round's start values need not be sent: the base holds them.
     """
 
     default_lr = 1e-2
@@ -77,26 +76,26 @@ class SparseAdapter(Adapter):
         super().__init__()
         self._density, self._structure, self._seed = density, structure, seed
         self._budget, self._redrawn = budget, redrawn
-        self._number = 0  # of the round that the mask is for, 0 for all
+        self._number = 0  # the mask's round, 0 for a fixed mask
         self._lines: dict[str, Tensor] = {}
         self._fingerprint = ""
         self._before: dict[str, Tensor] = {}
 
     @classmethod
     def from_config(cls, config: RunConfig, frozen: State | None = None) -> Self:
-        """Return an adapter of the run, not attached yet."""
+        """Return a detached adapter, built from a run config."""
         sparse, redrawn = config.sparse, cls.changes_base(config)
         return cls(sparse.density, sparse.mask, config.seed, sparse.budget, redrawn)
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Refuse what masks drawn anew each round cannot run with."""
+        """Raise ConfigError for settings that per-round masks rule out."""
         if not cls.changes_base(config):
             return
         writes = ", since sparse.schedule per-round writes to the weights"
         require_float32(config, writes)
         if config.server.optimizer != "none":
-            # Moments of one round's weights would move the next one's.
+            # Moments gathered for one round's weights would move the next round's.
             raise ConfigError(
                 f"server.optimizer is {config.server.optimizer!r}; allowed: none, "
                 "since sparse.schedule is per-round"
@@ -104,20 +103,20 @@ class SparseAdapter(Adapter):
 
     @classmethod
     def check_fit(cls, config: RunConfig, backbone: Backbone) -> None:
-        """Refuse a backbone without target matrices."""
+        """Raise ConfigError if the backbone has no target matrices."""
         require_targets(config, backbone)
 
     @classmethod
     def changes_base(cls, config: RunConfig) -> bool:
-        """Return whether each round has a mask of its own."""
+        """Return whether each round has its own mask."""
         return config.sparse.schedule == "per-round"
 
     @classmethod
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
-        """Return the number of values in a whole state, whatever is attached."""
+        """Return the number of values in a complete state."""
         sparse = config.sparse
         shapes = {name: _shape(module) for name, module in backbone.targets.items()}
-        densities = deal_densities(shapes, sparse.density, sparse.budget)
+        densities = allocate_densities(shapes, sparse.density, sparse.budget)
         return backbone.head_size + sum(
             mask_size(shape, densities[name], sparse.mask)
             for name, shape in shapes.items()
@@ -132,9 +131,9 @@ class SparseAdapter(Adapter):
         phase_round: int,
         client: int,
     ) -> tuple[int, int]:
-        """Return how many values a client is sent in a round and how many it returns.
+        """Return how many values a client receives and returns in a round.
 
-        Values that the base holds already are not sent.
+        Values that the base already holds are not sent.
         """
         whole = cls.state_size(config, backbone)
         return (backbone.head_size if phase.changes_base else whole), whole
@@ -149,14 +148,14 @@ class SparseAdapter(Adapter):
     def masks(
         self, backbone: Backbone, rounds: int = 0
     ) -> dict[str, NDArray[np.int64]]:
-        """Return what the mask of each target matrix covers: row-major positions.
+        """Return the row-major positions of each target matrix's mask.
 
         Parameters
         ----------
         backbone : Backbone
-            The matrices.
+            The backbone with the target matrices.
         rounds : int
-            Where each round has a mask of its own, the union of the first so many.
+            If masks are redrawn, return the union over this many first rounds.
         """
         numbers = range(1, rounds + 1) if self._redrawn else (0,)
         masks = [self.mask_of(backbone, number) for number in numbers]
@@ -168,33 +167,33 @@ class SparseAdapter(Adapter):
         }
 
     def begin(self, phase_round: int) -> None:
-        """Draw the round's mask, where each round has its own."""
+        """Draw the round's mask, if each round has its own."""
         if self._redrawn and phase_round != self._number:
             self._restore(self.backbone)
             self._number = phase_round
             self._trained |= self._make(self.backbone)
 
     def sent(self) -> dict[str, torch.Size]:
-        """Leave out values that the base holds already."""
+        """Return the layout without the values that the base already holds."""
         shapes = self.shapes()
         if not self._redrawn:
             return shapes
         return {name: s for name, s in shapes.items() if not name.endswith(".values")}
 
     def complete(self, sent: State) -> State:
-        """Add the base's values to what was sent."""
+        """Return the complete state, with the values that the base holds."""
         if not self._redrawn:
             return sent
         values = {f"{name}.values": t.float().cpu() for name, t in self._before.items()}
         return values | sent
 
     def change_shapes(self, backbone: Backbone, rank: int) -> dict[str, torch.Size]:
-        """Return the layout of a base change: the values under a round's mask."""
+        """Return the layout of a base change: the values at a round's mask."""
         shapes = self.mask_of(backbone, 1)
         return {f"{name}.values": torch.Size([len(p)]) for name, p in shapes.items()}
 
     def change(self, backbone: Backbone, change: State, phase_round: int) -> None:
-        """Write the values that a round ended with into the base, while detached."""
+        """Write a round's final values into the base; the adapter must be detached."""
         with torch.no_grad():
             for name, lines in self._draw(backbone, phase_round).items():
                 weight = backbone.targets[name].weight
@@ -213,22 +212,7 @@ class SparseAdapter(Adapter):
     def learned(
         self, state: State, rounds: int
     ) -> tuple[dict[str, NDArray[np.int64]], State]:
-        """Return the entries that so many rounds trained.
-
-        Parameters
-        ----------
-        state : State
-            The last round's, of this adapter, which must be attached.
-        rounds : int
-            Rounds of the phase so far.
-
-        Returns
-        -------
-        positions : dict[str, NDArray[np.int64]]
-            For each target matrix, row-major positions, (k,).
-        values : State
-            The weights there, (k,), float32.
-        """
+        """Return the entries that the phase has trained; see `Adapter.learned`."""
         positions = self.masks(self.backbone, rounds)
         if not self._redrawn:
             return positions, {n: state[f"{n}.values"] for n in self._before}
@@ -240,13 +224,13 @@ class SparseAdapter(Adapter):
         return positions, values
 
     def fingerprint(self) -> str:
-        """Digest the masks, so that nodes with other masks are told apart."""
+        """Return a digest of the masks, by which server and nodes compare theirs."""
         return self._fingerprint
 
     def _draw(self, backbone: Backbone, number: int) -> dict[str, NDArray[np.int64]]:
-        """Draw the lines of each matrix's mask in a round."""
+        """Draw the entries, rows or columns of each matrix's mask in a round."""
         shapes = {name: _shape(module) for name, module in backbone.targets.items()}
-        densities = deal_densities(shapes, self._density, self._budget)
+        densities = allocate_densities(shapes, self._density, self._budget)
         structure = self._structure
         return {
             name: draw_lines(
@@ -256,7 +240,7 @@ class SparseAdapter(Adapter):
         }
 
     def mask_of(self, backbone: Backbone, number: int) -> dict[str, NDArray[np.int64]]:
-        """Draw the mask of each target matrix in a round: row-major positions."""
+        """Return the row-major positions of each target matrix's mask in a round."""
         return {
             name: positions(lines, _shape(backbone.targets[name]), self._structure)
             for name, lines in self._draw(backbone, number).items()
@@ -286,13 +270,13 @@ class SparseAdapter(Adapter):
             for name, module in backbone.targets.items():
                 before, lines = self._before[name], self._lines[name]
                 _scatter(module.weight, lines, before, self._structure)
-                del module.forward  # the class's own forward shows again
+                del module.forward  # uncovers the class's own forward
         self._lines, self._before = {}, {}
 
 
 @dataclass(frozen=True)
 class _Mask:
-    """A mask on its device; `pattern` where its entries are sampled."""
+    """A mask on its device, with a `pattern` if its gradient is sampled."""
 
     lines: Tensor
     structure: str
@@ -300,7 +284,7 @@ class _Mask:
 
 
 def sparse_pattern(positions: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Give a mask's sorted positions as a sparse CSR matrix of zeros."""
+    """Return a sparse CSR matrix of zeros at a mask's sorted positions."""
     rows, columns = positions // shape[1], positions % shape[1]
     starts = torch.bincount(rows, minlength=shape[0]).cumsum(0)
     starts = torch.cat([starts.new_zeros(1), starts])
@@ -313,14 +297,14 @@ def sparse_pattern(positions: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def sampled_gradient(x: Tensor, grad_y: Tensor, pattern: Tensor) -> Tensor:
-    """Compute the masked entries of grad_yᵀ x and no others.
+    """Compute only the masked entries of grad_yᵀ x.
 
     Parameters
     ----------
     x, grad_y : Tensor
         float32, shapes (tokens, in) and (tokens, out).
     pattern : Tensor
-        The mask by `sparse_pattern`, k entries.
+        The mask as returned by `sparse_pattern`, k entries.
 
     Returns
     -------
@@ -333,7 +317,7 @@ def sampled_gradient(x: Tensor, grad_y: Tensor, pattern: Tensor) -> Tensor:
 
 
 def gathered_gradient(x: Tensor, grad_y: Tensor, positions: Tensor) -> Tensor:
-    """Compute all of grad_yᵀ x, and take the entries at a mask's positions."""
+    """Compute all of grad_yᵀ x and return the entries at a mask's positions."""
     return (grad_y.T @ x).reshape(-1)[positions]
 
 
@@ -347,14 +331,14 @@ def _shape(module: nn.Linear) -> tuple[int, int]:
 
 
 def _gather(matrix: Tensor, lines: Tensor, structure: str) -> Tensor:
-    """Read a matrix at a mask, in the order of its positions."""
+    """Return a matrix's entries at a mask, in the order of its positions."""
     if structure == "unstructured":
         return matrix.reshape(-1)[lines]
     return matrix.index_select(int(structure == "columns"), lines).reshape(-1)
 
 
 def _scatter(weight: Tensor, lines: Tensor, values: Tensor, structure: str) -> None:
-    """Write a weight at a mask."""
+    """Write values into a weight at a mask."""
     if structure == "unstructured":
         weight.view(-1).index_copy_(0, lines, values)
     elif structure == "rows":
@@ -368,11 +352,11 @@ def _forward(module: nn.Linear, values: Tensor, mask: _Mask, x: Tensor) -> Tenso
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """y = x Wᵀ + b, with a gradient for W's entries under the mask alone.
+    """y = x Wᵀ + b, with a gradient only for the masked entries of W.
 
-    An unstructured mask's entries are sampled: each is a product of two columns. Where
-    matrix products are so much quicker that this does not pay, they are gathered from
-    the dense gradient, which exists only inside one call of `backward`.
+    The gradient of an unstructured mask is sampled: each entry is a product of two
+    columns. Where the dense product is faster, the entries are gathered from the dense
+    gradient, which exists only inside one call of `backward`.
     """
 
     @staticmethod
@@ -390,7 +374,7 @@ class _MaskedLinear(torch.autograd.Function):
         columns = mask.structure == "columns"
         ctx.save_for_backward(x.index_select(-1, mask.lines) if columns else x)
         # `commit` changes the weight in place between steps, never between a forward
-        # and its backward, so it needs no version check.
+        # and its backward, so the weight needs no version check.
         ctx.weight, ctx.mask = weight, mask
         bias = None if bias is None else bias.to(x.dtype)
         return F.linear(x, weight.to(x.dtype), bias)

@@ -1,1 +1,1 @@
-"""Folds of clients' updates, on a node and on the server."""
+"""Aggregators: how clients' updates combine, on a node and on the server."""

@@ -1,4 +1,4 @@
-"""What every aggregator answers for itself; the base is federated averaging."""
+"""The root class of all aggregators: federated averaging."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -14,26 +14,28 @@ Step = Callable[[State], State]
 
 
 class Aggregator:
-    """Federated averaging (arXiv 1602.05629): a step of the server along the mean.
+    """Federated averaging (arXiv 1602.05629): the server steps along the mean update.
 
     Attributes
     ----------
     trains : str
         Which of LoRA's factors clients train: `both`, `b`, or `in-turn`.
     steps : bool
-        True where the new state is a step of the server's optimiser along an update.
-        Else the optimiser is none, since its result is a weight.
+        True if the new state is the server optimiser's step along an update. If False,
+        the config must set no server optimiser.
     takes_ranks : bool
-        True where clients may have factors of different ranks.
+        True if clients may have factors of different ranks.
     is_mean : bool
-        True where the result depends on the mean update alone, to which noise can be
-        added, and in whose place a robust statistic can stand.
+        True if the result depends only on the mean update. Noise can then be added to
+        the mean, or a robust statistic can replace it.
     changes_base : bool
-        True where a round changes the weights that the adapter stands on.
+        True if a round changes the weights that the adapter stands on.
     renews : bool
-        True where a round makes the adapter's values anew.
+        True if a round computes the adapter's values anew.
     needs_float32 : bool
-        True where it adds to the weights of the backbone.
+        True if a round adds to the backbone's weights.
+    fold : type
+        The class that folds clients' updates.
     """
 
     trains: ClassVar[str] = "both"
@@ -46,31 +48,31 @@ class Aggregator:
     fold: ClassVar[type[Mean]] = Mean
 
     def __init__(self, phase: Phase, config: RunConfig, head: int) -> None:
-        """Take a phase of a run whose states end with so many values of the head."""
+        """Set up a phase's aggregator; `head` counts the head's values in a state."""
         self.config, self.phase = config, phase
         adapter = phase.adapter_type
         self.rank_of = adapter.client_ranks(config)
         self.codec = Codec.of_upload(config.upload, adapter.is_selection, head)
 
     def make_fold(self) -> Mean:
-        """Return an empty fold: what it needs of each client is its class's."""
+        """Return an empty fold."""
         return self.fold(self.rank_of, self.codec, self.config.server.clip_norm)
 
     def finish(
         self, fold: Mean, sent: State, step: Step, adapter: Adapter
     ) -> tuple[State, State | None]:
-        """Return the state after a round, and what it changes of the base.
+        """Return the state after a round, and the round's change of the base.
 
         Parameters
         ----------
         fold : Mean
-            Of `make_fold`, with the clients' updates.
+            A fold made by `make_fold`, with the clients' updates.
         sent : State
-            What the clients started from.
+            The state that the clients started from.
         step : Callable
-            Takes an update; returns the server's state after its optimiser's step.
+            Takes an update and returns the state after the server optimiser's step.
         adapter : Adapter
-            The phase's, attached.
+            The phase's adapter, attached.
         """
         state = step(fold.result())
         changes = self.phase.changes_base
@@ -78,6 +80,6 @@ class Aggregator:
 
 
 class PlainAverage(Aggregator):
-    """Federated averaging, of factors of different ranks too."""
+    """Federated averaging, also of factors of different ranks."""
 
     takes_ranks = True

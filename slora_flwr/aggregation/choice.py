@@ -1,4 +1,4 @@
-"""Which aggregator a phase has, with privacy and robust statistics."""
+"""The choice of a phase's aggregator, given privacy and robust statistics."""
 
 from slora_flwr.aggregation.base import Aggregator
 from slora_flwr.aggregation.clipped import ClippedAggregator
@@ -13,11 +13,11 @@ def make_aggregator(phase: Phase, config: RunConfig, head: int) -> Aggregator:
     Parameters
     ----------
     phase : Phase
-        One of the schedule's.
+        A phase of the schedule.
     config : RunConfig
-        The run; privacy or a robust statistic takes the mean's place.
+        The run. Privacy or a robust statistic replaces the method's own aggregator.
     head : int
-        How many values at the end of a state are the head's.
+        Number of values at the end of a state that belong to the head.
     """
     if config.privacy.is_on:
         return ClippedAggregator(phase, config, head)

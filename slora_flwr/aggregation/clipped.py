@@ -1,4 +1,4 @@
-"""The mean of clipped updates, to which differential privacy adds its noise."""
+"""The mean of clipped updates, to which differential privacy adds noise."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,18 +16,18 @@ from slora_flwr.wire.codec import Codec
 class ClippedMean(Mean):
     """The mean of updates clipped to a norm, over a fixed number of clients.
 
-    All clients weigh one, since their numbers of examples are private, and the sum is
-    divided by the clients expected, whoever answered (DP-FedAvg, arXiv 1710.06963).
-    One client more or less moves the sum by `bound` at most.
+    Every client has weight 1, since numbers of examples are private. The sum is divided
+    by the expected number of clients, whoever answered (DP-FedAvg, arXiv 1710.06963).
+    Adding or removing one client changes the sum by at most `bound`.
 
     Parameters
     ----------
     bound : float
         Largest L2 norm of a client's update over all its values.
     expected : int
-        Clients of a round, in expectation.
+        Expected number of clients in a round.
     codec : Codec
-        How the update of a node's only client travels.
+        Encoding of the update if a node has only one client.
     """
 
     def __init__(self, bound: float, expected: int, codec: Codec = PLAIN) -> None:
@@ -35,12 +35,12 @@ class ClippedMean(Mean):
         self._bound, self._clients = bound, expected
 
     def expect(self, weight: int) -> None:
-        """Leave the range to all: clipped updates cannot fill it."""
+        """Do nothing: clipped updates cannot exhaust the range."""
 
     def add(self, update: Mapping[str, Tensor], weight: int, client: int = 0) -> None:
         """Add one client's update, as the server reads it; see `Mean.add`."""
         exact = clip({name: t.double() for name, t in update.items()}, self._bound)
-        # Towards zero, so that rounding to the sums' grid lengthens nothing.
+        # Rounding towards zero never lengthens an update.
         held = {name: (t * SCALE).trunc() / SCALE for name, t in exact.items()}
         super().add(held, 1, client)
 
@@ -51,7 +51,7 @@ class ClippedMean(Mean):
         clients: Sequence[int],
         weights: Sequence[int],
     ) -> None:
-        """Add what a node sent; see `Mean.take`."""
+        """Add a node's reply; see `Mean.take`."""
         super().take(array, shapes, clients, [1] * len(clients))
 
     def perturb(
@@ -60,18 +60,18 @@ class ClippedMean(Mean):
         shapes: Mapping[str, Sequence[int]],
         generator: np.random.Generator,
     ) -> None:
-        """Add Gaussian noise to the sum, whose standard deviation is in bounds.
+        """Add Gaussian noise to the sum.
 
-        The sums are whole multiples of 1 / `SCALE`. With noise rounded to such they are
-        what rounding would make of exact sums and exact noise, so that the last bits of
-        floats give nothing away (Mironov, CCS 2012).
+        Sums are whole multiples of 1 / `SCALE`, and the noise is rounded to such
+        multiples. The result equals the rounded sum of exact values and exact noise, so
+        the last bits of floats leak nothing (Mironov, CCS 2012).
 
         Parameters
         ----------
         noise_multiplier : float
-            Standard deviation over the bound.
+            Standard deviation divided by the bound.
         shapes : Mapping[str, Sequence[int]]
-            The layout of an update; of nobody's too.
+            The layout of an update; noise is added even if no client answered.
         generator : numpy.random.Generator
             Source of the noise.
         """
@@ -87,7 +87,7 @@ class ClippedMean(Mean):
 
 
 class ClippedAggregator(Aggregator):
-    """The mean of clipped updates in place of another aggregator's mean."""
+    """The mean of clipped updates, in place of a method's own mean."""
 
     def make_fold(self) -> ClippedMean:
         """Return an empty fold that clips each client's update."""

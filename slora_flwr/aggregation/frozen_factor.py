@@ -1,15 +1,15 @@
-"""Averages of one of LoRA's factors, the other of which all clients share."""
+"""Averages of one LoRA factor while all clients share the other."""
 
 from slora_flwr.aggregation.base import Aggregator
 
 
 class FrozenFactor(Aggregator):
-    """A stays as it starts; B is averaged (FFA-LoRA, arXiv 2403.12313)."""
+    """Average B while A stays frozen (FFA-LoRA, arXiv 2403.12313)."""
 
     trains = "b"
 
 
 class AlternatingFactors(Aggregator):
-    """Odd rounds average B, even ones A (RoLoRA, arXiv 2409.02346)."""
+    """Average B in odd rounds and A in even ones (RoLoRA, arXiv 2409.02346)."""
 
     trains = "in-turn"

@@ -1,12 +1,12 @@
-"""Aggregators of LoRA's products B·A, which the means of factors do not give.
+"""Aggregators of LoRA's products B·A, which the mean factors do not reproduce.
 
 With P the mean of the clients' products B_i·A_i, weighted by examples:
 
-- `exact` (FedEx-LoRA, arXiv 2410.09432) takes the means of the factors and adds what
-  their product lacks, P - B·A, to the base.
-- `flexlora` (FlexLoRA, arXiv 2402.11505) takes the best factors of the rank, by the SVD
-  of P, which the QR factors of the stacks give without the dense product (FLoRIST,
-  arXiv 2506.09199).
+- `exact` (FedEx-LoRA, arXiv 2410.09432) averages the factors and adds the error of
+  their product, P - B·A, to the base.
+- `flexlora` (FlexLoRA, arXiv 2402.11505) takes the best factors of the given rank from
+  the SVD of P. QR factors of the stacks give that SVD without the dense product
+  (FLoRIST, arXiv 2506.09199).
 """
 
 import torch
@@ -19,23 +19,23 @@ from slora_flwr.aggregation.stack import Stack
 from slora_flwr.common.svd import truncated_product
 from slora_flwr.common.tensors import State
 
-# Singular values of a residual below this share of the product's norm are what float32
-# rounded off.
+# Singular values of a residual below this share of the product's norm are float32
+# rounding errors.
 NEGLIGIBLE = 1e-7
 
 
 def redistribute(stack: Stack, sent: State) -> State:
-    """Give FlexLoRA's new factors: B·A is the best approximation of P of their rank.
+    """Return FlexLoRA's new factors: B·A is the best approximation of P of their rank.
 
-    Both get the root of the singular values, and slices are in their order, so a client
-    of a smaller rank takes the first ones.
+    Both factors get the root of the singular values. Slices are in descending order of
+    these, so a client of a smaller rank uses the first ones.
 
     Parameters
     ----------
     stack : Stack
-        The round's.
+        The round's updates.
     sent : State
-        What its clients started from.
+        The state that the clients started from.
     """
     factors: State = {}
     for name, (left, right) in stack.products(sent).items():
@@ -46,27 +46,27 @@ def redistribute(stack: Stack, sent: State) -> State:
 
 
 def residual(stack: Stack, sent: State, after: State, scaling: float) -> State:
-    """Give what FedEx-LoRA adds to the base: s·(P - B·A).
+    """Return FedEx-LoRA's change of the base: s·(P - B·A).
 
     Parameters
     ----------
     stack : Stack
-        The round's.
+        The round's updates.
     sent, after : State
-        What its clients started from, and the new state with the factors' means.
+        The state that the clients started from, and the new one with the mean factors.
     scaling : float
-        s.
+        LoRA's s.
 
     Returns
     -------
     State
-        `<module>.b` (out, k) and `<module>.a` (k, in), with b·a the change and one k
-        for all matrices, the largest rank that is not negligible.
+        `<module>.b` (out, k) and `<module>.a` (k, in), where b·a is the change. All
+        matrices have the same k, the largest rank that is not negligible.
     """
     svds = {}
     rank = 0
     for name, (left, right) in stack.products(sent).items():
-        # The norm of P, by the small Gram matrices of its factors.
+        # The norm of P, from the small Gram matrices of its factors.
         largest = float(((left.T @ left) * (right @ right.T)).sum()) ** 0.5
         a, b = after[f"{name}.lora_A"].double(), after[f"{name}.lora_B"].double()
         left, right = torch.cat([left, -b], dim=1), torch.cat([right, a])
@@ -82,7 +82,7 @@ def residual(stack: Stack, sent: State, after: State, scaling: float) -> State:
 
 
 class ExactProducts(Aggregator):
-    """The means of the factors, and their product's error on the base: FedEx-LoRA."""
+    """Average the factors and add their product's error to the base: FedEx-LoRA."""
 
     steps = False
     is_mean = False
@@ -99,7 +99,7 @@ class ExactProducts(Aggregator):
 
 
 class FactoredProducts(Aggregator):
-    """The best factors of the mean product: FlexLoRA."""
+    """Take the best factors of the mean product: FlexLoRA."""
 
     steps = False
     takes_ranks = True
@@ -110,5 +110,5 @@ class FactoredProducts(Aggregator):
     def finish(
         self, fold: Mean, sent: State, step: Step, adapter: Adapter
     ) -> tuple[State, State | None]:
-        """Return the state after a round, its factors new; the base stays."""
+        """Return the state after a round, with new factors; the base stays."""
         return step(fold.result()) | redistribute(Stack.of(fold), sent), None

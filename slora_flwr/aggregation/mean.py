@@ -1,4 +1,4 @@
-"""Aggregation: folds of updates whose order and grouping do not matter."""
+"""The weighted mean of updates, a fold whose order and grouping do not matter."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self
@@ -12,8 +12,8 @@ from slora_flwr.wire.clipping import largest_norm, norm
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.packing import pack, unpack
 
-# Sums are whole multiples of 1 / SCALE. With weights of at least 1 that is finer than
-# float32 resolves an update of 1e-2, and leaves room for sums up to 2^32.
+# Sums are whole multiples of 1 / SCALE. With weights of at least 1, that is finer than
+# float32's resolution at an update of 1e-2, and it leaves room for sums up to 2^32.
 SCALE = 2.0**30
 LARGEST = 2**62
 
@@ -21,25 +21,25 @@ PLAIN = Codec()
 
 
 class FoldError(ValueError):
-    """An update that is not finite, or too large to be summed exactly."""
+    """An update is not finite, or is too large to be summed exactly."""
 
 
 class Mean:
     """The mean of updates weighted by examples: FedAvg (arXiv 1602.05629).
 
-    The same object folds a node's clients and the server's nodes. It sums in whole
-    numbers, which no order or grouping changes, so the mean is the same bit for bit
-    however many nodes share a cohort and whoever answers first.
+    A node folds its clients' updates into it, and the server its nodes' sums. Sums are
+    whole numbers, which do not depend on order or grouping. The mean is therefore the
+    same, bit for bit, however many nodes share a cohort and whichever answers first.
 
     Parameters
     ----------
     rank_of : Callable or None
-        Where clients have LoRA factors of different ranks, each client's: a slice of
-        the factors is then averaged over the clients that have it.
+        Each client's rank by id, if clients have LoRA factors of different ranks. A
+        slice of the factors is then averaged over the clients that have it.
     codec : Codec
-        How the update of a node's only client travels.
+        Encoding of the update if a node has only one client.
     clip_norm : float
-        Bound of the norm of each client's update, 0 for none.
+        Bound on the norm of each client's update, 0 for none.
     """
 
     def __init__(
@@ -58,21 +58,22 @@ class Mean:
 
     @classmethod
     def of(cls, fold: "Mean") -> Self:
-        """Return a fold as what its aggregator made it.
+        """Return the fold, typed as this class.
 
         Raises
         ------
         TypeError
-            If another aggregator made it.
+            If the fold is of another class.
         """
         if not isinstance(fold, cls):
             raise TypeError(f"the fold is {type(fold).__name__}, not {cls.__name__}")
         return fold
 
     def expect(self, weight: int) -> None:
-        """Name the weight of all that may come: each gets its share of the range.
+        """Set the total weight to expect, and so limit each part to its share.
 
-        Without that, one that fills the range would keep out those that come later.
+        Without a limit, one node could exhaust the range of the sums and keep out those
+        that answer later.
         """
         self._expected = weight
 
@@ -82,16 +83,16 @@ class Mean:
         Parameters
         ----------
         update : Mapping[str, Tensor]
-            float32, the same names and shapes each time.
+            The update, float32, with the same names and shapes each time.
         weight : int
             The client's number of examples, above 0.
         client : int
-            Its id.
+            The client's id.
 
         Raises
         ------
         FoldError
-            If a value is not finite or weight times it is beyond 2^32.
+            If a value is not finite, or exceeds 2^32 when multiplied by the weight.
         """
         scaled = {name: t.double() * (weight * SCALE) for name, t in update.items()}
         for name, tensor in scaled.items():
@@ -100,7 +101,7 @@ class Mean:
         self._count(client, weight)
 
     def packed(self) -> Array:
-        """Pack what a node of several clients sends: their sums, int64."""
+        """Return the reply of a node with several clients: their sums, int64."""
         sums: Mapping[str, Tensor] = self.sums
         if self._rank_of is not None:
             sums = take_slices(sums, max(self._weights))
@@ -113,21 +114,21 @@ class Mean:
         clients: Sequence[int],
         weights: Sequence[int],
     ) -> None:
-        """Add what a node sent.
+        """Add a node's reply.
 
         Parameters
         ----------
         array : Array
-            By `packed`, or the coded update of its only client.
+            The result of `packed`, or the encoded update of the node's only client.
         shapes : Mapping[str, Sequence[int]]
             The layout of an update.
         clients, weights : Sequence[int]
-            The ids of the node's clients, and how many examples each has.
+            The ids of the node's clients, and the number of examples of each.
 
         Raises
         ------
         FoldError, PayloadError
-            If it cannot be; nothing is added then.
+            If the reply cannot be added; the fold is then unchanged.
         """
         layout = shapes
         if self._rank_of is not None:
@@ -154,14 +155,14 @@ class Mean:
         after = {}
         share = weight / self._expected if self._expected else 1.0
         for name, tensor in sums.items():
-            # Two terms below 2^62 cannot pass 2^63 unseen.
+            # Two terms below 2^62 cannot overflow.
             _check_range(name, tensor, share)
             after[name] = tensor + self.sums.get(name, 0)
             _check_range(name, after[name])
         self.sums, self.weight = after, self.weight + weight
 
     def result(self) -> dict[str, Tensor]:
-        """Give the mean so far, float32."""
+        """Return the mean so far, float32."""
         return {
             name: (sums.double() / (self._divisor(name, sums) * SCALE)).float()
             for name, sums in self.sums.items()
@@ -184,13 +185,13 @@ class Mean:
             self._weights[rank] = self._weights.get(rank, 0) + weight
 
     def _divisor(self, name: str, sums: Tensor) -> Tensor | int:
-        """Give the weight of those who have each slice of a factor."""
+        """Return the divisor: for a factor, the weight of the clients per slice."""
         if self._rank_of is None or not name.endswith((".lora_A", ".lora_B")):
             return self.weight
         along = int(name.endswith(".lora_B"))
         slices = range(sums.shape[along])
         held = [sum(w for r, w in self._weights.items() if r > i) for i in slices]
-        # A slice that nobody has was sent by nobody: its sum is zero.
+        # The sum of a slice that no client has is zero.
         shape = (-1, 1) if along == 0 else (1, -1)
         return torch.tensor(held).clamp(min=1).view(shape)
 

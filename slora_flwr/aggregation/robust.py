@@ -1,18 +1,18 @@
-"""Robust aggregation: what a minority of hostile clients sends moves little.
+"""Robust aggregation: a minority of hostile clients has little influence.
 
-- `median` and `trimmed-mean` (Yin et al., arXiv 1803.01498): of each entry the middle
-  value of the clients', or the mean without the `byzantine` largest and smallest ones.
+- `median` and `trimmed-mean` (Yin et al., arXiv 1803.01498): for each entry, the
+  clients' median, or their mean without the `byzantine` largest and smallest values.
 - `krum` (Blanchard et al., arXiv 1703.02757): the update of the client with the least
-  sum of squared distances to the n - byzantine - 2 others that are nearest to it.
-- `multi-krum`: the mean of the n - byzantine - 2 updates of least such sums.
+  sum of squared distances to its n - byzantine - 2 nearest neighbours.
+- `multi-krum`: the mean of the n - byzantine - 2 updates with the least such sums.
 
-All count clients alike, since a hostile one could lie about its examples.
+All clients have equal weight, since a hostile one could lie about its examples.
 
-Where clients train both of LoRA's factors, entries of one client's are not comparable
-with another's, but the products B·A are. Median and trimmed mean are then of the
-entries of the products, and the new factors the best ones of their rank, as FlexLoRA's
-are; Krum's distances are those of s·B·A, and of all else that is trained. Where one
-factor is common to all (`ffa`, `alternate`), entries of the other are comparable.
+If clients train both LoRA factors, entries of the factors are not comparable between
+clients, but the products B·A are. Median and trimmed mean then act on the entries of
+the products, and the new factors are the best ones of their rank, as in FlexLoRA.
+Krum's distances are those of s·B·A and of everything else that is trained. If all
+clients share one factor (`ffa`, `alternate`), entries of the other are comparable.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from slora_flwr.common.svd import truncated_svd
 from slora_flwr.common.tensors import State
 from slora_flwr.config import ServerConfig
 
-# Rows of a matrix whose products are in memory at once, for all clients.
+# Number of a matrix's rows whose products are in memory at once, for all clients.
 _ROWS = 64
 
 Update = Mapping[str, Tensor]
@@ -39,25 +39,25 @@ Update = Mapping[str, Tensor]
 def combine(
     stack: Stack, server: ServerConfig, sent: State, scaling: float
 ) -> tuple[State, State]:
-    """Combine the clients' updates.
+    """Combine the clients' updates by a robust statistic.
 
     Parameters
     ----------
     stack : Stack
-        The round's.
+        The round's updates.
     server : ServerConfig
-        With `robust` other than `none`.
+        Server config with `robust` other than `none`.
     sent : State
-        What the clients started from.
+        The state that the clients started from.
     scaling : float
-        LoRA's s; of no meaning elsewhere.
+        LoRA's s; unused if there are no factors.
 
     Returns
     -------
     update : State
-        What stands for the mean update.
+        The update that replaces the mean.
     factors : State
-        New factors, for names that `update` leaves out.
+        New factors, for the names that `update` omits.
     """
     updates = stack.updates()
     pairs = [n.removesuffix(".lora_A") for n in updates[0] if n.endswith(".lora_A")]
@@ -87,27 +87,27 @@ def combine(
 
 
 def trimmed_mean(values: Tensor, cut: int) -> Tensor:
-    """Take the mean over clients without the `cut` largest and smallest values.
+    """Compute the mean over clients without the `cut` largest and smallest values.
 
     Parameters
     ----------
     values : Tensor
         Shape (clients, ...).
     cut : int
-        Below half of the clients; the largest such gives the median.
+        Less than half of the clients; the largest such number gives the median.
     """
     return values.sort(dim=0).values[cut : len(values) - cut].mean(dim=0)
 
 
 def krum_scores(gram: Tensor, byzantine: int) -> Tensor:
-    """Give Krum's score of each client, the lower the better.
+    """Compute Krum's score of each client, the lower the better.
 
     Parameters
     ----------
     gram : Tensor
         Inner products of the clients' updates, float64, shape (n, n).
     byzantine : int
-        How many clients may be hostile.
+        Number of clients that may be hostile.
     """
     squares = gram.diagonal()
     distances = (squares[:, None] + squares[None, :] - 2 * gram).clamp(min=0)
@@ -118,7 +118,7 @@ def krum_scores(gram: Tensor, byzantine: int) -> Tensor:
 def _gram(
     updates: Sequence[Update], pairs: Sequence[str], sent: State, scaling: float
 ) -> Tensor:
-    """Give the inner products of the clients' changes of the weights."""
+    """Compute the inner products of the clients' changes of the weights."""
     count = len(updates)
     gram = torch.zeros(count, count, dtype=torch.float64)
     factors = set()
@@ -145,14 +145,14 @@ def _stack(updates: Sequence[Update], name: str) -> Tensor:
 
 
 class RobustAggregator(Aggregator):
-    """A robust statistic in place of another aggregator's mean."""
+    """A robust statistic, in place of a method's own mean."""
 
     fold = Stack
 
     def finish(
         self, fold: Mean, sent: State, step: Step, adapter: Adapter
     ) -> tuple[State, State | None]:
-        """Return the state after a round, and what it changes of the base."""
+        """Return the state after a round, and the round's change of the base."""
         update, factors = combine(
             Stack.of(fold), self.config.server, sent, adapter.scaling
         )

@@ -1,4 +1,4 @@
-"""The server's optimiser: one step from the mean update to the next state."""
+"""The server's optimiser, which turns the mean update into the next state."""
 
 from collections.abc import Mapping
 
@@ -9,19 +9,19 @@ from slora_flwr.runs.snapshot import Snapshot
 
 
 class ServerOptimizer:
-    """What the server does with the mean update.
+    """An optimiser whose gradient is the negative mean update.
 
-    `none` adds `lr` times the mean. `fedavgm` (arXiv 1909.06335) and `fedadam` (arXiv
-    2003.00295) hand its negative as a gradient to torch's SGD with momentum 0.9, and to
-    torch's Adam with the paper's beta_2 = 0.99 and tau = 1e-3. Moments live as long as
-    the object: one phase, since a handoff changes what the parameters are.
+    `none` adds `lr` times the mean. `fedavgm` (arXiv 1909.06335) is torch's SGD with
+    momentum 0.9. `fedadam` (arXiv 2003.00295) is torch's Adam with the paper's
+    beta_2 = 0.99 and tau = 1e-3. Each phase has a new optimiser, and so new moments,
+    since a handoff replaces the parameters.
 
     Parameters
     ----------
     name : str
         `none`, `fedavgm` or `fedadam`.
     lr : float
-        Its learning rate.
+        The server's learning rate.
     """
 
     def __init__(self, name: str, lr: float) -> None:
@@ -32,19 +32,20 @@ class ServerOptimizer:
     def step(
         self, state: Mapping[str, Tensor], update: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Give the state after one step; the state passed in stays as it is."""
+        """Return the state after one step; the given state is not changed."""
         if not self._parameters:
             self._begin(state)
         assert self._optimizer is not None
         for name, parameter in self._parameters.items():
             parameter.data.copy_(state[name])
-            # None for what a round does not train: it stays, and so do its moments.
+            # None for a parameter that the round did not train: neither it nor its
+            # moments change.
             parameter.grad = -update[name] if name in update else None
         self._optimizer.step()
         return {name: p.detach().clone() for name, p in self._parameters.items()}
 
     def snapshot(self) -> Snapshot:
-        """Give what `restore` takes: the moments."""
+        """Return the moments, for `restore`."""
         kept = self._optimizer.state if self._optimizer else {}
         moments = {
             f"{name}.{moment}": tensor
@@ -54,7 +55,7 @@ class ServerOptimizer:
         return Snapshot(tensors=moments)
 
     def restore(self, state: Mapping[str, Tensor], snapshot: Snapshot) -> None:
-        """Go on from there, for parameters like those of a state."""
+        """Continue with the snapshot's moments, for parameters like the state's."""
         self._begin(state)
         assert self._optimizer is not None
         for key, tensor in snapshot.tensors.items():

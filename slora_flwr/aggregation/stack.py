@@ -1,4 +1,4 @@
-"""The mean, and each client's update beside it, for what a mean does not give."""
+"""The stack of clients' updates, for aggregators that need more than the mean."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,9 +14,9 @@ from slora_flwr.wire.packing import pack, unpack
 
 
 class Stack(Mean):
-    """The mean, and each client's update beside it.
+    """The mean, together with each client's update.
 
-    It grows with the cohort; a node sends its clients' updates one after the other.
+    Its size grows with the cohort. A node sends all of its clients' updates.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Stack(Mean):
         self._updates[client] = (weight, update)
 
     def packed(self) -> Array:
-        """Pack the clients' updates, float32, in the order in which they came."""
+        """Return a node's reply: its clients' updates, float32, in order of arrival."""
         updates = [
             update if self._rank_of is None else take_slices(update, self._rank_of(c))
             for c, (_, update) in self._updates.items()
@@ -50,7 +50,7 @@ class Stack(Mean):
         clients: Sequence[int],
         weights: Sequence[int],
     ) -> None:
-        """Add what a node sent; see `Mean.take`."""
+        """Add a node's reply; see `Mean.take`."""
         if len(clients) == 1:
             super().take(array, shapes, clients, weights)
             return
@@ -72,7 +72,7 @@ class Stack(Mean):
             self._weights[rank] = self._weights.get(rank, 0) + weight
 
     def updates(self) -> list[Mapping[str, Tensor]]:
-        """List the clients' updates in the order of their ids."""
+        """Return the clients' updates in the order of their ids."""
         return [update for _, (_, update) in sorted(self._updates.items())]
 
     def products(self, sent: State) -> dict[str, tuple[Tensor, Tensor]]:
@@ -81,13 +81,13 @@ class Stack(Mean):
         Parameters
         ----------
         sent : State
-            What the clients started from.
+            The state that the clients started from.
 
         Returns
         -------
         dict
             By target matrix, float64: left (out, K) and right (K, in), with K the sum
-            of the clients' ranks. In the order of client ids, whoever answered first.
+            of the clients' ranks, in the order of client ids.
         """
         found = {}
         for name in [n.removesuffix(".lora_A") for n in sent if n.endswith(".lora_A")]:

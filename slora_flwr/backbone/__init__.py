@@ -1,1 +1,1 @@
-"""The pretrained transformer W_0, and the weights an adapter stands on."""
+"""The pretrained transformer W_0, and the base that an adapter stands on."""

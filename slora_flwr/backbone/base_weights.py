@@ -1,4 +1,4 @@
-"""What a handoff changes of the backbone: the base of the low-rank phase."""
+"""The base of a low-rank phase: what a handoff changes in the backbone."""
 
 from dataclasses import dataclass, field
 
@@ -14,24 +14,24 @@ from slora_flwr.backbone.load import Backbone
 class BaseWeights:
     """W_base = W_0 with the sparse phase's values, minus s·B·A of the start.
 
-    All parts may be empty: the base is W_0 then, and it can be changed and given back.
+    All parts may be empty. The base is then W_0, which can be changed and restored.
 
     Attributes
     ----------
     positions : dict[str, NDArray[np.int64]]
-        For each target matrix, the mask's row-major positions, (k,).
+        Row-major positions of the mask in each target matrix, (k,).
     values : dict[str, Tensor]
-        The weights there, (k,), float32.
+        The weights at these positions, (k,), float32.
     a, b : dict[str, Tensor]
         The factors that the low-rank phase starts from, (rank, in) and (out, rank);
-        empty where the base keeps them (`warm-start`). A without B is one that stays
-        frozen on base W_0.
+        empty if the base does not subtract them (`warm-start`). A without B is a
+        frozen A on base W_0.
     scaling : float
-        s.
+        LoRA's s.
     weights : dict[str, Tensor]
-        The base itself, (out, in), in place of all of these.
+        The base itself, (out, in), instead of all of the above.
     before : dict[str, Tensor]
-        W_0's target matrices, while the patch is applied.
+        W_0's target matrices while the base is applied.
     """
 
     positions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class BaseWeights:
     before: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def apply(self, backbone: Backbone) -> None:
-        """Turn the resident W_0 into the base; no adapter may be attached."""
+        """Change the resident W_0 to the base; no adapter may be attached."""
         assert not self.before, "the patch is applied already"
         with torch.no_grad():
             for name, module in backbone.targets.items():
@@ -60,14 +60,14 @@ class BaseWeights:
                     weight.sub_(product.to(weight.device, weight.dtype))
 
     def remove(self, backbone: Backbone) -> None:
-        """Give W_0 back, bit for bit, whatever the base was changed to since."""
+        """Restore W_0, bit for bit, even if rounds have changed the base."""
         with torch.no_grad():
             for name, before in self.before.items():
                 backbone.targets[name].weight.copy_(before)
         self.before = {}
 
     def state(self) -> dict[str, Tensor]:
-        """List what travels to a node that has only W_0 and the mask's seed."""
+        """Return what is sent to a node that has only W_0 and the mask's seed."""
         return {
             f"{name}.{part}": tensors[name]
             for name in self.values or self.a
@@ -82,7 +82,7 @@ class BaseWeights:
         rank: int,
         factors: str = "ab",
     ) -> dict[str, tuple[int, ...]]:
-        """Give the layout of `state`; `factors` names those that it holds."""
+        """Return the layout of `state`, which holds the named factors."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name, module in backbone.targets.items():
             if name in positions:
@@ -100,7 +100,7 @@ class BaseWeights:
         positions: dict[str, NDArray[np.int64]],
         scaling: float,
     ) -> "BaseWeights":
-        """Build a patch from its `state`."""
+        """Return the base with the given `state`."""
         parts: dict[str, dict[str, Tensor]] = {"values": {}, "a": {}, "b": {}}
         for key, tensor in state.items():
             name, part = key.rsplit(".", 1)

@@ -1,4 +1,4 @@
-"""The pretrained transformer W_0, resident in a process, and its named parts."""
+"""The backbone: a pretrained transformer W_0, resident in a process."""
 
 import hashlib
 import os
@@ -18,20 +18,20 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Backbone:
-    """One frozen pretrained model with its head, and the matrices adapters act on.
+    """A frozen pretrained model with its head and target matrices.
 
     Attributes
     ----------
     model : transformers.PreTrainedModel
         A sequence classifier; all of its parameters are frozen.
     tokenizer : transformers.PreTrainedTokenizerFast
-        Its tokeniser.
+        The model's tokeniser.
     targets : dict[str, nn.Linear]
         The target matrices by module name, in the model's order.
     head : dict[str, nn.Parameter]
-        The task's own output layers, and what else the checkpoint does not hold.
+        The task's output layers, and any other weights missing from the checkpoint.
     size, head_size : int
-        Number of weights, head included; number of the head's.
+        Number of weights, including the head's; number of the head's weights.
     """
 
     model: Any
@@ -47,7 +47,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that holds the weights."""
         return next(self.model.parameters()).device
 
     @property
@@ -57,9 +57,9 @@ class Backbone:
 
     @cached_property
     def digest(self) -> str:
-        """BLAKE2b of W_0 without the head, as loaded; 32 hex digits.
+        """BLAKE2b digest of W_0 without the head, as loaded; 32 hex digits.
 
-        It must be asked for while no adapter is attached.
+        No adapter may be attached when it is first read.
         """
         digest = hashlib.blake2b(digest_size=16)
         for name, parameter in self.model.named_parameters():
@@ -72,12 +72,12 @@ class Backbone:
 
 @cache
 def digest_of(config: ModelConfig) -> str:
-    """Digest W_0 before the number of classes, and so the head, is known."""
+    """Return W_0's digest, for use before the number of classes is known."""
     return load_backbone(config, num_labels=1, seed=0).digest
 
 
 def best_device() -> torch.device:
-    """Choose CUDA, then Apple's MPS, then the CPU."""
+    """Return the first available device out of CUDA, Apple's MPS and the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -128,22 +128,22 @@ def load_backbone(
     Parameters
     ----------
     config : ModelConfig
-        Which model.
+        The model's name, revision and dtype.
     num_labels : int
         Number of classes.
     seed : int
-        Seeds the weights that the checkpoint does not hold, which are the head.
+        Seed of the weights missing from the checkpoint, which are the head's.
     targets : str
-        `all-linear`, or ends of module names with commas.
+        `all-linear`, or comma-separated endings of module names.
     tokenizer : transformers.PreTrainedTokenizerFast or None
-        Its tokeniser, None to load it as well.
+        The model's tokeniser; None to load it too.
 
     Raises
     ------
     ConfigError
         If there is no such model, or it has no such target matrices.
     """
-    # Here and not above: it takes seconds, and a node may not get this far.
+    # Imported here, since it takes seconds and a node may not get this far.
     from transformers import AutoModelForSequenceClassification
 
     if tokenizer is None:
@@ -163,7 +163,7 @@ def load_backbone(
         raise _not_found(config, error) from None
     model.requires_grad_(False)
     model.to(best_device())
-    # The key of a size mismatch is (name, shape found, shape wanted).
+    # The key of a size mismatch is (name, found shape, expected shape).
     fresh = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
     body = f"{model.base_model_prefix}."
     head = {
@@ -178,7 +178,7 @@ def load_backbone(
 
 
 def _quiet_transformers() -> None:
-    """Silence reports and bars, which would hide the run's lines: a head is fresh."""
+    """Silence transformers, whose report on a fresh head would hide the run's log."""
     from transformers import logging
 
     logging.set_verbosity_error()
@@ -201,7 +201,7 @@ def _not_found(config: ModelConfig, error: Exception) -> ConfigError:
 
 
 def locate(name: str) -> str:
-    """Turn `model.name` into what transformers loads: a folder, or a Hub id."""
+    """Return the folder or Hub id from which transformers loads `model.name`."""
     if name == "embedded":
         try:
             import slora_embedded
@@ -218,10 +218,10 @@ def locate(name: str) -> str:
 
 
 def block_modules(model: Any) -> dict[str, nn.Module]:
-    """List all modules inside the transformer blocks by their names in the model.
+    """Return all modules inside the transformer blocks by their names in the model.
 
-    Blocks are what the body keeps in a `ModuleList`, which leaves out poolers,
-    projections of embeddings and the head.
+    Blocks are the members of the body's `ModuleList`s. Poolers, projections of
+    embeddings and the head are not among them.
     """
     body = model.base_model
     lists = [n for n, m in body.named_modules() if isinstance(m, nn.ModuleList)]
@@ -233,12 +233,12 @@ def block_modules(model: Any) -> dict[str, nn.Module]:
 
 
 def find_targets(model: Any, targets: str = "all-linear") -> dict[str, nn.Linear]:
-    """Find the target matrices: linear layers inside the transformer blocks.
+    """Return the target matrices: linear layers inside the transformer blocks.
 
     Raises
     ------
     ConfigError
-        If no linear layer of the blocks has such a name.
+        If an ending matches no linear layer of the blocks.
     """
     linear = {
         name: module

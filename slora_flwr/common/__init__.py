@@ -1,1 +1,1 @@
-"""Tensors, random streams, SVDs, files and texts, which know nothing of a run."""
+"""Helpers that know nothing of runs: tensors, random streams, SVDs, files, text."""

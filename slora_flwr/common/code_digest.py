@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """BLAKE2b of this package's source files, 32 hex digits."""
+    """Return the BLAKE2b digest of this package's source files, 32 hex digits."""
     digest = blake2b(digest_size=16)
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode())

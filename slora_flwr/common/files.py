@@ -1,4 +1,4 @@
-"""Where files outlive a process: `$SLORA_HOME`, by default `~/.slora`."""
+"""Private, atomically written files below `$SLORA_HOME` (default `~/.slora`)."""
 
 import os
 from logging import WARNING
@@ -7,26 +7,26 @@ from uuid import uuid4
 
 from flwr.common.logger import log
 
-# Ends the names of files that are not whole yet.
+# Suffix of files that are not complete yet.
 PART = ".part"
 
 
 def home() -> Path:
-    """Give the folder for runs and caches; it may not exist yet."""
+    """Return the folder for runs and caches; it may not exist yet."""
     return Path(os.environ.get("SLORA_HOME") or "~/.slora").expanduser().absolute()
 
 
 def cache_folder() -> Path:
-    """Give the folder for what can be made again, and make it."""
+    """Return the folder for reproducible files, and create it if missing."""
     folder = home() / "cache"
     make_folder(folder)
     return folder
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder that only this user can open, and so those missing above it.
+    """Create a folder and its missing parents, accessible only to this user.
 
-    One that is there already is left as it is.
+    Existing folders keep their modes.
     """
     if not path.is_dir():
         make_folder(path.parent)
@@ -34,44 +34,44 @@ def make_folder(path: Path) -> None:
 
 
 def make_private(folder: Path) -> None:
-    """Let only this user open a folder and what other libraries wrote to it."""
+    """Restrict a folder and all files in it to this user."""
     try:
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o700 if path.is_dir() else 0o600)
     except OSError as error:
-        # Some file systems have no modes; what was written is whole all the same.
+        # Some file systems have no modes; the files are complete nevertheless.
         log(WARNING, "%s may be open to others (%s)", folder, error)
 
 
 def write_atomically(path: Path, data: bytes, *, durably: bool = False) -> None:
-    """Write a file so that a reader, or a crash, sees all of it or nothing.
+    """Write a file so that readers, and a crash, find all of it or nothing.
 
     Parameters
     ----------
     path : Path
         The file.
     data : bytes
-        All that it is to hold.
+        Its content.
     durably : bool
-        Return once it is on the disk, where a crash of the machine does not reach it.
+        Wait until the file is on the disk and survives a crash of the machine.
     """
     part = path.with_name(f"{path.name}.{uuid4().hex}{PART}")
     try:
-        part.touch(mode=0o600)  # what comes of private text is private
+        part.touch(mode=0o600)  # content derived from private text is private
         part.write_bytes(data)
         if durably:
             sync(part)
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)  # a full disk needs the room
+        part.unlink(missing_ok=True)  # the disk may be full
     if durably:
         sync(path.parent)
 
 
 def append(path: Path, text: str) -> None:
-    """Append all of a text to a file or, if that fails, nothing.
+    """Append a text to a file: all of it or, if that fails, nothing.
 
-    A file that is not there is made, for this user alone.
+    A missing file is created, accessible only to this user.
     """
     data = text.encode()
     with open(path, "ab", buffering=0, opener=_private) as file:
@@ -98,5 +98,5 @@ def sync(path: Path) -> None:
 
 
 def residuals_folder(lineage: int) -> Path:
-    """Give the folder of a run's residuals on this machine; it may not exist."""
+    """Return the folder of a run's residuals on this machine; it may not exist."""
     return cache_folder() / f"residuals-{lineage:d}"

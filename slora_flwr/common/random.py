@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 
 def key(*parts: object) -> int:
-    """Hash parts to a 128-bit key for `numpy.random.Philox`.
+    """Return a 128-bit key for `numpy.random.Philox`, hashed from the parts.
 
-    The parts are told apart: `key("a", "b")` is not `key("ab")`.
+    Boundaries between parts count: `key("a", "b")` is not `key("ab")`.
     """
     joined = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
     return int.from_bytes(hashlib.blake2b(joined.encode(), digest_size=16).digest())
@@ -32,9 +32,9 @@ def draw_distinct(stream: np.random.Philox, count: int, size: int) -> NDArray[np
     Parameters
     ----------
     stream : numpy.random.Philox
-        The bit generator; how many words of it are read is left open.
+        The bit generator. The number of words read from it is unspecified.
     count, size : int
-        How many numbers, out of how many; `count <= size`.
+        Number of draws, and of values to draw from; `count <= size`.
 
     Returns
     -------
@@ -44,8 +44,8 @@ def draw_distinct(stream: np.random.Philox, count: int, size: int) -> NDArray[np
     if 2 * count > size:
         left_out = draw_distinct(stream, size - count, size)
         return np.delete(np.arange(size, dtype=np.int64), left_out)
-    # A 64-bit word modulo size is uniform once the words above the last whole multiple
-    # of size are refused.
+    # A 64-bit word modulo size is uniform if words above the last whole multiple of
+    # size are rejected.
     limit = np.uint64((2**64 // size) * size - 1)
     drawn = np.empty(0, dtype=np.int64)
     while True:
@@ -60,7 +60,10 @@ def draw_distinct(stream: np.random.Philox, count: int, size: int) -> NDArray[np
 def sample_cohort(
     clients: list[int], count: int, seed: int, server_round: int
 ) -> list[int]:
-    """Draw a round's cohort without replacement by (seed, round) alone, ascending."""
+    """Draw a round's cohort without replacement, a function of (seed, round) only.
+
+    The result is in ascending order.
+    """
     if not clients:
         return []
     stream = np.random.Philox(key=key("cohort", seed, server_round))

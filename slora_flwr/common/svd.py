@@ -1,4 +1,4 @@
-"""Truncated singular value decompositions of sparse and of factored matrices."""
+"""Truncated singular value decompositions of sparse and factored matrices."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Up to this smaller side LAPACK is quick, and ARPACK may not ask for all ranks.
+# If the smaller side is at most this, LAPACK is fast; ARPACK cannot compute all ranks.
 DENSE_SIDE = 128
 
 
@@ -29,7 +29,7 @@ def truncated_svd(
     shape: tuple[int, int],
     rank: int,
 ) -> TruncatedSvd:
-    """Factor a sparse matrix by Lanczos (ARPACK), small ones densely.
+    """Factor a sparse matrix by Lanczos (ARPACK), or densely if it is small.
 
     Parameters
     ----------
@@ -52,8 +52,8 @@ def truncated_svd(
         raise ValueError(f"rank is {rank}; allowed: up to {side} for shape {shape}")
     values = values.astype(np.float64)
     total = float(values @ values)
-    # Lines without an entry do not matter: of a mask of whole rows or columns a thin
-    # dense matrix is left, whose SVD is exact and quick.
+    # Empty rows and columns do not matter. A mask of whole rows or columns leaves a
+    # thin dense matrix, whose SVD is exact and fast.
     rows, at_row = np.unique(positions // shape[1], return_inverse=True)
     columns, at_column = np.unique(positions % shape[1], return_inverse=True)
     thin = (len(rows), len(columns))
@@ -72,8 +72,8 @@ def truncated_svd(
 def truncated_product(left: Tensor, right: Tensor, rank: int) -> TruncatedSvd:
     """Factor a product of thin matrices without forming it.
 
-    With left = Q_1 R_1 and rightᵀ = Q_2 R_2 the SVD of the small R_1 R_2ᵀ is that of
-    left · right, turned by Q_1 and Q_2.
+    With left = Q_1 R_1 and rightᵀ = Q_2 R_2, the SVD of left · right is that of the
+    small R_1 R_2ᵀ, rotated by Q_1 and Q_2.
 
     Parameters
     ----------
@@ -98,11 +98,11 @@ def _finish(
     vt: NDArray[np.float64],
     total: float,
 ) -> TruncatedSvd:
-    """Cut the singular values to the vectors' number, and settle signs and energy."""
+    """Truncate the singular values, fix the signs and compute the energy."""
     rank = len(vt)
     s = np.concatenate([s[:rank], np.zeros(max(0, rank - len(s)))])
-    # The sign of a singular pair is free: the largest entry of each row of vt is
-    # made positive, so that two solvers agree.
+    # The sign of a singular pair is arbitrary. Make the largest entry of each row of vt
+    # positive, so that two solvers agree.
     signs = np.sign(vt[np.arange(rank), np.abs(vt).argmax(axis=1)])
     signs[signs == 0] = 1.0
     energy = float(s @ s) / total if total else 0.0
@@ -120,7 +120,7 @@ def _lanczos(
     from scipy.sparse.linalg import svds
 
     matrix = sparse.csr_array((values, (rows, columns)), shape=shape)
-    # A fixed start makes the factors repeatable; its direction does not matter.
+    # A fixed start makes the factors reproducible; its direction does not matter.
     start = np.random.Philox(key=rank).random_raw(min(shape)).astype(np.float64)
     u, s, vt = svds(matrix, k=rank, v0=start / 2.0**63 - 1.0)
     return u[:, ::-1], s[::-1], vt[::-1]
@@ -129,7 +129,10 @@ def _lanczos(
 def _spread(
     vectors: NDArray[np.float64], lines: NDArray[np.int64], size: int, count: int
 ) -> NDArray[np.float64]:
-    """Write orthonormal columns at some lines; fill up with others orthogonal to them.
+    """Extend orthonormal columns to `size` rows and `count` orthonormal columns.
+
+    Row i of `vectors` becomes row `lines[i]` of the result. Added columns are
+    orthogonal to the given ones.
 
     Returns
     -------

@@ -219,7 +219,7 @@ class SparseConfig(PhaseRecipeConfig):
     `rounds` is also the length of `head-lora`'s first phase; 0 ends a sparse phase when
     it stops gaining, see `slora_flwr.config.schedule.has_stopped_gaining`. `budget`
     deals the masks' entries to the matrices, see
-    `slora_flwr.adapters.masks.deal_densities`.
+    `slora_flwr.adapters.masks.allocate_densities`.
     `schedule` is `fixed`, or `per-round` for a mask drawn anew in each round.
     """
 

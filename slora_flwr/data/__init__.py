@@ -1,1 +1,1 @@
-"""Texts, who owns them, and the token arrays made of them."""
+"""Texts, their partition among clients, and the token arrays made of them."""

@@ -1,4 +1,4 @@
-"""Token arrays and labels, and how they become batches."""
+"""Tokenised examples with labels, and their batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Batches are cut from windows of this many batches sorted by length: nearly as little
-# padding as a full sort, and the batches still differ from epoch to epoch.
+# Batches are cut from windows of this many batches, each sorted by length. That needs
+# little more padding than a full sort, and batches still differ between epochs.
 WINDOW = 8
 
 
@@ -22,7 +22,7 @@ class Examples:
     tokens : NDArray[np.int32]
         All texts' tokens in one array.
     offsets : NDArray[np.int64]
-        Text i is `tokens[offsets[i]:offsets[i + 1]]`; one entry more than texts.
+        Text i is `tokens[offsets[i]:offsets[i + 1]]`; shape (texts + 1,).
     labels : NDArray[np.int64]
         Class ids.
     pad : int
@@ -39,18 +39,18 @@ class Examples:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Number of tokens of each text."""
+        """Number of tokens in each text."""
         return np.diff(self.offsets)
 
     def select(self, rows: NDArray[np.int64]) -> "Examples":
-        """Copy some rows, in the order given."""
+        """Return a copy of some rows, in the order given."""
         pieces = [self.tokens[self.offsets[r] : self.offsets[r + 1]] for r in rows]
         tokens = np.concatenate([*pieces, np.empty(0, dtype=np.int32)])
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])
         return Examples(tokens.astype(np.int32), offsets, self.labels[rows], self.pad)
 
     def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        """Pad rows to their longest.
+        """Return a batch of rows, padded to the longest.
 
         Returns
         -------
@@ -71,7 +71,7 @@ class Examples:
     def shuffled(
         self, batch_size: int, stream: np.random.Philox
     ) -> Iterator[NDArray[np.int64]]:
-        """Cut one epoch into batches of rows of similar length, in random order."""
+        """Yield one epoch's batches of rows of similar length, in random order."""
         order = np.argsort(stream.random_raw(len(self)), kind="stable")
         lengths = self.lengths
         batches = []
@@ -85,7 +85,7 @@ class Examples:
             yield batches[turn]
 
     def in_order_of_length(self, batch_size: int) -> Iterator[NDArray[np.int64]]:
-        """Cut all rows into batches with the least padding, for evaluation."""
+        """Yield batches of all rows with the least padding, for evaluation."""
         order = np.argsort(self.lengths, kind="stable")
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]

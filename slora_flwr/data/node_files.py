@@ -1,17 +1,17 @@
-"""A node's own data: files that its operator names and that never leave it.
+"""A node's own data: files that its operator names and that never leave the node.
 
 The node's config (`flower-supernode --node-config`) says where they are:
 
 ================ ==============================================================
 ``data-path``    a csv, jsonl or parquet file, or a folder of such files
-``data-text``    column of the text, several with commas; else `data.text`
-``data-label``   column of the label; else `data.label`
-``name``         what the server calls the node
-``partition-id`` number of the node's client; else the server numbers the nodes
+``data-text``    text column, or several, comma-separated; default `data.text`
+``data-label``   label column; default `data.label`
+``name``         the node's name in the server's output
+``partition-id`` id of the node's client; by default the server numbers nodes
 ================ ==============================================================
 
-A row that cannot be used is skipped and counted. A file that cannot be read or a
-missing column is an error.
+Unusable rows are skipped and counted. An unreadable file or a missing column is an
+error.
 """
 
 import csv
@@ -27,22 +27,25 @@ from slora_flwr.config import OWN_DATA, ConfigError, DataConfig
 from slora_flwr.data.texts import Texts, at_most
 
 BROKEN, NO_TEXT, NO_LABEL = "broken", "no text", "no label"
-# Yields a file's rows by column, None for a broken one; gives the columns it has.
+# Yields a file's rows by column, None for a broken row; returns the file's columns.
 Rows = Generator[dict[str, Any] | None, None, list[str]]
 
-# A column with more values, or longer ones, is not one of labels but of texts.
+# A column with more distinct values, or longer ones, holds texts rather than labels.
 MOST_LABELS, LONGEST_LABEL = 1000, 200
 
-csv.field_size_limit(2**30)  # whole documents are longer than the module's default
+csv.field_size_limit(2**30)  # whole documents exceed the module's default
 
 
 class OwnDataError(ConfigError):
-    """Data that a node cannot use; the message is for the node's operator."""
+    """A node cannot use its data; the message is for the node's operator."""
 
 
 @dataclass(frozen=True)
 class OwnData:
-    """Where a node's own data is; `text` may name several columns with commas."""
+    """The location of a node's own data.
+
+    `text` may name several columns, separated by commas.
+    """
 
     path: str
     text: str
@@ -50,7 +53,7 @@ class OwnData:
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any], config: DataConfig) -> "OwnData":
-        """Read it from a node's config, and what that leaves open from the run's.
+        """Return the location from a node's config, with defaults from the run's.
 
         Raises
         ------
@@ -59,7 +62,7 @@ class OwnData:
         """
         path = str(node_config.get("data-path", ""))
         if not path and config.train and "num-partitions" in node_config:
-            # A simulated node has no config of its own, only a number.
+            # A simulated node's config has only a partition id.
             path = config.train.replace("{}", str(node_config.get("partition-id")))
         if not path:
             raise OwnDataError(
@@ -77,7 +80,8 @@ class OwnData:
         Returns
         -------
         tuple
-            The usable rows in the files' order, and the number of others by reason.
+            The usable rows in the files' order, and the number of skipped ones by
+            reason.
 
         Raises
         ------
@@ -89,7 +93,7 @@ class OwnData:
         except OwnDataError:
             raise
         except Exception as error:
-            # Of whatever kind: all of them may quote the data.
+            # Any exception, since its message may quote the data.
             raise OwnDataError(f"data of {self} cannot be read: {error!r}") from error
 
     def _load(self) -> tuple[Texts, dict[str, int]]:
@@ -116,21 +120,22 @@ class OwnData:
         return Texts(texts, labels), dict(skipped)
 
     def labels(self, texts: Texts) -> dict[str, int]:
-        """Count the rows of each label, for the server.
+        """Return the number of rows with each label, for the server.
 
         Raises
         ------
         OwnDataError
-            If the column is rather one of texts, which must not leave the node.
+            If the column seems to hold texts, which must not leave the node.
         """
         found = Counter(texts.labels)
         named = [name.strip() for name in self.text.split(",")]
         longest = max(map(len, found), default=0)
         if self.label in named or len(found) > MOST_LABELS or longest > LONGEST_LABEL:
             raise OwnDataError(
-                f"column {self.label!r} with {len(found)} different values of up to "
-                f"{longest} characters is not one of labels; allowed: another than the "
-                f"text's, {MOST_LABELS} values, {LONGEST_LABEL} characters"
+                f"column {self.label!r} does not look like labels: it has {len(found)} "
+                f"different values of up to {longest} characters; allowed: a column "
+                f"other than the text's, with up to {MOST_LABELS} values of up to "
+                f"{LONGEST_LABEL} characters"
             )
         return dict(sorted(found.items()))
 
@@ -141,8 +146,8 @@ class OwnData:
             found = sorted(p for p in path.iterdir() if p.suffix in _READERS)
         if not found or any(p.suffix not in _READERS for p in found):
             raise OwnDataError(
-                f"data-path is {self.path!r}; allowed: a file that is there and ends "
-                f"in {', '.join(_READERS)}, or a folder that holds some"
+                f"data-path is {self.path!r}; allowed: an existing file that ends in "
+                f"{', '.join(_READERS)}, or a folder that holds some"
             )
         return found
 
@@ -176,7 +181,7 @@ def _csv(path: Path, columns: list[str]) -> Rows:
                     ) from error
                 yield None
                 continue
-            # A key None holds fields too many, a value None stands for one too few.
+            # A key None holds surplus fields; a value None stands for a missing one.
             whole = None not in row and None not in row.values()
             yield row if whole else None
 
@@ -200,12 +205,12 @@ def _jsonl(path: Path, columns: list[str]) -> Rows:
 
 
 def _parquet(path: Path, columns: list[str]) -> Rows:
-    # Here and not above: most nodes need it not, and it takes long to import.
+    # Imported here, since it takes long and most nodes do not need it.
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
         known = list(file.schema_arrow.names)
-        # Another column may hold what Python cannot.
+        # Other columns may hold values that Python cannot represent.
         for batch in file.iter_batches(columns=[n for n in known if n in columns]):
             yield from batch.to_pylist()
         return known
@@ -223,7 +228,7 @@ def _string(value: Any) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Tell text from what stands for bytes that are none, which no tokenizer takes."""
+    """Return whether a text has no surrogates, which stand for undecodable bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -232,12 +237,12 @@ def _is_unicode(text: str) -> bool:
 
 
 def load_test_texts(config: DataConfig) -> Texts:
-    """Load the server's own test file as a node loads its data; empty if there is none.
+    """Return the texts of the server's own test file; empty if it has none.
 
     Raises
     ------
     ConfigError
-        If the file or a column cannot be found, or no row is of use.
+        If the file or a column is missing, or no row is usable.
     """
     if not config.test:
         return Texts([], [])
@@ -248,7 +253,7 @@ def load_test_texts(config: DataConfig) -> Texts:
         raise ConfigError(f"data.test is {config.test!r}: {error}") from error
     told = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
     if not texts.texts:
-        raise ConfigError(f"data.test is {config.test!r}, without a row of use: {told}")
+        raise ConfigError(f"data.test is {config.test!r}, without a usable row: {told}")
     if skipped:
         logging.getLogger(__name__).warning("%s: skipped %s", config.test, told)
     return at_most(config.max_test, texts)

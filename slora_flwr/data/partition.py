@@ -2,18 +2,18 @@
 
 =============== ===========================================================
 ``iid``          equal shares of the shuffled rows
-``dirichlet``    each label is shared out by Dirichlet(alpha) over clients
+``dirichlet``    each label is divided by Dirichlet(alpha) over clients
                  (Yurochkin et al. 2019, https://arxiv.org/abs/1905.12022)
 ``pathological`` each client holds exactly ``clients.classes`` labels
                  (Li et al. 2021, https://arxiv.org/abs/2102.02079)
-``virtual``      clients are drawn from the data on demand, so that there
-                 may be far more clients than rows
+``virtual``      each client's rows are drawn on demand, so that there may
+                 be far more clients than rows
 =============== ===========================================================
 
-The first three are flwr-datasets' own partitioners over shuffled rows; their clients
-are disjoint. All nodes of a federation must make the same partition, and NumPy keeps
-the values of its distributions stable for one release only: run the same NumPy and
-flwr-datasets everywhere.
+The first three use flwr-datasets' partitioners over shuffled rows; their clients are
+disjoint. All nodes of a federation must compute the same partition. NumPy does not
+keep its distributions' values stable across releases, so all nodes need the same
+versions of NumPy and flwr-datasets.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ if TYPE_CHECKING:
 
 Int64Array = npt.NDArray[np.int64]
 
-# Beyond these, NumPy's Dirichlet sampler runs into the ends of a float64; the skew has
-# long been total (one client per label) or nil by then.
+# Beyond these, NumPy's Dirichlet sampler exceeds the range of float64. Within them, the
+# skew already reaches its extremes: one client per label, or none at all.
 MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6
 DIRICHLET_DRAWS = 10
 
 
 class PartitionError(ConfigError):
-    """A partition that cannot be made from this data."""
+    """The data does not allow such a partition."""
 
 
 class Partition(Protocol):
-    """Which rows of the training split each client owns."""
+    """The rows of the training split that each client owns."""
 
     @property
     def moved(self) -> int:
-        """Examples moved between clients to give each its least."""
+        """Number of examples moved between clients to give each the minimum."""
 
     @property
     def sizes(self) -> Int64Array:
-        """Examples per client, shape (clients,)."""
+        """Number of examples of each client, shape (clients,)."""
 
     def indices(self, client: int) -> Int64Array:
-        """Row numbers of the client's examples, sorted."""
+        """Return the sorted row numbers of the client's examples."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint clients, held as one array of rows.
+    """A partition into disjoint clients, held as one array of rows.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class Split:
     offsets : Int64Array
         Client `i` owns ``rows[offsets[i] : offsets[i + 1]]``; shape (clients + 1,).
     moved : int
-        Examples moved between clients to give each `clients.min-examples`.
+        Number of examples moved between clients to give each `clients.min-examples`.
     """
 
     rows: Int64Array
@@ -77,33 +77,33 @@ class Split:
 
     @property
     def sizes(self) -> Int64Array:
-        """Examples per client."""
+        """Number of examples of each client."""
         return np.diff(self.offsets)
 
     def indices(self, client: int) -> Int64Array:
-        """Row numbers of the client's examples, sorted."""
+        """Return the sorted row numbers of the client's examples."""
         _check_client(client, len(self.offsets) - 1)
         return self.rows[self.offsets[client] : self.offsets[client + 1]]
 
 
 class Virtual:
-    r"""Clients that are functions of (seed, client id); nothing is stored for each.
+    r"""A partition whose clients are functions of (seed, client id), without storage.
 
     A client's label mixture is :math:`q \sim Dir(\alpha K p)`, with `p` the label
-    frequencies of the data and `K` the number of labels in it: the mean over clients is
-    the data's own mixture, and on balanced data this is the symmetric Dir(alpha), the
-    skew that `dirichlet` has at the same alpha. (Hsu et al. 2019,
-    https://arxiv.org/abs/1909.06335, write the same as Dir(alpha' p).) Label counts are
-    multinomial in `q`, and a label's rows are drawn without replacement. A client that
-    wants more of a label than the data holds gets each of its rows equally often, give
-    or take one. Clients overlap: they draw from the same rows.
+    frequencies of the data and `K` the number of labels in it. The mean over clients is
+    the data's own mixture. On balanced data this is the symmetric Dir(alpha), the skew
+    of `dirichlet` at the same alpha. (Hsu et al. 2019,
+    https://arxiv.org/abs/1909.06335, write it as Dir(alpha' p).) Label counts are
+    multinomial in `q`, and a label's rows are drawn without replacement. If a client
+    needs more rows of a label than the data holds, each row is repeated equally often,
+    give or take one. Clients overlap: they draw from the same rows.
 
     Parameters
     ----------
     labels : Int64Array
         Label of each training row.
     count, alpha, examples, seed
-        As in `make_partition`.
+        As for `make_partition`.
     """
 
     moved = 0
@@ -115,7 +115,7 @@ class Virtual:
         present = np.flatnonzero(totals)
         self._totals = totals[present]
         self._starts = np.cumsum(self._totals) - self._totals
-        # The narrowest type lets NumPy sort by radix: 10 times faster for long data.
+        # The narrowest type lets NumPy use radix sort: 10 times faster for long data.
         narrow = labels.astype(np.min_scalar_type(len(totals)))
         self._by_label = np.argsort(narrow, kind="stable").astype(np.int64, copy=False)
         self._concentration = alpha * len(present) * self._totals / len(labels)
@@ -124,7 +124,7 @@ class Virtual:
         self.sizes: Int64Array = np.broadcast_to(np.int64(examples), (count,))
 
     def indices(self, client: int) -> Int64Array:
-        """Row numbers of the client's examples, sorted; well under a millisecond."""
+        """Return the sorted row numbers of the client's examples."""
         _check_client(client, len(self.sizes))
         rng = partition_generator(self._seed, f"client {int(client)}")
         counts = rng.multinomial(self._examples, rng.dirichlet(self._concentration))
@@ -150,14 +150,14 @@ def make_partition(
     min_examples: int,
     seed: int,
 ) -> Partition:
-    """Share the training rows out among the clients.
+    """Divide the training rows among the clients.
 
     Parameters
     ----------
     labels : NDArray
         Class id of each training row, shape (rows,).
     num_classes : int
-        Number of classes of the task; not all need occur in `labels`.
+        Number of classes of the task; `labels` may lack some.
     count : int
         Number of clients.
     partitioner : str
@@ -165,14 +165,14 @@ def make_partition(
     alpha : float
         Skew of `dirichlet` and `virtual`: small is skewed, large is even.
     classes : int
-        Labels per client of `pathological`. With fewer clients than labels, some labels
-        may go to nobody.
+        Labels per client of `pathological`. If there are fewer clients than labels,
+        some labels may remain unassigned.
     examples : int
         Examples per client of `virtual`.
     min_examples : int
-        Least number of examples of any client.
+        Minimum number of examples of any client.
     seed : int
-        The partition is a function of the data and this.
+        The partition is a function of the data and this seed.
 
     Returns
     -------
@@ -230,8 +230,8 @@ def make_partition(
             f"{count * min_examples} of {len(labels)} training rows; must be at most "
             f"{len(labels) // count}"
         )
-    # The library cuts a label's rows in their order, so a corpus sorted by date or
-    # source would hand each client one stretch of it.
+    # The library divides a label's rows in their order, so in a corpus sorted by date
+    # or source each client would get one stretch.
     rng = partition_generator(seed, "shuffle")
     order = rng.permutation(len(labels)).astype(np.int64)
     if partitioner == "iid":
@@ -265,9 +265,9 @@ def _pathological(
         )
     from flwr_datasets.partitioner import PathologicalPartitioner
 
-    # The first label goes round the clients, so that with as many clients as labels
-    # none is left out; the others are drawn. With all labels there is nothing to draw,
-    # and the library's rejection sampling would take long.
+    # A client's first label rotates, so that all labels occur if there are as many
+    # clients; the others are drawn. If each client has all labels, nothing is drawn,
+    # since the library's rejection sampling would take long.
     mode = "deterministic" if classes == len(present) else "first-deterministic"
     library = PathologicalPartitioner(
         count,
@@ -280,11 +280,11 @@ def _pathological(
     try:
         parts = _parts(library, labels, count)
     except ValueError as error:
-        # The library names its own arguments; the only thing it refuses by now is a
-        # label with fewer rows than clients that are to hold it.
+        # The library's message names its own arguments. The only case left is a label
+        # with fewer rows than the clients that should hold it.
         raise PartitionError(
             f"clients.classes = {classes}: a label has fewer rows than the clients, of "
-            f"clients.count = {count}, that are to hold it; lower either, or use "
+            f"clients.count = {count}, that should hold it; lower either, or use "
             f'clients.partitioner = "dirichlet" ({error})'
         ) from error
     sizes = [len(part) for part in parts]
@@ -300,20 +300,20 @@ def _pathological(
 def _dirichlet(
     labels: Int64Array, count: int, alpha: float, min_examples: int, seed: int
 ) -> tuple[list[Int64Array], int]:
-    """Draw with the library; top short clients up where drawing again does not help.
+    """Draw with the library; top up short clients if drawing again does not help.
 
-    Drawing until no client is short is the usual practice, but hopeless where alpha is
-    small for the number of clients: at alpha 0.01, 100 clients and 20 equal labels the
+    Drawing until no client is short is the usual practice, but is hopeless if alpha is
+    small for the number of clients. At alpha 0.01, 100 clients and 20 equal labels, the
     mean draw leaves 23 clients empty, and 2,000 draws never fewer than 9. So after
-    `DIRICHLET_DRAWS` draws, or one that is far off, the first is kept, and each short
-    client, by id, is filled with random rows of the client that is largest at that
-    time: from one owner where that suffices, so that the filling is skewed as well.
+    `DIRICHLET_DRAWS` draws, or a first one that is far off, the first draw is kept.
+    Each short client, by id, then gets random rows of the client that is largest at
+    that time: from one owner if that suffices, so that the additions are skewed too.
     """
     from flwr_datasets.partitioner import DirichletPartitioner
 
     def draw(attempt: int) -> list[Int64Array]:
-        # The library's own retries take time quadratic in the clients.
-        # Self-balancing would change what alpha means, and divides by zero once all
+        # The library's own retries take quadratic time in the number of clients. Its
+        # self-balancing would change the meaning of alpha, and divides by zero once all
         # clients with a share of a label are full.
         library = DirichletPartitioner(
             count,
@@ -333,7 +333,7 @@ def _dirichlet(
             return drawn, 0
         if attempt == 0:
             parts = drawn
-            # About one draw in exp(mean number short) has none: too few to find.
+            # One draw in about exp(mean number of short clients) has none: too rare.
             if short > 10:
                 break
     sizes = np.array([len(part) for part in parts])
@@ -341,7 +341,7 @@ def _dirichlet(
     moved = 0
     for client in np.flatnonzero(sizes < min_examples):
         while sizes[client] < min_examples:
-            # count * min_examples fits the data, so the largest has some to spare.
+            # count * min_examples fits the data, so the largest client can spare some.
             largest = sizes.argmax()
             take = min(min_examples - sizes[client], sizes[largest] - min_examples)
             mixed = rng.permutation(parts[largest])
@@ -354,15 +354,15 @@ def _dirichlet(
 
 
 def _parts(library: Partitioner, labels: Int64Array, count: int) -> list[Int64Array]:
-    """Rows of each client, as positions in `labels`."""
+    """Return the rows of each client, as positions in `labels`."""
     import pyarrow as pa
     from datasets import Dataset
 
     class Rows(Dataset):
-        """Hands the library NumPy labels and takes the rows that it selects.
+        """A data set that yields NumPy labels and returns the selected row numbers.
 
-        A plain `Dataset` yields its labels row by row and builds a table per client:
-        minutes for a million rows.
+        A plain `Dataset` yields its labels row by row and builds a table per client,
+        which takes minutes for a million rows.
         """
 
         def __getitem__(self, key: Any) -> Int64Array:

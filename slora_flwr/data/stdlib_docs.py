@@ -1,13 +1,13 @@
 """The embedded data set: the standard library's docstrings, labelled by chapter.
 
-Real English about real subjects that every Python carries: each docstring (of a
-module, class, method or function) is one example, and its label is the chapter of the
+Real English about real subjects that comes with every Python. Each docstring (of a
+module, class, method or function) is one example. Its label is the chapter of the
 library reference (docs.python.org/3/library) that describes its module. Small chapters
-are merged with a neighbour; superseded modules keep the chapter they were listed in
-before. Nothing is imported or downloaded: source files are parsed with `ast`.
+are merged with a neighbour, and superseded modules keep their former chapter. Nothing
+is imported or downloaded: source files are parsed with `ast`.
 
-The texts are those of the running Python, so figures compare between runs on the same
-minor version. A distribution that leaves out parts (often `tkinter`, `idlelib`) has
+The texts are those of the running Python, so results are comparable between runs on the
+same minor version. A distribution that omits modules (often `tkinter`, `idlelib`) has
 fewer examples.
 """
 
@@ -19,8 +19,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-# Chapter -> the modules and packages it describes. Private modules stand with the
-# public one they serve; the REPL stands with the interpreters.
+# Chapter -> the modules and packages it describes. Private modules are listed with the
+# public one they serve, the REPL with the interpreters.
 CHAPTERS: dict[str, str] = {
     # Text Processing, Binary Data, Cryptographic Services, Internationalization
     "text-and-binary": """
@@ -89,7 +89,7 @@ CHAPTERS: dict[str, str] = {
     """,
 }
 
-# Shorter docstrings ("Return the name.") name no subject that a reader could tell.
+# Shorter docstrings ("Return the name.") do not reveal their subject.
 MIN_WORDS = 8
 
 _CHAPTER_OF = {name: c for c, names in CHAPTERS.items() for name in names.split()}
@@ -109,8 +109,8 @@ def load() -> tuple[list[str], list[str]]:
     """
     # A docstring repeated in a second module belongs to the first.
     chapter_of_text: dict[str, str] = {}
-    # Syntax trees are many small objects without cycles: collecting while they are
-    # built only costs time.
+    # Syntax trees are many small objects without cycles: garbage collection while they
+    # are built only costs time.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -141,7 +141,7 @@ def docstrings(path: Path) -> Iterator[str]:
         node = pending.pop()
         if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
             yield text
-        # Definitions occur among statements only; expressions are most of a tree.
+        # Definitions occur only among statements; most of a tree is expressions.
         children = ast.iter_child_nodes(node)
         pending += [c for c in children if not isinstance(c, ast.expr)][::-1]
 

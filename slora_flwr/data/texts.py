@@ -1,4 +1,4 @@
-"""Text classification data: from a name to token arrays, train and test."""
+"""Text classification data: train and test texts, and the tokenised task."""
 
 import hashlib
 import os
@@ -16,14 +16,14 @@ from slora_flwr.common.text import redact, redact_hub_logs
 from slora_flwr.config import ConfigError, DataConfig
 from slora_flwr.data.examples import Examples
 
-# Share of a data set without a test split that becomes one.
+# Share set aside for testing in a data set without a test split.
 TEST_SHARE = 0.2
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A known data set: its Hub id, and its columns and splits."""
+    """A known data set: its Hub id, columns and splits."""
 
     hub: str
     text: str
@@ -47,7 +47,7 @@ class Texts:
     labels: list[str]
 
     def select(self, chosen: NDArray[np.bool_]) -> "Texts":
-        """Keep the rows where `chosen` is true."""
+        """Return the rows where `chosen` is true."""
         rows = np.flatnonzero(chosen)
         return Texts([self.texts[r] for r in rows], [self.labels[r] for r in rows])
 
@@ -59,9 +59,9 @@ class Task:
     Attributes
     ----------
     classes : list[str]
-        Label names, sorted; class id i is the i-th.
+        Label names, sorted; the index is the class id.
     train, test : Examples
-        `train` is what clients share out; `test` is what the server evaluates on.
+        `train` is divided among the clients; the server evaluates on `test`.
     """
 
     classes: list[str]
@@ -70,18 +70,18 @@ class Task:
 
 
 def load_texts(config: DataConfig) -> tuple[Texts, Texts]:
-    """Load train and test texts, as the server and every client see them.
+    """Load train and test texts, the same on the server and on every node.
 
     Parameters
     ----------
     config : DataConfig
-        With `validation` above 0 that share of the training data stands in for the
-        test data, and clients never see it.
+        The data. If `validation` is above 0, that share of the training data replaces
+        the test data, and clients never see it.
 
     Raises
     ------
     ConfigError
-        If the data or a column cannot be found; it names the key and what there is.
+        If the data or a column cannot be found.
     """
     if config.name == "stdlib-docs":
         from slora_flwr.data import stdlib_docs
@@ -102,7 +102,7 @@ def load_texts(config: DataConfig) -> tuple[Texts, Texts]:
 
 
 def at_most(count: int, texts: Texts) -> Texts:
-    """Choose so many texts by a hash; all if `count` is 0."""
+    """Return `count` texts chosen by a hash; all if `count` is 0."""
     if not 0 < count < len(texts.texts):
         return texts
     order = np.argsort([_hash("max-test", text) for text in texts.texts])
@@ -114,25 +114,25 @@ def at_most(count: int, texts: Texts) -> Texts:
 def make_task(
     config: DataConfig, tokenizer: Any, texts: tuple[Texts, Texts], classes: list[str]
 ) -> Task:
-    """Tokenise, and number the labels."""
+    """Return the task: tokenised texts with numbered labels."""
     train, test = texts
     encode = partial(tokenise, config, tokenizer, classes)
     return Task(classes, encode(train), encode(test))
 
 
 def list_classes(texts: tuple[Texts, Texts]) -> list[str]:
-    """List the label names, sorted."""
+    """Return the sorted label names."""
     return sorted({*texts[0].labels, *texts[1].labels})
 
 
 def tokenise(
     config: DataConfig, tokenizer: Any, classes: list[str], texts: Texts
 ) -> Examples:
-    """Tokenise once per machine: later processes read the arrays from the cache."""
-    # Here and not above: a node that fails early needs neither.
+    """Tokenise once per machine; later processes read the arrays from the cache."""
+    # Imported here, since a node that fails early needs neither.
     from safetensors.numpy import load_file, save
 
-    # That of an earlier call would be part of what the tokenizer says of itself.
+    # An earlier call's truncation would be part of the tokeniser's description.
     tokenizer.backend_tokenizer.no_truncation()
     described = tokenizer.backend_tokenizer.to_str()
     digest = hashlib.blake2b(digest_size=16)
@@ -164,7 +164,7 @@ def tokenise(
 
 
 def _split(texts: Texts, share: float, purpose: str) -> tuple[Texts, Texts]:
-    """Set a share aside by a hash of each text, so the same one every time."""
+    """Split off a share by a hash of each text, the same texts every time."""
     drawn = np.array([_hash(purpose, t) for t in texts.texts], dtype=np.float64)
     aside = drawn < share * 2.0**64
     return texts.select(~aside), texts.select(aside)
@@ -187,7 +187,7 @@ def _load(config: DataConfig) -> tuple[Texts, Texts]:
 
 
 def _find(config: DataConfig, preset: Preset) -> Callable[[str], Any]:
-    """Decide where the data comes from: files, a folder of them, or the Hub."""
+    """Return the function that loads a split: from files, a folder or the Hub."""
     name = Path(config.name).expanduser()
     assets = Path(os.environ.get("SLORA_ASSETS", "")) / "data"
     folder = None
@@ -208,7 +208,7 @@ def _find(config: DataConfig, preset: Preset) -> Callable[[str], Any]:
             if split == config.test:
                 raise ConfigError(
                     f"data.test is {split!r}, and data.name is one file; allowed: a "
-                    "file, or empty for a fifth of the one"
+                    "file, or empty to set aside a fifth of that one"
                 )
             return _read_file(name)
         if folder is not None:
@@ -229,7 +229,7 @@ def _find(config: DataConfig, preset: Preset) -> Callable[[str], Any]:
                 "since a run does not start in your folder), a name below "
                 "$SLORA_ASSETS/data, or a Hub id that can be reached "
                 f"({redact(error)})"
-            ) from None  # a traceback would show what is left out here
+            ) from None  # a traceback would show what is redacted here
 
     return load
 
@@ -245,13 +245,13 @@ def _read_file(path: Path) -> Any:
     import datasets
 
     if path.suffix not in FORMATS:
-        raise ConfigError(f"{path} is not {', '.join(FORMATS)}")
+        raise ConfigError(f"data file is {path}; allowed: {', '.join(FORMATS)}")
     if not path.is_file():
         raise ConfigError(
-            f"data file {path} is not there; allowed: an absolute path (a run does not "
-            "start in your folder), or one inside the folder that data.name names"
+            f"data file {path} does not exist; allowed: an absolute path (a run does "
+            "not start in your folder), or one inside the folder that data.name names"
         )
-    # It keeps a copy, whose texts are nobody else's business.
+    # `datasets` keeps a copy, which must be private too.
     copies = cache_folder() / "datasets"
     make_folder(copies)
     return datasets.load_dataset(

@@ -1,1 +1,1 @@
-"""What drives both ends: the in-process grid, and Ray's workers."""
+"""Engines that execute runs: in this process, or in Flower's simulation on Ray."""

@@ -1,6 +1,7 @@
-"""An in-process grid: the same messages and handlers, without Ray or a SuperLink."""
+"""The inline engine: a grid whose nodes live in this process, without Ray."""
 
 import itertools
+import time
 from collections.abc import Iterable, Mapping
 from logging import ERROR
 
@@ -13,27 +14,42 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from slora_flwr.client import handlers as node
 from slora_flwr.config import Value
+from slora_flwr.server.run import run as run_on
 from slora_flwr.wire.messages import release
 
 
-class InlineGrid(Grid):
-    """Nodes that live in this process and answer a message when its reply is pulled.
+def run_inline(run_config: Mapping[str, Value], nodes: int = 1) -> None:
+    """Run a method in this process.
 
     Parameters
     ----------
     run_config : Mapping[str, Value]
         The run's flat config.
     nodes : int
-        How many nodes; they take turns.
+        Number of nodes.
+    """
+    run_id = time.time_ns()
+    run_on(InlineGrid(run_config, nodes, run_id), run_config, run_id)
+
+
+class InlineGrid(Grid):
+    """Nodes in this process, each answering a message when its reply is pulled.
+
+    Parameters
+    ----------
+    run_config : Mapping[str, Value]
+        The run's flat config.
+    nodes : int
+        Number of nodes.
     run_id : int
-        For contexts and messages.
+        Run id for contexts and messages.
     """
 
     def __init__(
         self, run_config: Mapping[str, Value], nodes: int = 1, run_id: int = 1
     ) -> None:
         self._run = Run.create_empty(run_id)
-        # What Flower's own launcher tells a ServerApp's process; messages carry it.
+        # Flower's launcher sets these in a ServerApp's process; messages carry them.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, 0, 0
         self._ids = itertools.count(1)
         self._sent: dict[str, Message] = {}
@@ -49,12 +65,12 @@ class InlineGrid(Grid):
         }
 
     def set_run(self, run: Run) -> None:
-        """Set the run."""
+        """Set the run's metadata."""
         self._run = run
 
     @property
     def run(self) -> Run:
-        """The run."""
+        """The run's metadata."""
         return self._run
 
     def create_message(
@@ -65,15 +81,15 @@ class InlineGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Write a message."""
+        """Return a message with the given content."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """List the nodes."""
+        """Return the ids of all nodes."""
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Keep messages until their replies are asked for."""
+        """Store messages until their replies are pulled, and return their ids."""
         ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(next(self._ids))
@@ -82,25 +98,25 @@ class InlineGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Let the nodes answer the messages that they have not answered yet."""
+        """Yield the replies to the given messages that are not answered yet."""
         sent = [self._sent.pop(i) for i in message_ids if i in self._sent]
-        # One at a time, so that no more than one reply is in memory.
+        # Lazily, so that only one reply is in memory at a time.
         return map(self._answer, sent)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push, then pull."""
+        """Push messages, then pull their replies."""
         return self.pull_messages(self.push_messages(messages))
 
     def _answer(self, message: Message) -> Message:
-        # Through bytes and back, so that nothing is shared that the wire would not.
+        # Serialised and parsed, so that node and server share no objects.
         message = message_from_proto(message_to_proto(message))
         context = self._contexts[message.metadata.dst_node_id]
         handler = node.HANDLERS[message.metadata.message_type]
         try:
             reply = handler(message, context)
-        except Exception as error:  # as Flower does: a node's failure is a reply
+        except Exception as error:  # as in Flower, a node's failure is a reply
             log(ERROR, "node %d failed", context.node_id, exc_info=error)
             reply = Message(
                 Error(0, f"{type(error).__name__}: {error}"), reply_to=message

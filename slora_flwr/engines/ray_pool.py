@@ -1,9 +1,9 @@
-"""The workers of Flower's simulation on Ray, so that a run outlives the loss of some.
+"""The pool of Ray workers in Flower's simulation, which replaces lost workers.
 
-Flower answers the message of a worker that died with an error, and puts the dead worker
-back on top of the idle ones, where it fails every later message. Here another worker
-takes the message, and a new one the place of the dead. That gives the same reply, since
-training is a function of what a message holds.
+If a worker dies, Flower answers its message with an error and returns the dead worker
+to the idle ones, where it fails every later message. This pool sends the message to
+another worker and starts a new one. The reply is the same, since training depends only
+on the message.
 """
 
 import threading
@@ -20,15 +20,15 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
 from slora_flwr.common.code_digest import code_digest
 
-# How often one message may lose its worker, and one worker die before it is ready. A
-# client that ends each process it trains in would else use them up for ever.
+# How often one message may lose its worker, and one worker die before it is ready.
+# Without a limit, a client that kills every process it trains in would never end.
 TRIES = 3
-# How long a message waits while there is no worker at all, busy ones included. The run
-# cannot end before that.
+# How long a message waits while there is no worker at all, idle or busy. The run cannot
+# end before that.
 PATIENCE_SECONDS = 300.0
 POLL_SECONDS = 0.1
 
-# An actor is also lost with the memory of its machine, and a result with its machine.
+# An actor is also lost if its machine runs out of memory, a result with its machine.
 LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
 
 _PARTS = {
@@ -45,33 +45,33 @@ _PARTS = {
 
 
 class LastingPool(BasicActorPool):
-    """Flower's pool of Ray actors, with others in place of those that are lost."""
+    """Flower's pool of Ray actors, which replaces lost actors."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._lock = threading.Lock()  # of `pool`, `num_actors` and the next
-        # Actors that are not known to live, and how many were lost in each's place, by
-        # the reference to their code's digest. That may take long: until a machine is
-        # back that has room for the actor.
+        self._lock = threading.Lock()  # guards `pool`, `num_actors` and `_starting`
+        # Actors not known to be alive, with the number lost before each, by the
+        # reference to their code's digest. The digest may take long to arrive: until a
+        # machine with room for the actor is back.
         self._starting: dict[Any, tuple[Any, int]] = {}
         self._unfit: list[Any] = []
         self._jobs: dict[Any, tuple[Any, Any]] = {}
 
     def add_actors_to_pool(self, num_actors: int) -> None:
-        """Start actors, which join the idle ones when they are ready."""
+        """Start actors, which become idle when they are ready."""
         with self._lock:
             self.num_actors += num_actors
             for _ in range(num_actors):
                 self._await(self.create_actor_fn())
 
     def terminate_all_actors(self) -> None:
-        """End the idle actors, the unfit, and those that wait for a machine."""
+        """Kill the idle actors, the unfit ones, and those that wait for a machine."""
         super().terminate_all_actors()
         for actor in [*self._unfit, *(actor for actor, _ in self._starting.values())]:
             ray.kill(actor)
 
     def submit(self, actor_fn: Any, job: Any) -> Any:
-        """Give a job to an idle actor, or to the first that becomes idle."""
+        """Submit a job to an idle actor, or to the first that becomes idle."""
         actor = self._take()
         future = actor_fn(actor, *job)
         self._future_to_actor[future] = actor
@@ -79,23 +79,23 @@ class LastingPool(BasicActorPool):
         return future
 
     def add_actor_back_to_pool(self, future: Any) -> None:
-        """Let a job's actor be idle; a job that lost its last has none."""
+        """Return a job's actor to the idle ones, unless the job lost its last."""
         actor = self._future_to_actor.pop(future, None)
         if actor is not None:
             with self._lock:
                 self.pool.append(actor)
 
     def fetch_result_and_return_actor_to_pool(self, future: Any) -> Any:
-        """Wait for a job's result; run it again where its actor is lost.
+        """Wait for a job's result, and run the job again if its actor is lost.
 
         Raises
         ------
         RayError
             If the job lost `TRIES` actors.
         TimeoutError
-            If no actor was there to run it again.
+            If no actor became available to run it again.
         Exception
-            What the ClientApp raised.
+            Any exception of the ClientApp.
         """
         actor_fn, job = self._jobs.pop(future)
         running = future
@@ -114,28 +114,28 @@ class LastingPool(BasicActorPool):
                 self._replace(self._future_to_actor.pop(future))
                 if tries == TRIES:
                     raise
-            # By the first reference, since that is the one Flower knows.
+            # Keyed by the first reference, the one that Flower knows.
             self._future_to_actor[future] = actor = self._take()
             running = actor_fn(actor, *job)
         self.add_actor_back_to_pool(future)
         return message, context
 
     def _take(self) -> Any:
-        """Wait for an idle actor."""
+        """Wait for an idle actor and return it."""
         given_up = time.monotonic() + PATIENCE_SECONDS
         while True:
             with self._lock:
                 self._welcome()
                 if self.pool:
                     return self.pool.pop()
-            if self._future_to_actor:  # a busy one becomes idle sooner or later
+            if self._future_to_actor:  # a busy actor becomes idle sooner or later
                 given_up = time.monotonic() + PATIENCE_SECONDS
             if not self.num_actors or time.monotonic() > given_up:
                 raise TimeoutError("there is no Ray worker for this message")
             time.sleep(POLL_SECONDS)
 
     def _welcome(self) -> None:
-        """Let the actors that have become ready join the idle ones."""
+        """Add the actors that have become ready to the idle ones."""
         waiting = list(self._starting)
         ready = (
             ray.wait(waiting, num_returns=len(waiting), timeout=0)[0] if waiting else ()
@@ -152,28 +152,28 @@ class LastingPool(BasicActorPool):
                 else:
                     self.num_actors -= 1
                 continue
-            except Exception as error:  # what its machine's packages make of it
+            except Exception as error:  # its machine may lack the right packages
                 code = str(error)
             if code == code_digest():
                 self.pool.append(actor)
                 continue
             log(
                 WARNING,
-                "A Ray worker has no use: its slora-flwr is %s, the server's %s",
+                "A Ray worker is unusable: its slora-flwr is %s, the server's %s",
                 code,
                 code_digest(),
             )
-            # It keeps its place, or Ray would try the next one there too.
+            # Kept alive, since Ray would start the next one in its place.
             self._unfit.append(actor)
             self.num_actors -= 1
 
     def _replace(self, actor: Any) -> None:
-        """Start another actor in place of a lost one."""
-        ray.kill(actor)  # one that cannot be reached may still hold its resources
+        """Start a new actor in place of a lost one."""
+        ray.kill(actor)  # an unreachable actor may still hold its resources
         with self._lock:
             self._await(self.create_actor_fn(), 1)
-            # The idle ones may have been on the same machine: they join again when they
-            # have answered, lest one job tries several that are dead.
+            # The idle actors may have been on the same machine. They become idle again
+            # once they have answered, so that no job tries several dead ones.
             for idle in self.pool:
                 self._await(idle)
             self.pool.clear()
@@ -187,12 +187,12 @@ def _code(actor: Any) -> str:
 
 
 def install() -> None:
-    """Let Flower's simulation, in this process, use the pool above.
+    """Make Flower's simulation in this process use `LastingPool`.
 
     Raises
     ------
     ImportError
-        If Flower's own pool is not the one that it is written for.
+        If Flower's own pool has changed, so that `LastingPool` does not fit it.
     """
     known = {*vars(BasicActorPool), *BasicActorPool.__init__.__code__.co_names}
     missing = sorted(_PARTS - known)

@@ -1,4 +1,4 @@
-"""What a training step needs in memory, measured by one forward pass."""
+"""The memory that a training step needs, measured by one forward pass."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from slora_flwr.training.loop import precision_of
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a client's training step needs, by what they are for.
+    """Bytes that a client's training step needs, by purpose.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class Memory:
     activations : int
         What a forward pass of one full batch keeps for the backward pass.
     aside : int
-        Copies of W_0's weights that the phase changes, to give them back.
+        Copies of the weights of W_0 that the phase changes, for restoring them.
     """
 
     weights: int
@@ -36,21 +36,21 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.weights + self.trained + self.activations + self.aside
 
 
 def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
-    """Measure what a training step of a phase needs, by one forward pass.
+    """Measure the memory that a training step of a phase needs.
 
     Parameters
     ----------
     phase : Phase
-        One of the schedule's.
+        A phase of the schedule.
     config : RunConfig
         The run.
     backbone : Backbone
-        With W_0 resident and nothing attached, before and after.
+        The backbone with W_0 and nothing attached, both before and after the call.
     """
     adapter = phase.adapter_type.from_config(config)
     resident = {p.untyped_storage().data_ptr() for p in backbone.model.parameters()}
@@ -77,7 +77,7 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
 
 
 def _activation_bytes(backbone: Backbone, recipe: RecipeConfig, length: int) -> int:
-    """Count what a forward pass on a batch keeps, weights apart."""
+    """Return the bytes that a forward pass on a batch keeps, except weights."""
     model = backbone.model.train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}
@@ -92,7 +92,7 @@ def _activation_bytes(backbone: Backbone, recipe: RecipeConfig, length: int) -> 
     ids = torch.ones(size, dtype=torch.long, device=backbone.device)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, precision_of(backbone, recipe.precision):
-        # Held until counted: freed storages would be counted as one another.
+        # Held until counted, since new storages could reuse the address of freed ones.
         kept = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     del kept
     return sum(storages.values())

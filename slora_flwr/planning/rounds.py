@@ -1,4 +1,4 @@
-"""What a run will send, round by round, from its config alone."""
+"""The bytes that a run will send, round by round, predicted from its config."""
 
 import math
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from slora_flwr.wire.codec import Codec
 class PlannedRound:
     """Bytes of one round's tensors if the whole cohort answers, before compression.
 
-    `phase` is the phase's index; `down` and `up` count each client as if it were a node
-    of its own, as the ledger's payload bytes do.
+    `phase` is the index of the phase. Like the ledger's payload bytes, `down` and `up`
+    count each client as if it were a separate node.
     """
 
     number: int
@@ -37,15 +37,15 @@ def plan_rounds(
     Parameters
     ----------
     config : RunConfig
-        The run. An open phase is taken to last as long as it may.
+        The run. An open phase is assumed to last as long as allowed.
     backbone : Backbone
-        Shapes, whatever is attached.
+        The backbone, with any adapter attached.
     clients : list[int]
-        The client population: the seed tells who is drawn in which round, and so who
-        lacks what of a phase's base. With privacy nobody can tell: the seed's cohorts,
-        of the size expected, stand in.
+        The client population. The seed determines each round's cohort, and so what
+        each client lacks of a phase's base. With privacy, cohorts are secret, and the
+        seed's cohorts of the expected size stand in.
     lengths : Sequence[int]
-        Rounds of each phase, where that is known better than from the config.
+        Number of rounds of each phase, if known better than from the config.
     """
     rounds = []
     number = 0
@@ -82,7 +82,7 @@ def plan_rounds(
 def start_size(
     phase: Phase, config: RunConfig, backbone: Backbone, rounds_before: int
 ) -> int:
-    """Return the number of values of the base that a phase starts from, 0 for W_0."""
+    """Return the number of values in the base that a phase starts from, 0 for W_0."""
     shapes, _, _ = phase.adapter_type.base_layout(
         phase, config, backbone, rounds_before
     )
@@ -90,5 +90,5 @@ def start_size(
 
 
 def population(config: RunConfig) -> list[int]:
-    """List the clients; with one for each node, as many as a cohort has."""
+    """Return the client ids; with one client per node, as many as in a cohort."""
     return list(range(config.clients.count or config.clients.per_round))

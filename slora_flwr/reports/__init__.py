@@ -1,1 +1,1 @@
-"""Lines, tables and pages that tell of runs."""
+"""Progress lines, tables and pages about runs."""

@@ -1,4 +1,4 @@
-"""Charts as inline SVG whose text is text."""
+"""Charts as inline SVG, with selectable text."""
 
 import io
 import re
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-# Those of Okabe and Ito that stand out from white, and tell apart in grey with dashes.
+# Colours of Okabe and Ito with contrast to white; dashes distinguish them in grey.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#222222")
 DASHES: tuple[tuple[float, tuple[float, ...]], ...] = (
     (0, ()),
@@ -47,7 +47,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Look:
-    """What tells a line from the others, in grey too."""
+    """The colour, dashes and marker that distinguish a line, also in grey."""
 
     colour: str
     dash: tuple[float, tuple[float, ...]]
@@ -56,7 +56,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Line:
-    """Points to join; `low` and `high` bound a band around them, if given."""
+    """A line through points; `low` and `high`, if given, bound a band around it."""
 
     label: str
     look: Look
@@ -68,18 +68,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing, made when its page is.
+    """A chart, drawn when its page is rendered.
 
     Attributes
     ----------
     caption : str
-        What it shows.
+        What the chart shows.
     told : str
-        The same for those who cannot see it.
+        Text alternative for readers who cannot see the chart.
     draw : Callable
-        Draws on empty axes.
+        Draws the chart on empty axes.
     size : tuple[float, float]
-        In inches, of which only the ratio to the text counts.
+        Size in inches; only its ratio to the text matters.
     """
 
     caption: str
@@ -88,7 +88,7 @@ class Chart:
     size: tuple[float, float] = (4.6, 3.1)
 
     def svg(self, name: str) -> Markup:
-        """Draw an element of an HTML document, in which `name` is the chart's own."""
+        """Return an SVG element for an HTML document in which `name` is unique."""
         buffer = io.StringIO()
         with rc_context(_STYLE):
             figure = Figure(figsize=self.size, layout="constrained")
@@ -99,7 +99,7 @@ class Chart:
 
 
 def looks(names: Iterable[str], kinds: Iterable[str]) -> dict[str, Look]:
-    """Give each name a look; those of one kind share a colour if there are enough."""
+    """Return a look per name; names of one kind share a colour if there are enough."""
     pairs = list(zip(names, kinds, strict=True))
     distinct = list(dict.fromkeys(kind for _, kind in pairs))
     if len(distinct) > len(COLOURS):
@@ -116,7 +116,7 @@ def looks(names: Iterable[str], kinds: Iterable[str]) -> dict[str, Look]:
 
 
 def keys(found: dict[str, Look]) -> list[Chart]:
-    """Draw the key to looks: a sample of each line, its name as the caption."""
+    """Return the key to looks: a sample of each line, with its name as the caption."""
 
     def sample(look: Look) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
@@ -143,26 +143,26 @@ def line_chart(
     boundaries: Sequence[tuple[float, str]] = (),
     level: float | None = None,
 ) -> Chart:
-    """Draw lines with their bands.
+    """Return a chart of lines with their bands.
 
     Parameters
     ----------
     caption : str
-        What it shows.
+        What the chart shows.
     lines : Sequence[Line]
-        In the order of the key.
+        The lines, in the order of the key.
     x, y : str
-        What the axes are.
+        Labels of the axes.
     log : bool
-        Whether x is on a logarithmic scale, where it spans a factor of ten.
+        Use a logarithmic x axis if x spans a factor of ten.
     whole : bool
-        Whether x are whole numbers.
+        True if x are whole numbers.
     ticks : Sequence[str]
-        Names of x = 0, 1, …, where x are no numbers.
+        Names of x = 0, 1, …, if x are not numbers.
     boundaries : Sequence[tuple[float, str]]
-        Upright lines at x, with what begins there.
+        Vertical lines, each at an x and with the name of what begins there.
     level : float or None
-        A dotted line across.
+        Height of a dotted horizontal line.
     """
 
     def draw(axes: Axes) -> None:
@@ -191,7 +191,7 @@ def line_chart(
         top = axes.get_xaxis_transform()
         for at, begins in boundaries:
             axes.axvline(at, color=GREY, linewidth=1)
-            # Above the plot, where no line can cross it.
+            # The label is above the plot, where no line can cross it.
             axes.text(at, 1.02, begins, transform=top, color=GREY, fontsize=9)
 
     ends = (f"{line.label}, from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in lines)
@@ -207,7 +207,7 @@ def bar_chart(
     x: str,
     y: str,
 ) -> Chart:
-    """Draw a histogram."""
+    """Return a histogram."""
 
     def draw(axes: Axes) -> None:
         axes.stairs(counts, edges, fill=True, color=COLOURS[0], alpha=0.75)
@@ -222,7 +222,7 @@ def bar_chart(
 def box_chart(
     caption: str, boxes: Sequence[tuple[str, Sequence[float]]], *, x: str
 ) -> Chart:
-    """Draw minimum, quartiles and maximum of each label, the first one on top."""
+    """Return a chart of each label's minimum, quartiles and maximum, from the top."""
 
     def draw(axes: Axes) -> None:
         heights = range(len(boxes), 0, -1)
@@ -230,7 +230,7 @@ def box_chart(
         for height, (label, (low, first, median, third, high)) in zip(
             heights, boxes, strict=True
         ):
-            # Above its box, where a long one takes no width from the boxes.
+            # The label is above its box, so that it takes no width from the boxes.
             text = axes.text(0.01, height + 0.4, label, transform=beside, va="center")
             text.set_in_layout(False)
             axes.plot([low, high], [height, height], color=COLOURS[0], linewidth=1)
@@ -246,13 +246,13 @@ def box_chart(
 
 
 def _embedded(svg: str, name: str, label: str) -> Markup:
-    """Cut a file down to what a page needs."""
+    """Return an SVG file reduced to what a page needs."""
     view = re.search(r'viewBox="[^"]*"', svg)
     assert view is not None
     body = svg[svg.index("</style>") : svg.rindex("</svg>")]
     body = re.sub(r"</style>\s*</defs>", "", body)
     body = body.replace("xlink:href", "href")
-    # Groups' ids serve nobody; the others are referred to, and must be the page's own.
+    # Groups' ids are unused. The others are references, which must be unique on a page.
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
     body = re.sub(r' (?:d|x|y|width|height|transform)="[^"]*"', _shortened, body)
@@ -269,7 +269,7 @@ def _scale(axes: Axes) -> None:
     axes.set_xscale("log")
     subs = (1, 2, 5) if high < 300 * low else (1,)
     axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    # The usual one writes powers in TeX.
+    # The default formatter writes powers in TeX.
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.12g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
 

@@ -1,4 +1,4 @@
-"""The table that closes a run."""
+"""The table printed at the end of a run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,12 +7,12 @@ from rich.table import Table
 
 
 def closing_table(summary: dict[str, Any]) -> Table:
-    """Lay out a summary: figures of the run, and its bytes beside FFT's and LoRA's.
+    """Return a table of a run's metrics, and of its bytes compared with FFT and LoRA.
 
     Parameters
     ----------
     summary : dict
-        As in summary.json.
+        The content of summary.json.
     """
     figures = "not evaluated"
     if summary["accuracy"] is not None:
@@ -58,8 +58,8 @@ def closing_table(summary: dict[str, Any]) -> Table:
     for other, size in summary["same_rounds"].items():
         row(f"{other}, same rounds", summary["rounds"], size, size, None)
     table.caption = (
-        "payload: bytes of the tensors, counted for each client as if it were a node "
-        "of its own; ledger.csv has the message bytes too"
+        "payload: bytes of the tensors, counting each client as if it were a separate "
+        "node; ledger.csv also has the message bytes"
     )
     if privacy := summary.get("privacy"):
         table.caption += f"\n{_guarantee(privacy)}"
@@ -67,7 +67,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
 
 
 def _guarantee(privacy: Mapping[str, float]) -> str:
-    """Say what a run with privacy guarantees, of `Privacy.facts`."""
+    """Return the guarantee of a run with privacy, given `Privacy.facts`."""
     return (
         f"for each client ({privacy['epsilon']:.3g}, {privacy['delta']:.2g})-"
         f"differentially private at noise multiplier {privacy['noise_multiplier']:.3g}"

@@ -1,4 +1,4 @@
-"""The comparison of groups of runs."""
+"""The page that compares groups of runs."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ from slora_flwr.reports.groups import (
 from slora_flwr.reports.page import NOTHING, Cell, Column, Page, Section, Table
 from slora_flwr.runs.reader import Run, by_layer
 
-MARGIN = 0.01  # below FFT's accuracy, of the target
+MARGIN = 0.01  # of the target below FFT's accuracy
 
 GROUP = Column("group", "group")
 
@@ -42,18 +42,18 @@ GROUP = Column("group", "group")
 def compare(
     runs: Sequence[Run], rates: Sequence[float], target: float | None = None
 ) -> Page:
-    """Lay out how groups of runs compare.
+    """Return the page that compares groups of runs.
 
     Parameters
     ----------
     runs : Sequence[Run]
-        One or more.
+        The runs, at least one.
     rates : Sequence[float]
-        Mbit/s of the modelled times.
+        Rates of the modelled times, in Mbit/s.
     target : float or None
-        Accuracy to reach; None for a point below full fine-tuning, where it was run.
+        Accuracy to reach; None for a point below full fine-tuning, if it was run.
     """
-    # What was evaluated on other data, to tune, compares with nothing but its like.
+    # Tuning runs are evaluated on other data and comparable only with each other.
     tested = [run for run in runs if not run.config["data.validation"]] or list(runs)
     groups = group_runs(tested)
     curves = {group.label: curve(group, rates) for group in groups}
@@ -70,13 +70,13 @@ def compare(
     notice = ""
     if len(tested) < len(runs):
         notice = (
-            f"{len(runs) - len(tested)} of the runs are left out: evaluated on "
-            "held-out training data (data.validation)."
+            f"{len(runs) - len(tested)} of the runs are left out, since they were "
+            "evaluated on held-out training data (data.validation)."
         )
     methods = ", ".join(dict.fromkeys(group.method for group in groups))
     return Page(
         title=f"Comparison of {methods}",
-        subtitle=f"{len(tested)} runs in {len(groups)} groups: one config, its seeds",
+        subtitle=f"{len(tested)} runs in {len(groups)} groups, one per config",
         notice=notice,
         sections=sections,
         data=[_points(curves, rates)],
@@ -121,9 +121,9 @@ def _results(groups: list[Group]) -> Section:
     caption = (
         "Means over runs with standard deviations (n - 1). Accuracy and macro-F1 are "
         f"those of the last evaluation; last {LAST} is the mean accuracy of a run's "
-        f"last {LAST} evaluations, which is steadier where clients differ much and one "
-        "cohort can move the model by points. MB of tensors, counted for each client "
-        "as if it were a node of its own. Seconds as run."
+        f"last {LAST} evaluations, which is steadier if clients differ so much that "
+        "one cohort can change accuracy by points. MB of tensors count each client as "
+        "if it were a separate node. Seconds are as measured."
     )
     rows = [row(group) for group in groups]
     return Section("Results", tables=[Table("results", caption, columns, rows)])
@@ -150,23 +150,23 @@ def _percent(value: float | None) -> float | None:
 def _model(rates: Sequence[float]) -> str:
     told = ", ".join(f"{rate:g}" for rate in rates)
     return (
-        f"Modelled seconds, at {told} Mbit/s: a round lasts as long as its slowest "
-        "client trained, as recorded, and as a client needs to take and to send its "
-        "payload, of the round's mean size, both directions at that rate; each client "
-        "is a machine of its own. The server's work, latency, deadlines are left out."
+        f"Modelled seconds, at {told} Mbit/s: the duration of a round is the recorded "
+        "training time of its slowest client plus the time to receive and send a "
+        "payload of the round's mean size at that rate. Each client is a separate "
+        "machine. The server's work, latency and deadlines are not included."
     )
 
 
 def _curves(
     groups: list[Group], curves: dict[str, list[Point]], rates: Sequence[float]
 ) -> list[Section]:
-    """Draw mean curves, those of different heterogeneity apart."""
+    """Return sections of mean curves, one per heterogeneity."""
     panels: dict[str, list[Group]] = {}
     drawn = [group for group in groups if curves[group.label]]
     for group in drawn:
         panels.setdefault(group.heterogeneity, []).append(group)
     if all(len({g.method for g in panel}) == 1 for panel in panels.values()):
-        # One method, which heterogeneities can share a panel to be compared.
+        # With one method per panel, all heterogeneities can share one panel.
         panels = {"": drawn} if drawn else {}
     axes: dict[str, Callable[[Point], float]] = {
         "round": lambda point: point.round,
@@ -206,8 +206,8 @@ def _curves(
 
     sections: list[Section] = []
     text = (
-        "Mean over seeds after each evaluation that all of them held; the band is from "
-        f"the least to the most. {_model(rates)}"
+        "Mean over seeds at each evaluation that all of them have; the band spans the "
+        f"minimum to the maximum. {_model(rates)}"
     )
     for name, panel in panels.items():
         found = looks([g.label for g in panel], [g.method for g in panel])
@@ -289,7 +289,7 @@ def _targets(
         Column("MB", "megabytes", ".2f"),
         *_columns_of(rates),
     ]
-    origin = "as asked for"
+    origin = "the one given"
     if given is None:
         origin = (
             f"{100 * MARGIN:g} point below the mean of fft's last {LAST} evaluations "
@@ -297,7 +297,8 @@ def _targets(
         )
     caption = (
         "Where the mean curve first reached the target: round, MB of tensors in both "
-        f"directions, and modelled seconds. The target is {origin}; {NOTHING} is never."
+        f"directions, and modelled seconds. The target is {origin}; {NOTHING} means "
+        "never."
     )
     table = Table("target", caption, columns, rows)
     return [Section("Bytes and time to the target", [_model(rates)], tables=[table])]
@@ -349,9 +350,9 @@ def _heterogeneity(groups: list[Group]) -> list[Section]:
     if not tables:
         return []
     text = [
-        f"By the mean of the last {LAST} evaluations and over seeds, from evenly to "
-        "unevenly dealt data. Groups in one table differ by method, by keys that are "
-        "the method's own, such as its learning rate, and by heterogeneity."
+        f"Mean accuracy over the last {LAST} evaluations and over seeds, from even to "
+        "uneven partitions. Groups in one table differ in method, in keys specific to "
+        "the method, such as its learning rate, and in heterogeneity."
     ]
     return [Section("Methods by heterogeneity", text, keys(found), charts, tables)]
 
@@ -419,7 +420,7 @@ def _energies(groups: list[Group]) -> list[Section]:
             rows.append([label, kind, 100 * fmean(shares.values()), *cells])
     found = looks(lines, lines)
     chart = line_chart(
-        "Energy kept by layer, mean over kinds of matrix.",
+        "Energy kept per layer, mean over kinds of matrix.",
         [
             Line(label, found[label], list(shares), list(shares.values()))
             for label, shares in lines.items()
@@ -430,7 +431,7 @@ def _energies(groups: list[Group]) -> list[Section]:
     )
     table = Table(
         "energies",
-        "Energy kept, %, by kind of matrix and layer; mean over runs.",
+        "Energy kept, %, per kind of matrix and layer; mean over runs.",
         [
             GROUP,
             Column("matrix", "matrix"),
@@ -491,7 +492,7 @@ def _failures(groups: list[Group]) -> list[Section]:
     if not rows:
         return []
     columns = [GROUP, Column("times", "times", "d"), Column("reason", "reason")]
-    caption = "What was left out of rounds, by reason; all runs of a group together."
+    caption = "What was excluded from rounds, by reason, over all runs of a group."
     table = Table("failures", caption, columns, rows)
     return [Section("Failures", tables=[table])]
 
@@ -508,7 +509,7 @@ def _configs(groups: list[Group]) -> Section:
     tables = [
         Table(
             "common-config",
-            "What all groups share and is not the default",
+            "Values that all groups share and that are not the default",
             [*columns, Column("default", "default")],
             common,
             folded=True,
@@ -534,12 +535,12 @@ def _configs(groups: list[Group]) -> Section:
     text = []
     if left_out:
         text = [
-            f"{left_out} of the runs did not end where another of the group did; they "
-            "count in no figure but the failures."
+            f"{left_out} of the runs did not complete while others of their group did; "
+            "they count only among the failures."
         ]
     return Section("Runs", text, tables=tables)
 
 
 def _state(run: Run) -> str:
     done = f"{len(run.rounds)} of {run.config['rounds']} rounds"
-    return "ended" if run.summary is not None else f"not ended: {done}"
+    return "completed" if run.summary is not None else f"not completed: {done}"

@@ -1,4 +1,4 @@
-"""Runs that differ by the seed alone as groups, and the figures of a group."""
+"""Groups of runs that differ only in the seed, and the figures of a group."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from slora_flwr.config import PARTITIONERS, RunConfig, Value, flatten
 from slora_flwr.config.methods import list_methods
 from slora_flwr.runs.reader import Run
 
-LAST = 5  # evaluations of the steadier accuracy
+LAST = 5  # number of evaluations in the steadier accuracy
 
-# Sections that say nothing about methods without one of these phases. The adapters say
-# so themselves, but to ask them takes torch, which a page on finished runs needs not.
+# Sections that do not matter to methods without one of these phases. Adapters know that
+# themselves, but asking them imports torch, which reports must not need.
 _SECTIONS = {
     "sparse": {"sparse"},
     "lora": {"lora"},
     "bottleneck": {"houlsby", "pfeiffer"},
 }
-# How tensors travel, which any method can choose.
+# How tensors are encoded, which any method can choose.
 _CODING = ("upload", "download")
 _DEFAULTS = flatten(RunConfig())
-# Keys that say nothing about other partitioners.
+# Keys that matter only to these partitioners.
 _PARTITIONERS = {
     "clients.alpha": ("dirichlet", "virtual"),
     "clients.classes": ("pathological",),
@@ -33,18 +33,18 @@ HETEROGENEITY = ("clients.partitioner", *_PARTITIONERS)
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one config, whatever their seed.
+    """Runs of one config, with any seed.
 
     Attributes
     ----------
     label : str
-        The method, and the keys that tell it from the other groups.
+        The method, and the keys that distinguish it from the other groups.
     config : dict[str, Value]
-        The keys that matter to the method; without seed and `run.*`.
+        The keys that matter to the method, without seed and `run.*`.
     runs : list[Run]
-        Those that ended or, if none did, all: the ones whose figures count.
+        The runs whose figures count: those that completed or, if none did, all.
     others : list[Run]
-        Those that did not end, where another did.
+        The runs that did not complete, if others did.
     """
 
     label: str
@@ -59,17 +59,17 @@ class Group:
 
     @property
     def ended(self) -> bool:
-        """Whether its runs did."""
+        """Whether its runs completed."""
         return self.runs[0].summary is not None
 
     @property
     def setting(self) -> Hashable:
-        """What groups must share to be compared as methods."""
+        """The values that groups must share to be compared as methods."""
         return _frozen({k: v for k, v in self.config.items() if not _is_own(k)})
 
     @property
     def elsewhere(self) -> Hashable:
-        """The setting but for its heterogeneity."""
+        """The setting without its heterogeneity."""
         return _frozen(
             {
                 key: value
@@ -80,26 +80,26 @@ class Group:
 
     @property
     def heterogeneity(self) -> str:
-        """How unevenly the data is dealt: `iid`, `alpha=0.1`, …."""
+        """How unevenly the data is partitioned: `iid`, `alpha=0.1`, …."""
         return heterogeneity(self.config)
 
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation that all runs of a group held.
+    """An evaluation that all runs of a group have.
 
     Attributes
     ----------
     round : int
-        After which.
+        The round after which the runs were evaluated.
     phase : str
-        That round's.
+        The phase of that round.
     accuracies : list[float]
-        Of each run.
+        The accuracy of each run.
     megabytes : float
-        Payload so far, both directions, mean over runs.
+        Payload so far in both directions, mean over runs.
     seconds : list[float]
-        Modelled, so far, at each rate; mean over runs.
+        Modelled seconds so far at each rate, mean over runs.
     """
 
     round: int
@@ -115,9 +115,9 @@ class Point:
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """Put runs together whose configs differ by the seed, or not at all.
+    """Return groups of runs whose configs differ only in the seed, or not at all.
 
-    Keys that the method or the partitioner does not read make no difference.
+    Keys that the method or the partitioner does not read are ignored.
     """
     together: dict[Hashable, list[Run]] = {}
     for run in runs:
@@ -135,7 +135,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
 
 
 def curve(group: Group, rates: Sequence[float]) -> list[Point]:
-    """Give a group's mean curve, with modelled seconds at each rate in Mbit/s."""
+    """Return a group's mean curve, with modelled seconds at each rate in Mbit/s."""
     common = sorted(
         set.intersection(*({r.number for r in run.evaluated} for run in group.runs))
     )
@@ -160,18 +160,18 @@ def curve(group: Group, rates: Sequence[float]) -> list[Point]:
 
 
 def modelled_seconds(run: Run, rate: float) -> list[float]:
-    """Model when each round would have ended, were each client a machine of its own.
+    """Model when each round would end if each client were a separate machine.
 
-    A round lasts as long as its slowest client trained, and as a client needs to take
-    and to send its payload of mean size, both at `rate`. An attempt that failed counts
-    as transfer.
+    The duration of a round is the training time of its slowest client plus the time to
+    receive and send a payload of mean size at `rate`. Transfers of a failed attempt
+    count too.
 
     Parameters
     ----------
     run : Run
-        With bytes and seconds of each round.
+        The run, with bytes and seconds of each round.
     rate : float
-        Mbit/s.
+        Rate in Mbit/s.
 
     Returns
     -------
@@ -193,23 +193,23 @@ def modelled_seconds(run: Run, rate: float) -> list[float]:
 
 
 def final(run: Run, metric: str) -> float | None:
-    """Give a metric of a run's last evaluation."""
+    """Return a metric of a run's last evaluation."""
     return run.evaluated[-1].metrics[metric] if run.evaluated else None
 
 
 def last_mean(run: Run) -> float | None:
-    """Give the mean accuracy of a run's last evaluations."""
+    """Return the mean accuracy of a run's last evaluations."""
     accuracies = [done.metrics["accuracy"] for done in run.evaluated[-LAST:]]
     return fmean(accuracies) if accuracies else None
 
 
 def over_runs(group: Group, figure: Callable[[Run], float | None]) -> list[float]:
-    """Give a figure of each run that has it."""
+    """Return a figure of each run that has it."""
     return [value for run in group.runs if (value := figure(run)) is not None]
 
 
 def fft_beside(group: Group, groups: Iterable[Group]) -> Group | None:
-    """Find full fine-tuning in a group's setting: the best, by its last evaluations."""
+    """Return full fine-tuning's best group in a group's setting, if there is one."""
     found = [
         other
         for other in groups
@@ -222,12 +222,12 @@ def fft_beside(group: Group, groups: Iterable[Group]) -> Group | None:
 
 
 def reached(points: Iterable[Point], target: float) -> Point | None:
-    """Find where a mean curve first reaches an accuracy."""
+    """Return the first point of a mean curve that reaches an accuracy."""
     return next((point for point in points if point.accuracy >= target), None)
 
 
 def late_losses(group: Group) -> list[float]:
-    """Give each client's mean training loss in the last fifth of a run's rounds."""
+    """Return each client's mean training loss in the last fifth of a run's rounds."""
     losses: list[float] = []
     for run in group.runs:
         late: dict[int, list[float]] = {}
@@ -239,7 +239,7 @@ def late_losses(group: Group) -> list[float]:
 
 
 def heterogeneity(config: dict[str, Value]) -> str:
-    """Write how a config deals its data, in short."""
+    """Return a short name of how a config partitions its data."""
     partitioner = str(config["clients.partitioner"])
     told = [
         f"{_short(key)}={_value(config[key])}"
@@ -272,7 +272,7 @@ def _effective(config: dict[str, Value]) -> dict[str, Value]:
 
 
 def _is_own(key: str) -> bool:
-    """Tell whether a key is a method's own affair: its learning rate, its coding."""
+    """Return whether a key is specific to a method, such as its learning rate."""
     section = key.split(".")[0]
     return key in ("method", "train.lr") or section in (*_SECTIONS, *_CODING)
 
@@ -282,13 +282,13 @@ def _label(
     configs: list[dict[str, Value]],
     *tellers: Callable[[dict[str, Value]], str],
 ) -> str:
-    """Write the method, what differs of what `tellers` say, and the keys that do."""
+    """Return the method, followed by the `tellers`' texts and the keys that differ."""
     same = [other for other in configs if other["method"] == config["method"]]
     told = [tell(config) for tell in tellers if len({*map(tell, configs)}) > 1]
     for key in config:
         beside = same if _is_own(key) else configs
         values = {other[key] for other in beside if key in other}
-        # Plain float32 goes without saying.
+        # The default encoding, plain float32, is not worth a mention.
         plain = key.split(".")[0] in _CODING and config[key] == _DEFAULTS[key]
         if len(values) > 1 and not plain and key not in ("method", *HETEROGENEITY):
             told.append(f"{_short(key)}={_value(config[key])}")
@@ -311,7 +311,7 @@ def _order(group: Group) -> tuple[object, ...]:
 
 
 def evenness(config: dict[str, Value]) -> tuple[int, float]:
-    """Give a key that sorts configs from evenly to unevenly dealt data."""
+    """Return a key that sorts configs from even to uneven partitions."""
     partitioner = str(config["clients.partitioner"])
     spread = config.get("clients.alpha", config.get("clients.classes", 0))
     return PARTITIONERS.index(partitioner), -float(spread)
@@ -322,10 +322,10 @@ def _frozen(config: dict[str, Value]) -> Hashable:
 
 
 def rows_of_methods(family: Sequence[Group]) -> dict[str, list[Group]]:
-    """Sort groups that differ by method and heterogeneity into rows, one a method.
+    """Return groups that differ in method and heterogeneity as rows, one per method.
 
-    Variants of a method are rows of their own; its learning rate may differ between
-    heterogeneities, but two rates for one heterogeneity are two variants.
+    Each variant of a method has its own row. Learning rates may differ between
+    heterogeneities, but two rates for one heterogeneity make two variants.
     """
 
     def sort(leave_out_rates: bool) -> dict[str, list[Group]]:

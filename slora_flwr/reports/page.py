@@ -1,4 +1,4 @@
-"""A page of sections, and its tables as HTML, CSV and LaTeX."""
+"""Pages of sections, and their tables as HTML, CSV and LaTeX."""
 
 import csv
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ class Column:
     Attributes
     ----------
     heading : str
-        On the page and in LaTeX.
+        Heading on the page and in LaTeX.
     name : str
-        In CSV, where numbers have all their digits.
+        Heading in CSV, where numbers have more digits.
     spec : str
-        How numbers are written elsewhere; empty for a column of text.
+        Format of numbers on the page and in LaTeX; empty for a column of text.
     """
 
     heading: str
@@ -35,20 +35,20 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under columns; a cell without a value is None.
+    """A table; a cell without a value is None.
 
     Attributes
     ----------
     name : str
-        Of its files.
+        Stem of the table's files.
     caption : str
-        What it shows and how it was computed.
+        What the table shows and how it was computed.
     columns : list[Column]
-        The first names the row.
+        The columns, of which the first names the row.
     rows : list of sequences of str, float or None
-        A cell a column.
+        The rows, with one cell per column.
     folded : bool
-        Whether a page shows it only when asked.
+        True if the page shows the table only on request.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Table:
 
     @property
     def written(self) -> list[list[str]]:
-        """The cells as a reader sees them."""
+        """The cells as formatted text."""
         return [
             [
                 _write(cell, column.spec)
@@ -71,7 +71,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what there is to say, then charts under their key, then tables."""
+    """A heading, followed by text, charts under their key, and tables."""
 
     title: str
     text: Sequence[str] = ()
@@ -82,10 +82,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A page: its title, headline figures as name and value, sections.
+    """A page: its title, sections, and headline figures as names and values.
 
-    `notice` is what a reader must know before anything else. `data` is what charts are
-    drawn from, too long for the page.
+    `notice` is what a reader must know before anything else. `data` holds the data of
+    the charts, which is too long for the page.
     """
 
     title: str
@@ -97,7 +97,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """Write a page as one HTML document that loads nothing."""
+    """Return a page as one HTML document that loads nothing."""
     environment = Environment(
         loader=PackageLoader("slora_flwr.reports"),
         autoescape=True,
@@ -109,21 +109,21 @@ def render(page: Page) -> str:
 
 
 def write(page: Page, folder: Path, name: str) -> Path:
-    """Write a page, and beside it its tables as CSV and LaTeX and its data as CSV.
+    """Write a page as HTML, its tables as CSV and LaTeX, and its data as CSV.
 
     Parameters
     ----------
     page : Page
-        What to write.
+        The page.
     folder : Path
-        Made if it is not there.
+        Destination; created if missing.
     name : str
-        Of the page's file, and with what each table is called of theirs.
+        Stem of the page's file, and prefix of the tables' files.
 
     Returns
     -------
     Path
-        The page's.
+        Path of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tables = [table for section in page.sections for table in section.tables]
@@ -137,7 +137,7 @@ def write(page: Page, folder: Path, name: str) -> Path:
 
 
 def write_csv(table: Table, path: Path) -> None:
-    """Write a table with six significant digits and empty cells for no value."""
+    """Write a table as CSV, with six significant digits and empty missing cells."""
     with path.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(column.name for column in table.columns)

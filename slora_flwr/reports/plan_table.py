@@ -1,4 +1,4 @@
-"""The plan of a run beside full fine-tuning and LoRA, as a table."""
+"""The table of a run's plan, compared with full fine-tuning and LoRA."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,19 +12,19 @@ from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.planning.memory import plan_memory
 from slora_flwr.planning.rounds import plan_rounds, population
 
-# What a run is held against, in the same rounds.
+# Methods with which a run is compared, over the same number of rounds.
 REFERENCES = ("fft", "lora")
 
 
 def plan_table(config: RunConfig, backbone: Backbone) -> Table:
-    """Lay out the plan of a run beside full fine-tuning and LoRA.
+    """Return a table of a run's plan, compared with full fine-tuning and LoRA.
 
     Parameters
     ----------
     config : RunConfig
         The run.
     backbone : Backbone
-        Its backbone, with nothing attached.
+        The run's backbone, with nothing attached.
     """
     table = Table(
         title=f"{config.method}: {config.rounds} rounds", title_justify="left"
@@ -63,9 +63,9 @@ def plan_table(config: RunConfig, backbone: Backbone) -> Table:
             )
         table.add_section()
     table.caption = (
-        "bytes of the tensors, each client as if it were a node of its own, if all of "
-        "a cohort answer; memory of one step: weights, those kept aside, trained "
-        "values with gradients and moments, activations of a full batch"
+        "bytes of the tensors if the whole cohort answers, counting each client as if "
+        "it were a separate node; memory of one step: weights and copies of them, "
+        "trained values with gradients and moments, activations of a full batch"
     )
     return table
 
@@ -82,7 +82,7 @@ def _variants(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     plain = replace(config.lora, aggregator="fedavg", start="peft", ranks="")
     config = replace(config, upload=UploadConfig(), download=DownloadConfig())
     for name in REFERENCES:
-        # Full fine-tuning wants float32 weights, so another backbone.
+        # Full fine-tuning needs float32 weights, which this backbone may not have.
         fits = name != "fft" or config.model.dtype == "float32"
         if name != config.method and fits:
             yield name, replace(config, method=name, lora=plain)

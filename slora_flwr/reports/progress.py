@@ -1,22 +1,22 @@
-"""The line that says how a run stands after a round."""
+"""The progress line printed after each round."""
 
 
 def progress_line(
     rounds: int, phase: str, figures: dict[str, float], asked: int
 ) -> str:
-    """Write a round's line.
+    """Return the progress line of a round.
 
     Parameters
     ----------
     rounds : int
-        Rounds of the whole run.
+        Number of rounds of the whole run.
     phase : str
-        The phase's name.
+        Name of the phase.
     figures : dict[str, float]
         `round`, `replied` (clients), `train_loss`, `seconds` and `payload_bytes` so
-        far; `accuracy` where the round was evaluated, `epsilon` where privacy is on.
+        far; `accuracy` if the round was evaluated; `epsilon` with privacy.
     asked : int
-        Clients of the cohort.
+        Number of clients in the cohort.
     """
     number = int(figures["round"])
     accuracy = f"{figures['accuracy']:6.1%}" if "accuracy" in figures else "     -"
@@ -31,7 +31,7 @@ def progress_line(
 
 
 def clock(seconds: float) -> str:
-    """Write seconds as m:ss, or h:mm:ss."""
+    """Return seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""The report of one run."""
+"""The page on one run."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from slora_flwr.reports.groups import LAST, heterogeneity, last_mean
 from slora_flwr.reports.page import Cell, Column, Page, Section, Table
 from slora_flwr.runs.reader import Failure, Round, Run, Trained, by_layer
 
-LISTED = 500  # rows of a table that grows with clients or failures
+LISTED = 500  # most rows of a table that grows with clients or failures
 
 
 def report(run: Run) -> Page:
-    """Lay out what a run was and what came of it."""
+    """Return the page on a run: its config, metrics, bytes, clients and failures."""
     config = run.config
     count = config["clients.count"]
     clients = f"{count} clients" if count else "one client per node"
@@ -48,7 +48,7 @@ def _notice(run: Run) -> str:
         return ""
     done = f"{len(run.rounds)} of {run.config['rounds']} rounds are done"
     reason = f" It was stopped: {run.stopped}" if run.stopped else ""
-    return f"This run has not ended: {done}.{reason}"
+    return f"This run is not complete: {done}.{reason}"
 
 
 def _figures(run: Run) -> list[tuple[str, str]]:
@@ -64,7 +64,7 @@ def _figures(run: Run) -> list[tuple[str, str]]:
         ]
     majority = _majority(run)
     if majority is not None:
-        figures.append(("commonest class", f"{majority:.1%}"))
+        figures.append(("majority class", f"{majority:.1%}"))
     if run.rounds and (epsilon := run.rounds[-1].epsilon) is not None:
         delta = run.facts["resolved"]["privacy"]["delta"]
         figures.append((f"epsilon, at delta {delta:.2g}", f"{epsilon:.2f}"))
@@ -142,15 +142,15 @@ def _phases(run: Run) -> Section:
         name = f"{method}, same rounds"
         rows.append([name, len(run.rounds), None, size / 1e6, size / 1e6, *empty])
     caption = (
-        "MB up and down: bytes of the tensors, counted for each client as if it were a "
-        "node of its own. Messages: what was sent, one for each node. Accuracy: at the "
-        "phase's last evaluation."
+        "MB up and down: bytes of the tensors, counting each client as if it were a "
+        "separate node. Message MB: what was sent, one message per node. Accuracy: at "
+        "the phase's last evaluation."
     )
     return Section("Phases", tables=[Table("phases", caption, columns, rows)])
 
 
 def _boundaries(run: Run, at: Callable[[Round], float]) -> list[tuple[float, str]]:
-    """Tell at which x each phase but the first begins."""
+    """Return the x at which each phase but the first begins, with its name."""
     phases = list(run.phases.items())
     return [
         (at(before[-1]), f"{name} →") for (_, before), (name, _) in pairwise(phases)
@@ -176,7 +176,7 @@ def _curves(run: Run) -> Section:
             y = [100 * done.metrics[metric] for done in points]
             lines.append(Line(label, found[label], [at(done) for done in points], y))
         last = 100 * _accuracy(run.evaluated[-1])
-        dotted = "" if majority is None else " Dotted: always the commonest class."
+        dotted = "" if majority is None else " Dotted: always the majority class."
         caption = f"Accuracy against {x}; at the end {last:.1f}%.{dotted}"
         return line_chart(
             caption,
@@ -202,12 +202,12 @@ def _handoff(run: Run) -> Section:
     worst = min(run.energies, key=run.energies.__getitem__)
     text = (
         f"Rank {run.config['lora.rank']} keeps {fmean(shares):.1%} of the squared norm "
-        f"of what the sparse phase changed, as a mean over matrices, and "
-        f"{min(shares):.1%} at worst, of {worst}. The low-rank phase's base is "
+        f"of what the sparse phase changed, as a mean over matrices, and at worst "
+        f"{min(shares):.1%}, for {worst}. The low-rank phase's base is "
         f"{run.config['lora.base']}."
     )
     chart = line_chart(
-        "Energy that the rank keeps, by layer and kind of matrix.",
+        "Energy kept by the rank, per layer and kind of matrix.",
         [
             Line(kind, found[kind], list(layers), [100 * e for e in layers.values()])
             for kind, layers in kinds.items()
@@ -220,7 +220,7 @@ def _handoff(run: Run) -> Section:
 
 
 def energy_table(kinds: dict[str, dict[int, float]], name: str = "energies") -> Table:
-    """Lay out energies in percent, a row a kind of matrix, a column a layer."""
+    """Return a table of energies in percent, by kind of matrix and layer."""
     layers = sorted({layer for shares in kinds.values() for layer in shares})
     return Table(
         name,
@@ -260,21 +260,21 @@ def _clients(run: Run) -> Section:
     )
     middle = np.median(examples)
     text = (
-        f"{taking_part}, up to {most} times. Their examples: {min(examples)} to "
-        f"{max(examples)}, median {middle:g}."
+        f"{taking_part}, up to {most} times each. They have {min(examples)} to "
+        f"{max(examples)} examples, median {middle:g}."
     )
     losses, found = _losses(run)
     charts = [
         losses,
         bar_chart(
-            f"Examples of the clients: {min(examples)} to {max(examples)}.",
+            f"Examples per client: {min(examples)} to {max(examples)}.",
             edges.tolist(),
             sizes.tolist(),
             x="examples",
             y="clients",
         ),
         bar_chart(
-            f"How often a client took part: up to {most} of {len(run.rounds)} rounds.",
+            f"Rounds per client: up to {most} of {len(run.rounds)}.",
             [n - 0.5 for n in range(most + 2)],
             [times[n] for n in range(most + 1)],
             x="rounds taken part in",
@@ -282,7 +282,7 @@ def _clients(run: Run) -> Section:
         ),
     ]
     shown = sorted(did.items(), key=lambda item: (-len(item[1]), item[0]))[:LISTED]
-    first = f", the {LISTED} that did most often" if len(did) > LISTED else ""
+    first = f", the {LISTED} with the most rounds" if len(did) > LISTED else ""
     table = Table(
         "clients",
         f"Each client that took part{first}",
@@ -320,7 +320,7 @@ def _losses(run: Run) -> tuple[Chart, list[Chart]]:
     ).tolist()
     mean = [done.train_loss for done in run.rounds]
     chart = line_chart(
-        "Training loss of a round's clients, each on its own examples.",
+        "Training loss of each round's clients, each on its own examples.",
         [
             Line(names[0], found[names[0]], rounds, mean, low, high),
             Line(names[1], found[names[1]], rounds, median, first, third),
@@ -339,7 +339,7 @@ def _failures(run: Run) -> Section:
         reasons.setdefault(failure.reason, []).append(failure)
     by_reason = Table(
         "reasons",
-        "What was left out of rounds, by reason, the commonest first.",
+        "What was excluded from rounds, by reason, the most frequent first.",
         [
             Column("reason", "reason"),
             Column("times", "times", "d"),
@@ -385,7 +385,7 @@ def _config(run: Run) -> Section:
     columns = [Column("key", "key"), Column("value", "value")]
     differing = Table(
         "differing",
-        "What differs from the defaults.",
+        "Values that differ from the defaults.",
         [*columns, Column("default", "default")],
         [
             [key, _text(value), _text(default.get(key))]
@@ -400,7 +400,7 @@ def _config(run: Run) -> Section:
     }
     whole = Table(
         "config",
-        "All of it, with versions and what was resolved from it",
+        "The whole config, with versions and resolved values",
         columns,
         [[key, _text(value)] for key, value in (run.config | facts).items()],
         folded=True,

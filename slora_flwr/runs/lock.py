@@ -1,4 +1,4 @@
-"""Locks on files and folders, which end with the process that holds them."""
+"""Locks on files and folders, released when the holding process ends."""
 
 import fcntl
 import os
@@ -14,24 +14,24 @@ from slora_flwr.config import ConfigError
 
 @contextmanager
 def sole_use(path: Path, refusal: str) -> Iterator[None]:
-    """Keep out whoever asks for the sole use of the same file or folder.
+    """Hold an exclusive lock on a file or folder.
 
-    The kernel holds the lock, so that it goes with a process that is killed. Programs
-    that the process starts do not get it. Who does not ask may read, and write too.
+    The kernel releases the lock if the process is killed. Child processes do not
+    inherit it. It is advisory: code that does not ask for it can read and write.
 
     Parameters
     ----------
     path : Path
-        It must be there.
+        An existing file or folder.
     refusal : str
-        What is said to those kept out.
+        Error message if the lock is held already.
 
     Raises
     ------
     ConfigError
-        If it is in use, by another process or by this one.
+        If another process, or this one, holds the lock.
     """
-    # NFS locks only what is open for writing, which a folder cannot be.
+    # NFS locks only files open for writing; a folder cannot be opened for writing.
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         try:
@@ -39,8 +39,8 @@ def sole_use(path: Path, refusal: str) -> Iterator[None]:
         except BlockingIOError as error:
             raise ConfigError(refusal) from error
         except OSError as error:
-            # Some network file systems have no locks. Most runs are alone anyway.
-            log(WARNING, "%s has no lock against others (%s)", path, error)
+            # Some network file systems have no locks. Most runs need none.
+            log(WARNING, "%s cannot be locked against other runs (%s)", path, error)
         yield
     finally:
         os.close(descriptor)

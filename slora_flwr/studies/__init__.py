@@ -1,1 +1,1 @@
-"""Many runs from one file."""
+"""Studies: many runs described by one file."""

@@ -1,21 +1,21 @@
-"""Studies: which runs a TOML file asks for, and how their learning rates are tuned.
+"""Study files: the runs that a TOML file describes, and how learning rates are tuned.
 
-The sections of a study file, each of which may be left out:
+The sections of a study file, all optional:
 
 `[sweep]`
-    `engine`, `inline` or `flwr`; `processes`, how many runs at once (0: one for each
-    GPU, or else for each core).
+    `engine`: `inline` or `flwr`. `processes`: number of runs at once (0: one per GPU
+    or, without GPUs, per core).
 `[base]`
     Run config keys for every run.
 `[grid]`
-    Run config keys with lists of values, or single ones: every combination is a run.
+    Run config keys with one value or a list of values; every combination is a run.
 `[[also]]`
-    A further grid, as often as you like; it is not crossed with the others.
+    A further grid, not crossed with the others; may be repeated.
 `[tune]`
-    `lr`, the rates to try; `validation`, the share of the training data to judge them
-    on; `rounds` of a tuning run; `per`, the keys for whose values rates are tuned
-    apart, by default the method; and in `[tune.config]` further keys for tuning runs.
-    Of the grids' other keys tuning runs have the base's values.
+    `lr`: the rates to try. `validation`: the share of the training data on which they
+    are compared. `rounds`: the length of a tuning run. `per`: the keys whose values are
+    tuned separately, by default the method. `[tune.config]`: further keys for tuning
+    runs. Any other key of the grids has the base's value in tuning runs.
 """
 
 import itertools
@@ -47,12 +47,12 @@ class Tuning:
     Attributes
     ----------
     rates : tuple[float, ...]
-        The grid, ascending; the same for every method and phase.
+        The rates to try, ascending; the same for every method and phase.
     config : dict[str, Value]
-        What tuning runs change of the base: a share of the training data to evaluate
-        on in place of the test data, and often fewer rounds.
+        Keys that tuning runs change in the base: a share of the training data that
+        replaces the test data, and often fewer rounds.
     per : tuple[str, ...]
-        Keys of the grid for whose values rates are tuned apart.
+        Keys of the grid whose values are tuned separately.
     """
 
     rates: tuple[float, ...]
@@ -62,7 +62,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file, its grids expanded into run configs."""
+    """A study file, with its grids expanded into run configs."""
 
     engine: str
     processes: int
@@ -73,9 +73,9 @@ class Study:
 
 @dataclass(frozen=True)
 class Trial:
-    """A learning rate to be tuned: its key, and the config that tuning runs share.
+    """A learning rate to tune: its key, and the config that its tuning runs share.
 
-    `values` are those of `per` that it is tuned for.
+    `values` are the values of the keys in `per`.
     """
 
     key: str
@@ -86,45 +86,45 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """What it is tuned for."""
+        """The values of `per`, for messages."""
         return " ".join(map(str, self.values)) or "all methods"
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The lowest and the highest rate."""
+        """The lowest and highest rate."""
         return self.rates[0], self.rates[-1]
 
     @property
     def named(self) -> list[str]:
-        """The keys that tell its runs from those of other trials."""
+        """The keys that distinguish its runs from those of other trials."""
         return list(dict.fromkeys(["method", *self.per, self.key]))
 
     def config(self, rate: float) -> Config:
-        """Give the config of the run that tries a rate."""
+        """Return the config of the run that tries a rate."""
         return {**dict(self.shared), self.key: rate}
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a tuning run came to: mean accuracy and loss of its last evaluations."""
+    """The result of a tuning run: mean accuracy and loss of its last evaluations."""
 
     accuracy: float
     loss: float
 
     @classmethod
     def of(cls, evaluations: list[dict[str, Any]]) -> "Score":
-        """Average the last three evaluations."""
+        """Return the mean of the last three evaluations."""
         last = evaluations[-3:]
         return cls(fmean(e["accuracy"] for e in last), fmean(e["loss"] for e in last))
 
 
 def read_study(path: Path) -> Study:
-    """Read and check a study file, every run of it.
+    """Read a study file and check all of its runs.
 
     Raises
     ------
     ConfigError
-        Names the file and the section or the combination that cannot be run.
+        If a section or a run is invalid; the message names it and the file.
     """
     try:
         content = tomllib.loads(path.read_text())
@@ -173,7 +173,7 @@ def _tuning(section: dict[str, Any]) -> Tuning:
         raise _refuse("tune.lr", rates, "a list of numbers above 0")
     config = _flat(section.get("config", {}))
     validation = section.get("validation", 0.1)
-    # Rates must not be chosen by the test data.
+    # Rates must not be chosen on the test data.
     if not _is_rate(validation) or validation >= 1:
         raise _refuse("tune.validation", validation, "a number above 0 below 1")
     config["data.validation"] = validation
@@ -208,7 +208,7 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _expand(grid: Mapping[str, Any]) -> Iterator[Config]:
-    """List every combination of a grid's values."""
+    """Yield every combination of a grid's values."""
     flat = _flat(grid)
     for key, values in flat.items():
         if values == []:
@@ -229,9 +229,10 @@ def _check(config: Config, combination: Config, kind: str = "run") -> None:
 
 
 def digest_of(config: Config) -> str:
-    """Name a run config by 8 hex digits, however its values were written.
+    """Return 8 hex digits that identify a run config, however its values are written.
 
-    Keys at their default have no part in it: a new key leaves finished runs finished.
+    Keys at their default are not included, so adding a key to the package does not
+    change the digests of finished runs.
     """
     full = flatten(parse(config))
     given = {key: full[key] for key in sorted(full) if full[key] != DEFAULTS[key]}
@@ -240,28 +241,28 @@ def digest_of(config: Config) -> str:
 
 
 def varying(configs: Iterable[Config]) -> list[str]:
-    """List the keys in which configs differ: the method first, the seed last."""
+    """Return the keys in which configs differ, the method first and the seed last."""
     full = [flatten(parse(config)) for config in configs]
     keys = [key for key in DEFAULTS if len({config[key] for config in full}) > 1]
     return sorted(keys, key=lambda key: (key != "method", key == "seed", key))
 
 
 def adapters_of(config: Config) -> list[str]:
-    """List the adapters of a run's phases."""
+    """Return the adapters of a run's phases."""
     return [phase.adapter for phase in make_schedule(parse(config))]
 
 
 def tune(
     study: Study, choose: Callable[[list[Trial]], dict[Trial, float]]
 ) -> list[Config]:
-    """Complete a study's runs by tuned learning rates, phase by phase.
+    """Return a study's runs with tuned learning rates, found phase by phase.
 
     Parameters
     ----------
     study : Study
-        Rates that its runs give already are not tuned.
+        The study. Rates that its runs set are not tuned.
     choose : Callable[[list[Trial]], dict[Trial, float]]
-        Gives the best rates; a run of whose rates one is left out is left out too.
+        Returns the best rates. A run is omitted if one of its rates is missing.
     """
     runs = [(run, Config()) for run in study.runs]
     if study.tuning is None:
@@ -283,7 +284,7 @@ def tune(
 def _trial(
     base: Config, tuning: Tuning, i: int, run: Config, tuned: Config
 ) -> Trial | None:
-    """Say how phase i of a run is tuned; None if it has a rate or there is no such."""
+    """Return the trial of a run's phase i; None if its rate is set or it has none."""
     adapters = adapters_of(run)
     if i >= len(adapters):
         return None
@@ -295,25 +296,25 @@ def _trial(
     values = {name: full[name] for name in tuning.per}
     config = base | tuning.config | {"method": full["method"]} | values | tuned
     if i < len(adapters) - 1 and (alone := _method_of(adapters[i])):
-        # The rate of the second phase, which is not tuned yet, has no part then.
+        # A run of this phase alone does not need the next phase's rate, not tuned yet.
         config["method"] = alone
     shared = tuple(sorted(config.items()))
     return Trial(key, tuning.rates, tuning.per, tuple(values.values()), shared)
 
 
 def _method_of(adapter: str) -> str | None:
-    """Return the method whose only phase trains an adapter, None without one."""
+    """Return the method whose only phase trains an adapter; None if there is none."""
     row = PhaseRow(adapter)
     return next((n for n, m in list_methods().items() if m.phases == (row,)), None)
 
 
 def planned(study: Study) -> Iterator[Config]:
-    """Give a config for each run to be made, tuning included, checked.
+    """Return the checked config of each run, including tuning runs.
 
     Raises
     ------
     ConfigError
-        For a tuning run that cannot be.
+        If a tuning run is invalid.
     """
     found: dict[str, Config] = {}
 
@@ -332,9 +333,9 @@ def planned(study: Study) -> Iterator[Config]:
 
 
 def best_rate(scores: Mapping[float, Score]) -> float:
-    """Choose the rate of the highest accuracy, or of the lower loss among equals.
+    """Return the rate with the highest accuracy; among equals, the lowest loss.
 
-    A run whose loss is not finite is worse than any other.
+    A run whose loss is not finite ranks below all others.
     """
 
     def merit(rate: float) -> tuple[bool, float, float, float]:

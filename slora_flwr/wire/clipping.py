@@ -1,4 +1,4 @@
-"""The bound of an update's L2 norm, `server.clip-norm`."""
+"""The bound on an update's L2 norm, `server.clip-norm`."""
 
 import math
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from torch import Tensor
 from slora_flwr.common.tensors import State
 from slora_flwr.wire.quantize import BLOCK
 
-# How much longer than a vector what is read of it can be, at most, for its length. A
-# value of a block moves by one step, a 127th or a 7th of the block's largest.
+# By which share of its norm decoding can lengthen a vector, at most. Each value of a
+# block changes by at most one step, a 127th or a 7th of the block's largest.
 _ROUNDING = {
     "float32": 0.0,
     "float16": 2.0**-10,
@@ -19,17 +19,17 @@ _ROUNDING = {
 }
 # Below 2^-14 float16's steps no longer depend on the value.
 _FLOAT16_STEP = 2.0**-24
-# What the arithmetic itself rounds.
+# Allowance for rounding in the arithmetic itself.
 _SLACK = 1e-4
 
 
 def norm(update: Mapping[str, Tensor]) -> float:
-    """Give the L2 norm of an update as one vector."""
+    """Compute the L2 norm of a flattened update."""
     return math.sqrt(sum(float(t.double().square().sum()) for t in update.values()))
 
 
 def clip(update: State, bound: float) -> State:
-    """Shorten an update to the bound, where it is longer; 0 for no bound."""
+    """Return an update scaled down to the bound if it is longer; 0 for no bound."""
     length = norm(update) if bound else 0.0
     if length <= bound:
         return update
@@ -37,16 +37,16 @@ def clip(update: State, bound: float) -> State:
 
 
 def largest_norm(bound: float, dtype: str, count: int) -> float:
-    """Give the norm that may be read of an update that was clipped, then coded.
+    """Return the largest norm of an update that was clipped, encoded and decoded.
 
     Parameters
     ----------
     bound : float
-        The norm that it was clipped to.
+        The norm to which it was clipped.
     dtype : str
-        How its values travel, see `slora_flwr.wire.quantize`.
+        Type of the encoded values, see `slora_flwr.wire.quantize`.
     count : int
-        How many they are.
+        Number of values.
     """
     steps = _FLOAT16_STEP * math.sqrt(count) if dtype == "float16" else 0.0
     return bound * (1 + _ROUNDING[dtype] + _SLACK) + steps

@@ -1,14 +1,15 @@
-"""A state as the bytes that travel: a share of its values, in few bits, compressed.
+"""The encoding of a state: a share of its values, quantised and compressed.
 
-With `float32`, all values and no compression that is `slora_flwr.wire.packing`'s array,
-byte for byte. Else it is a frame (`slora_flwr.wire.frame`) around
+With `float32`, all values and no compression, it is the array that
+`slora_flwr.wire.packing` makes, byte for byte. Otherwise it is a frame
+(`slora_flwr.wire.frame`) around
 
-    codes         of the values of the adapter, then of the head's, see .quantize
+    codes         of the adapter's values, then of the head's, see .quantize
     scales        likewise
-    positions     of the values, where only a share travels, see .positions
+    positions     of the values, if only a share is sent, see .positions
 
-The two parts of a state have scales and shares of their own, since a head's values are
-few and not of an adapter's size.
+Adapter and head have separate scales and shares, since a head has few values, of a
+different magnitude.
 """
 
 import math
@@ -39,29 +40,29 @@ _ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 1}
 
 
 def subtract(state: State, reference: State) -> State:
-    """Give a state's difference to a reference, whose missing names are zeros."""
+    """Return a state minus a reference, in which missing names count as zeros."""
     return {n: t - reference[n] if n in reference else t for n, t in state.items()}
 
 
 def add(change: State, reference: State) -> State:
-    """Give the state whose difference that is, as it was read."""
+    """Return a change plus a reference: the inverse of `subtract`, up to rounding."""
     return {n: t + reference[n] if n in reference else t for n, t in change.items()}
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How states are written.
+    """How states are encoded.
 
     Attributes
     ----------
     dtype : str
-        Of the values: `float32`, `float16`, `bfloat16`, `int8` or `int4`.
+        Type of the values: `float32`, `float16`, `bfloat16`, `int8` or `int4`.
     share : float
-        Of the values that travel; 0 for all.
+        Share of the values that is sent; 0 for all.
     lossless : bool
-        Whether to compress what that gives, where it gets smaller.
+        True to compress the encoded bytes if that makes them smaller.
     head : int
-        How many values at the end of a state are the head's.
+        Number of values at the end of a state that belong to the head.
     """
 
     dtype: str = "float32"
@@ -71,42 +72,42 @@ class Codec:
 
     @classmethod
     def of_upload(cls, config: UploadConfig, is_selection: bool, head: int) -> "Codec":
-        """Return the one of updates; those that are a selection travel whole."""
+        """Return the codec of updates; `upload.top-k` ignores those of a selection."""
         every = is_selection or config.top_k == 1
         share = 0.0 if every else config.top_k
         return cls(config.dtype, share, config.lossless, head)
 
     @classmethod
     def of_download(cls, config: DownloadConfig, head: int) -> "Codec":
-        """Give the one of states."""
+        """Return the codec of states."""
         return cls(config.dtype, lossless=config.lossless, head=head)
 
     @property
     def is_plain(self) -> bool:
-        """Whether states travel as they are."""
+        """Whether states are only packed."""
         return self.is_exact and not self.lossless
 
     @property
     def stype(self) -> str:
-        """Flower's name for the format of an array's bytes."""
+        """The array's `stype`: Flower's name for the format of its bytes."""
         return STYPE if self.is_plain else CODED
 
     @property
     def is_exact(self) -> bool:
-        """Whether what is read is what was written."""
+        """Whether decoding returns exactly what was encoded."""
         return self.dtype == "float32" and not self.share
 
     def parts(self, count: int) -> list[int]:
-        """Count the values that travel of a state of so many: adapter's, head's."""
+        """Return how many values are sent of a state: the adapter's, the head's."""
         groups = [count - self.head, self.head]
         if self.share:
             return [math.ceil(self.share * group) for group in groups]
         return groups
 
     def size(self, count: int) -> int:
-        """Count the bytes of a state of so many values, before compression.
+        """Return the bytes of a state of `count` values, before compression.
 
-        Where a share travels, its positions count with the bound of their entropy.
+        If a share is sent, the positions are counted by the bound of their entropy.
         """
         if self.is_plain:
             return 4 * count
@@ -116,7 +117,7 @@ class Codec:
         return size
 
     def most(self, count: int) -> int:
-        """Bound the bytes of a state of so many values."""
+        """Return the largest possible number of bytes of a state of `count` values."""
         if self.is_plain:
             return 4 * count
         most = HEADER_SIZE + self._codes_size(count) + self._scales_size(count)
@@ -130,17 +131,17 @@ class Codec:
         chosen: NDArray[np.int64] | None = None,
         stream: np.random.Philox | None = None,
     ) -> Array:
-        """Write a state.
+        """Encode a state.
 
         Parameters
         ----------
         state : Mapping[str, Tensor]
-            float32, finite.
+            The state, float32 and finite.
         chosen : NDArray[np.int64] or None
-            Where a share travels, the positions of its values, ascending, in the state
-            as one vector, as many as `parts` says; None for all.
+            If a share is sent, the ascending positions of its values in the flattened
+            state, as many as `parts` returns; None for all values.
         stream : numpy.random.Philox or None
-            For stochastic rounding; None for rounding to the nearest.
+            Source of stochastic rounding; None to round to nearest.
         """
         if self.is_plain:
             return pack(state)
@@ -148,12 +149,12 @@ class Codec:
         return self.seal(self.write(state, chosen, stream), count)
 
     def decode(self, array: Array, shapes: Mapping[str, Sequence[int]]) -> State:
-        """Read a state of these names and shapes; values that did not travel are 0.
+        """Decode a state of the given names and shapes; values not sent are 0.
 
         Raises
         ------
         PayloadError
-            If the array is not one of such a state.
+            If the array does not hold such a state.
         """
         if self.is_plain:
             return unpack(array, shapes)
@@ -166,7 +167,7 @@ class Codec:
         chosen: NDArray[np.int64] | None = None,
         stream: np.random.Philox | None = None,
     ) -> bytes:
-        """Write the bytes of a state's values, without a frame."""
+        """Return the bytes of a state's values, without a frame."""
         values = flatten(state)
         if self.is_exact:
             return values.astype("<f4", copy=False).tobytes()
@@ -181,12 +182,12 @@ class Codec:
         return codes + more_codes + scales + more_scales + positions
 
     def read(self, data: bytes, shapes: Mapping[str, Sequence[int]]) -> State:
-        """Read what `write` wrote.
+        """Return the state that `write` wrote.
 
         Raises
         ------
         PayloadError
-            If it cannot be a state of these shapes.
+            If the bytes cannot hold a state of these shapes.
         """
         sizes = [math.prod(shape) for shape in shapes.values()]
         count = sum(sizes)
@@ -213,28 +214,28 @@ class Codec:
         }
 
     def seal(self, data: bytes, count: int, known: bytes = b"") -> Array:
-        """Make the array that travels of what `write` wrote.
+        """Return the array to send, given what `write` returned.
 
         Parameters
         ----------
         data : bytes
-            By `write`.
+            The result of `write`.
         count : int
-            Values of the whole state.
+            Number of values in the whole state.
         known : bytes
-            What `write` wrote before, and the reader has; empty for nothing.
+            An earlier result of `write` that the reader holds; empty if there is none.
         """
         itemsize = _ITEM_SIZES[self.dtype]
         framed = wrap(data, itemsize, compress=self.lossless, known=known)
         return Array(dtype=self.dtype, shape=(count,), stype=self.stype, data=framed)
 
     def open(self, array: Array, count: int, known: bytes = b"") -> bytes:
-        """Give what `write` wrote back.
+        """Return what was given to `seal`.
 
         Raises
         ------
         PayloadError
-            If the array is of another kind, or cannot hold a state of so many values.
+            If the array is of another kind, or cannot hold a state of `count` values.
         """
         given = (array.stype, array.dtype, tuple(array.shape))
         if given != (self.stype, self.dtype, (count,)):
@@ -257,5 +258,5 @@ class Codec:
 
 
 def name_version(data: bytes) -> str:
-    """Name a version: BLAKE2b of what `Codec.write` gave, 32 hex digits."""
+    """Return a version's name: BLAKE2b of `Codec.write`'s bytes, 32 hex digits."""
     return blake2b(data, digest_size=16).hexdigest()

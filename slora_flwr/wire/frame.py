@@ -1,8 +1,8 @@
-"""A frame around coded bytes: their length and checksum, and lossless compression.
+"""A frame around encoded bytes: length, checksum and lossless compression.
 
-The last step pays where the bytes are not noise: signs and exponents of floats, whole
-numbers that are mostly small, and the difference to what the other side has already.
-Bytes of equal significance are put together and handed to zstd.
+Compression pays if the bytes are not noise: signs and exponents of floats, mostly small
+whole numbers, and differences from what the other side already has. Bytes of equal
+significance are grouped and compressed by zstd.
 """
 
 import struct
@@ -14,26 +14,26 @@ import pyarrow as pa
 
 from slora_flwr.wire.packing import PayloadError
 
-# How the bytes are stored, how many they are, and their CRC-32.
+# How the bytes are stored, their number, and their CRC-32.
 _HEADER = struct.Struct("<BQI")
 HEADER_SIZE = _HEADER.size
 _STORED, _COMPRESSED, _DIFFERENCE = range(3)
 
 
 def wrap(data: bytes, itemsize: int, *, compress: bool, known: bytes = b"") -> bytes:
-    """Frame bytes.
+    """Return a frame around bytes.
 
     Parameters
     ----------
     data : bytes
-        What to frame.
+        The bytes to frame.
     itemsize : int
-        Bytes of its items, whole numbers or floats: 1, 2 or 4.
+        Bytes per item (whole number or float): 1, 2 or 4.
     compress : bool
-        Try zstd, and keep what it gives if that is smaller.
+        True to use zstd if that makes the bytes smaller.
     known : bytes
-        What the reader has, of the same length: only the difference is compressed
-        then. Empty for nothing.
+        Bytes of the same length that the reader holds: only the difference from them
+        is compressed. Empty if there are none.
     """
     way, stored = _STORED, data
     if compress:
@@ -47,44 +47,42 @@ def wrap(data: bytes, itemsize: int, *, compress: bool, known: bytes = b"") -> b
 
 
 def unwrap(frame: bytes, itemsize: int, most: int, known: bytes = b"") -> bytes:
-    """Give the bytes of a frame back.
+    """Return the bytes in a frame.
 
     Parameters
     ----------
     frame : bytes
-        By `wrap`.
-    itemsize : int
-        As there.
+        The result of `wrap`.
+    itemsize, known
+        As for `wrap`.
     most : int
-        The bytes can be no more than this; nothing larger is made in memory.
-    known : bytes
-        As there.
+        Largest number of bytes accepted; no more memory than that is allocated.
 
     Raises
     ------
     PayloadError
-        If the frame is cut off, damaged or too large, or a difference to something
-        else.
+        If the frame is truncated, damaged or too large, or holds a difference from
+        bytes other than `known`.
     """
     if len(frame) < HEADER_SIZE:
-        raise PayloadError(f"{len(frame)} bytes are no frame; a header has more")
+        raise PayloadError(f"a frame of {len(frame)} bytes is shorter than its header")
     way, length, checksum = _HEADER.unpack_from(frame)
     stored = frame[HEADER_SIZE:]
     if length > most:
-        raise PayloadError(f"a frame for {length} bytes; allowed: up to {most}")
+        raise PayloadError(f"a frame holds {length} bytes; allowed: up to {most}")
     if way not in (_STORED, _COMPRESSED, _DIFFERENCE):
         raise PayloadError(f"a frame of kind {way}; allowed: 0 to 2")
     data = stored
     if way != _STORED:
         data = _unshuffle(_expand(stored, length), itemsize)
     if len(data) != length:
-        raise PayloadError(f"a frame of {len(data)} bytes that says {length}")
+        raise PayloadError(f"a frame of {len(data)} bytes claims to hold {length}")
     if way == _DIFFERENCE:
         if len(known) != length:
-            raise PayloadError("a difference to what is not known here")
+            raise PayloadError("a difference from bytes that are not known here")
         data = _add(data, known, itemsize)
     if zlib.crc32(data) != checksum:
-        raise PayloadError("the frame is damaged: its checksum is another")
+        raise PayloadError("the frame is damaged: its checksum does not match")
     return data
 
 
@@ -102,7 +100,7 @@ def _expand(stored: bytes, length: int) -> bytes:
 
 
 def _shuffle(data: bytes, itemsize: int) -> bytes:
-    """Put the first bytes of all items first, then the second ones."""
+    """Group bytes by significance: first bytes of all items first, then the second."""
     if itemsize == 1:
         return data
     cut = len(data) - len(data) % itemsize
@@ -116,16 +114,16 @@ def _unshuffle(data: bytes, itemsize: int) -> bytes:
     cut = len(data) - len(data) % itemsize
     planes = np.frombuffer(data[:cut], np.uint8).reshape(itemsize, -1)
     items = np.empty(planes.shape[::-1], dtype=np.uint8)
-    for i, plane in enumerate(planes):  # quicker than the transposed copy
+    for i, plane in enumerate(planes):  # faster than copying the transpose
         items[:, i] = plane
     return items.tobytes() + data[cut:]
 
 
 def _subtract(data: bytes, known: bytes, itemsize: int) -> bytes:
-    """Take items as whole numbers; give their differences, small ones as small codes.
+    """Return the differences of items, read as whole numbers, in zigzag code.
 
-    A difference d is 2d, or -2d - 1 where it is negative: so small negative ones too
-    have zeros in their high bytes.
+    A difference d is coded as 2d, or as -2d - 1 if negative, so that small differences
+    of either sign have zeros in their high bytes.
     """
     assert len(data) == len(known)
     cut = len(data) - len(data) % itemsize

@@ -1,8 +1,8 @@
-"""A state as one packed array, and back.
+"""The packed form of a state: one flat array.
 
 Flower moves one 20 MB array about five times as fast as the same bytes in hundreds of
-arrays, so a message carries a state as one. Names and shapes do not travel: both sides
-know them from the phase, and a fingerprint says whether they agree.
+arrays, so a message carries a state as one array. Names and shapes are not sent: both
+sides know them from the phase, and compare a fingerprint of them.
 """
 
 import math
@@ -20,11 +20,11 @@ _WIRE = {"float32": "<f4", "int64": "<i8"}
 
 
 class PayloadError(ValueError):
-    """A packed array that is not what it should be."""
+    """A received array does not hold what it should."""
 
 
 def pack(state: Mapping[str, Tensor], dtype: str = "float32") -> Array:
-    """Pack tensors in their order, little-endian.
+    """Return tensors packed in their order, little-endian.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def pack(state: Mapping[str, Tensor], dtype: str = "float32") -> Array:
 
 
 def flatten(state: Mapping[str, Tensor], dtype: str = "float32") -> NDArray[Any]:
-    """Join a state's values to one vector."""
+    """Return a state's values as one vector."""
     flat = [tensor.detach().cpu().reshape(-1).numpy() for tensor in state.values()]
     return np.concatenate([np.empty(0, dtype), *flat], dtype=dtype, casting="unsafe")
 
@@ -46,12 +46,12 @@ def flatten(state: Mapping[str, Tensor], dtype: str = "float32") -> NDArray[Any]
 def unpack(
     array: Array, shapes: Mapping[str, Sequence[int]], dtype: str = "float32"
 ) -> dict[str, Tensor]:
-    """Unpack what `pack` made of a state with these names and shapes.
+    """Return the state that `pack` packed, given its names and shapes.
 
     Raises
     ------
     PayloadError
-        If the array is of another kind, or its number of values or bytes is off.
+        If the array is of another kind, or its number of values or bytes is wrong.
     """
     if (array.stype, array.dtype) != (STYPE, dtype):
         raise PayloadError(
@@ -64,7 +64,7 @@ def unpack(
             f"the array has shape {tuple(array.shape)} and {len(array.data)} bytes, "
             f"not ({sum(sizes)},) and {wanted}"
         )
-    # A copy, since the bytes of a message are read-only.
+    # Copied, since the bytes of a message are read-only.
     values = torch.from_numpy(np.frombuffer(array.data, _WIRE[dtype]).astype(dtype))
     parts = values.split(sizes)
     return {

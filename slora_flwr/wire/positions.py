@@ -1,11 +1,11 @@
-"""Positions of chosen values, ascending, in about as many bits as they carry.
+"""The encoding of ascending positions, close to their entropy.
 
-A set of k out of n positions carries log2(n over k) bits if all sets are equally
-likely. Here each gap to the next position is a byte, or several where it is wide, and
-a Huffman code over the bytes (Deflate, RFC 1951, without matches) does the rest: at
-most 2% above that bound for 10,000 positions or more and a share from 0.1% to 50%, 3%
-for a thousand, since the code's table takes 30 to 100 bytes. Positions in clusters take
-less.
+A set of k out of n positions has log2(n over k) bits of entropy if all sets are equally
+likely. Each gap to the next position is written as one byte, or several if it is wide,
+and the bytes are Huffman-coded (Deflate, RFC 1951, without matches). The result is at
+most 2% above the entropy for 10,000 positions or more and a share from 0.1% to 50%, and
+3% for a thousand, since the code's table takes 30 to 100 bytes. Clustered positions
+take less.
 """
 
 import math
@@ -16,25 +16,25 @@ from numpy.typing import NDArray
 
 from slora_flwr.wire.packing import PayloadError
 
-# A gap of this or more is a byte of it and the rest.
+# A gap of this or more is written as a byte of this value, followed by the rest.
 _WIDE = 255
-# Where gaps are wider than this on average, their last 8 bits go apart.
+# If gaps are wider than this on average, their low 8 bits are coded separately.
 _SPLIT = 128
 
 
 def entropy_bound(count: int, size: int) -> float:
-    """Give log2(size over count) in bytes."""
+    """Return log2(size over count), the entropy of the positions, in bytes."""
     ways = math.lgamma(size + 1) - math.lgamma(count + 1)
     return (ways - math.lgamma(size - count + 1)) / math.log(2) / 8
 
 
 def most_bytes(count: int, size: int) -> int:
-    """Bound the bytes that a reader takes in, before and after its expansion."""
+    """Return the most bytes that a reader accepts, before and after expansion."""
     return 64 + 2 * count + size // _WIDE
 
 
 def encode_positions(positions: NDArray[np.int64], size: int) -> bytes:
-    """Write ascending positions below `size`."""
+    """Encode ascending positions below `size`."""
     if not len(positions):
         return b""
     gaps = np.diff(positions, prepend=-1) - 1
@@ -51,16 +51,16 @@ def encode_positions(positions: NDArray[np.int64], size: int) -> bytes:
 
 
 def decode_positions(data: bytes, count: int, size: int) -> NDArray[np.int64]:
-    """Read `count` positions below `size` back.
+    """Decode `count` positions below `size`.
 
     Raises
     ------
     PayloadError
-        If they are not that.
+        If the bytes do not encode such positions.
     """
     if not count:
         if data:
-            raise PayloadError(f"{len(data)} bytes of positions, for none")
+            raise PayloadError(f"{len(data)} bytes of positions where none are due")
         return np.empty(0, dtype=np.int64)
     cut = 4 + int.from_bytes(data[:4], "little")
     written = np.frombuffer(_expand(data[4:cut], most_bytes(count, size)), np.uint8)
@@ -84,7 +84,7 @@ def decode_positions(data: bytes, count: int, size: int) -> NDArray[np.int64]:
 
 
 def _huffman(data: bytes) -> bytes:
-    # Raw Deflate: what travels has a checksum already.
+    # Raw Deflate, since the frame has a checksum already.
     coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     return coder.compress(data) + coder.flush()
 
@@ -96,5 +96,5 @@ def _expand(data: bytes, most: int) -> bytes:
     except zlib.error as error:
         raise PayloadError(f"the positions cannot be read: {error}") from error
     if not reader.eof or reader.unused_data:
-        raise PayloadError(f"the positions are not at most {most} bytes, or cut off")
+        raise PayloadError(f"the positions exceed {most} bytes or are cut off")
     return expanded

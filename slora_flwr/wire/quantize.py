@@ -1,12 +1,13 @@
-"""Values as codes of fewer bits, and back.
+"""Quantisation: values as codes of fewer bits, and back.
 
-`int8` and `int4` code blocks of `BLOCK` values against the largest of each: a float32
-scale, and whole numbers up to 127 or 7 of it. `float16` and `bfloat16` are the formats
-of these names, largest finite value in place of an overflow.
+`int8` and `int4` quantise blocks of `BLOCK` values by the largest magnitude of each
+block: a float32 scale, and whole multiples of it up to 127 or 7. `float16` and
+`bfloat16` are the formats of these names, with overflows clipped to the largest finite
+value.
 
-Given a bit stream, rounding is stochastic: up or down to a neighbouring code with the
-probabilities that make the mean right, so that errors average out over clients and
-rounds (QSGD, arXiv 1610.02132). Without one it is to the nearest.
+Given a bit stream, rounding is stochastic and unbiased: up or down to a neighbouring
+code, so that errors average out over clients and rounds (QSGD, arXiv 1610.02132).
+Without one, values are rounded to nearest.
 """
 
 import numpy as np
@@ -14,41 +15,41 @@ import torch
 from numpy.typing import NDArray
 
 BLOCK = 128
-# Values that are worked on at once, so that they stay in the processor's cache.
+# Number of values processed at once, so that they stay in the processor's cache.
 _CHUNK = 256 * BLOCK
 _LEVELS = {"int8": 127, "int4": 7}
 _CODE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
 # A little less than the largest float32, so that a code times its scale is finite.
 _LARGEST = 3.4028e38
-# Below it a scale's inverse would overflow: such a block is all zeros.
+# The inverse of a smaller scale would overflow: such a block is coded as zeros.
 _TINY = 1e-37
 
 Values = NDArray[np.float32]
 
 
 def codes_size(count: int, dtype: str) -> int:
-    """Count the bytes of the codes of so many values."""
+    """Return the number of bytes in the codes of `count` values."""
     return -(-count * _CODE_BITS[dtype] // 8)
 
 
 def scales_size(count: int, dtype: str) -> int:
-    """Count the bytes of their scales."""
+    """Return the number of bytes in the scales of `count` values."""
     return 4 * -(-count // BLOCK) if dtype in _LEVELS else 0
 
 
 def quantize(
     values: Values, dtype: str, stream: np.random.Philox | None = None
 ) -> tuple[bytes, bytes]:
-    """Code values.
+    """Quantise values.
 
     Parameters
     ----------
     values : NDArray[np.float32]
-        Shape (n,), finite.
+        Finite values, shape (n,).
     dtype : str
         `float32`, `float16`, `bfloat16`, `int8` or `int4`.
     stream : numpy.random.Philox or None
-        For stochastic rounding.
+        Source of stochastic rounding; None to round to nearest.
 
     Returns
     -------
@@ -73,21 +74,21 @@ def quantize(
 
 
 def dequantize(codes: bytes, scales: bytes, count: int, dtype: str) -> Values:
-    """Give the values that codes stand for.
+    """Return the values that codes stand for.
 
     Parameters
     ----------
     codes, scales : bytes
-        By `quantize`, and of its sizes.
+        The results of `quantize`.
     count : int
         Number of values.
     dtype : str
-        As there.
+        As for `quantize`.
 
     Returns
     -------
     NDArray[np.float32]
-        Shape (count,), to write to.
+        A writable array of shape (count,).
     """
     if dtype == "float32":
         return np.frombuffer(codes, "<f4").astype(np.float32)
@@ -107,8 +108,8 @@ def dequantize(codes: bytes, scales: bytes, count: int, dtype: str) -> Values:
     values = whole.astype(np.float32)
     scale = np.frombuffer(scales, "<f4")
     full = count // BLOCK
-    # Scales that `quantize` never writes can give what is not finite; who adds it up
-    # refuses it.
+    # Scales that `quantize` never writes can yield values that are not finite, which
+    # the fold refuses.
     with np.errstate(over="ignore", invalid="ignore"):
         values[: full * BLOCK].reshape(full, BLOCK)[:] *= scale[:full, None]
         values[full * BLOCK :] *= scale[full:]
@@ -116,7 +117,7 @@ def dequantize(codes: bytes, scales: bytes, count: int, dtype: str) -> Values:
 
 
 def _noise(count: int, stream: np.random.Philox | None) -> NDArray[np.uint16] | None:
-    """Draw 16 bits for each value."""
+    """Draw 16 random bits per value."""
     if stream is None:
         return None
     return stream.random_raw(-(-count // 4)).view(np.uint16)[:count]
@@ -144,9 +145,9 @@ def _to_integers(
 
 
 def _unit(noise: NDArray[np.uint16]) -> Values:
-    """Give the middle of one of 2^16 intervals of (0, 1) for each.
+    """Return, for each draw, the middle of one of 2^16 intervals of (0, 1).
 
-    So the mean of what is rounded is right to 2^-17 of a step.
+    The mean of rounded values is then exact to 2^-17 of a step.
     """
     unit = np.multiply(noise, np.float32(2.0**-16), dtype=np.float32)
     unit += np.float32(2.0**-17)
@@ -159,7 +160,7 @@ def _to_bfloat16(
     bits = values.view(np.uint32)
     added = noise if noise is not None else np.uint32(0x7FFF) + ((bits >> 16) & 1)
     halves = ((bits + added) >> 16).astype(np.uint16)
-    # Infinity, by a carry.
+    # A carry into infinity becomes the largest finite value.
     halves -= (halves & 0x7FFF) == 0x7F80
     return halves
 
@@ -170,8 +171,8 @@ def _to_float16(
     if noise is None:
         near = np.clip(values, -65504, 65504)
     else:
-        # 13 bits of a float32 are more than float16 has; below 2^-14 its steps are all
-        # 2^-24.
+        # float32 has 13 more mantissa bits than float16. Below 2^-14 all steps of
+        # float16 are 2^-24.
         bits = values.view(np.uint32) + (noise >> 3)
         near = (bits & np.uint32(0xFFFFE000)).view(np.float32)
         near = np.clip(near, -65504, 65504)
@@ -179,7 +180,7 @@ def _to_float16(
         steps = values[small] * np.float32(2.0**24)
         steps += _unit(noise[small])
         near[small] = np.floor(steps) * np.float32(2.0**-24)
-    # By torch, which has the processor's instruction for it.
+    # torch converts with the processor's own instruction.
     return torch.from_numpy(near).half().numpy().astype("<f2", copy=False)
 
 

@@ -1,4 +1,4 @@
-"""Which values of an update travel where only a share of them does."""
+"""The selection of an update's values, if only a share of them is sent."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,19 +14,19 @@ Positions = NDArray[np.int64]
 def weigh_by_product(
     changes: Mapping[str, Tensor], factors: Mapping[str, Tensor]
 ) -> State:
-    """Weigh LoRA's entries by what they do to B·A: FedSRD (arXiv 2510.04601).
+    """Weigh LoRA's entries by their effect on B·A: FedSRD (arXiv 2510.04601).
 
-    A change of B_ij moves row i of B·A by |dB_ij|·‖A_j‖, with A_j the j-th row of A;
-    one of A_jk moves column k by ‖B_j‖·|dA_jk|, with B_j the j-th column of B. All else
-    counts by magnitude.
+    A change of B_ij changes row i of B·A by |dB_ij|·‖A_j‖, with A_j the j-th row of A.
+    A change of A_jk changes column k by ‖B_j‖·|dA_jk|, with B_j the j-th column of B.
+    All other entries are weighed by magnitude.
 
     Parameters
     ----------
     changes : Mapping[str, Tensor]
-        `<module>.lora_A`, (rank, in), and `<module>.lora_B`, (out, rank), or one of
-        them; the head.
+        Changes of `<module>.lora_A`, (rank, in), of `<module>.lora_B`, (out, rank), or
+        of both; and of the head.
     factors : Mapping[str, Tensor]
-        Both factors, as the client has trained them.
+        Both factors after the client's training.
     """
     weights = {name: tensor.abs() for name, tensor in changes.items()}
     for name, tensor in weights.items():
@@ -39,21 +39,21 @@ def weigh_by_product(
 
 
 def choose(weights: Mapping[str, Tensor], parts: Sequence[int], head: int) -> Positions:
-    """Choose the entries of largest weight, of the adapter's and of the head's.
+    """Choose the entries of largest weight, separately for adapter and head.
 
     Parameters
     ----------
     weights : Mapping[str, Tensor]
-        Of each entry, not negative.
+        Each entry's weight, not negative.
     parts : Sequence[int]
-        How many of the adapter's entries, and how many of the head's.
+        How many entries to choose of the adapter's, and of the head's.
     head : int
-        How many entries at the end are the head's.
+        Number of entries at the end that belong to the head.
 
     Returns
     -------
     NDArray[np.int64]
-        Positions in the state as one vector, ascending.
+        Ascending positions in the flattened state.
     """
     flat = np.concatenate([tensor.reshape(-1).numpy() for tensor in weights.values()])
     cut = len(flat) - head
@@ -62,7 +62,7 @@ def choose(weights: Mapping[str, Tensor], parts: Sequence[int], head: int) -> Po
 
 
 def _largest(weights: NDArray[np.float32], count: int) -> Positions:
-    """Give the positions of the largest, ascending; of equal ones the first."""
+    """Return the ascending positions of the largest weights; ties go to the first."""
     if not count:
         return np.empty(0, dtype=np.int64)
     start = len(weights) - count

@@ -1,4 +1,4 @@
-"""What a client sends of its update, and what it keeps for later."""
+"""The encoded update that a client sends, and the residual that it keeps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,16 +15,16 @@ from slora_flwr.wire.selection import choose, weigh_by_product
 
 @dataclass(frozen=True)
 class Upload:
-    """A coded update.
+    """An encoded update.
 
     Attributes
     ----------
     array : Array
-        What travels.
+        The array to send.
     update : State
-        What the server reads of it.
+        The update that the server decodes.
     residual : State
-        What that lacks of the update; empty where nothing is lost.
+        What decoding loses of the update; empty if nothing.
     """
 
     array: Array
@@ -42,28 +42,28 @@ def code_update(
     stream: np.random.Philox,
     clip_norm: float = 0.0,
 ) -> Upload:
-    """Code an update, with what earlier ones have lost added: error feedback.
+    """Encode an update with error feedback.
 
-    Error feedback (arXiv 1901.09847) sends later what rounding and selection leave out
-    now, so that nothing is lost for good.
+    Error feedback (arXiv 1901.09847) adds what earlier encodings lost to rounding and
+    selection, so that nothing is lost for good.
 
     Parameters
     ----------
     update : State
-        One client's, float32.
+        One client's update, float32.
     codec : Codec
-        How it travels.
+        The encoding.
     residual : Mapping[str, Tensor]
-        What the client's last update lacked, by name; none is as good as zeros.
+        What the client's last encoding lost, by name; missing names count as zeros.
     start : Mapping[str, Tensor]
-        What the client was sent, and what rests: a frozen A.
+        The state that the client received, with a frozen A if there is one.
     importance : str
-        `magnitude` or `product`, where a share travels.
+        `magnitude` or `product`: how to select the values if only a share is sent.
     stream : numpy.random.Philox
-        For stochastic rounding.
+        Source of stochastic rounding.
     clip_norm : float
-        Bound of the norm of what is coded, 0 for none. What it cuts off is not kept:
-        it would come back round after round.
+        Bound on the norm of what is encoded, 0 for none. What clipping removes is not
+        kept: it would return round after round.
     """
     whole = {n: t + residual[n] if n in residual else t for n, t in update.items()}
     whole = clip(whole, clip_norm)

@@ -5,7 +5,12 @@ import hashlib
 import numpy as np
 import pytest
 
-from slora_flwr.adapters.masks import deal_densities, fingerprint, make_mask, mask_size
+from slora_flwr.adapters.masks import (
+    allocate_densities,
+    fingerprint,
+    make_mask,
+    mask_size,
+)
 from slora_flwr.common.random import draw_distinct, key
 from tests.support.reference import reference_distinct
 
@@ -176,24 +181,24 @@ def entries(densities: dict[str, float]) -> dict[str, float]:
 
 
 def test_a_uniform_budget_is_the_papers() -> None:
-    assert deal_densities(SHAPES, 0.1, "uniform") == pytest.approx(
+    assert allocate_densities(SHAPES, 0.1, "uniform") == pytest.approx(
         dict.fromkeys(SHAPES, 0.1)
     )
 
 
 def test_an_erdos_renyi_budget_goes_by_sides() -> None:
     # 282 of 2820 entries in parts of 80, 80 and 9; 15.02 entries of the 20.
-    found = entries(deal_densities(SHAPES, 0.1, "erdos-renyi"))
+    found = entries(allocate_densities(SHAPES, 0.1, "erdos-renyi"))
     parts = {"square": 80, "wide": 80, "small": 9}
     assert found == pytest.approx({n: 282 * p / 169 for n, p in parts.items()})
 
 
 def test_what_a_full_matrix_cannot_take_goes_to_the_others() -> None:
     # 94 each, of which the small one takes 20, which leaves 131 for each other one.
-    found = entries(deal_densities(SHAPES, 0.1, "equal"))
+    found = entries(allocate_densities(SHAPES, 0.1, "equal"))
     assert found == pytest.approx({"square": 131.0, "wide": 131.0, "small": 20.0})
 
 
 @pytest.mark.parametrize("budget", ["uniform", "erdos-renyi", "equal"])
 def test_a_full_budget_is_everything(budget: str) -> None:
-    assert deal_densities(SHAPES, 1.0, budget) == dict.fromkeys(SHAPES, 1.0)
+    assert allocate_densities(SHAPES, 1.0, budget) == dict.fromkeys(SHAPES, 1.0)

@@ -118,7 +118,7 @@ def test_a_column_of_texts_is_not_told_as_labels(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv")
     for source in (OwnData(str(path), "label", "label"), OwnData(str(path), "x", "y")):
         texts = Texts(["t"] * 1001, [str(i) for i in range(1001)])
-        with pytest.raises(OwnDataError, match="is not one of labels"):
+        with pytest.raises(OwnDataError, match="does not look like labels"):
             source.labels(texts)
     with pytest.raises(OwnDataError, match="of up to 201 characters"):
         OwnData("", "x", "y").labels(Texts(["t"], ["a" * 201]))
@@ -152,7 +152,7 @@ def test_a_file_that_is_not_what_it_says_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "missing.csv", "a.txt"])
 def test_no_data_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.txt").touch()
-    with pytest.raises(OwnDataError, match=r"allowed: a file .*, \.jsonl, \.parquet"):
+    with pytest.raises(OwnDataError, match=r"allowed: an existing file .*, \.parquet"):
         load(tmp_path / name)
 
 

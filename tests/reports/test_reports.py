@@ -318,7 +318,7 @@ def test_a_stopped_run_says_so(tmp_path: Path) -> None:
     with (path / "events.jsonl").open("a") as file:
         file.write('{"event": "round", "sec')  # killed while it wrote
     html = render(report(read_run(path)))
-    assert "This run has not ended: 3 of 6 rounds are done." in html
+    assert "This run is not complete: 3 of 6 rounds are done." in html
     assert "It was stopped: TooFewRepliesError: 0 good replies twice" in html
     rows = rows_of(report(read_run(path)), "phases")
     assert [(r["phase"], r["rounds"], r["seconds"]) for r in rows] == [
@@ -330,7 +330,7 @@ def test_a_stopped_run_says_so(tmp_path: Path) -> None:
     ended = write_run(tmp_path / "ended", config | {"seed": 1})
     (group,) = groups_of(path, ended)
     assert [run.path for run in group.runs] == [ended]
-    assert "1 of the runs did not end" in render(page_of(path, ended))
+    assert "1 of the runs did not complete" in render(page_of(path, ended))
 
 
 def test_a_run_without_a_round_has_a_report(tmp_path: Path) -> None:
@@ -515,7 +515,7 @@ def test_a_run_that_is_none_is_refused(
         ("compare", "absent"): "absent is not a run; allowed: a run directory, which",
         ("report", damaged): f"{damaged} cannot be read as a run directory",
         ("compare", damaged, "--uplink", "1,fast"): "--uplink is '1,fast'; allowed",
-        ("compare", damaged, "--uplink", "0"): "--uplink is '0'; allowed: numbers",
+        ("compare", damaged, "--uplink", "0"): "--uplink is '0'; allowed: comma",
     }.items():
         done = slora(*arguments)
         assert done.exit_code == 2

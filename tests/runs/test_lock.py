@@ -126,4 +126,4 @@ def test_a_file_system_without_locks_is_told_and_used(
     monkeypatch.setattr(fcntl, "flock", flock)
     with caplog.at_level(WARNING, logger="flwr"), sole_use(tmp_path, "in use"):
         pass
-    assert f"{tmp_path} has no lock against others ([Errno" in caplog.text
+    assert f"{tmp_path} cannot be locked against other runs ([Errno" in caplog.text

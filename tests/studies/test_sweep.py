@@ -26,6 +26,7 @@ from slora_flwr.config import ConfigError
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
 from slora_flwr.studies import sweep as sweeping
+from slora_flwr.studies.runner import Runner
 from slora_flwr.studies.study import (
     Config,
     Score,
@@ -477,7 +478,7 @@ def test_what_is_finished_is_never_run_again(
     def submit(*_: object) -> None:
         raise AssertionError("nothing is left to run")
 
-    monkeypatch.setattr(sweeping._Runner, "_submit", submit)
+    monkeypatch.setattr(Runner, "_submit", submit)
     # Written otherwise, and by then without the run that fails.
     study = dict(reversed(swept.study.items()))
     study["also"] = study["also"][:1]

@@ -18,7 +18,7 @@ from slora_flwr.backbone.load import load_backbone
 from slora_flwr.cli import app
 from slora_flwr.client import handlers as node
 from slora_flwr.config import ModelConfig, Value
-from slora_flwr.studies.sweep import Run, _run_inline
+from slora_flwr.studies.runner import StudyRun, _run_inline
 
 Config = dict[str, Value]
 
@@ -52,7 +52,7 @@ def main() -> None:
         run(config, **{"run_dir": str(folder / f"3-{i}"), key: address})
     # As in a study, where a log gets the traceback.
     failing = config | {"model.name": "someone/studied"}
-    _run_inline(Run(failing | {"run.dir": str(folder / "4")}, folder / "4"))
+    _run_inline(StudyRun(failing | {"run.dir": str(folder / "4")}, folder / "4"))
     node.HANDLERS["query"] = lacks_its_model
     run(config, run_dir=str(folder / "5"))
     asked = "http://somebody:marker-log@example.org/model"

@@ -200,9 +200,9 @@ def test_a_difference_is_small_where_little_changed() -> None:
 def test_a_difference_to_something_else_is_noticed() -> None:
     before, after = bytes(1000), bytes(999) + b"\x01"
     frame = wrap(after, 1, compress=True, known=before)
-    with pytest.raises(PayloadError, match="its checksum is another"):
+    with pytest.raises(PayloadError, match="its checksum does not match"):
         unwrap(frame, 1, 1000, b"\x01" * 1000)
-    with pytest.raises(PayloadError, match="difference to what is not known"):
+    with pytest.raises(PayloadError, match="difference from bytes that are not known"):
         unwrap(frame, 1, 1000)
 
 
@@ -316,7 +316,7 @@ def test_broken_contents_of_a_whole_frame_are_an_error() -> None:
     for contents, told in (
         (b"", "0 bytes of values, not 7"),
         (bytes(6), "6 bytes of values, not 7"),
-        (bytes(7), "not at most"),
+        (bytes(7), "exceed 70 bytes"),
         (bytes(7) + far, "a position is 11; allowed: below 10"),
         (bytes(7) + positions + b"x", "after the positions"),
         (bytes(7) + encode_positions(np.array([1, 2]), 10), "are not 3"),
@@ -333,7 +333,7 @@ def test_a_small_payload_cannot_ask_for_much_memory() -> None:
     array = Array("int8", (10,), "slora.coded", bomb)
     with pytest.raises(PayloadError, match="bytes; allowed: up to 27"):
         codec.decode(array, shapes)
-    with pytest.raises(PayloadError, match="for 1048576 bytes; allowed: up to 14"):
+    with pytest.raises(PayloadError, match="holds 1048576 bytes; allowed: up to 14"):
         unwrap(bomb, 1, 14)
     # A length that is a lie.
     lie = bomb[:1] + (14).to_bytes(8, "little") + bomb[9:]
@@ -341,7 +341,7 @@ def test_a_small_payload_cannot_ask_for_much_memory() -> None:
         unwrap(lie, 1, 14)
     coder = zlib.compressobj(9, zlib.DEFLATED, -15)
     many = coder.compress(bytes(1 << 20)) + coder.flush()
-    with pytest.raises(PayloadError, match="not at most 70 bytes"):
+    with pytest.raises(PayloadError, match="exceed 70 bytes"):
         decode_positions(len(many).to_bytes(4, "little") + many, 3, 10)
 
 
