@@ -25,9 +25,9 @@ class StateError(ValueError):
 class Adapter:
     """Train the head, and what a subclass adds to it.
 
-    A subclass overrides `_make` to add trained parameters and `_restore` to take them
-    out again. What the rest of the package asks of a kind of adapter, before one is
-    made, are the class methods.
+    A subclass sets `default_lr` and overrides `state_size`, `make` and `restore`; the
+    rest only where it differs from what is said here. What the rest of the package asks
+    of a kind of adapter, before one is made, are the class methods.
 
     Attributes
     ----------
@@ -41,6 +41,8 @@ class Adapter:
     learns_delta : bool
         True where the next phase starts from the delta that this one learned; such a
         class has `learned`.
+    takes_delta : bool
+        True where a phase can start from such a delta; such a class has `prime`.
     copies_weights : bool
         True where all weights of the backbone are kept aside while it is attached.
     folder : str
@@ -53,6 +55,7 @@ class Adapter:
     section: ClassVar[str] = ""
     is_selection: ClassVar[bool] = False
     learns_delta: ClassVar[bool] = False
+    takes_delta: ClassVar[bool] = False
     copies_weights: ClassVar[bool] = False
     folder: ClassVar[str] = "model"
     scaling: float = 1.0
@@ -91,8 +94,16 @@ class Adapter:
 
     @classmethod
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
-        """Return the number of values in a whole state, whatever is attached."""
-        return backbone.head_size
+        """Return the number of values in a whole state, whatever is attached.
+
+        Parameters
+        ----------
+        config : RunConfig
+            The run.
+        backbone : Backbone
+            Shapes; `head_size` of the values are the head's.
+        """
+        raise NotImplementedError
 
     @classmethod
     def traffic(
@@ -175,12 +186,22 @@ class Adapter:
         """Return each client's rank by its id, None where all train the same values."""
         return None
 
+    def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+        """Put the trained parameters into a backbone; return them by name.
+
+        The names are those of the state. The head is not among them.
+        """
+        return {}
+
+    def restore(self, backbone: Backbone) -> None:
+        """Take out again, bit for bit, what `make` put into the backbone."""
+
     def attach(self, backbone: Backbone) -> None:
         """Make the trained parameters on a resident backbone, without a copy of it."""
         self.backbone = backbone
         self._head_before = {n: p.detach().clone() for n, p in backbone.head.items()}
         # The head comes last, so that a state reads adapter first in every phase.
-        self._trained = {**self._make(backbone), **backbone.head}
+        self._trained = {**self.make(backbone), **backbone.head}
         for parameter in self._trained.values():
             parameter.requires_grad_(True)
 
@@ -189,7 +210,7 @@ class Adapter:
         for parameter in self._trained.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-        self._restore(self.backbone)
+        self.restore(self.backbone)
         with torch.no_grad():
             for name, parameter in self.backbone.head.items():
                 parameter.copy_(self._head_before[name])
@@ -330,12 +351,6 @@ class Adapter:
         """
         self.load(state)
         export_model(folder, self.backbone, classes)
-
-    def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        return {}
-
-    def _restore(self, backbone: Backbone) -> None:
-        pass
 
 
 def require_float32(config: RunConfig, why: str) -> None:

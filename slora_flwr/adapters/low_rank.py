@@ -2,15 +2,14 @@
 
 import hashlib
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from slora_flwr.adapters.base import Adapter
+from slora_flwr.adapters.peft_layers import wrap
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
 
@@ -113,7 +112,8 @@ class LowRankAdapter(Adapter):
                 product = change[f"{name}.b"].double() @ change[f"{name}.a"].double()
                 module.weight.add_(product.to(module.weight.device, torch.float32))
 
-    def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+    def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+        """Put PEFT's layers in; return the factors that are trained."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             self._model = wrap(backbone.model, self.peft_config(backbone))
@@ -133,7 +133,8 @@ class LowRankAdapter(Adapter):
                 trained[f"{name}.lora_B"] = b
         return trained
 
-    def _restore(self, backbone: Backbone) -> None:
+    def restore(self, backbone: Backbone) -> None:
+        """Take PEFT's layers out."""
         self._model.unload()
         self._factors = {}
         del self._model
@@ -179,15 +180,3 @@ def fill_slices(
             filled[name] = tensor.new_zeros(tuple(shapes[name]))
             filled[name][tuple(map(slice, tensor.shape))] = tensor
     return filled
-
-
-def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Put PEFT's LoRA layers into a model, without two warnings that do not apply."""
-    with warnings.catch_warnings():
-        # A model keeps a mark of adapters that `unload` has taken out again.
-        warnings.filterwarnings("ignore", message=".*for a second time")
-        # PEFT reads a property that transformers has renamed.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-        wrapped = get_peft_model(model, config)
-    assert isinstance(wrapped, PeftModel)
-    return wrapped

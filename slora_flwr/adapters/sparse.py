@@ -170,9 +170,9 @@ class SparseAdapter(Adapter):
     def begin(self, phase_round: int) -> None:
         """Draw the round's mask, where each round has its own."""
         if self._redrawn and phase_round != self._number:
-            self._restore(self.backbone)
+            self.restore(self.backbone)
             self._number = phase_round
-            self._trained |= self._make(self.backbone)
+            self._trained |= self.make(self.backbone)
 
     def sent(self) -> dict[str, torch.Size]:
         """Leave out values that the base holds already."""
@@ -262,7 +262,8 @@ class SparseAdapter(Adapter):
             for name, lines in self._draw(backbone, number).items()
         }
 
-    def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+    def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+        """Make the target matrices compute with values of their own under a mask."""
         trained = {}
         masks = {}
         for name, drawn in self._draw(backbone, self._number).items():
@@ -281,7 +282,8 @@ class SparseAdapter(Adapter):
         self._fingerprint = fingerprint(masks)
         return trained
 
-    def _restore(self, backbone: Backbone) -> None:
+    def restore(self, backbone: Backbone) -> None:
+        """Write the values back that were there before."""
         with torch.no_grad():
             for name, module in backbone.targets.items():
                 before, lines = self._before[name], self._lines[name]

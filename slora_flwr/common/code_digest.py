@@ -1,17 +1,20 @@
 """The digest of this package's code, by which server and nodes compare theirs."""
 
-from functools import lru_cache
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
 
 
-@lru_cache(maxsize=1)
-def code_digest() -> str:
-    """BLAKE2b of this package's source files, 32 hex digits."""
+@cache
+def code_digest(others: tuple[Path, ...] = ()) -> str:
+    """Return BLAKE2b of this package's source files, and of others, 32 hex digits."""
     digest = blake2b(digest_size=16)
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode())
+        digest.update(path.read_bytes())
+    for path in others:
+        digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
