@@ -14,7 +14,7 @@ from slora_flwr.adapters.model_files import export_model
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
-from slora_flwr.config import ConfigError, RunConfig
+from slora_flwr.config import ConfigError, RunConfig, refuse
 from slora_flwr.config.schedule import Phase
 
 
@@ -362,9 +362,7 @@ def require_float32(config: RunConfig, why: str) -> None:
         With the reason why this adapter needs float32.
     """
     if config.model.dtype != "float32":
-        raise ConfigError(
-            f"model.dtype is {config.model.dtype!r}; allowed: float32{why}"
-        )
+        raise refuse("model.dtype", config.model.dtype, f"float32{why}")
 
 
 def require_targets(config: RunConfig, backbone: Backbone) -> None:

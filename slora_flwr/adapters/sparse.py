@@ -25,7 +25,7 @@ from slora_flwr.adapters.masks import (
 )
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
-from slora_flwr.config import ConfigError, RunConfig
+from slora_flwr.config import RunConfig, refuse
 from slora_flwr.config.schedule import Phase
 
 # On a CPU, masks of up to this density are quicker to sample than to gather from the
@@ -97,10 +97,8 @@ class SparseAdapter(Adapter):
         require_float32(config, writes)
         if config.server.optimizer != "none":
             # Moments of one round's weights would move the next one's.
-            raise ConfigError(
-                f"server.optimizer is {config.server.optimizer!r}; allowed: none, "
-                "since sparse.schedule is per-round"
-            )
+            allowed = "none, since sparse.schedule is per-round"
+            raise refuse("server.optimizer", config.server.optimizer, allowed)
 
     @classmethod
     def check_fit(cls, config: RunConfig, backbone: Backbone) -> None:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache, wraps
 from hashlib import blake2b
 from logging import ERROR
@@ -33,7 +32,7 @@ from slora_flwr.common.code_digest import code_digest
 from slora_flwr.common.files import cache_folder, write_atomically
 from slora_flwr.common.tensors import State
 from slora_flwr.common.text import redact
-from slora_flwr.config import RunConfig, parse
+from slora_flwr.config import RunConfig, flatten, parse
 from slora_flwr.config.schedule import outside_files
 from slora_flwr.data.node_files import OwnData, OwnDataError
 from slora_flwr.training.metrics import pool
@@ -231,8 +230,8 @@ def _one_client_per_node(config: RunConfig, context: Context) -> RunConfig:
         )
     count = int(context.node_config["num-partitions"])
     per_round = min(config.clients.per_round, count)
-    clients = replace(config.clients, count=count, per_round=per_round)
-    return replace(config, clients=clients)
+    changed = {"clients.count": count, "clients.per-round": per_round}
+    return parse(flatten(config) | changed)
 
 
 def _enter(worker: Worker, instruction: Instruction) -> State:

@@ -101,6 +101,9 @@ METHODS = {
     "head": Method((PhaseRow("head"),), "the head alone"),
 }
 
+# Methods that the others are held against; the first should reach the most.
+REFERENCES = ("fft", "lora")
+
 ADAPTERS = {
     "full": "slora_flwr.adapters.full:FullAdapter",
     "bias": "slora_flwr.adapters.full:BiasAdapter",
@@ -109,6 +112,15 @@ ADAPTERS = {
     "lora": "slora_flwr.adapters.lora:LoraAdapter",
     "houlsby": "slora_flwr.adapters.bottleneck:HoulsbyAdapter",
     "pfeiffer": "slora_flwr.adapters.bottleneck:PfeifferAdapter",
+}
+
+# The config section that an adapter reads besides `train`. The adapters say so
+# themselves, but to ask them takes torch, which reports do without.
+_SECTIONS = {
+    "sparse": "sparse",
+    "lora": "lora",
+    "houlsby": "bottleneck",
+    "pfeiffer": "bottleneck",
 }
 
 AGGREGATORS = {
@@ -204,6 +216,16 @@ def find_outside_files(**used: Iterable[str]) -> tuple[Path, ...]:
         found = sorted(path for folder in folders for path in folder.rglob("*.py"))
         files += found if folders else [Path(str(module.__file__))]
     return tuple(files)
+
+
+def section_of(adapter: str) -> str:
+    """Return the config section of an adapter, without torch for those in here.
+
+    Empty for an adapter that reads `train` alone.
+    """
+    if adapter in ADAPTERS:
+        return _SECTIONS.get(adapter, "")
+    return str(find_adapter(adapter).section)
 
 
 def _find(kind: str, name: str) -> Any:

@@ -22,7 +22,7 @@ from slora_flwr.backbone.load import Backbone, digest_of
 from slora_flwr.common.code_digest import code_digest
 from slora_flwr.common.files import make_folder, make_private, residuals_folder
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
-from slora_flwr.config.methods import find_adapter, list_methods
+from slora_flwr.config.methods import REFERENCES, find_adapter, list_methods
 from slora_flwr.config.schedule import outside_files
 from slora_flwr.reports.closing_table import closing_table
 from slora_flwr.runs.checkpoint import EVENTS, check_identity, find_checkpoint
@@ -244,7 +244,7 @@ def _summarise(
         # One direction of what the other methods' clients would send in these rounds.
         "same_rounds": {
             method: turns * 4 * _largest_state(method, config, worker.backbone)
-            for method in ("fft", "lora")
+            for method in REFERENCES
         },
     }
     reached = [h for h in strategy.history if h.get("accuracy", 0) >= config.run.target]

@@ -37,6 +37,7 @@ from rich.table import Table
 
 from slora_flwr.common.files import write_atomically
 from slora_flwr.config import ConfigError, Value, flatten, parse
+from slora_flwr.config.methods import find_adapter
 from slora_flwr.reports.progress import clock
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.studies.study import (
@@ -301,8 +302,9 @@ class _Runner:
                 self._progress.update(self._bar, left=self._left())
 
     def _length(self, run: Run) -> tuple[float, bool, str]:
-        full = "full" in adapters_of(run.config)
-        return run.rounds * self._pace(run.method), full, run.name
+        adapters = map(find_adapter, adapters_of(run.config))
+        all_weights = any(adapter.copies_weights for adapter in adapters)
+        return run.rounds * self._pace(run.method), all_weights, run.name
 
     def _start(self, run: Run, slot: int) -> None:
         shutil.rmtree(run.path, ignore_errors=True)
