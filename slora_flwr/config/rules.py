@@ -15,7 +15,7 @@ from slora_flwr.config.methods import (
     list_methods,
 )
 from slora_flwr.config.schedule import Phase, make_schedule
-from slora_flwr.config.sections import OWN_DATA, DownloadConfig, RunConfig
+from slora_flwr.config.sections import OWN_DATA, DownloadConfig, LoraConfig, RunConfig
 
 # Robust statistics of single entries. Those of LoRA's factors are not comparable where
 # clients train both, so the statistic is then of the products, which are weights.
@@ -156,8 +156,8 @@ def _check_start(config: RunConfig, phases: Sequence[Phase]) -> None:
 
 def _check_aggregator(config: RunConfig, phases: Sequence[Phase]) -> None:
     lora, last = config.lora, phases[-1]
-    used = last.aggregator
-    if _is_low_rank(last) and lora.aggregator not in ("fedavg", used):
+    used, default = last.aggregator, LoraConfig().aggregator
+    if _is_low_rank(last) and lora.aggregator not in (default, used):
         allowed = f"{used}, which is the one of {config.method}"
         raise refuse("lora.aggregator", lora.aggregator, allowed)
     for phase in phases if lora.ranks else ():

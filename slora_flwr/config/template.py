@@ -26,9 +26,8 @@ def _lines(config: RunConfig) -> Iterator[str]:
             section = key.section
             yield f"[{section}]"
         for text in (key.help, f"Allowed: {key.allowed}."):
-            yield from textwrap.wrap(
-                text, WIDTH, initial_indent="# ", subsequent_indent="# "
-            )
+            lines = textwrap.wrap(text, WIDTH - 2, break_on_hyphens=False)
+            yield from (f"# {line}" for line in lines)
         last = key.name.rpartition(".")[2]
         yield f"# Default: {_literal(last, key.default).partition(' = ')[2]}"
         yield _literal(last, values[key.name])
