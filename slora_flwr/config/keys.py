@@ -136,7 +136,10 @@ def _make(section: str, kind: Any, values: Mapping[str, Any]) -> Any:
         name = str(first["loc"][0])
         key = f"{section}.{_kebab(name)}".lstrip(".")
         if first["type"] == "value_error":
-            raise refuse(key, *first["ctx"]["error"].args) from None
+            cause = first["ctx"]["error"]
+            if isinstance(cause, ConfigError):  # of an entry point
+                raise cause
+            raise refuse(key, *cause.args) from None
         field = _fields_of(kind)[name]
         raise refuse(key, first["input"], _TYPES[field.annotation][1]) from None
 
