@@ -3,12 +3,10 @@
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slora_flwr.adapters.peft_layers import write_peft
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
@@ -44,6 +42,11 @@ def export_adapter(
     patch : BaseWeights or None
         The base.
     """
+    # PEFT takes seconds to import, which the check of a run config need not wait for.
+    from peft import LoraConfig
+
+    from slora_flwr.adapters.peft_layers import write_peft
+
     rank *= 2 if patch is not None and patch.b else 1
     config = LoraConfig(
         r=rank,

@@ -3,15 +3,18 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from slora_flwr.adapters.base import Adapter
-from slora_flwr.adapters.peft_layers import wrap
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
+
+if TYPE_CHECKING:
+    # PEFT takes seconds to import, which the check of a run config need not wait for.
+    from peft import LoraConfig
 
 
 class LowRankAdapter(Adapter):
@@ -59,8 +62,10 @@ class LowRankAdapter(Adapter):
         self._orthonormal, self._frozen = orthonormal, frozen
         self._factors: State = {}
 
-    def peft_config(self, backbone: Backbone) -> LoraConfig:
+    def peft_config(self, backbone: Backbone) -> "LoraConfig":
         """Describe this adapter to PEFT."""
+        from peft import LoraConfig
+
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.scaling * self.rank,  # type: ignore[arg-type]
@@ -114,6 +119,8 @@ class LowRankAdapter(Adapter):
 
     def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
         """Put PEFT's layers in; return the factors that are trained."""
+        from slora_flwr.adapters.peft_layers import wrap
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             self._model = wrap(backbone.model, self.peft_config(backbone))

@@ -138,7 +138,7 @@ def _make(section: str, kind: Any, values: Mapping[str, Any]) -> Any:
         if first["type"] == "value_error":
             cause = first["ctx"]["error"]
             if isinstance(cause, ConfigError):  # of an entry point
-                raise cause
+                raise cause from cause.__cause__
             raise refuse(key, *cause.args) from None
         field = _fields_of(kind)[name]
         raise refuse(key, first["input"], _TYPES[field.annotation][1]) from None

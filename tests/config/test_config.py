@@ -745,6 +745,16 @@ def test_keys_need_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_run_config_is_checked_without_peft() -> None:
+    code = (
+        "import sys\n"
+        "from slora_flwr.config import parse\n"
+        "parse({'sparse.schedule': 'per-round', 'lora.aggregator': 'exact'})\n"
+        "assert not {'peft', 'transformers', 'datasets'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_methods_and_aggregators_from_outside_are_allowed(tmp_path: Path) -> None:
     facts = tmp_path / "outside-1.dist-info"
     facts.mkdir()
