@@ -96,6 +96,26 @@ def plan(
         raise typer.Exit(2) from error
 
 
+@app.command("config")
+def show_config(
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--run-config", "-c", help="What differs, as `flwr run` takes it."
+        ),
+    ] = None,
+) -> None:
+    """Print a TOML file of every key, with its help, for `slora run -c FILE`."""
+    from slora_flwr.config.template import write_template
+
+    try:
+        config = parse(parse_config_args(run_config))
+    except (ConfigError, ValueError, OSError, click.ClickException) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(write_template(config), nl=False)
+
+
 @app.command()
 def sweep(
     study: Annotated[

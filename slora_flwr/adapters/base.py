@@ -14,7 +14,7 @@ from slora_flwr.adapters.model_files import export_model
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
-from slora_flwr.config import ConfigError, RunConfig
+from slora_flwr.config import ConfigError, RunConfig, refuse
 from slora_flwr.config.schedule import Phase
 
 
@@ -25,9 +25,9 @@ class StateError(ValueError):
 class Adapter:
     """Train the head, and whatever parameters a subclass adds.
 
-    A subclass overrides `_make` to add trained parameters and `_restore` to remove
-    them. The class methods answer what the rest of the package needs to know about a
-    kind of adapter before an instance exists.
+    A subclass sets `default_lr` and overrides `state_size`, `make` and `restore`, and
+    whatever else differs from the defaults here. The class methods answer what the rest
+    of the package needs to know about a kind of adapter before an instance exists.
 
     Attributes
     ----------
@@ -41,6 +41,8 @@ class Adapter:
     learns_delta : bool
         True if the next phase starts from the delta learned here; such a class
         implements `learned`.
+    takes_delta : bool
+        True if a phase can start from such a delta; such a class implements `prime`.
     copies_weights : bool
         True if attaching keeps a copy of all backbone weights.
     folder : str
@@ -53,6 +55,7 @@ class Adapter:
     section: ClassVar[str] = ""
     is_selection: ClassVar[bool] = False
     learns_delta: ClassVar[bool] = False
+    takes_delta: ClassVar[bool] = False
     copies_weights: ClassVar[bool] = False
     folder: ClassVar[str] = "model"
     scaling: float = 1.0
@@ -93,9 +96,14 @@ class Adapter:
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
         """Return the number of values in a complete state.
 
-        The backbone may have any adapter attached.
+        Parameters
+        ----------
+        config : RunConfig
+            The run.
+        backbone : Backbone
+            The backbone, which may have any adapter attached.
         """
-        return backbone.head_size
+        raise NotImplementedError
 
     @classmethod
     def traffic(
@@ -185,12 +193,22 @@ class Adapter:
         """Return a function from client id to rank; None if all ranks are equal."""
         return None
 
+    def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+        """Put the trained parameters into a backbone; return them by name.
+
+        The names are those of the state. The head is not among them.
+        """
+        return {}
+
+    def restore(self, backbone: Backbone) -> None:
+        """Take out again, bit for bit, what `make` put into the backbone."""
+
     def attach(self, backbone: Backbone) -> None:
         """Add the trained parameters to a resident backbone, without copying it."""
         self.backbone = backbone
         self._head_before = {n: p.detach().clone() for n, p in backbone.head.items()}
         # The head comes last, so that a state reads adapter first in every phase.
-        self._trained = {**self._make(backbone), **backbone.head}
+        self._trained = {**self.make(backbone), **backbone.head}
         for parameter in self._trained.values():
             parameter.requires_grad_(True)
 
@@ -199,7 +217,7 @@ class Adapter:
         for parameter in self._trained.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-        self._restore(self.backbone)
+        self.restore(self.backbone)
         with torch.no_grad():
             for name, parameter in self.backbone.head.items():
                 parameter.copy_(self._head_before[name])
@@ -347,12 +365,6 @@ class Adapter:
         self.load(state)
         export_model(folder, self.backbone, classes)
 
-    def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        return {}
-
-    def _restore(self, backbone: Backbone) -> None:
-        pass
-
 
 def require_float32(config: RunConfig, why: str = "") -> None:
     """Raise ConfigError if the weights are not float32.
@@ -368,9 +380,7 @@ def require_float32(config: RunConfig, why: str = "") -> None:
         why = why or (
             f" for {config.method}, whose updates bfloat16 weights would round away"
         )
-        raise ConfigError(
-            f"model.dtype is {config.model.dtype!r}; allowed: float32{why}"
-        )
+        raise refuse("model.dtype", config.model.dtype, f"float32{why}")
 
 
 def require_targets(config: RunConfig, backbone: Backbone) -> None:

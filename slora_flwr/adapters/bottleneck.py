@@ -113,13 +113,15 @@ class BottleneckAdapter(Adapter):
         export_model(folder, self.backbone, classes)
         export_bottlenecks(folder, state, self.kind, self._reduction)
 
-    def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+    def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+        """Put the bottlenecks in; return them and the normalisations."""
         trained, self._hooks = insert(backbone.model, self.kind, self._reduction)
         norms = self._find_norms(backbone)
         self._norms = {name: (p, p.detach().clone()) for name, p in norms.items()}
         return trained | norms
 
-    def _restore(self, backbone: Backbone) -> None:
+    def restore(self, backbone: Backbone) -> None:
+        """Take the bottlenecks out and write the normalisations back."""
         for hook in self._hooks:
             hook.remove()
         with torch.no_grad():

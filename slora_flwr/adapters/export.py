@@ -3,12 +3,10 @@
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, TaskType
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slora_flwr.adapters.low_rank import wrap
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
@@ -44,30 +42,27 @@ def export_adapter(
     patch : BaseWeights or None
         The base; None for W_0.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    # PEFT takes seconds to import, which the check of a run config need not wait for.
+    from peft import LoraConfig
+
+    from slora_flwr.adapters.peft_layers import write_peft
+
     rank *= 2 if patch is not None and patch.b else 1
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
         r=rank,
         lora_alpha=scaling * rank,  # type: ignore[arg-type]
         target_modules=list(backbone.targets),
-        modules_to_save=_head_modules(backbone),
         init_lora_weights=False,
     )
-    with torch.no_grad():
-        for name, parameter in backbone.head.items():
-            parameter.copy_(state[name])
-    model = wrap(backbone.model, config)
-    with torch.no_grad():
-        for name in backbone.targets:
-            a, b = state[f"{name}.lora_A"], state[f"{name}.lora_B"]
-            if patch is not None and patch.b:
-                a = torch.cat([a, patch.a[name]])
-                b = torch.cat([b, -patch.b[name]], dim=1)
-            layer = model.get_submodule(f"base_model.model.{name}")
-            layer.lora_A["default"].weight.copy_(a)  # type: ignore[index,union-attr]
-            layer.lora_B["default"].weight.copy_(b)  # type: ignore[index,union-attr]
-    model.save_pretrained(str(folder))
+    factors = {}
+    for name in backbone.targets:
+        a, b = state[f"{name}.lora_A"], state[f"{name}.lora_B"]
+        if patch is not None and patch.b:
+            a = torch.cat([a, patch.a[name]])
+            b = torch.cat([b, -patch.b[name]], dim=1)
+        factors[f"{name}.lora_A.default.weight"] = a
+        factors[f"{name}.lora_B.default.weight"] = b
+    write_peft(folder, backbone, config, state, factors)
     if patch is not None:
         arrays: dict[str, Tensor] = {}
         for name, positions in patch.positions.items():
@@ -99,18 +94,3 @@ def apply_base_patch(model: nn.Module, path: Path) -> None:
             else:
                 positions = file.get_tensor(f"{name}.positions")
                 weight.view(-1).index_copy_(0, positions, values)
-
-
-def _head_modules(backbone: Backbone) -> list[str]:
-    """Return the names of the head's modules, the outermost that hold nothing else."""
-    modules = set()
-    for parameter in backbone.head:
-        top = parameter.split(".", 1)[0]
-        inside = [n for n, _ in backbone.model.named_parameters() if _is_in(n, top)]
-        whole = all(name in backbone.head for name in inside)
-        modules.add(top if whole else parameter.rsplit(".", 1)[0])
-    return sorted(modules)
-
-
-def _is_in(name: str, module: str) -> bool:
-    return name.startswith(f"{module}.")

@@ -28,7 +28,8 @@ class FullAdapter(Adapter):
         """Return the number of values in a whole state, whatever is attached."""
         return backbone.size
 
-    def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+    def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+        """Return the weights themselves, and keep a copy of them."""
         body = {
             name: parameter
             for name, parameter in backbone.model.named_parameters()
@@ -41,7 +42,8 @@ class FullAdapter(Adapter):
     def _trains(cls, name: str) -> bool:
         return True
 
-    def _restore(self, backbone: Backbone) -> None:
+    def restore(self, backbone: Backbone) -> None:
+        """Write the copies back."""
         with torch.no_grad():
             for name, before in self._before.items():
                 self._trained[name].copy_(before)

@@ -30,6 +30,7 @@ class LoraAdapter(LowRankAdapter):
 
     default_lr = 2e-3
     section = "lora"
+    takes_delta = True
     folder = "adapter"
 
     @classmethod

@@ -2,17 +2,19 @@
 
 import hashlib
 import math
-import warnings
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from slora_flwr.adapters.base import Adapter
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
+
+if TYPE_CHECKING:
+    # PEFT takes seconds to import, which the check of a run config need not wait for.
+    from peft import LoraConfig
 
 
 class LowRankAdapter(Adapter):
@@ -60,8 +62,10 @@ class LowRankAdapter(Adapter):
         self._orthonormal, self._frozen = orthonormal, frozen
         self._factors: State = {}
 
-    def peft_config(self, backbone: Backbone) -> LoraConfig:
+    def peft_config(self, backbone: Backbone) -> "LoraConfig":
         """Return this adapter's PEFT config."""
+        from peft import LoraConfig
+
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.scaling * self.rank,  # type: ignore[arg-type]
@@ -113,7 +117,10 @@ class LowRankAdapter(Adapter):
                 product = change[f"{name}.b"].double() @ change[f"{name}.a"].double()
                 module.weight.add_(product.to(module.weight.device, torch.float32))
 
-    def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+    def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+        """Put PEFT's layers in; return the factors that are trained."""
+        from slora_flwr.adapters.peft_layers import wrap
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             self._model = wrap(backbone.model, self.peft_config(backbone))
@@ -133,7 +140,8 @@ class LowRankAdapter(Adapter):
                 trained[f"{name}.lora_B"] = b
         return trained
 
-    def _restore(self, backbone: Backbone) -> None:
+    def restore(self, backbone: Backbone) -> None:
+        """Take PEFT's layers out."""
         self._model.unload()
         self._factors = {}
         del self._model
@@ -179,15 +187,3 @@ def fill_slices(
             filled[name] = tensor.new_zeros(tuple(shapes[name]))
             filled[name][tuple(map(slice, tensor.shape))] = tensor
     return filled
-
-
-def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Insert PEFT's LoRA layers, without two warnings that do not apply."""
-    with warnings.catch_warnings():
-        # A model stays marked as wrapped after `unload`.
-        warnings.filterwarnings("ignore", message=".*for a second time")
-        # PEFT reads a property that transformers has renamed.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-        wrapped = get_peft_model(model, config)
-    assert isinstance(wrapped, PeftModel)
-    return wrapped

@@ -25,7 +25,7 @@ from slora_flwr.adapters.masks import (
 )
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
-from slora_flwr.config import ConfigError, RunConfig
+from slora_flwr.config import RunConfig, refuse
 from slora_flwr.config.schedule import Phase
 
 # On a CPU, sampling the gradient is faster than gathering it from the dense one up to
@@ -96,10 +96,8 @@ class SparseAdapter(Adapter):
         require_float32(config, writes)
         if config.server.optimizer != "none":
             # Moments gathered for one round's weights would move the next round's.
-            raise ConfigError(
-                f"server.optimizer is {config.server.optimizer!r}; allowed: none, "
-                "since sparse.schedule is per-round"
-            )
+            allowed = "none, since sparse.schedule is per-round"
+            raise refuse("server.optimizer", config.server.optimizer, allowed)
 
     @classmethod
     def check_fit(cls, config: RunConfig, backbone: Backbone) -> None:
@@ -169,9 +167,9 @@ class SparseAdapter(Adapter):
     def begin(self, phase_round: int) -> None:
         """Draw the round's mask, if each round has its own."""
         if self._redrawn and phase_round != self._number:
-            self._restore(self.backbone)
+            self.restore(self.backbone)
             self._number = phase_round
-            self._trained |= self._make(self.backbone)
+            self._trained |= self.make(self.backbone)
 
     def sent(self) -> dict[str, torch.Size]:
         """Return the layout without the values that the base already holds."""
@@ -246,7 +244,8 @@ class SparseAdapter(Adapter):
             for name, lines in self._draw(backbone, number).items()
         }
 
-    def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+    def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+        """Make the target matrices compute with values of their own under a mask."""
         trained = {}
         masks = {}
         for name, drawn in self._draw(backbone, self._number).items():
@@ -265,7 +264,8 @@ class SparseAdapter(Adapter):
         self._fingerprint = fingerprint(masks)
         return trained
 
-    def _restore(self, backbone: Backbone) -> None:
+    def restore(self, backbone: Backbone) -> None:
+        """Write the values back that were there before."""
         with torch.no_grad():
             for name, module in backbone.targets.items():
                 before, lines = self._before[name], self._lines[name]

@@ -16,6 +16,9 @@ Step = Callable[[State], State]
 class Aggregator:
     """Federated averaging (arXiv 1602.05629): the server steps along the mean update.
 
+    A subclass names the `fold` that keeps what it needs of each client, and overrides
+    `combine`, or `finish` where the new state is not a step from the old one.
+
     Attributes
     ----------
     trains : str
@@ -34,8 +37,9 @@ class Aggregator:
         True if a round computes the adapter's values anew.
     needs_float32 : bool
         True if a round adds to the backbone's weights.
-    fold : type
-        The class that folds clients' updates.
+    fold : type[Mean]
+        `Mean` keeps one running sum; `aggregation.stack.Stack` keeps each client's
+        update too, so that it grows with the cohort.
     """
 
     trains: ClassVar[str] = "both"
@@ -58,6 +62,10 @@ class Aggregator:
         """Return an empty fold."""
         return self.fold(self.rank_of, self.codec, self.config.server.clip_norm)
 
+    def combine(self, fold: Mean) -> State:
+        """Return the update along which the server steps: the mean of the clients'."""
+        return fold.result()
+
     def finish(
         self, fold: Mean, sent: State, step: Step, adapter: Adapter
     ) -> tuple[State, State | None]:
@@ -74,7 +82,7 @@ class Aggregator:
         adapter : Adapter
             The phase's adapter, attached.
         """
-        state = step(fold.result())
+        state = step(self.combine(fold))
         changes = self.phase.changes_base
         return state, adapter.base_change(state) if changes else None
 

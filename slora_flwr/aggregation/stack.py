@@ -75,6 +75,10 @@ class Stack(Mean):
         """Return the clients' updates in the order of their ids."""
         return [update for _, (_, update) in sorted(self._updates.items())]
 
+    def weights(self) -> list[int]:
+        """List the clients' weights in the order of `updates`."""
+        return [weight for _, (weight, _) in sorted(self._updates.items())]
+
     def products(self, sent: State) -> dict[str, tuple[Tensor, Tensor]]:
         """Stack the clients' weighted factors, so that left @ right is P.
 

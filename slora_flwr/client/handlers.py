@@ -34,6 +34,7 @@ from slora_flwr.common.files import cache_folder, write_atomically
 from slora_flwr.common.tensors import State
 from slora_flwr.common.text import redact
 from slora_flwr.config import RunConfig, parse
+from slora_flwr.config.schedule import outside_files
 from slora_flwr.data.node_files import OwnData, OwnDataError
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.metrics import pool
@@ -87,10 +88,11 @@ def _with_known_errors(handler: Handler) -> Handler:
 @_with_known_errors
 def query(message: Message, context: Context) -> Message:
     """Describe this node: its code, its backbone, its clients and their sizes."""
-    described = ConfigRecord({"version": slora_flwr.__version__, "code": code_digest()})
+    config = parse(context.run_config)
+    code = code_digest(outside_files(config))
+    described = ConfigRecord({"version": slora_flwr.__version__, "code": code})
     # How many nodes a simulation has, so that the server knows whom to wait for.
     described["nodes"] = int(context.node_config.get("num-partitions", 1))
-    config = parse(context.run_config)
     describe = _describe_own_data if config.data.is_own else _describe_partition
     metrics = describe(config, context, described)
     content = RecordDict({"config": described, "metrics": metrics})

@@ -1,11 +1,10 @@
 """What a node's process keeps between the messages of a run."""
 
-from dataclasses import replace
 from functools import lru_cache
 
 from flwr.app import Context
 
-from slora_flwr.config import RunConfig, parse
+from slora_flwr.config import RunConfig, flatten, parse
 from slora_flwr.data.node_files import OwnData
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.messages import Instruction
@@ -65,5 +64,5 @@ def _one_client_per_node(config: RunConfig, context: Context) -> RunConfig:
         )
     count = int(context.node_config["num-partitions"])
     per_round = min(config.clients.per_round, count)
-    clients = replace(config.clients, count=count, per_round=per_round)
-    return replace(config, clients=clients)
+    changed = {"clients.count": count, "clients.per-round": per_round}
+    return parse(flatten(config) | changed)

@@ -1,15 +1,10 @@
 """The run config: its keys, its sections, and the phases that follow from it."""
 
-from slora_flwr.config.errors import ConfigError
+from slora_flwr.config.errors import ConfigError, refuse
+from slora_flwr.config.keys import Key, flatten, list_keys, parse
 from slora_flwr.config.sections import (
-    AGGREGATORS,
-    DOWNLOAD_DTYPES,
-    LEAST_COHORTS,
-    METHODS,
-    OWN_AGGREGATOR,
     OWN_DATA,
     PARTITIONERS,
-    TWO_PHASES,
     AttackConfig,
     BottleneckConfig,
     ClientsConfig,
@@ -26,25 +21,18 @@ from slora_flwr.config.sections import (
     SparseConfig,
     UploadConfig,
     Value,
-    flatten,
-    parse,
 )
 
 __all__ = [
-    "AGGREGATORS",
-    "DOWNLOAD_DTYPES",
-    "LEAST_COHORTS",
-    "METHODS",
-    "OWN_AGGREGATOR",
     "OWN_DATA",
     "PARTITIONERS",
-    "TWO_PHASES",
     "AttackConfig",
     "BottleneckConfig",
     "ClientsConfig",
     "ConfigError",
     "DataConfig",
     "DownloadConfig",
+    "Key",
     "LoraConfig",
     "ModelConfig",
     "OutputConfig",
@@ -57,5 +45,7 @@ __all__ = [
     "UploadConfig",
     "Value",
     "flatten",
+    "list_keys",
     "parse",
+    "refuse",
 ]

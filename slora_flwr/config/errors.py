@@ -3,3 +3,8 @@
 
 class ConfigError(ValueError):
     """A run config that cannot be run, named by its key."""
+
+
+def refuse(key: str, given: object, allowed: str) -> ConfigError:
+    """Return the error that names a key, what was given and what is allowed."""
+    return ConfigError(f"{key} is {given!r}; allowed: {allowed}")

@@ -3,15 +3,18 @@
 A row names its adapters and aggregators; `ADAPTERS` and `AGGREGATORS` say where each
 one is, as an entry point does, because their rooms stand above this one. Packages from
 outside add theirs by entry points of the groups `slora_flwr.methods`,
-`slora_flwr.adapters` and `slora_flwr.aggregators`.
+`slora_flwr.adapters` and `slora_flwr.aggregators`, which are loaded when first used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
+
+from slora_flwr.config.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,22 @@ class PhaseRow:
 
 @dataclass(frozen=True)
 class Method:
-    """A method: its phases in order, one line of help, and the paper it is from."""
+    """A method: its phases in order, one line of help, and the paper it is from.
+
+    It has one phase, or two of different adapters.
+    """
 
     phases: tuple[PhaseRow, ...]
     help: str
     paper: str = ""
+
+    def __post_init__(self) -> None:
+        adapters = [row.adapter for row in self.phases]
+        if len(adapters) not in (1, 2) or len({*adapters}) < len(adapters):
+            raise ValueError(
+                f"a method's phases are {adapters}; allowed: one, or two of different "
+                "adapters"
+            )
 
     @property
     def aggregator(self) -> str:
@@ -87,6 +101,9 @@ METHODS = {
     "head": Method((PhaseRow("head"),), "the head alone"),
 }
 
+# Methods that the others are held against; the first should reach the most.
+REFERENCES = ("fft", "lora")
+
 ADAPTERS = {
     "full": "slora_flwr.adapters.full:FullAdapter",
     "bias": "slora_flwr.adapters.full:BiasAdapter",
@@ -95,6 +112,15 @@ ADAPTERS = {
     "lora": "slora_flwr.adapters.lora:LoraAdapter",
     "houlsby": "slora_flwr.adapters.bottleneck:HoulsbyAdapter",
     "pfeiffer": "slora_flwr.adapters.bottleneck:PfeifferAdapter",
+}
+
+# The config section that an adapter reads besides `train`. The adapters say so
+# themselves, but to ask them takes torch, which reports do without.
+_SECTIONS = {
+    "sparse": "sparse",
+    "lora": "lora",
+    "houlsby": "bottleneck",
+    "pfeiffer": "bottleneck",
 }
 
 AGGREGATORS = {
@@ -106,16 +132,47 @@ AGGREGATORS = {
 }
 
 
-@cache
+# What the entry points of a kind are subclasses of; those of methods are a `Method`.
+BASES = {
+    "adapters": "slora_flwr.adapters.base:Adapter",
+    "aggregators": "slora_flwr.aggregation.base:Aggregator",
+}
+
+_OWN: Mapping[str, Mapping[str, Any]] = {
+    "methods": METHODS,
+    "adapters": ADAPTERS,
+    "aggregators": AGGREGATORS,
+}
+
+
+class _Methods(Mapping[str, Method]):
+    """All methods by name; those from outside are loaded when they are looked up."""
+
+    def __getitem__(self, name: str) -> Method:
+        if name in METHODS:
+            return METHODS[name]
+        found: Method = _load("methods", _outside("methods")[name])
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*METHODS, *_outside("methods")))
+
+    def __len__(self) -> int:
+        return len(METHODS) + len(_outside("methods"))
+
+
 def list_methods() -> Mapping[str, Method]:
-    """Return all methods by name, those from outside last."""
-    return METHODS | {point.name: point.load() for point in _outside("methods")}
+    """Return all methods by name, those from outside last.
+
+    A method from outside is loaded when it is looked up; ConfigError says if that
+    fails, or if its name is taken.
+    """
+    return _Methods()
 
 
-@cache
 def list_aggregators() -> tuple[str, ...]:
     """Return the names of all aggregators, those from outside last."""
-    return (*AGGREGATORS, *(point.name for point in _outside("aggregators")))
+    return (*AGGREGATORS, *_outside("aggregators"))
 
 
 @cache
@@ -124,10 +181,10 @@ def find_adapter(name: str) -> Any:
 
     Raises
     ------
-    LookupError
-        If no adapter has that name.
+    ConfigError
+        If no adapter has that name, or it cannot be loaded.
     """
-    return _find("adapters", ADAPTERS, name)
+    return _find("adapters", name)
 
 
 @cache
@@ -136,24 +193,102 @@ def find_aggregator(name: str) -> Any:
 
     Raises
     ------
-    LookupError
-        If no aggregator has that name.
+    ConfigError
+        If no aggregator has that name, or it cannot be loaded.
     """
-    return _find("aggregators", AGGREGATORS, name)
+    return _find("aggregators", name)
 
 
-def _find(kind: str, own: Mapping[str, str], name: str) -> Any:
+def find_outside_files(**used: Iterable[str]) -> tuple[Path, ...]:
+    """Return the source files of the outside packages that some names are from.
+
+    Parameters
+    ----------
+    **used : Iterable[str]
+        The names, by kind: `methods`, `adapters`, `aggregators`.
+    """
+    points = (_outside(kind).get(n) for kind, names in used.items() for n in names)
+    files: list[Path] = []
+    for package in sorted({p.module.partition(".")[0] for p in points if p}):
+        module = import_module(package)
+        # A package has a path, a single file has none.
+        folders = [Path(folder) for folder in getattr(module, "__path__", ())]
+        found = sorted(path for folder in folders for path in folder.rglob("*.py"))
+        files += found if folders else [Path(str(module.__file__))]
+    return tuple(files)
+
+
+def section_of(adapter: str) -> str:
+    """Return the config section of an adapter, without torch for those in here.
+
+    Empty for an adapter that reads `train` alone.
+    """
+    if adapter in ADAPTERS:
+        return _SECTIONS.get(adapter, "")
+    return str(find_adapter(adapter).section)
+
+
+def _find(kind: str, name: str) -> Any:
+    own, outside = _OWN[kind], _outside(kind)
     if name in own:
-        module, _, attribute = own[name].partition(":")
-        return getattr(import_module(module), attribute)
-    found = {point.name: point for point in _outside(kind)}
-    if name not in found:
-        known = ", ".join((*own, *found))
-        raise LookupError(f"{name!r} is none of the {kind}; known: {known}")
-    return found[name].load()
+        return EntryPoint(name, own[name], kind).load()
+    if name not in outside:
+        known = ", ".join((*own, *outside))
+        raise ConfigError(f"{name!r} is none of the {kind}; known: {known}")
+    return _load(kind, outside[name])
 
 
-def _outside(kind: str) -> list[EntryPoint]:
-    """Return the entry points of a kind, in the order of their names."""
-    points = {p.name: p for p in entry_points(group=f"slora_flwr.{kind}")}
-    return [points[name] for name in sorted(points)]
+def _load(kind: str, point: EntryPoint) -> Any:
+    """Load an entry point.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be loaded, or is not what its group is for.
+    """
+    base = BASES.get(kind)
+    wanted = f"a subclass of {base}" if base else f"a {__name__}:Method"
+    given = f"{_describe(point)}, is {point.value!r}"
+    try:
+        found = point.load()
+    except Exception as error:  # a package from outside may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{given}; allowed: {wanted} ({reason})") from error
+    if base:
+        parent = EntryPoint("", base, kind).load()
+        fits = isinstance(found, type) and issubclass(found, parent)
+    else:
+        fits = isinstance(found, Method)
+    if not fits:
+        raise ConfigError(f"{given}; allowed: {wanted}")
+    return found
+
+
+@cache
+def _outside(kind: str) -> dict[str, EntryPoint]:
+    """Return the entry points of a kind by name, in the order of their names.
+
+    Raises
+    ------
+    ConfigError
+        If a name is taken.
+    """
+    found: dict[str, EntryPoint] = {}
+    for point in sorted(entry_points(group=f"slora_flwr.{kind}")):
+        if point.name in _OWN[kind]:
+            raise ConfigError(
+                f"{_describe(point)}, has the name of one of slora-flwr's own; "
+                "allowed: another name"
+            )
+        if point.name in found:
+            raise ConfigError(
+                f"{_describe(point)}, has the name of {_describe(found[point.name])}; "
+                "allowed: one of the two packages, or another name"
+            )
+        found[point.name] = point
+    return found
+
+
+def _describe(point: EntryPoint) -> str:
+    package = f"{point.dist.name} {point.dist.version}" if point.dist else "no package"
+    return f"entry point {point.name!r} of {point.group}, from {package}"

@@ -3,9 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from slora_flwr.config.methods import find_adapter, find_aggregator, list_methods
+from slora_flwr.config.errors import ConfigError
+from slora_flwr.config.methods import (
+    find_adapter,
+    find_aggregator,
+    find_outside_files,
+    list_methods,
+)
 from slora_flwr.config.sections import PhaseRecipeConfig, RecipeConfig, RunConfig
 
 
@@ -67,19 +74,36 @@ def make_schedule(config: RunConfig) -> list[Phase]:
         name = row.aggregator or config.lora.aggregator
         adapter, aggregator = find_adapter(row.adapter), find_aggregator(name)
         redraws = adapter.changes_base(config)
+        primed = i > 0 and find_adapter(rows[i - 1].adapter).learns_delta
+        if primed and not adapter.takes_delta:
+            raise ConfigError(
+                f"method is {config.method!r}, whose phase {row.adapter} cannot start "
+                f"from what {rows[i - 1].adapter} learned; allowed: an adapter that "
+                "takes a delta, such as lora"
+            )
         phases.append(
             Phase(
                 row.adapter,
                 rounds,
                 _recipe(config, adapter),
                 name,
-                primed=i > 0 and find_adapter(rows[i - 1].adapter).learns_delta,
+                primed=primed,
                 is_open=is_open,
                 changes_base=redraws or aggregator.changes_base,
                 renews=redraws or aggregator.renews,
             )
         )
     return phases
+
+
+def outside_files(config: RunConfig) -> tuple[Path, ...]:
+    """Return the source files of the outside packages that the run's method is from."""
+    schedule = make_schedule(config)
+    return find_outside_files(
+        methods=[config.method],
+        adapters=[phase.adapter for phase in schedule],
+        aggregators=[phase.aggregator for phase in schedule],
+    )
 
 
 # An open phase ends when neither figure has gained in so many rounds, by so much.

@@ -315,7 +315,7 @@ def _heterogeneity(groups: list[Group]) -> list[Section]:
         levels = sorted(family, key=lambda group: evenness(group.config))
         columns = list(dict.fromkeys(group.heterogeneity for group in levels))
         rows = rows_of_methods(family)
-        has_fft = any(group.method == "fft" for group in family)
+        has_fft = any(group.is_reference for group in family)
         if len(rows) < 2 or not (has_fft or len(columns) > 1):
             continue
         name = f"heterogeneity-{number}" if len(families) > 1 else "heterogeneity"

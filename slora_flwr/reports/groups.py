@@ -6,19 +6,20 @@ from itertools import accumulate
 from math import ceil
 from statistics import fmean
 
-from slora_flwr.config import PARTITIONERS, RunConfig, Value, flatten
-from slora_flwr.config.methods import list_methods
+from slora_flwr.config import (
+    PARTITIONERS,
+    PhaseRecipeConfig,
+    RunConfig,
+    Value,
+    flatten,
+)
+from slora_flwr.config.methods import REFERENCES, list_methods, section_of
 from slora_flwr.runs.reader import Run
 
 LAST = 5  # number of evaluations in the steadier accuracy
 
-# Sections that do not matter to methods without one of these phases. Adapters know that
-# themselves, but asking them imports torch, which reports must not need.
-_SECTIONS = {
-    "sparse": {"sparse"},
-    "lora": {"lora"},
-    "bottleneck": {"houlsby", "pfeiffer"},
-}
+# Sections that do not matter to methods without a phase that reads them.
+_PHASES = {n for n, s in vars(RunConfig()).items() if isinstance(s, PhaseRecipeConfig)}
 # How tensors are encoded, which any method can choose.
 _CODING = ("upload", "download")
 _DEFAULTS = flatten(RunConfig())
@@ -56,6 +57,11 @@ class Group:
     def method(self) -> str:
         """The method's name."""
         return str(self.config["method"])
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is full fine-tuning, which the others should come near."""
+        return self.config["method"] == REFERENCES[0]
 
     @property
     def ended(self) -> bool:
@@ -213,7 +219,7 @@ def fft_beside(group: Group, groups: Iterable[Group]) -> Group | None:
     found = [
         other
         for other in groups
-        if other.method == "fft"
+        if other.is_reference
         and other.ended
         and other.setting == group.setting
         and over_runs(other, last_mean)
@@ -253,7 +259,7 @@ def heterogeneity(config: dict[str, Value]) -> str:
 def _effective(config: dict[str, Value]) -> dict[str, Value]:
     method = list_methods().get(str(config["method"]))
     rows = method.phases if method else ()
-    phases = {row.adapter for row in rows}
+    sections = {section_of(row.adapter) for row in rows}
     partitioner = config["clients.partitioner"]
 
     def matters(key: str) -> bool:
@@ -261,12 +267,12 @@ def _effective(config: dict[str, Value]) -> dict[str, Value]:
         if key == "seed" or section == "run":
             return False
         if key == "lora.targets":
-            return bool(phases & {"sparse", "lora"})
+            return bool(sections & {"sparse", "lora"})
         if key == "sparse.rounds":
             return len(rows) != 1
-        return partitioner in _PARTITIONERS.get(key, (partitioner,)) and bool(
-            not phases or phases & _SECTIONS.get(section, phases)
-        )
+        if section in _PHASES and rows and section not in sections:
+            return False
+        return partitioner in _PARTITIONERS.get(key, (partitioner,))
 
     return {key: value for key, value in config.items() if matters(key)}
 
@@ -274,7 +280,7 @@ def _effective(config: dict[str, Value]) -> dict[str, Value]:
 def _is_own(key: str) -> bool:
     """Return whether a key is specific to a method, such as its learning rate."""
     section = key.split(".")[0]
-    return key in ("method", "train.lr") or section in (*_SECTIONS, *_CODING)
+    return key in ("method", "train.lr") or section in (*_PHASES, *_CODING)
 
 
 def _label(

@@ -7,13 +7,12 @@ from rich.table import Table
 
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.random import sample_cohort
-from slora_flwr.config import DownloadConfig, RunConfig, UploadConfig
+from slora_flwr.config import ConfigError, DownloadConfig, RunConfig, UploadConfig
+from slora_flwr.config.methods import REFERENCES
+from slora_flwr.config.rules import check
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.planning.memory import plan_memory
 from slora_flwr.planning.rounds import plan_rounds, population
-
-# Methods with which a run is compared, over the same number of rounds.
-REFERENCES = ("fft", "lora")
 
 
 def plan_table(config: RunConfig, backbone: Backbone) -> Table:
@@ -82,7 +81,15 @@ def _variants(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     plain = replace(config.lora, aggregator="fedavg", start="peft", ranks="")
     config = replace(config, upload=UploadConfig(), download=DownloadConfig())
     for name in REFERENCES:
-        # Full fine-tuning needs float32 weights, which this backbone may not have.
-        fits = name != "fft" or config.model.dtype == "float32"
-        if name != config.method and fits:
-            yield name, replace(config, method=name, lora=plain)
+        other = replace(config, method=name, lora=plain)
+        if name != config.method and _can_run(other):
+            yield name, other
+
+
+def _can_run(config: RunConfig) -> bool:
+    """Return whether a method fits the rest: `fft` wants float32 weights."""
+    try:
+        check(config)
+    except ConfigError:
+        return False
+    return True

@@ -22,7 +22,8 @@ from slora_flwr.backbone.load import Backbone, digest_of
 from slora_flwr.common.code_digest import code_digest
 from slora_flwr.common.files import make_folder, make_private, residuals_folder
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
-from slora_flwr.config.methods import find_adapter, list_methods
+from slora_flwr.config.methods import REFERENCES, find_adapter, list_methods
+from slora_flwr.config.schedule import outside_files
 from slora_flwr.reports.closing_table import closing_table
 from slora_flwr.runs.checkpoint import EVENTS, check_identity, find_checkpoint
 from slora_flwr.runs.directory import RunDirectory, RunDirectoryError, in_use, writing
@@ -104,7 +105,8 @@ def _run(
         # Here too, so that an impossible partition ends the run before any message.
         moved = trainer.data.partition.moved
     fleet_of = _own_data_fleet if config.data.is_own else _shared_data_fleet
-    fleet = fleet_of(trainer, {"version": __version__, "code": code_digest()})
+    code = code_digest(outside_files(config))
+    fleet = fleet_of(trainer, {"version": __version__, "code": code})
     if checkpoint is not None:
         check_identity(config, checkpoint, fleet.expected)
         fleet.restore(checkpoint.facts["agreed"])
@@ -245,7 +247,7 @@ def _summarise(
         # One direction of what the other methods' clients would send in these rounds.
         "same_rounds": {
             method: turns * 4 * _largest_state(method, config, trainer.model.backbone)
-            for method in ("fft", "lora")
+            for method in REFERENCES
         },
     }
     reached = [h for h in strategy.history if h.get("accuracy", 0) >= config.run.target]

@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from slora_flwr.common.files import write_atomically
 from slora_flwr.config import parse
+from slora_flwr.config.methods import find_adapter
 from slora_flwr.reports.progress import clock
 from slora_flwr.studies.study import Config, Study, adapters_of, planned
 
@@ -179,8 +180,9 @@ class Runner:
                 self._progress.update(self._bar, left=self._left())
 
     def _length(self, run: StudyRun) -> tuple[float, bool, str]:
-        full = "full" in adapters_of(run.config)
-        return run.rounds * self._pace(run.method), full, run.name
+        adapters = map(find_adapter, adapters_of(run.config))
+        all_weights = any(adapter.copies_weights for adapter in adapters)
+        return run.rounds * self._pace(run.method), all_weights, run.name
 
     def _start(self, run: StudyRun, slot: int) -> None:
         shutil.rmtree(run.path, ignore_errors=True)

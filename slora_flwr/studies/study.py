@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from slora_flwr.config import ConfigError, RunConfig, Value, flatten, parse
+from slora_flwr.config import ConfigError, RunConfig, Value, flatten, parse, refuse
 from slora_flwr.config.methods import PhaseRow, find_adapter, list_methods
 from slora_flwr.config.schedule import make_schedule
 
@@ -143,16 +143,16 @@ def _study(content: dict[str, Any]) -> Study:
     for name, section in content.items():
         tables = section if name == "also" else [section]
         if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
-            raise _refuse(name, section, "[[also]]" if name == "also" else f"[{name}]")
+            raise refuse(name, section, "[[also]]" if name == "also" else f"[{name}]")
     sweep = content.get("sweep", {})
     _known("key of [sweep]", sweep, ("engine", "processes"))
     engine, processes = sweep.get("engine", "inline"), sweep.get("processes", 0)
     if engine not in ENGINES:
-        raise _refuse("sweep.engine", engine, ", ".join(ENGINES))
+        raise refuse("sweep.engine", engine, ", ".join(ENGINES))
     if type(processes) is not int or processes < 0:
-        raise _refuse("sweep.processes", processes, "a whole number from 0")
+        raise refuse("sweep.processes", processes, "a whole number from 0")
     if engine == "flwr" and processes > 1:
-        raise _refuse("sweep.processes", processes, "0 or 1 for engine flwr")
+        raise refuse("sweep.processes", processes, "0 or 1 for engine flwr")
     base = _flat(content.get("base", {}))
     grids = content.get("also", [])
     if "grid" in content or not grids:
@@ -170,27 +170,23 @@ def _tuning(section: dict[str, Any]) -> Tuning:
     _known("key of [tune]", section, allowed)
     rates = section.get("lr")
     if not isinstance(rates, list) or not rates or not all(map(_is_rate, rates)):
-        raise _refuse("tune.lr", rates, "a list of numbers above 0")
+        raise refuse("tune.lr", rates, "a list of numbers above 0")
     config = _flat(section.get("config", {}))
     validation = section.get("validation", 0.1)
     # Rates must not be chosen on the test data.
     if not _is_rate(validation) or validation >= 1:
-        raise _refuse("tune.validation", validation, "a number above 0 below 1")
+        raise refuse("tune.validation", validation, "a number above 0 below 1")
     config["data.validation"] = validation
     if "rounds" in section:
         config["rounds"] = section["rounds"]
     per = section.get("per", ["method"])
     if not isinstance(per, list) or not all(key in [*DEFAULTS] for key in per):
-        raise _refuse("tune.per", per, "a list of run config keys")
+        raise refuse("tune.per", per, "a list of run config keys")
     return Tuning(tuple(sorted({float(r) for r in rates})), config, tuple(per))
 
 
 def _is_rate(given: object) -> bool:
     return type(given) in (int, float) and 0 < given < math.inf  # type: ignore[operator]
-
-
-def _refuse(key: str, given: object, allowed: str) -> ConfigError:
-    return ConfigError(f"{key} is {given!r}; allowed: {allowed}")
 
 
 def _known(what: str, given: Iterable[str], allowed: tuple[str, ...]) -> None:
@@ -212,7 +208,7 @@ def _expand(grid: Mapping[str, Any]) -> Iterator[Config]:
     flat = _flat(grid)
     for key, values in flat.items():
         if values == []:
-            raise _refuse(key, values, "a value, or a list of at least one")
+            raise refuse(key, values, "a value, or a list of at least one")
     lists = [v if isinstance(v, list) else [v] for v in flat.values()]
     for values in itertools.product(*lists):
         yield dict(zip(flat, values, strict=True))
@@ -220,7 +216,7 @@ def _expand(grid: Mapping[str, Any]) -> Iterator[Config]:
 
 def _check(config: Config, combination: Config, kind: str = "run") -> None:
     for key in {"run.dir", "run.resume"} & config.keys():
-        raise _refuse(key, config[key], "none, since a sweep sets where runs go")
+        raise refuse(key, config[key], "none, since a sweep sets where runs go")
     try:
         parse(config)
     except ConfigError as error:

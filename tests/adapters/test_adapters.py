@@ -25,7 +25,7 @@ from slora_flwr.adapters.base import StateError
 from slora_flwr.adapters.low_rank import cut_ranks
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
-from slora_flwr.config import RecipeConfig, methods, parse
+from slora_flwr.config import ConfigError, RecipeConfig, methods, parse
 from slora_flwr.config.methods import find_adapter
 from slora_flwr.data.examples import Examples
 from slora_flwr.training.loop import evaluate, train
@@ -382,5 +382,5 @@ def test_bitfit_trains_the_biases_alone(backbone: Backbone) -> None:
 
 
 def test_unknown_adapter_is_refused() -> None:
-    with pytest.raises(LookupError, match="'prompt' is none of the adapters; known"):
+    with pytest.raises(ConfigError, match="'prompt' is none of the adapters; known"):
         find_adapter("prompt").from_config(parse({}))

@@ -58,8 +58,8 @@ def test_masked_out_weights_never_move(
 class TargetsAdapter(FullAdapter):
     """Dense training of the target matrices, the rest frozen."""
 
-    def _make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        body = super()._make(backbone)
+    def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
+        body = super().make(backbone)
         return {f"{name}.weight": body[f"{name}.weight"] for name in backbone.targets}
 
 

@@ -17,8 +17,8 @@ from slora_flwr.adapters.export import PATCH_FILE, apply_base_patch
 from slora_flwr.adapters.masks import make_mask
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.common.tensors import State
-from slora_flwr.config import METHODS, Value, parse
-from slora_flwr.config.methods import find_adapter
+from slora_flwr.config import Value, parse
+from slora_flwr.config.methods import METHODS, find_adapter
 from slora_flwr.config.schedule import make_schedule
 from slora_flwr.planning.version_bytes import VersionBytes
 from slora_flwr.training.trainer import Trainer

@@ -1,13 +1,31 @@
 """The run config: keys, types, limits, cross-checks, and the schedule it gives."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.common.config import parse_config_args
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from slora_flwr.config import ConfigError, RunConfig, Value, flatten, parse
+from slora_flwr.cli import app
+from slora_flwr.config import (
+    ConfigError,
+    RunConfig,
+    Value,
+    flatten,
+    list_keys,
+    parse,
+)
+from slora_flwr.config.methods import ADAPTERS, find_adapter, section_of
 from slora_flwr.config.schedule import make_schedule
 
 DEFAULTS = flatten(RunConfig())
@@ -249,10 +267,11 @@ def test_pyproject_holds_every_default() -> None:
             flat |= {f"{key}.{name}": inner for name, inner in value.items()}
         else:
             flat[key] = value
-    assert flat == DEFAULTS
-    assert {k: type(v) for k, v in flat.items()} == {
-        k: type(v) for k, v in DEFAULTS.items()
-    }
+    stated = {key.name: key.default for key in list_keys()}
+    # Whole numbers equal floats, but Flower holds a key to its default's type.
+    assert [(k, type(v), v) for k, v in flat.items()] == [
+        (k, type(v), v) for k, v in stated.items()
+    ]
 
 
 def test_no_keys_mean_the_defaults() -> None:
@@ -518,3 +537,262 @@ def test_attacks_are_for_simulations() -> None:
     message = refusal(OWN | {"attack.kind": "label-flip"})
     expected = "attack.kind is 'label-flip'; allowed: none, since data.name is node"
     assert message == expected
+
+
+RANKS: dict[str, Value] = {"method": "lora", "lora.ranks": "1,2"}
+BF16: dict[str, Value] = {"model.dtype": "bfloat16"}
+DTYPE = "model.dtype is 'bfloat16'; allowed: float32"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rounds": 1}, "rounds is 1; allowed: at least 2 for the two phases of slora"),
+        (
+            {"method": "head-lora", "sparse.rounds": 0},
+            "sparse.rounds is 0; allowed: at least 1 for head-lora",
+        ),
+        (
+            {"lora.start": "federa"},
+            "lora.start is 'federa'; allowed: peft for slora, whose sparse phase "
+            "primes the start",
+        ),
+        (
+            {"method": "houlsby", **BF16},
+            f"{DTYPE} for houlsby, whose updates bfloat16 weights would round away",
+        ),
+        (
+            {"sparse.schedule": "per-round", **BF16},
+            f"{DTYPE}, since sparse.schedule per-round writes to the weights",
+        ),
+        (
+            {"sparse.schedule": "per-round", "server.optimizer": "fedavgm"},
+            "server.optimizer is 'fedavgm'; allowed: none, since sparse.schedule is "
+            "per-round",
+        ),
+        (
+            {"lora.aggregator": "exact", **BF16},
+            f"{DTYPE}, since the aggregator exact adds to the weights",
+        ),
+        (
+            {"method": "ffa-lora", "lora.aggregator": "exact"},
+            "lora.aggregator is 'exact'; allowed: ffa, which is the one of ffa-lora",
+        ),
+        (
+            RANKS | {"lora.aggregator": "alternate"},
+            "lora.ranks is '1,2'; allowed: empty, since the aggregator is alternate; "
+            "or fedavg or flexlora",
+        ),
+        (
+            RANKS | {"method": "slora"},
+            "lora.ranks is '1,2'; allowed: empty, since lora.base is residual",
+        ),
+        (
+            RANKS | {"lora.start": "federa"},
+            "lora.ranks is '1,2'; allowed: empty, since lora.start is federa",
+        ),
+        (
+            RANKS | {"download.lossless": True},
+            "lora.ranks is '1,2'; allowed: empty, or download.dtype float32 without "
+            "download.lossless",
+        ),
+        (
+            {"method": "flexlora", "server.optimizer": "fedadam"},
+            "server.optimizer is 'fedadam'; allowed: none, since the aggregator is "
+            "flexlora",
+        ),
+        (
+            {"run.dir": "/a", "run.resume": "/b"},
+            "run.dir is '/a'; allowed: empty, or run.resume, which is '/b'",
+        ),
+    ],
+)
+def test_keys_that_do_not_go_together_are_named(
+    values: dict[str, Value], message: str
+) -> None:
+    assert refusal(values) == message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        # What no phase reads is no hindrance.
+        {"method": "lora", "sparse.schedule": "per-round", **BF16},
+        {"method": "lora", "lora.start": "federa"},
+        {"method": "pfeiffer", "lora.aggregator": "exact", "server.lr": 0.5, **BF16},
+        {"method": "head-lora", "lora.start": "orthonormal"},
+        {"method": "head-lora", "lora.ranks": "1,2"},
+        {"method": "slora", "lora.ranks": "1,2", "lora.base": "w0"},
+        {"method": "slora", "sparse.rounds": 0},
+        {"method": "fedex-lora", "lora.aggregator": "exact"},
+    ],
+)
+def test_keys_that_go_together_are_taken(values: dict[str, Value]) -> None:
+    assert flatten(parse(values)) == DEFAULTS | values
+
+
+def test_an_address_with_a_password_is_not_repeated() -> None:
+    message = refusal({"data.name": "https://me:secret@host/a.csv", "rounds": 0})
+    assert message.startswith("data.name is an address with a password")
+    assert "secret" not in message
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Callable[[dict[str, Value]], Path]:
+    def write(values: dict[str, Value]) -> Path:
+        path = tmp_path / "given.toml"
+        path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
+        return path
+
+    return write
+
+
+def _values(kind: type, allowed: str) -> st.SearchStrategy[Value]:
+    """Values of a key's type, most of which it allows, taken from its own words."""
+    if kind is bool:
+        return st.booleans()
+    if kind is int:
+        return st.integers(0, 30)
+    if kind is float:
+        return st.one_of(st.floats(0, 1), st.floats(0, 1e9, exclude_min=True))
+    return st.sampled_from(allowed.split(", ")) | st.text("aß/, ", max_size=3)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            key.name: _values(type(key.default), key.allowed) for key in list_keys()
+        },
+    )
+)
+def test_flattening_undoes_parsing(values: dict[str, Value]) -> None:
+    # Keys that are refused are left out one by one.
+    while True:
+        try:
+            config = parse(values)
+            break
+        except ConfigError as error:
+            named = str(error).split(" ")[0]
+            assume(named in values)
+            del values[named]
+    assert parse(flatten(config)) == config
+    assert hash(parse(flatten(config))) == hash(config)
+    assert flatten(config) == DEFAULTS | values
+
+
+def test_keys_say_what_they_are() -> None:
+    keys = list_keys()
+    assert [key.name for key in keys] == [*DEFAULTS]
+    for key in keys:
+        assert key.name.rpartition(".")[0] == key.section
+        assert key.help.endswith(".")
+        assert key.help[0].isupper() or key.help[0] == "`"
+    by_name = {key.name: key for key in keys}
+    assert by_name["clients.per-round"].type == "integer"
+    assert by_name["train.lr"].type == "float"
+    assert by_name["upload.feedback"].type == "boolean"
+    assert by_name["upload.feedback"].allowed == "true or false"
+    assert by_name["method"].type == "string"
+    assert by_name["sparse.density"].allowed == "a number above 0 up to 1"
+    aggregators = "fedavg, ffa, alternate, exact, flexlora"
+    assert by_name["lora.aggregator"].allowed == aggregators
+
+
+@pytest.mark.parametrize("values", [{}, CHANGED], ids=["defaults", "changed"])
+def test_the_printed_file_is_a_run_config(
+    values: dict[str, Value],
+    tmp_path: Path,
+    toml: Callable[[dict[str, Value]], Path],
+) -> None:
+    printed = CliRunner().invoke(app, ["config", "-c", str(toml(values))])
+    assert printed.exit_code == 0, printed.output
+    path = tmp_path / "run.toml"
+    path.write_text(printed.stdout)
+    assert parse_config_args([str(path)]) == DEFAULTS | values
+    comments = [line for line in printed.stdout.splitlines() if line[:1] == "#"]
+    assert max(map(len, comments)) <= 88
+    text = " ".join(line[2:] for line in comments)
+    for key in list_keys():
+        assert f"{key.help} Allowed: {key.allowed}. Default: " in text
+
+
+def test_what_cannot_be_is_not_printed() -> None:
+    done = CliRunner().invoke(app, ["config", "-c", "rounds=0"])
+    assert done.exit_code == 2
+    assert done.stderr == "Error: rounds is 0; allowed: a number of at least 1\n"
+    assert not done.stdout
+
+
+def test_sections_of_adapters_are_known_without_them() -> None:
+    for name in ADAPTERS:
+        assert section_of(name) == find_adapter(name).section
+
+
+def test_keys_need_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from slora_flwr.config import ConfigError, RunConfig, flatten, list_keys, "
+        "parse\n"
+        "flatten(RunConfig()), list_keys()\n"
+        "for refused in {'rounds': 1}, {'lora.rank': 0}, {'clients.per-round': 21}:\n"
+        "    try:\n"
+        "        parse(refused)\n"
+        "    except ConfigError:\n"
+        "        assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_config_is_checked_without_peft() -> None:
+    code = (
+        "import sys\n"
+        "from slora_flwr.config import parse\n"
+        "parse({'sparse.schedule': 'per-round', 'lora.aggregator': 'exact'})\n"
+        "assert not {'peft', 'transformers', 'datasets'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_methods_and_aggregators_from_outside_are_allowed(tmp_path: Path) -> None:
+    facts = tmp_path / "outside-1.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Name: outside\nVersion: 1\n")
+    (facts / "entry_points.txt").write_text(
+        "[slora_flwr.methods]\nown-lora = outside:method\n"
+        "[slora_flwr.aggregators]\nown = outside:Own\n"
+    )
+    (tmp_path / "outside.py").write_text(
+        "from slora_flwr.aggregation.base import Aggregator\n"
+        "from slora_flwr.config.methods import Method, PhaseRow\n"
+        "class Own(Aggregator):\n"
+        "    steps = is_mean = False\n"
+        "method = Method((PhaseRow('lora', 'own'),), 'LoRA with another aggregator')\n"
+    )
+    code = (
+        "from slora_flwr.config import ConfigError, list_keys, parse\n"
+        "print(parse({'method': 'own-lora'}).aggregator)\n"
+        "print(parse({'lora.aggregator': 'own'}).aggregator)\n"
+        "print({k.name: k.allowed for k in list_keys()}['method'].split(', ')[-1])\n"
+        "for values in {'server.lr': 0.5}, {'server.robust': 'median'}:\n"
+        "    try:\n"
+        "        parse({'method': 'own-lora'} | values)\n"
+        "    except ConfigError as error:\n"
+        "        print(error)\n"
+    )
+    places = [str(tmp_path), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == [
+        "own",
+        "own",
+        "own-lora",
+        "server.lr is 0.5; allowed: 1.0, since the aggregator is own",
+        "server.robust is 'median'; allowed: none, since the aggregator is own",
+    ]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from slora_flwr.config import METHODS, parse
+from slora_flwr.config import parse
+from slora_flwr.config.methods import METHODS
 from slora_flwr.config.schedule import has_stopped_gaining, make_schedule
 
 FLAT = [0.5] * 9

@@ -82,9 +82,10 @@ def files(directory: Path) -> dict[str, Any]:
     }
     if written := found.get("adapter/adapter_config.json"):
         read = json.loads(written)
-        # PEFT keeps them as a set, whose order is another in another process.
-        found["adapter/adapter_config.json"] = read | {
-            "target_modules": sorted(read["target_modules"])
+        # PEFT keeps modules in sets, whose order is another in another process.
+        found["adapter/adapter_config.json"] = {
+            name: sorted(value) if isinstance(value, list) else value
+            for name, value in read.items()
         }
     return found
 

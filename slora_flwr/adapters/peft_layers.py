@@ -1,0 +1,76 @@
+"""PEFT's layers in a resident backbone, and its files."""
+
+import warnings
+from collections.abc import Mapping
+from copy import copy
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slora_flwr.backbone.load import Backbone
+
+
+def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Put PEFT's layers into a model, without two warnings that do not apply."""
+    with warnings.catch_warnings():
+        # A model keeps a mark of adapters that `unload` has taken out again.
+        warnings.filterwarnings("ignore", message=".*for a second time")
+        # PEFT reads a property that transformers has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        wrapped = get_peft_model(model, config)
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def write_peft(
+    folder: Path,
+    backbone: Backbone,
+    config: PeftConfig,
+    head: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+) -> None:
+    """Write an adapter and the head in PEFT's format.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if need be.
+    backbone : Backbone
+        With W_0 resident and nothing attached; it is used up.
+    config : PeftConfig
+        Of the adapter; the task and the modules that hold the head are added.
+    head : Mapping[str, Tensor]
+        The head's values, by their names in the backbone; others are ignored.
+    values : Mapping[str, Tensor]
+        The adapter's values by the names that PEFT gives their parameters, such as
+        `<module>.lora_A.default.weight`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy(config)
+    config.task_type = TaskType.SEQ_CLS
+    config.modules_to_save = _head_modules(backbone)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for name, parameter in backbone.head.items():
+            parameter.copy_(head[name])
+        model = wrap(backbone.model, config)
+        for name, tensor in values.items():
+            model.get_parameter(f"base_model.model.{name}").copy_(tensor)
+    model.save_pretrained(str(folder))
+
+
+def _head_modules(backbone: Backbone) -> list[str]:
+    """Return the modules that hold the head, whole ones where all of one is head."""
+    modules = set()
+    for parameter in backbone.head:
+        top = parameter.split(".", 1)[0]
+        inside = [n for n, _ in backbone.model.named_parameters() if _is_in(n, top)]
+        whole = all(name in backbone.head for name in inside)
+        modules.add(top if whole else parameter.rsplit(".", 1)[0])
+    return sorted(modules)
+
+
+def _is_in(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")

@@ -1,0 +1,159 @@
+"""The keys of the run config by their flat names, as Flower and files have them."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
+from functools import cache
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from slora_flwr.common.text import redact
+from slora_flwr.config.allowed import Allowed
+from slora_flwr.config.errors import ConfigError, refuse
+from slora_flwr.config.rules import check
+from slora_flwr.config.sections import RunConfig, Value
+
+# The type of a key as TOML calls it, and what an error says of it.
+_TYPES: dict[Any, tuple[str, str]] = {
+    bool: ("boolean", "true or false"),
+    int: ("integer", "a whole number"),
+    float: ("float", "a number"),
+    str: ("string", "a string"),
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the run config.
+
+    Attributes
+    ----------
+    name : str
+        As in `--run-config`: the section and a dot, then words joined by hyphens.
+    section : str
+        The TOML table that it stands in; empty for none.
+    type : str
+        `boolean`, `integer`, `float` or `string`.
+    default : Value
+        What it is where a config leaves it out.
+    allowed : str
+        The values that it can have; other keys may allow fewer.
+    help : str
+        What it is for, in one or two sentences.
+    """
+
+    name: str
+    section: str
+    type: str
+    default: Value
+    allowed: str
+    help: str
+
+
+@cache
+def list_keys() -> tuple[Key, ...]:
+    """Return all keys, section by section, those without a section first."""
+    return tuple(
+        Key(
+            name,
+            section,
+            _TYPES[field.annotation][0],
+            field.default,
+            _allowed(field),
+            field.description or "",
+        )
+        for name, (section, _, field) in _fields().items()
+    )
+
+
+def parse(values: Mapping[str, Value]) -> RunConfig:
+    """Check a flat run config, as `Context.run_config` holds it.
+
+    Parameters
+    ----------
+    values : Mapping[str, Value]
+        Kebab-case keys, sections joined by a dot; keys left out have their default.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key, a wrong type or an impossible value; its message names the
+        key, what was given and what is allowed.
+    """
+    fields = _fields()
+    sections: dict[str, dict[str, Value]] = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
+            raise ConfigError(f"{key} is not a run config key; {hint}")
+        if redact(value) != str(value):
+            # It would be in config.toml, in checkpoints and on every node.
+            raise ConfigError(
+                f"{key} is an address with a password or a query, not repeated here; "
+                "allowed: names and paths"
+            )
+        section, name, _ = fields[key]
+        sections.setdefault(section, {})[name] = value
+    own = sections.pop("", {})
+    kinds = _fields_of(RunConfig)
+    made = {n: _make(n, kinds[n].annotation, given) for n, given in sections.items()}
+    config: RunConfig = _make("", RunConfig, own | made)
+    check(config)
+    return config
+
+
+def flatten(config: RunConfig) -> dict[str, Value]:
+    """Return a run config as flat keys, the inverse of `parse`."""
+    flat: dict[str, Value] = {}
+    for key, (section, name, _) in _fields().items():
+        owner = getattr(config, section) if section else config
+        flat[key] = getattr(owner, name)
+    return flat
+
+
+@cache
+def _fields() -> dict[str, tuple[str, str, FieldInfo]]:
+    """Return each key's section, field name and field."""
+    found = {}
+    for outer, field in _fields_of(RunConfig).items():
+        if is_dataclass(field.annotation):
+            for inner, own in _fields_of(field.annotation).items():
+                found[f"{outer}.{_kebab(inner)}"] = outer, inner, own
+        else:
+            found[_kebab(outer)] = "", outer, field
+    return found
+
+
+def _make(section: str, kind: Any, values: Mapping[str, Any]) -> Any:
+    """Make a section, or the whole config, whose values are of any type yet."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        key = f"{section}.{_kebab(name)}".lstrip(".")
+        if first["type"] == "value_error":
+            cause = first["ctx"]["error"]
+            if isinstance(cause, ConfigError):  # of an entry point
+                raise cause from cause.__cause__
+            raise refuse(key, *cause.args) from None
+        field = _fields_of(kind)[name]
+        raise refuse(key, first["input"], _TYPES[field.annotation][1]) from None
+
+
+def _fields_of(kind: Any) -> dict[str, FieldInfo]:
+    """Return the fields of a section, or of the whole config."""
+    fields: dict[str, FieldInfo] = kind.__pydantic_fields__
+    return fields
+
+
+def _allowed(field: FieldInfo) -> str:
+    words = [known.words() for known in field.metadata if isinstance(known, Allowed)]
+    return words[-1] if words else _TYPES[field.annotation][1]
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")

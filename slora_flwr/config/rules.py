@@ -1,0 +1,260 @@
+"""The rules of a run config: what its keys allow of one another.
+
+Those about keys alone come first. The others ask the method's phases, adapters and
+aggregators, which takes torch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from slora_flwr.config.errors import refuse
+from slora_flwr.config.methods import (
+    find_adapter,
+    find_aggregator,
+    list_aggregators,
+    list_methods,
+)
+from slora_flwr.config.schedule import Phase, make_schedule
+from slora_flwr.config.sections import OWN_DATA, DownloadConfig, LoraConfig, RunConfig
+
+# Robust statistics of single entries. Those of LoRA's factors are not comparable where
+# clients train both, so the statistic is then of the products, which are weights.
+_BY_ENTRY = ("median", "trimmed-mean")
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a run config that cannot be run, though each of its keys is fine.
+
+    Raises
+    ------
+    ConfigError
+        Names one key, its value, and what the other keys allow.
+    """
+    _check_cohort(config)
+    _check_labels(config)
+    _check_ranks(config)
+    _check_byzantine(config)
+    _check_noise(config)
+    _check_folders(config)
+    if config.data.is_own:
+        _check_own_data(config)
+    _check_rounds(config)
+
+    phases = make_schedule(config)
+    for phase in phases:
+        phase.adapter_type.check(config)
+    _check_open_phase(config)
+    _check_start(config, phases)
+    _check_aggregator(config, phases)
+    _check_products(config, phases)
+    if config.server.robust != "none":
+        _check_robust(config, phases)
+    if config.privacy.is_on:
+        _check_privacy(config, phases)
+
+
+def _check_cohort(config: RunConfig) -> None:
+    clients = config.clients
+    if 0 < clients.count < clients.per_round:
+        allowed = f"1 to clients.count, which is {clients.count}"
+        raise refuse("clients.per-round", clients.per_round, allowed)
+    if not 1 <= clients.min_replies <= clients.per_round:
+        allowed = f"1 to clients.per-round, which is {clients.per_round}"
+        raise refuse("clients.min-replies", clients.min_replies, allowed)
+
+
+def _check_labels(config: RunConfig) -> None:
+    labels = config.data.labels
+    if labels and not config.data.is_own:
+        raise refuse("data.labels", labels, f"empty, or data.name {OWN_DATA}")
+    given = [name.strip() for name in labels.split(",")]
+    if labels and (len({*given} - {""}) < len(given) or len(given) < 2):
+        raise refuse("data.labels", labels, "two or more names, each once")
+
+
+def _check_ranks(config: RunConfig) -> None:
+    lora = config.lora
+    given = [part.strip() for part in lora.ranks.split(",")]
+    if lora.ranks and not all(
+        part.isdecimal() and 1 <= int(part) <= lora.rank for part in given
+    ):
+        allowed = f"whole numbers from 1 to lora.rank, which is {lora.rank}"
+        raise refuse("lora.ranks", lora.ranks, f"empty, or {allowed}, with commas")
+
+
+def _check_byzantine(config: RunConfig) -> None:
+    server = config.server
+    if server.robust == "none" and server.byzantine:
+        allowed = "0, since server.robust is none"
+        raise refuse("server.byzantine", server.byzantine, allowed)
+
+
+def _check_noise(config: RunConfig) -> None:
+    privacy = config.privacy
+    if privacy.noise_multiplier and privacy.epsilon:
+        allowed = "0, since privacy.noise-multiplier says how much noise"
+        raise refuse("privacy.epsilon", privacy.epsilon, allowed)
+
+
+def _check_folders(config: RunConfig) -> None:
+    run = config.run
+    if run.resume and run.dir and Path(run.dir) != Path(run.resume):
+        allowed = f"empty, or run.resume, which is {run.resume!r}"
+        raise refuse("run.dir", run.dir, allowed)
+
+
+def _check_own_data(config: RunConfig) -> None:
+    data, why = config.data, f"since data.name is {OWN_DATA}"
+    for key, given, off in (
+        ("attack.kind", config.attack.kind, "none"),
+        ("clients.count", config.clients.count, 0),
+        ("data.validation", data.validation, 0),
+    ):
+        if given != off:
+            raise refuse(key, given, f"{off}, {why}")
+    if data.train and "{}" not in data.train:
+        allowed = "a path with {} for a simulated node's number, or empty"
+        raise refuse("data.train", data.train, f"{allowed}, {why}")
+    if not (data.test or config.clients.holdout):
+        allowed = (
+            f"above 0, {why} and data.test is empty: there would be nothing to "
+            "evaluate on"
+        )
+        raise refuse("clients.holdout", config.clients.holdout, allowed)
+
+
+def _check_rounds(config: RunConfig) -> None:
+    if len(list_methods()[config.method].phases) == 1:
+        return
+    if config.rounds < 2:
+        allowed = f"at least 2 for the two phases of {config.method}"
+        raise refuse("rounds", config.rounds, allowed)
+    if config.sparse.rounds >= config.rounds:
+        allowed = (
+            f"up to {config.rounds - 1} for {config.method}, since rounds is "
+            f"{config.rounds}"
+        )
+        raise refuse("sparse.rounds", config.sparse.rounds, allowed)
+
+
+def _check_open_phase(config: RunConfig) -> None:
+    first, *others = list_methods()[config.method].phases
+    can_stop = find_adapter(first.adapter).learns_delta
+    if others and not config.sparse.rounds and not can_stop:
+        raise refuse("sparse.rounds", 0, f"at least 1 for {config.method}")
+
+
+def _check_start(config: RunConfig, phases: Sequence[Phase]) -> None:
+    last = phases[-1]
+    if _is_low_rank(last) and last.primed and config.lora.start != "peft":
+        allowed = (
+            f"peft for {config.method}, whose {phases[-2].adapter} phase primes the "
+            "start"
+        )
+        raise refuse("lora.start", config.lora.start, allowed)
+
+
+def _check_aggregator(config: RunConfig, phases: Sequence[Phase]) -> None:
+    lora, last = config.lora, phases[-1]
+    used, default = last.aggregator, LoraConfig().aggregator
+    if _is_low_rank(last) and lora.aggregator not in (default, used):
+        allowed = f"{used}, which is the one of {config.method}"
+        raise refuse("lora.aggregator", lora.aggregator, allowed)
+    for phase in phases if lora.ranks else ():
+        if not phase.aggregator_type.takes_ranks:
+            able = " or ".join(_aggregators("takes_ranks"))
+            allowed = f"empty, since the aggregator is {phase.aggregator}; or {able}"
+            raise refuse("lora.ranks", lora.ranks, allowed)
+    kept = last.primed and lora.base == "residual"
+    if lora.ranks and (kept or lora.start == "federa"):
+        # A client of a smaller rank would miss what the base gave up.
+        key = "lora.base is residual" if kept else "lora.start is federa"
+        raise refuse("lora.ranks", lora.ranks, f"empty, since {key}")
+    if lora.ranks and config.download != DownloadConfig():
+        # Slices of a rank are coded by themselves, so that what a client starts from
+        # would depend on the others of its node.
+        allowed = "empty, or download.dtype float32 without download.lossless"
+        raise refuse("lora.ranks", lora.ranks, allowed)
+
+
+def _check_products(config: RunConfig, phases: Sequence[Phase]) -> None:
+    server = config.server
+    for phase in phases:
+        aggregator = phase.aggregator_type
+        by = f"the aggregator is {phase.aggregator}"
+        steps = aggregator.steps
+        if steps and _is_low_rank(phase) and aggregator.trains == "both":
+            by = f"server.robust is {server.robust}"
+            steps = server.robust not in _BY_ENTRY
+        if not steps:
+            # The result is a weight, which no step towards the mean's factors gives.
+            for key, given, plain in (
+                ("server.optimizer", server.optimizer, "none"),
+                ("server.lr", server.lr, 1.0),
+            ):
+                if given != plain:
+                    raise refuse(key, given, f"{plain}, since {by}")
+        if aggregator.needs_float32 and config.model.dtype != "float32":
+            allowed = (
+                f"float32, since the aggregator {phase.aggregator} adds to the weights"
+            )
+            raise refuse("model.dtype", config.model.dtype, allowed)
+
+
+def _check_robust(config: RunConfig, phases: Sequence[Phase]) -> None:
+    server, clients = config.server, config.clients
+    for phase in phases:
+        if not phase.aggregator_type.is_mean:
+            allowed = f"none, since the aggregator is {phase.aggregator}"
+            raise refuse("server.robust", server.robust, allowed)
+    if config.lora.ranks:
+        allowed = "none, since lora.ranks has clients of unequal ranks"
+        raise refuse("server.robust", server.robust, allowed)
+    least = server.least_cohort
+    for key, given in (
+        ("clients.per-round", clients.per_round),
+        ("clients.min-replies", clients.min_replies),
+    ):
+        if given < least:
+            allowed = (
+                f"at least {least}, since server.robust is {server.robust} and "
+                f"server.byzantine is {server.byzantine}"
+            )
+            raise refuse(key, given, allowed)
+
+
+def _check_privacy(config: RunConfig, phases: Sequence[Phase]) -> None:
+    why = "since privacy is on"
+    if not config.privacy.clip_norm:
+        raise refuse("privacy.clip-norm", 0.0, f"a number above 0, {why}")
+    if config.clients.count < 2:
+        allowed = f"at least 2, {why} and depends on the size of the population"
+        raise refuse("clients.count", config.clients.count, allowed)
+    if config.clients.holdout:
+        # Its metrics are exact functions of what clients hold.
+        raise refuse("clients.holdout", config.clients.holdout, f"0, {why}")
+    for key, given, off in (
+        ("lora.ranks", config.lora.ranks, ""),
+        ("server.clip-norm", config.server.clip_norm, 0.0),
+        ("server.robust", config.server.robust, "none"),
+        # A round that is held again would be one more release.
+        ("run.resume", config.run.resume, ""),
+    ):
+        if given != off:
+            raise refuse(key, given, f"{'empty' if off == '' else off}, {why}")
+    rows = list_methods()[config.method].phases
+    for row, phase in zip(rows, phases, strict=True):
+        if not phase.aggregator_type.is_mean:
+            # What it gives is no function of a mean to which noise is added.
+            allowed = f"aggregator {', '.join(_aggregators('is_mean'))}, {why}"
+            if row.aggregator:
+                raise refuse("method", config.method, allowed)
+            raise refuse("lora.aggregator", config.lora.aggregator, allowed)
+
+
+def _is_low_rank(phase: Phase) -> bool:
+    return bool(phase.adapter_type.section == "lora")
+
+
+def _aggregators(fact: str) -> list[str]:
+    return [name for name in list_aggregators() if getattr(find_aggregator(name), fact)]
