@@ -29,8 +29,8 @@ class IA3Adapter(Adapter):
 
     A vector scales the matrix's output, l * (W x + b). Where a matrix narrows, as a
     block's last does, it scales the input, W (l * x) + b: the paper's l_ff. All vectors
-    start at one, so that an untrained adapter changes nothing. Of the embedded BERT's
-    matrices, the paper's are `lora.targets = "key,value,output.dense"`.
+    start at one, so that an untrained adapter changes nothing. With `lora.targets =
+    "key,value,output.dense"` they are where PEFT puts them in BERT.
 
     The state holds `<module>.ia3_l`, shape (out, 1) or (1, in), as PEFT does.
     """
