@@ -1,0 +1,92 @@
+"""Parts of pages that are written from the code: a page names one in a comment."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+
+import click
+import typer
+from sphinx.application import Sphinx
+
+from slora_flwr.cli import app as command_line
+from slora_flwr.config import RunConfig, flatten
+from slora_flwr.config.methods import ADAPTERS, find_adapter, list_methods
+
+MARK = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)
+
+
+def write_keys() -> Iterator[str]:
+    """Yield an entry for each key of the run config, with a heading a section."""
+    section = None
+    for key, default in flatten(RunConfig()).items():
+        name = key.rpartition(".")[0]
+        if name != section:
+            section = name
+            yield f"\n## {f'`[{name}]`' if name else 'The run'}\n"
+        yield f"```{{confval}} {key}"
+        yield f":type: {type(default).__name__}"
+        yield f":default: `{json.dumps(default)}`"
+        yield "```\n"
+
+
+def write_rates() -> Iterator[str]:
+    """Yield a table of the adapters' default learning rates."""
+    yield "| adapter | default learning rate |"
+    yield "|---|---|"
+    for adapter in ADAPTERS:
+        yield f"| `{adapter}` | {find_adapter(adapter).default_lr:g} |"
+
+
+def write_methods() -> Iterator[str]:
+    """Yield a table of the methods."""
+    yield "| `method` | phases | what it is | paper |"
+    yield "|---|---|---|---|"
+    for name, method in list_methods().items():
+        phases = ", then ".join(f"`{phase.adapter}`" for phase in method.phases)
+        number = method.paper.removeprefix("arXiv ")
+        paper = f"[{number}](https://arxiv.org/abs/{number})" if number else ""
+        yield f"| `{name}` | {phases} | {method.help} | {paper} |"
+
+
+def write_commands() -> Iterator[str]:
+    """Yield a section for each command of `slora`."""
+    group = typer.main.get_command(command_line)
+    assert isinstance(group, click.Group)
+    with click.Context(group, info_name="slora") as parent:
+        for name, command in group.commands.items():
+            context = click.Context(command, info_name=name, parent=parent)
+            yield f"\n## `slora {name}`\n"
+            yield f"{command.help}\n"
+            pieces = " ".join(command.collect_usage_pieces(context))
+            yield f"```text\nslora {name} {pieces}\n```\n"
+            for parameter in command.get_params(context):
+                yield from _write_parameter(parameter, context)
+
+
+def _write_parameter(
+    parameter: click.Parameter, context: click.Context
+) -> Iterator[str]:
+    record = parameter.get_help_record(context)
+    if record is None or "--help" in record[0]:
+        return
+    names, text = record
+    yield f"`{names}`\n: {text}\n"
+
+
+GENERATED: dict[str, Callable[[], Iterator[str]]] = {
+    "commands": write_commands,
+    "keys": write_keys,
+    "methods": write_methods,
+    "rates": write_rates,
+}
+
+
+def fill(app: Sphinx, page: str, source: list[str]) -> None:
+    """Replace the comments of a page by what they name."""
+    source[0] = MARK.sub(lambda mark: "\n".join(GENERATED[mark[1]]()), source[0])
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the extension."""
+    app.connect("source-read", fill)
+    return {"parallel_read_safe": True}
