@@ -35,6 +35,7 @@ html_theme = "furo"
 html_title = "slora-flwr"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
+html_copy_source = False
 html_show_sphinx = False
 
 # `-b linkcheck` checks links within the site; those to other sites need a network.

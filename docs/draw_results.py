@@ -1,4 +1,4 @@
-"""Draw images/accuracy-by-megabytes.svg from the study `minilm`: python draw_results.py."""
+"""Draw images/accuracy-by-megabytes.svg, from the results of the study `minilm`."""
 
 import csv
 from pathlib import Path

@@ -3,29 +3,48 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import click
 import typer
 from sphinx.application import Sphinx
 
 from slora_flwr.cli import app as command_line
-from slora_flwr.config import RunConfig, flatten
+from slora_flwr.config import RunConfig, Value, flatten
 from slora_flwr.config.methods import ADAPTERS, find_adapter, list_methods
 
 MARK = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)
 
 
+class Key(NamedTuple):
+    """One key of the run config."""
+
+    name: str
+    section: str
+    type: str
+    default: Value
+    allowed: str
+    help: str
+
+
+def list_keys() -> Iterator[Key]:
+    """Yield all keys of the run config, section by section."""
+    for name, default in flatten(RunConfig()).items():
+        section = name.rpartition(".")[0]
+        yield Key(name, section, type(default).__name__, default, "", "")
+
+
 def write_keys() -> Iterator[str]:
     """Yield an entry for each key of the run config, with a heading a section."""
     section = None
-    for key, default in flatten(RunConfig()).items():
-        name = key.rpartition(".")[0]
-        if name != section:
-            section = name
-            yield f"\n## {f'`[{name}]`' if name else 'The run'}\n"
-        yield f"```{{confval}} {key}"
-        yield f":type: {type(default).__name__}"
-        yield f":default: `{json.dumps(default)}`"
+    for key in list_keys():
+        if key.section != section:
+            section = key.section
+            yield f"\n## {f'`[{section}]`' if section else 'The run'}\n"
+        yield f"```{{confval}} {key.name}"
+        yield f":type: {key.type}"
+        yield f":default: `{json.dumps(key.default)}`"
+        yield f"\n{key.help}\n\nAllowed: {key.allowed}."
         yield "```\n"
 
 
