@@ -24,7 +24,7 @@ def draw() -> Figure:
     """Return the mean accuracy over seeds and its range, against megabytes sent."""
     with (STUDY / "compare-curves.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.subplots()
     for method, look in looks(NAMES, NAMES).items():
         points = [row for row in rows if row["group"] == method]

@@ -3,11 +3,12 @@
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import click
 import typer
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 
 from slora_flwr.cli import app as command_line
 from slora_flwr.config import RunConfig, Value, flatten
@@ -78,18 +79,18 @@ def write_commands() -> Iterator[str]:
             yield f"{command.help}\n"
             pieces = " ".join(command.collect_usage_pieces(context))
             yield f"```text\nslora {name} {pieces}\n```\n"
-            for parameter in command.get_params(context):
-                yield from _write_parameter(parameter, context)
-
-
-def _write_parameter(
-    parameter: click.Parameter, context: click.Context
-) -> Iterator[str]:
-    record = parameter.get_help_record(context)
-    if record is None or "--help" in record[0]:
-        return
-    names, text = record
-    yield f"`{names}`\n: {text}\n"
+            # Not from the parameters: click 8.5 drops the help of typer's arguments.
+            hints = get_type_hints(command.callback, include_extras=True)
+            for parameter in command.params:
+                names = parameter.make_metavar(context)
+                if isinstance(parameter, click.Option):
+                    kind = [] if parameter.is_flag else [names]
+                    names = " ".join([", ".join(parameter.opts), *kind])
+                [declared] = hints[str(parameter.name)].__metadata__
+                yield f"`{names}`\n: {declared.help.replace('<', '&lt;')}"
+                if parameter.default:
+                    yield f"  Default: `{parameter.default}`."
+                yield ""
 
 
 GENERATED: dict[str, Callable[[], Iterator[str]]] = {
@@ -105,7 +106,13 @@ def fill(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = MARK.sub(lambda mark: "\n".join(GENERATED[mark[1]]()), source[0])
 
 
+def list_filled(app: Sphinx, env: BuildEnvironment, *changes: set[str]) -> list[str]:
+    """Return the pages that are read anew in every build: the code may have changed."""
+    return [p for p in env.found_docs if MARK.search(env.doc2path(p).read_text())]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the extension."""
     app.connect("source-read", fill)
+    app.connect("env-get-outdated", list_filled)
     return {"parallel_read_safe": True}
