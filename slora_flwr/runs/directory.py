@@ -44,7 +44,7 @@ class RunDirectoryError(RuntimeError):
 
 
 class RunDirectory:
-    """One run's folder; see the README for its files.
+    """One run's folder; docs/reference/run-directory.md has its files.
 
     Parameters
     ----------

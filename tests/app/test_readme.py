@@ -1,32 +1,38 @@
-"""The README says what the code does."""
+"""README and docs say what the code does."""
 
-import json
 import re
 from pathlib import Path
 
-from slora_flwr.config import RunConfig, flatten
-from slora_flwr.config.methods import ADAPTERS, find_adapter, list_methods
+import pytest
+from flwr.common.config import parse_config_args
+
+from slora_flwr.config import parse
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+RUN_CONFIGS = [
+    pytest.param(text, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, text in enumerate(
+        re.findall(r'(?:--run-config|-c) "(.+?)"', page.read_text())
+    )
+]
 
 
-def test_every_key_is_listed_with_its_default() -> None:
-    rows = re.findall(r"^\| `([a-z.-]+)` \| `(.*?)` \|", README, flags=re.M)
-    listed = {key: json.loads(value) for key, value in rows}
-    assert listed == flatten(RunConfig())
+@pytest.mark.parametrize("run_config", RUN_CONFIGS)
+def test_a_run_config_in_the_docs_is_one(run_config: str) -> None:
+    parse(parse_config_args([run_config]))
 
 
-def test_every_method_and_default_rate_is_named() -> None:
-    for method in list_methods():
-        assert f"\n| `{method}` |" in README
-    for adapter in ADAPTERS:
-        rate = find_adapter(adapter).default_lr
-        assert f"{rate:g} for `{adapter}`" in README
+def test_every_link_of_the_readme_leads_to_a_file() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_every_fault_in_the_docs_has_its_test() -> None:
-    tables = (ROOT / "docs" / "faults.md").read_text()
+    tables = (ROOT / "docs" / "reference" / "faults.md").read_text()
     rows = [line for line in tables.splitlines() if line.startswith("| ")]
     assert len(rows) > 40
     for row in rows:
