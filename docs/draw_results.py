@@ -11,7 +11,7 @@ from slora_flwr.reports.charts import looks
 HERE = Path(__file__).parent
 STUDY = HERE.parent / "experiments" / "results" / "minilm"
 NAMES = {"slora": "SLoRA", "lora": "LoRA", "fft": "full fine-tuning"}
-STYLE = {
+STYLE: dict[str, object] = {
     "font.size": 11,
     "svg.hashsalt": "slora",
     "axes.spines.top": False,
@@ -62,5 +62,5 @@ def draw() -> Figure:
 
 if __name__ == "__main__":
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with rc_context(STYLE):
+    with rc_context(STYLE):  # type: ignore[arg-type]
         draw().savefig(HERE / "images" / "accuracy-by-megabytes.svg", metadata=nothing)
