@@ -32,7 +32,7 @@ from slora_flwr.reports.groups import (
     rows_of_methods,
 )
 from slora_flwr.reports.page import NOTHING, Cell, Column, Page, Section, Table
-from slora_flwr.runs.reader import Run, by_layer
+from slora_flwr.runs.reader import RecordedRun, by_layer
 
 MARGIN = 0.01  # of the target below FFT's accuracy
 
@@ -40,13 +40,13 @@ GROUP = Column("group", "group")
 
 
 def compare(
-    runs: Sequence[Run], rates: Sequence[float], target: float | None = None
+    runs: Sequence[RecordedRun], rates: Sequence[float], target: float | None = None
 ) -> Page:
     """Return the page that compares groups of runs.
 
     Parameters
     ----------
-    runs : Sequence[Run]
+    runs : Sequence[RecordedRun]
         The runs, at least one.
     rates : Sequence[float]
         Rates of the modelled times, in Mbit/s.
@@ -129,7 +129,7 @@ def _results(groups: list[Group]) -> Section:
     return Section("Results", tables=[Table("results", caption, columns, rows)])
 
 
-def _seconds(run: Run) -> float | None:
+def _seconds(run: RecordedRun) -> float | None:
     if run.summary is not None:
         return float(run.summary["seconds"])
     return run.rounds[-1].seconds if run.rounds else None
@@ -541,6 +541,6 @@ def _configs(groups: list[Group]) -> Section:
     return Section("Runs", text, tables=tables)
 
 
-def _state(run: Run) -> str:
+def _state(run: RecordedRun) -> str:
     done = f"{len(run.rounds)} of {run.config['rounds']} rounds"
     return "completed" if run.summary is not None else f"not completed: {done}"

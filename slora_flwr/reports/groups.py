@@ -14,7 +14,7 @@ from slora_flwr.config import (
     flatten,
 )
 from slora_flwr.config.methods import REFERENCES, list_methods, section_of
-from slora_flwr.runs.reader import Run
+from slora_flwr.runs.reader import RecordedRun
 
 LAST = 5  # number of evaluations in the steadier accuracy
 
@@ -42,16 +42,16 @@ class Group:
         The method, and the keys that distinguish it from the other groups.
     config : dict[str, Value]
         The keys that matter to the method, without seed and `run.*`.
-    runs : list[Run]
+    runs : list[RecordedRun]
         The runs whose figures count: those that completed or, if none did, all.
-    others : list[Run]
+    others : list[RecordedRun]
         The runs that did not complete, if others did.
     """
 
     label: str
     config: dict[str, Value]
-    runs: list[Run]
-    others: list[Run]
+    runs: list[RecordedRun]
+    others: list[RecordedRun]
 
     @property
     def method(self) -> str:
@@ -120,12 +120,12 @@ class Point:
         return fmean(self.accuracies)
 
 
-def group_runs(runs: Iterable[Run]) -> list[Group]:
+def group_runs(runs: Iterable[RecordedRun]) -> list[Group]:
     """Return groups of runs whose configs differ only in the seed, or not at all.
 
     Keys that the method or the partitioner does not read are ignored.
     """
-    together: dict[Hashable, list[Run]] = {}
+    together: dict[Hashable, list[RecordedRun]] = {}
     for run in runs:
         together.setdefault(_frozen(_effective(run.config)), []).append(run)
     groups = []
@@ -143,9 +143,9 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
 def curve(group: Group, rates: Sequence[float]) -> list[Point]:
     """Return a group's mean curve, with modelled seconds at each rate in Mbit/s."""
     common = sorted(
-        set.intersection(*({r.number for r in run.evaluated} for run in group.runs))
+        set.intersection(*({r.round for r in run.evaluated} for run in group.runs))
     )
-    done = [{r.number: r for r in run.rounds} for run in group.runs]
+    done = [{r.round: r for r in run.rounds} for run in group.runs]
     seconds = [
         [
             dict(zip(rounds, modelled_seconds(run, rate), strict=True))
@@ -165,7 +165,7 @@ def curve(group: Group, rates: Sequence[float]) -> list[Point]:
     ]
 
 
-def modelled_seconds(run: Run, rate: float) -> list[float]:
+def modelled_seconds(run: RecordedRun, rate: float) -> list[float]:
     """Model when each round would end if each client were a separate machine.
 
     The duration of a round is the training time of its slowest client plus the time to
@@ -174,7 +174,7 @@ def modelled_seconds(run: Run, rate: float) -> list[float]:
 
     Parameters
     ----------
-    run : Run
+    run : RecordedRun
         The run, with bytes and seconds of each round.
     rate : float
         Rate in Mbit/s.
@@ -191,25 +191,27 @@ def modelled_seconds(run: Run, rate: float) -> list[float]:
             sizes[line.round] = sizes.get(line.round, 0.0) + mean
     return list(
         accumulate(
-            sizes.get(done.number, 0.0) * 8 / (rate * 1e6)
+            sizes.get(done.round, 0.0) * 8 / (rate * 1e6)
             + max((did.seconds for did in done.clients.values()), default=0.0)
             for done in run.rounds
         )
     )
 
 
-def final(run: Run, metric: str) -> float | None:
+def final(run: RecordedRun, metric: str) -> float | None:
     """Return a metric of a run's last evaluation."""
     return run.evaluated[-1].metrics[metric] if run.evaluated else None
 
 
-def last_mean(run: Run) -> float | None:
+def last_mean(run: RecordedRun) -> float | None:
     """Return the mean accuracy of a run's last evaluations."""
     accuracies = [done.metrics["accuracy"] for done in run.evaluated[-LAST:]]
     return fmean(accuracies) if accuracies else None
 
 
-def over_runs(group: Group, figure: Callable[[Run], float | None]) -> list[float]:
+def over_runs(
+    group: Group, figure: Callable[[RecordedRun], float | None]
+) -> list[float]:
     """Return a figure of each run that has it."""
     return [value for run in group.runs if (value := figure(run)) is not None]
 

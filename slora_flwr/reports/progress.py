@@ -1,31 +1,26 @@
 """The progress line printed after each round."""
 
+from slora_flwr.runs.events import RecordedRound
 
-def progress_line(
-    rounds: int, phase: str, figures: dict[str, float], asked: int
-) -> str:
+
+def progress_line(rounds: int, done: RecordedRound) -> str:
     """Return the progress line of a round.
 
     Parameters
     ----------
     rounds : int
         Number of rounds of the whole run.
-    phase : str
-        Name of the phase.
-    figures : dict[str, float]
-        `round`, `replied` (clients), `train_loss`, `seconds` and `payload_bytes` so
-        far; `accuracy` if the round was evaluated; `epsilon` with privacy.
-    asked : int
-        Number of clients in the cohort.
+    done : RecordedRound
+        The round, with the seconds since the first round began.
     """
-    number = int(figures["round"])
-    accuracy = f"{figures['accuracy']:6.1%}" if "accuracy" in figures else "     -"
-    spent = f"epsilon {figures['epsilon']:.2f}  " if "epsilon" in figures else ""
-    left = figures["seconds"] / number * (rounds - number)
+    metrics = done.metrics
+    accuracy = f"{metrics['accuracy']:6.1%}" if "accuracy" in metrics else "     -"
+    spent = "" if done.epsilon is None else f"epsilon {done.epsilon:.2f}  "
+    left = done.seconds / done.round * (rounds - done.round)
     return (
-        f"round {number:>{len(str(rounds))}}/{rounds} {phase:<6} "
-        f"clients {int(figures['replied'])}/{asked}  loss {figures['train_loss']:.3f}  "
-        f"accuracy {accuracy}  {figures['payload_bytes'] / 1e6:.2f} MB  "
+        f"round {done.round:>{len(str(rounds))}}/{rounds} {done.phase:<6} "
+        f"clients {done.replied}/{len(done.cohort)}  loss {done.train_loss:.3f}  "
+        f"accuracy {accuracy}  {done.payload_bytes / 1e6:.2f} MB  "
         f"{spent}{clock(left)} left"
     )
 

@@ -11,12 +11,13 @@ from slora_flwr.config import RunConfig, flatten
 from slora_flwr.reports.charts import Chart, Line, bar_chart, keys, line_chart, looks
 from slora_flwr.reports.groups import LAST, heterogeneity, last_mean
 from slora_flwr.reports.page import Cell, Column, Page, Section, Table
-from slora_flwr.runs.reader import Failure, Round, Run, Trained, by_layer
+from slora_flwr.runs.events import ClientRecord, RecordedRound
+from slora_flwr.runs.reader import Failure, RecordedRun, by_layer
 
 LISTED = 500  # most rows of a table that grows with clients or failures
 
 
-def report(run: Run) -> Page:
+def report(run: RecordedRun) -> Page:
     """Return the page on a run: its config, metrics, bytes, clients and failures."""
     config = run.config
     count = config["clients.count"]
@@ -43,7 +44,7 @@ def report(run: Run) -> Page:
     )
 
 
-def _notice(run: Run) -> str:
+def _notice(run: RecordedRun) -> str:
     if run.summary is not None:
         return ""
     done = f"{len(run.rounds)} of {run.config['rounds']} rounds are done"
@@ -51,15 +52,15 @@ def _notice(run: Run) -> str:
     return f"This run is not complete: {done}.{reason}"
 
 
-def _figures(run: Run) -> list[tuple[str, str]]:
+def _figures(run: RecordedRun) -> list[tuple[str, str]]:
     figures = []
     steady = last_mean(run)
     if run.evaluated and steady is not None:
         last, best = run.evaluated[-1], max(run.evaluated, key=_accuracy)
         figures += [
-            (f"accuracy, round {last.number}", f"{_accuracy(last):.1%}"),
+            (f"accuracy, round {last.round}", f"{_accuracy(last):.1%}"),
             (f"mean of the last {LAST} evaluations", f"{steady:.1%}"),
-            (f"best accuracy, round {best.number}", f"{_accuracy(best):.1%}"),
+            (f"best accuracy, round {best.round}", f"{_accuracy(best):.1%}"),
             ("macro-F1", f"{last.metrics['macro_f1']:.3f}"),
         ]
     majority = _majority(run)
@@ -78,30 +79,30 @@ def _figures(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def _accuracy(done: Round) -> float:
+def _accuracy(done: RecordedRound) -> float:
     return done.metrics["accuracy"]
 
 
-def _majority(run: Run) -> float | None:
+def _majority(run: RecordedRun) -> float | None:
     in_rounds = [r.metrics.get("majority_accuracy") for r in run.evaluated]
     told = [(run.summary or {}).get("majority_accuracy"), *in_rounds]
     return next((value for value in told if value is not None), None)
 
 
-def _seconds(run: Run) -> float:
+def _seconds(run: RecordedRun) -> float:
     if run.summary is not None:
         return float(run.summary["seconds"])
     return run.rounds[-1].seconds if run.rounds else 0.0
 
 
 def _megabytes(
-    run: Run, unit: str, direction: str, phase: str | None = None
+    run: RecordedRun, unit: str, direction: str, phase: str | None = None
 ) -> float | None:
     size = run.total(unit, direction, phase)
     return None if size is None else size / 1e6
 
 
-def _phases(run: Run) -> Section:
+def _phases(run: RecordedRun) -> Section:
     columns = [
         Column("", "phase"),
         Column("rounds", "rounds", "d"),
@@ -123,7 +124,9 @@ def _phases(run: Run) -> Section:
     ]
     units.append("message")
 
-    def row(name: str, rounds: list[Round], phase: str | None, seconds: float) -> None:
+    def row(
+        name: str, rounds: list[RecordedRound], phase: str | None, seconds: float
+    ) -> None:
         accuracies = [100 * _accuracy(r) for r in rounds if "accuracy" in r.metrics]
         sizes = [_megabytes(run, u, d, phase) for u in units for d in ("up", "down")]
         last = accuracies[-1] if accuracies else None
@@ -149,7 +152,9 @@ def _phases(run: Run) -> Section:
     return Section("Phases", tables=[Table("phases", caption, columns, rows)])
 
 
-def _boundaries(run: Run, at: Callable[[Round], float]) -> list[tuple[float, str]]:
+def _boundaries(
+    run: RecordedRun, at: Callable[[RecordedRound], float]
+) -> list[tuple[float, str]]:
     """Return the x at which each phase but the first begins, with its name."""
     phases = list(run.phases.items())
     return [
@@ -157,19 +162,19 @@ def _boundaries(run: Run, at: Callable[[Round], float]) -> list[tuple[float, str
     ]
 
 
-def _curves(run: Run) -> Section:
+def _curves(run: RecordedRun) -> Section:
     metrics = {"accuracy": "server's test data"}
     if any("client_accuracy" in done.metrics for done in run.evaluated):
         metrics["client_accuracy"] = "the clients' held-out examples"
     found = looks(metrics.values(), metrics)
     majority = _majority(run)
-    axes: dict[str, Callable[[Round], float]] = {
-        "round": lambda done: done.number,
+    axes: dict[str, Callable[[RecordedRound], float]] = {
+        "round": lambda done: done.round,
         "MB of tensors, both directions": lambda done: done.payload_bytes / 1e6,
         "seconds": lambda done: done.seconds,
     }
 
-    def chart(x: str, at: Callable[[Round], float]) -> Chart:
+    def chart(x: str, at: Callable[[RecordedRound], float]) -> Chart:
         lines = []
         for metric, label in metrics.items():
             points = [done for done in run.evaluated if metric in done.metrics]
@@ -195,7 +200,7 @@ def _curves(run: Run) -> Section:
     )
 
 
-def _handoff(run: Run) -> Section:
+def _handoff(run: RecordedRun) -> Section:
     kinds = by_layer(run.energies)
     found = looks(kinds, kinds)
     shares = run.energies.values()
@@ -242,8 +247,8 @@ def energy_table(kinds: dict[str, dict[int, float]], name: str = "energies") -> 
     )
 
 
-def _clients(run: Run) -> Section:
-    did: dict[int, list[Trained]] = {}
+def _clients(run: RecordedRun) -> Section:
+    did: dict[int, list[ClientRecord]] = {}
     for done in run.rounds:
         for client, trained in done.clients.items():
             did.setdefault(client, []).append(trained)
@@ -310,10 +315,10 @@ def _clients(run: Run) -> Section:
     return Section("Clients", [text], found, charts, [table])
 
 
-def _losses(run: Run) -> tuple[Chart, list[Chart]]:
+def _losses(run: RecordedRun) -> tuple[Chart, list[Chart]]:
     names = ("mean by examples; band: all clients", "median; band: middle half")
     found = looks(names, names)
-    rounds = [done.number for done in run.rounds]
+    rounds = [done.round for done in run.rounds]
     losses = [[did.loss for did in done.clients.values()] for done in run.rounds]
     low, first, median, third, high = np.transpose(
         [np.quantile(values, (0, 0.25, 0.5, 0.75, 1)) for values in losses]
@@ -328,12 +333,12 @@ def _losses(run: Run) -> tuple[Chart, list[Chart]]:
         x="round",
         y="training loss",
         whole=True,
-        boundaries=_boundaries(run, lambda done: done.number),
+        boundaries=_boundaries(run, lambda done: done.round),
     )
     return chart, keys(found)
 
 
-def _failures(run: Run) -> Section:
+def _failures(run: RecordedRun) -> Section:
     reasons: dict[str, list[Failure]] = {}
     for failure in run.failures:
         reasons.setdefault(failure.reason, []).append(failure)
@@ -380,7 +385,7 @@ def _failures(run: Run) -> Section:
     return Section("Failures", tables=[by_reason, each])
 
 
-def _config(run: Run) -> Section:
+def _config(run: RecordedRun) -> Section:
     default = flatten(RunConfig())
     columns = [Column("key", "key"), Column("value", "value")]
     differing = Table(

@@ -20,11 +20,11 @@ from safetensors.torch import save
 from slora_flwr.common.files import write_atomically
 from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError, RunConfig, flatten
+from slora_flwr.runs.events import EVENTS
 from slora_flwr.runs.snapshot import Snapshot
 
 FORMAT = "1"
 # Files that a run goes on writing, cut back to what they held at the checkpoint.
-EVENTS = "events.jsonl"
 GROWING = (EVENTS, "ledger.csv")
 # What a run may go on with other values of: no update and no state depends on them.
 FREE = (

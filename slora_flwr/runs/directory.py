@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from slora_flwr.common.files import (
 from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError, RunConfig, flatten
 from slora_flwr.runs.checkpoint import (
-    EVENTS,
     GROWING,
     checkpoint_path,
     list_checkpoints,
     number_of,
     write_checkpoint,
 )
+from slora_flwr.runs.events import EVENTS, Event, to_line
 from slora_flwr.runs.ledger import Entry, Ledger
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.runs.snapshot import Snapshot
@@ -74,14 +75,14 @@ class RunDirectory:
         self.elapsed = 0.0
         if checkpoint is None:
             self.path = _make(config, run_id)
-            with self._writing():
+            with writing(self.path):
                 append(self.path / EVENTS, "")
                 self.ledger = Ledger(self.path / "ledger.csv")
         else:
             self.path = Path(config.run.resume).expanduser().absolute()
             self.lineage = checkpoint.facts["lineage"]
             self.elapsed = checkpoint.facts["seconds"]
-            with self._writing():
+            with writing(self.path):
                 self._cut_back(checkpoint)
         self._started = time.perf_counter() - self.elapsed
 
@@ -97,15 +98,15 @@ class RunDirectory:
         nested |= {"versions": versions, "resolved": resolved}
         self._write(self.path / "config.toml", tomli_w.dumps(nested).encode())
 
-    def event(self, kind: str, **facts: Any) -> None:
-        """Append one line to events.jsonl."""
-        line = json.dumps({"event": kind, "seconds": round(self._seconds, 3), **facts})
-        with self._writing():
-            append(self.path / EVENTS, line + "\n")
+    def event(self, event: Event) -> None:
+        """Append an event to events.jsonl, with the seconds since the run's start."""
+        line = to_line(replace(event, seconds=round(self._seconds, 3)))
+        with writing(self.path):
+            append(self.path / EVENTS, line)
 
     def record(self, entry: Entry) -> None:
         """Append one line to ledger.csv."""
-        with self._writing():
+        with writing(self.path):
             self.ledger.add(entry)
 
     def save_checkpoint(self, number: int, best: int, snapshot: Snapshot) -> None:
@@ -120,7 +121,7 @@ class RunDirectory:
         snapshot : Snapshot
             What the run goes on from.
         """
-        with self._writing():
+        with writing(self.path):
             for name in GROWING:
                 sync(self.path / name)
             snapshot.facts |= {
@@ -133,7 +134,7 @@ class RunDirectory:
 
     def drop_checkpoints(self, best: int) -> None:
         """Drop all but the last checkpoints and the best round's."""
-        with self._writing():
+        with writing(self.path):
             for path in list_checkpoints(self.path)[: -self._keep]:
                 if number_of(path) != best:
                     path.unlink()
@@ -156,7 +157,7 @@ class RunDirectory:
 
     def drop_state(self, name: str) -> None:
         """Remove a state that no longer holds, if there is one."""
-        with self._writing():
+        with writing(self.path):
             self._state(name).unlink(missing_ok=True)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -164,13 +165,8 @@ class RunDirectory:
         text = json.dumps(summary, indent=2) + "\n"
         self._write(self.path / "summary.json", text.encode())
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        with writing(self.path):
-            yield
-
     def _write(self, path: Path, data: bytes) -> None:
-        with self._writing():
+        with writing(self.path):
             write_atomically(path, data, durably=True)
 
     @property

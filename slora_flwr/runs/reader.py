@@ -11,57 +11,20 @@ from typing import Any
 
 from slora_flwr.common.files import home
 from slora_flwr.config import RunConfig, Value, flatten
+from slora_flwr.runs.events import (
+    EVENTS,
+    ClientsFailed,
+    Handover,
+    NodeLeftOut,
+    RecordedRound,
+    Stopped,
+    read_events,
+)
 from slora_flwr.runs.ledger import Entry
 
 
 class RunError(ValueError):
     """A RUN that is none, named with what is allowed."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What one client did in a round: its examples, mean loss and seconds."""
-
-    examples: int
-    loss: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Round:
-    """A round that was closed.
-
-    Attributes
-    ----------
-    number : int
-        From 1.
-    phase : str
-        The adapter's name.
-    seconds : float
-        Since the run's start.
-    payload_bytes : int
-        Sent since the run's start, both directions.
-    train_loss : float
-        Mean over clients, weighted by examples.
-    cohort : list[int]
-        Clients that were asked.
-    clients : dict[int, Trained]
-        Those whose updates are in the aggregate.
-    metrics : dict[str, float]
-        `accuracy`, `macro_f1`, … of the new state; empty where it was not evaluated.
-    epsilon : float or None
-        What all rounds so far have spent, where privacy is on.
-    """
-
-    number: int
-    phase: str
-    seconds: float
-    payload_bytes: int
-    train_loss: float
-    cohort: list[int]
-    clients: dict[int, Trained]
-    metrics: dict[str, float]
-    epsilon: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +36,16 @@ class Failure:
     clients: list[int]
     reason: str
 
+    @classmethod
+    def of(cls, event: ClientsFailed | NodeLeftOut) -> "Failure":
+        """Return what an event says of it."""
+        if isinstance(event, NodeLeftOut):
+            return cls(None, event.name, [], event.reason)
+        return cls(event.round, str(event.node), event.clients, event.reason)
+
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A run that ended, was stopped, or is still going.
 
     Attributes
@@ -101,7 +71,7 @@ class Run:
     facts: dict[str, dict[str, Any]]
     summary: dict[str, Any] | None
     stopped: str | None
-    rounds: list[Round]
+    rounds: list[RecordedRound]
     failures: list[Failure]
     energies: dict[str, float]
     ledger: list[Entry]
@@ -112,15 +82,15 @@ class Run:
         return str(self.config["method"])
 
     @property
-    def phases(self) -> dict[str, list[Round]]:
+    def phases(self) -> dict[str, list[RecordedRound]]:
         """The rounds of each phase, in order."""
-        phases: dict[str, list[Round]] = {}
+        phases: dict[str, list[RecordedRound]] = {}
         for done in self.rounds:
             phases.setdefault(done.phase, []).append(done)
         return phases
 
     @property
-    def evaluated(self) -> list[Round]:
+    def evaluated(self) -> list[RecordedRound]:
         """The rounds that have an accuracy."""
         return [done for done in self.rounds if "accuracy" in done.metrics]
 
@@ -146,7 +116,7 @@ class Run:
         return sum(known) if known or not sizes else None
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> RecordedRun:
     """Read a run directory.
 
     Raises
@@ -158,33 +128,31 @@ def read_run(path: Path) -> Run:
         raise _refuse(str(path))
     try:
         document = tomllib.loads((path / "config.toml").read_text())
-        events = _events(path / "events.jsonl")
+        events = read_events(path / EVENTS)
         summary = path / "summary.json"
         with (path / "ledger.csv").open(newline="") as file:
             ledger = [Entry.read(row) for row in csv.DictReader(file)]
-        return Run(
+        return RecordedRun(
             path=path,
             facts={name: document.pop(name, {}) for name in ("versions", "resolved")},
             config=flatten(RunConfig()) | _flat(document),
             summary=json.loads(summary.read_text()) if summary.exists() else None,
             stopped=next(
-                (e["reason"] for e in reversed(events) if e["event"] == "stopped"), None
+                (e.reason for e in reversed(events) if isinstance(e, Stopped)), None
             ),
             # A round that was held again after a stop counts as it was held last.
             rounds=list(
-                {
-                    e["round"]: _round(e) for e in events if e["event"] == "round"
-                }.values()
+                {e.round: e for e in events if isinstance(e, RecordedRound)}.values()
             ),
             failures=[
-                _failure(e) for e in events if e["event"] in ("failure", "left_out")
+                Failure.of(e)
+                for e in events
+                if isinstance(e, ClientsFailed | NodeLeftOut)
             ],
-            energies=next(
-                (e["energies"] for e in events if e["event"] == "handoff"), {}
-            ),
+            energies=next((e.energies for e in events if isinstance(e, Handover)), {}),
             ledger=ledger,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{path} cannot be read as a run directory: {error!r}"
         ) from error
@@ -285,39 +253,3 @@ def _flat(document: dict[str, Any]) -> dict[str, Value]:
         section = value if isinstance(value, dict) else {"": value}
         flat |= {f"{name}.{key}".rstrip("."): item for key, item in section.items()}
     return flat
-
-
-def _events(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    # A run that was killed may leave half a line.
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _round(event: dict[str, Any]) -> Round:
-    plain = ("accuracy", "macro_f1", "loss", "majority_accuracy")
-    names = [*plain, *(f"client_{name}" for name in plain)]
-    return Round(
-        number=event["round"],
-        phase=event["phase"],
-        seconds=event["seconds"],
-        payload_bytes=event["payload_bytes"],
-        train_loss=event["train_loss"],
-        cohort=event["cohort"],
-        clients={
-            int(client): Trained(did["examples"], did["loss"], did["seconds"])
-            for client, did in event["clients"].items()
-        },
-        metrics={name: event[name] for name in names if event.get(name) is not None},
-        epsilon=event.get("epsilon"),
-    )
-
-
-def _failure(event: dict[str, Any]) -> Failure:
-    return Failure(
-        event.get("round"),
-        str(event.get("name", event["node"])),
-        event.get("clients", []),
-        str(event["reason"]),
-    )

@@ -71,14 +71,14 @@ def collect(
 
 
 def push(grid: Grid, messages: list[Message]) -> dict[str, int]:
-    """Send messages; give the node of each that was taken, by message id."""
+    """Send messages; return the node of each that was taken, by message id."""
     taken = set(grid.push_messages(messages))
     sent = [message.metadata for message in messages]
     return {m.message_id: m.dst_node_id for m in sent if m.message_id in taken}
 
 
 def pull(grid: Grid, pending: dict[str, int]) -> Iterator[Message]:
-    """Take the replies that are there, and their messages out of `pending`.
+    """Yield the replies that are there, and take their messages out of `pending`.
 
     A reply's source is the node that was asked, whoever answers for it.
     """
@@ -94,5 +94,5 @@ def pull(grid: Grid, pending: dict[str, int]) -> Iterator[Message]:
 
 
 def is_gone(reply: Message) -> bool:
-    """Tell whether the SuperLink answered, because the node did not."""
+    """Return whether the SuperLink answered, because the node did not."""
     return reply.has_error() and reply.error.code in _GONE

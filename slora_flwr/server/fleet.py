@@ -10,6 +10,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from slora_flwr.common.text import printable
+from slora_flwr.runs.events import Event, NodeLeftOut
 from slora_flwr.server.collect import LAST_POLL_SECONDS, is_gone, pull, push
 
 # How long to wait for the nodes that a simulation says it has.
@@ -51,7 +52,7 @@ class Fleet:
         self.expected = expected
         self._min_nodes = min_nodes
         self._deadline = deadline
-        self._note: Callable[..., None] = lambda kind, **facts: None
+        self._tell: Callable[[Event], None] = lambda event: None
         self._hosted: dict[int, frozenset[int]] = {}
         self._present: set[int] = set()
         # When each node that was asked had come online, and the queries on their way.
@@ -72,20 +73,20 @@ class Fleet:
         return sorted(self._hosted.keys() & self._present)
 
     def agreed(self) -> dict[str, Any]:
-        """Give what the nodes agreed on, for a run that goes on: see `restore`."""
+        """Return what the nodes agreed on, for a run that goes on: see `restore`."""
         return {}
 
     def restore(self, agreed: Mapping[str, Any]) -> None:
-        """Hold, from the first query on, to what was agreed."""
+        """Keep to what was agreed, from the first query on."""
 
     def name(self, node: int) -> str:
-        """Give what logs call a node."""
+        """Return what logs call a node."""
         return f"node {node}"
 
     def gather(
         self,
         grid: Grid,
-        note: Callable[..., None] = lambda kind, **facts: None,
+        tell: Callable[[Event], None] = lambda event: None,
     ) -> None:
         """Wait for the first nodes and learn what they host.
 
@@ -93,15 +94,15 @@ class Fleet:
         ----------
         grid : Grid
             Flower's way to the nodes.
-        note : Callable
-            Takes a kind of event and its facts, now and later.
+        tell : Callable
+            Takes events, now and later.
 
         Raises
         ------
         FleetError
             If too few nodes are there in time, or none fits.
         """
-        self._note = note
+        self._tell = tell
         registered = time.monotonic() + REGISTRATION_SECONDS
         while (online := len(list(grid.get_nodes()))) < self._min_nodes:
             if time.monotonic() > registered:
@@ -122,7 +123,7 @@ class Fleet:
         self._refresh(grid)
         self._hear_until(grid, described)
         for node in self._pending.values():
-            # It is still listened to.
+            # Its answer still counts when it comes.
             self._leave_out(node, "it did not describe itself before the deadline")
         self._settle()
         self._refresh(grid)
@@ -134,7 +135,7 @@ class Fleet:
         log(INFO, "%d nodes host %d clients", len(self._online), len(self.clients))
 
     def refresh(self, grid: Grid, wanted: int = 0) -> None:
-        """Note which nodes are online, and ask those that are new or came back.
+        """See which nodes are online, and ask those that are new or came back.
 
         A node takes part once it has answered, which is not waited for, unless the
         clients online are fewer than `wanted`: then up to `deadline` seconds.
@@ -153,7 +154,7 @@ class Fleet:
         self._asked.pop(node, None)
 
     def assign(self, cohort: Iterable[int]) -> dict[int, list[int]]:
-        """Deal a cohort to the nodes online that host its clients.
+        """Return which node online trains which clients of a cohort.
 
         Clients go in descending order of size, each to the node with the fewest
         examples so far, so that nodes end at about the same time.
@@ -199,7 +200,7 @@ class Fleet:
     def _hear_until(
         self, grid: Grid, until: float, enough: Callable[[], bool] = lambda: False
     ) -> None:
-        """Hear all that were asked, or enough, or those that answer in time."""
+        """Wait until all that were asked have answered, or enough, or until then."""
         while self._pending and not enough() and time.monotonic() < until:
             time.sleep(LAST_POLL_SECONDS)
             self._hear(grid)
@@ -283,4 +284,4 @@ class Fleet:
     def _leave_out(self, node: int, reason: str) -> None:
         self.left_out[node] = reason = printable(reason)
         log(WARNING, "%s is left out: %s", self.name(node), reason)
-        self._note("left_out", node=node, name=self.name(node), reason=reason)
+        self._tell(NodeLeftOut(node=node, name=self.name(node), reason=reason))

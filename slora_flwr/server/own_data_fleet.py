@@ -9,6 +9,7 @@ from flwr.common.logger import log
 
 from slora_flwr.common.text import printable
 from slora_flwr.data.node_files import LONGEST_LABEL, MOST_LABELS
+from slora_flwr.runs.events import NodeJoined
 from slora_flwr.server.fleet import MOST_EXAMPLES, Fleet, FleetError
 
 
@@ -97,15 +98,15 @@ class OwnDataFleet(Fleet):
         self._settled = False
 
     def agreed(self) -> dict[str, Any]:
-        """Give the label names, and the nodes' names with their clients."""
+        """Return the label names, and the nodes' names with their clients."""
         return {"classes": self.classes, "clients": self._clients}
 
     def restore(self, agreed: Mapping[str, Any]) -> None:
-        """Hold to the label names, and number the nodes as before."""
+        """Keep to the label names, and number the nodes as before."""
         self.classes, self._clients = agreed["classes"], dict(agreed["clients"])
 
     def name(self, node: int) -> str:
-        """Give the name that the node's operator gave it, and its id."""
+        """Return the name that the node's operator gave it, and its id."""
         found = self._described.get(node)
         return f"{found.name} (node {node})" if found else super().name(node)
 
@@ -136,7 +137,7 @@ class OwnDataFleet(Fleet):
                 self._leave_out(node, str(error))
 
     def _place(self, node: int) -> None:
-        """Give a node its client, if its data is of use.
+        """Make a node the host of its client, if its data is of use.
 
         Raises
         ------
@@ -175,14 +176,15 @@ class OwnDataFleet(Fleet):
             told,
             f"; unknown labels: {', '.join(sorted(others))}" if others else "",
         )
-        self._note(
-            "node",
-            node=node,
-            name=described.name,
-            client=client,
-            examples=usable,
-            skipped=skipped,
-            unknown_labels=sorted(others),
+        self._tell(
+            NodeJoined(
+                node=node,
+                name=described.name,
+                client=client,
+                examples=usable,
+                skipped=skipped,
+                unknown_labels=sorted(others),
+            )
         )
 
     def _is_free(self, client: int) -> bool:

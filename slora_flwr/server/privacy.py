@@ -52,7 +52,7 @@ class Privacy:
             self.noise_multiplier = self._calibrate(privacy.epsilon, config.rounds)
 
     def draw(self, clients: Iterable[int], server_round: int) -> list[int]:
-        """Draw a round's cohort among the clients online, ascending.
+        """Return a round's cohort among the clients online, ascending.
 
         Whether a client is drawn does not depend on who else is online. A round that is
         held again has the same cohort: a new one would depend on who failed.
@@ -66,13 +66,13 @@ class Privacy:
         ClippedMean.of(fold).perturb(self.noise_multiplier, shapes, self._generator)
 
     def epsilon(self, rounds: int) -> float:
-        """Give what so many rounds have spent at `delta`."""
+        """Return what so many rounds have spent at `delta`."""
         event = self._event(self.noise_multiplier, rounds)
         with _quiet():
             return float(RdpAccountant().compose(event).get_epsilon(self.delta))
 
     def facts(self, rounds: int) -> dict[str, float]:
-        """Tell what so many rounds come to, for config.toml and summary.json."""
+        """Return what so many rounds come to, for config.toml and summary.json."""
         return {
             "epsilon": self.epsilon(rounds),
             "delta": self.delta,

@@ -10,30 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from rich.console import Console
 
 from slora_flwr import __version__
-from slora_flwr.adapters.model_files import export_classes
-from slora_flwr.backbone.base_weights import BaseWeights
-from slora_flwr.backbone.load import Backbone, digest_of
+from slora_flwr.backbone.load import digest_of
 from slora_flwr.common.code_digest import code_digest
-from slora_flwr.common.files import make_folder, make_private, residuals_folder
+from slora_flwr.common.files import residuals_folder
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
-from slora_flwr.config.methods import REFERENCES, find_adapter, list_methods
 from slora_flwr.config.schedule import outside_files
 from slora_flwr.reports.closing_table import closing_table
-from slora_flwr.runs.checkpoint import EVENTS, check_identity, find_checkpoint
-from slora_flwr.runs.directory import RunDirectory, RunDirectoryError, in_use, writing
+from slora_flwr.runs.checkpoint import check_identity, find_checkpoint
+from slora_flwr.runs.directory import RunDirectory, RunDirectoryError, in_use
+from slora_flwr.runs.events import EVENTS, Resumed, Stopped
 from slora_flwr.runs.snapshot import Snapshot
+from slora_flwr.server.export import export
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.own_data_fleet import OwnDataFleet
 from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.strategy import PhasedStrategy
+from slora_flwr.server.summary import resolve, summarise
 from slora_flwr.training.trainer import Trainer
-from slora_flwr.wire.packing import pack
 
 
 def run(
@@ -71,21 +69,24 @@ def run(
         If the run directory cannot be written any more.
     """
     config = parse(run_config)
-    checkpoint = None
     with ExitStack() as held:
-        if config.run.resume:
-            path = Path(config.run.resume).expanduser()
-            try:
-                has_begun = (path / EVENTS).is_file()
-            except OSError as error:
-                raise ConfigError(
-                    f"run.resume is {config.run.resume!r}; allowed: a run directory "
-                    f"that can be read ({error})"
-                ) from error
-            if has_begun:  # else there is nothing to go on with
-                held.enter_context(in_use(path))
-            checkpoint = find_checkpoint(config)
+        checkpoint = _claim(config, held) if config.run.resume else None
         return _run(grid, config, run_id, generator, checkpoint, held)
+
+
+def _claim(config: RunConfig, held: ExitStack) -> Snapshot:
+    """Return the checkpoint that the run goes on from; keep other runs out of it."""
+    path = Path(config.run.resume).expanduser()
+    try:
+        has_begun = (path / EVENTS).is_file()
+    except OSError as error:
+        raise ConfigError(
+            f"run.resume is {config.run.resume!r}; allowed: a run directory that can "
+            f"be read ({error})"
+        ) from error
+    if has_begun:  # else there is nothing to go on with
+        held.enter_context(in_use(path))
+    return find_checkpoint(config)
 
 
 def _run(
@@ -121,33 +122,29 @@ def _run(
         directory.write_config(config, {})
     else:
         number = checkpoint.facts["round"]
-        directory.event("resumed", round=number, run=str(run_id))
+        directory.event(Resumed(round=number, run=str(run_id)))
         log(INFO, "the run goes on after round %d of %d", number, config.rounds)
     try:
         fleet.gather(grid, directory.event)
         if isinstance(fleet, OwnDataFleet):
             trainer = Trainer(config, fleet.classes)
-        resolved = _resolved(trainer, moved)
+        resolved = resolve(trainer, moved)
         if privacy is not None:
             resolved["privacy"] = privacy.facts(config.rounds)
         if checkpoint is None:
             directory.write_config(config, resolved)
         strategy = PhasedStrategy(trainer, directory, fleet, checkpoint, privacy)
-        strategy.start(
-            grid,
-            ArrayRecord({"state": pack(strategy.initial_state())}),
-            timeout=config.clients.deadline,
-        )
+        strategy.run(grid)
     except Exception as error:
         with suppress(RunDirectoryError):  # which may be what the error is about
-            directory.event("stopped", reason=f"{type(error).__name__}: {error}")
+            directory.event(Stopped(reason=f"{type(error).__name__}: {error}"))
         raise
-    summary = _summarise(config, trainer, strategy, directory, started)
+    seconds = time.perf_counter() - started
+    summary = summarise(trainer, strategy, directory.ledger, seconds)
     if privacy is not None:
         summary["privacy"] = privacy.facts(config.rounds)
     directory.write_summary(summary)
-    with writing(directory.path):
-        _export(trainer, strategy, directory)
+    export(directory.path, trainer, strategy.phase)
     # Those of a simulation's clients, who are done.
     shutil.rmtree(residuals_folder(directory.lineage), ignore_errors=True)
     Console(width=100).print(closing_table(summary))
@@ -187,91 +184,3 @@ def _own_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
         also=trainer.data.classes,
         min_examples=config.clients.min_examples,
     )
-
-
-def _resolved(trainer: Trainer, moved: int) -> dict[str, Any]:
-    backbone, task = trainer.model.backbone, trainer.data.task
-    return {
-        "backbone_digest": backbone.digest,
-        "weights": backbone.size,
-        "target_matrices": len(backbone.targets),
-        "classes": task.classes,
-        "train_examples": len(task.train),
-        "test_examples": len(task.test),
-        "moved_examples": moved,
-        "phases": [
-            {"adapter": p.adapter, "rounds": p.rounds, "lr": p.recipe.lr}
-            for p in trainer.schedule
-        ],
-    }
-
-
-def _summarise(
-    config: RunConfig,
-    trainer: Trainer,
-    strategy: PhasedStrategy,
-    directory: RunDirectory,
-    started: float,
-) -> dict[str, Any]:
-    ledger = directory.ledger
-    figures = ("accuracy", "macro_f1", "loss")
-    turns = sum(int(round["replied"]) for round in strategy.history)
-
-    def sums(phase: str | None = None) -> dict[str, int]:
-        return {
-            f"{unit}_bytes_{direction}": ledger.total(unit, direction, phase)
-            for unit in ("payload", "message")
-            for direction in ("up", "down")
-        }
-
-    phases: dict[str, Any] = {}
-    before = 0.0
-    for i, phase in enumerate(trainer.schedule):
-        rounds = [figures for figures in strategy.history if figures["phase"] == i]
-        last = rounds[-1]
-        phases[phase.adapter] = {
-            "rounds": len(rounds),
-            "seconds": last["seconds"] - before,
-            # None where no client could evaluate, and the server has no test data.
-            **{name: last.get(name) for name in figures},
-            **sums(phase.adapter),
-        }
-        before = last["seconds"]
-    summary = {
-        "method": config.method,
-        "rounds": config.rounds,
-        **{name: last.get(name) for name in (*figures, "majority_accuracy")},
-        **sums(),
-        "seconds": time.perf_counter() - started,
-        "phases": phases,
-        # One direction of what the other methods' clients would send in these rounds.
-        "same_rounds": {
-            method: turns * 4 * _largest_state(method, config, trainer.model.backbone)
-            for method in REFERENCES
-        },
-    }
-    reached = [h for h in strategy.history if h.get("accuracy", 0) >= config.run.target]
-    if config.run.target and reached:
-        keys = ("round", "payload_bytes", "seconds")
-        summary["target"] = {name: reached[0][name] for name in keys}
-    return summary
-
-
-def _largest_state(method: str, config: RunConfig, backbone: Backbone) -> int:
-    """Return the number of values in the largest state of a method's phases."""
-    adapters = [find_adapter(row.adapter) for row in list_methods()[method].phases]
-    return max(adapter.state_size(config, backbone) for adapter in adapters)
-
-
-def _export(
-    trainer: Trainer, strategy: PhasedStrategy, directory: RunDirectory
-) -> None:
-    model, base = trainer.model, strategy.patch
-    folder = directory.path / model.adapter.folder
-    make_folder(folder)
-    if trainer.schedule[-1].changes_base:
-        base = BaseWeights(weights=model.base_weights())
-    classes = trainer.data.classes
-    model.adapter.export(folder, strategy.state, base, classes, model.detach)
-    export_classes(folder, classes)
-    make_private(folder)

@@ -34,6 +34,7 @@ from slora_flwr.common.files import write_atomically
 from slora_flwr.config import parse
 from slora_flwr.config.methods import find_adapter
 from slora_flwr.reports.progress import clock
+from slora_flwr.runs.events import EVENTS, RecordedRound, read_events
 from slora_flwr.studies.study import Config, Study, adapters_of, planned
 
 # Folders of a run directory that hold states.
@@ -76,17 +77,15 @@ class StudyRun:
         """Return the content of summary.json."""
         return dict(json.loads((self.path / "summary.json").read_text()))
 
-    def rounds_done(self) -> list[dict[str, Any]]:
-        """Return the events of the rounds so far."""
-        path = self.path / "events.jsonl"
-        # The last line may be incomplete.
-        text = path.read_text().rpartition("\n")[0] if path.is_file() else ""
-        events = [json.loads(line) for line in text.splitlines()]
-        return [event for event in events if event["event"] == "round"]
+    def rounds_done(self) -> list[RecordedRound]:
+        """Return the rounds so far."""
+        events = read_events(self.path / EVENTS)
+        return [event for event in events if isinstance(event, RecordedRound)]
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Return the events of the evaluated rounds."""
-        return [e for e in self.rounds_done() if e.get("accuracy") is not None]
+    def evaluations(self) -> list[dict[str, float]]:
+        """Return the metrics of the evaluated rounds."""
+        rounds = self.rounds_done()
+        return [done.metrics for done in rounds if "accuracy" in done.metrics]
 
 
 class Runner:

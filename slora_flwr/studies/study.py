@@ -112,7 +112,7 @@ class Score:
     loss: float
 
     @classmethod
-    def of(cls, evaluations: list[dict[str, Any]]) -> "Score":
+    def of(cls, evaluations: list[dict[str, float]]) -> "Score":
         """Return the mean of the last three evaluations."""
         last = evaluations[-3:]
         return cls(fmean(e["accuracy"] for e in last), fmean(e["loss"] for e in last))

@@ -165,7 +165,7 @@ def _describe_tuning(scores: dict[Trial, dict[float, Score]]) -> Iterator[str]:
 
 def _row(run: StudyRun, keys: list[str]) -> dict[str, Any]:
     summary = run.summary()
-    last = [event["accuracy"] for event in run.evaluations()][-5:]
+    last = [metrics["accuracy"] for metrics in run.evaluations()][-5:]
     return {
         **{key: run.config[key] for key in keys},
         "accuracy": summary["accuracy"],

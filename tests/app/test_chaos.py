@@ -20,7 +20,8 @@ from slora_flwr.client.process import make_process
 from slora_flwr.common.files import cache_folder
 from slora_flwr.runs.checkpoint import list_checkpoints
 from slora_flwr.server import collect, fleet
-from slora_flwr.server.strategy import NO_REPLY, TooFewRepliesError
+from slora_flwr.server.round import NO_REPLY
+from slora_flwr.server.strategy import TooFewRepliesError
 from slora_flwr.training.trainer import ClientError, ClientUpdate, Trainer
 from slora_flwr.wire.messages import MISSING_BASE, MISSING_STATE, Instruction, Report
 from tests.support.clock import Clock

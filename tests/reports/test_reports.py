@@ -19,10 +19,19 @@ from slora_flwr.reports.groups import Group, curve, group_runs, modelled_seconds
 from slora_flwr.reports.page import Page, Table, render
 from slora_flwr.reports.run_page import report
 from slora_flwr.runs.directory import RunDirectory
+from slora_flwr.runs.events import (
+    EVENTS,
+    ClientRecord,
+    ClientsFailed,
+    Handover,
+    RecordedRound,
+    Stopped,
+    to_line,
+)
 from slora_flwr.runs.reader import by_layer, find_runs, read_run
 
 # Of each client in each round: the mean payload, in bytes, and seconds of training.
-DOWN, UP, SECONDS = 2_000_000, 1_000_000, {"0": 3.0, "1": 5.0}
+DOWN, UP, SECONDS = 2_000_000, 1_000_000, {0: 3.0, 1: 5.0}
 Config = dict[str, Value]
 HOSTILE = "</svg><script>alert('$x^2$ & \"')</script>"
 
@@ -53,35 +62,35 @@ def write_run(
             lines.append([str(cell) for cell in line])
             if planned is not None:
                 lines[-1].append(str(planned))
-        directory.event(
-            "round",
+        done = RecordedRound(
             seconds=10.0 * number,
-            round=number,
             phase=phase,
             cohort=[0, 1, 7],
             clients={
-                client: {"examples": 10, "loss": 1.0 / number, "seconds": seconds}
+                client: ClientRecord(10, 1.0 / number, seconds)
                 for client, seconds in SECONDS.items()
             },
+            round=number,
+            replied=len(SECONDS),
             train_loss=1.0 / number,
             payload_bytes=number * 2 * (UP + DOWN),
-            accuracy=accuracy,
-            macro_f1=accuracy / 2,
-            loss=1.0,
-            new_fact="of a later version",
+            metrics={"accuracy": accuracy, "macro_f1": accuracy / 2, "loss": 1.0},
         )
+        line = json.loads(to_line(done)) | {"new_fact": "of a later version"}
+        with (path / EVENTS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
     with (path / "ledger.csv").open("w", newline="") as file:
         csv.writer(file).writerows(lines)
     for reason in failures:
-        directory.event("failure", round=1, node=4, clients=[7], reason=reason)
+        directory.event(ClientsFailed(round=1, node=4, clients=[7], reason=reason))
     if energies:
-        directory.event("handoff", base="residual", energies=energies, took=0.1)
+        directory.event(Handover(base="residual", energies=dict(energies), took=0.1))
     if ended:
         directory.write_summary(
             {"seconds": 99.0, "majority_accuracy": 0.1, "phases": {}, "same_rounds": {}}
         )
     else:
-        directory.event("stopped", reason="TooFewRepliesError: 0 good replies twice")
+        directory.event(Stopped(reason="TooFewRepliesError: 0 good replies twice"))
     return path
 
 

@@ -57,7 +57,7 @@ def test_a_checkpoint_is_no_pickle_and_private(config: Config) -> None:
     assert path.stat().st_mode & 0o077 == 0
     assert not differ(
         {
-            name.removeprefix("strategy/"): tensor
+            name.removeprefix("phase/state/"): tensor
             for name, tensor in load_file(path).items()
         },
         final(directory),

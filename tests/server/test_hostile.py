@@ -1,6 +1,5 @@
 """What a hostile node may answer, and that nothing but its own clients is lost."""
 
-import json
 import logging
 import tracemalloc
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ import torch
 from flwr.app import Array, ConfigRecord, Error, Message, MessageType, RecordDict
 
 from slora_flwr.aggregation.mean import FoldError, Mean
+from slora_flwr.runs.events import Event, to_line
 from slora_flwr.server import collect, fleet
 from slora_flwr.server.fleet import Fleet, FleetError
 from slora_flwr.server.own_data_fleet import OwnDataFleet
@@ -428,13 +428,13 @@ def test_names_are_no_more_than_names(
 ) -> None:
     caplog.set_level(logging.INFO, "flwr")
     name = "../../etc\x1b[2J\n" + "x" * MEGABYTE
-    noted = []
+    told: list[Event] = []
     grid = HospitalGrid({7: hospital(name, x=1, y=1)})
     found = OwnDataFleet({"code": "c0de"}, 1, 5.0)
-    found.gather(grid, lambda kind, **facts: noted.append(facts))
+    found.gather(grid, told.append)
     assert found.name(7).startswith(r"../../etc\x1b[2J\nxxx")
     assert len(found.name(7)) < 300
-    assert all(len(json.dumps(facts)) < 1000 for facts in noted)
+    assert all(len(to_line(event)) < 1000 for event in told)
     messages = [record.getMessage() for record in caplog.records]
     assert any("is client 0" in message for message in messages)
     assert all(m.isprintable() and len(m) < 1000 for m in messages)

@@ -1,0 +1,116 @@
+"""The instructions of a round, one a node, and again to nodes that lack a part."""
+
+from collections.abc import Mapping
+
+from flwr.app import Message
+
+from slora_flwr.runs.ledger import Entry
+from slora_flwr.server.journal import Journal
+from slora_flwr.server.phase import ActivePhase
+from slora_flwr.training.trainer import Trainer
+from slora_flwr.wire.messages import (
+    MISSING_BASE,
+    MISSING_STATE,
+    Instruction,
+    message_bytes,
+)
+
+
+class Instructions:
+    """What the nodes of a cohort are asked, each to do the same with its clients.
+
+    Parameters
+    ----------
+    message_type : str
+        Flower's: train or evaluate.
+    cohort : Mapping[int, list[int]]
+        The clients of each node.
+    number : int
+        The round.
+    trainer : Trainer
+        This process's own.
+    phase : ActivePhase
+        Whose state is sent, as it was published last.
+    journal : Journal
+        Takes the bytes of what is sent again.
+    counted : Mapping[int, int] or None
+        The last round of each client's that counted; None where the clients need no
+        residuals.
+
+    Attributes
+    ----------
+    messages : list[Message]
+        One for each node.
+    """
+
+    def __init__(
+        self,
+        message_type: str,
+        cohort: Mapping[int, list[int]],
+        number: int,
+        trainer: Trainer,
+        phase: ActivePhase,
+        journal: Journal,
+        counted: Mapping[int, int] | None = None,
+    ) -> None:
+        self._number, self._phase, self._journal = number, phase, journal
+        self._deadline = trainer.config.clients.deadline
+        self.messages: list[Message] = []
+        # The parts that nodes lacked, and were sent.
+        self._sent_again: set[tuple[int, int]] = set()
+        for node, clients in cohort.items():
+            state, since = phase.encode_for(node, clients)
+            instruction = Instruction(
+                number,
+                phase.index,
+                clients,
+                phase.fingerprint,
+                state,
+                base=phase.base.digest,
+                phase_round=phase.phase_round,
+                since=since,
+                base_delta=phase.base.delta_for(node),
+            )
+            if trainer.config.data.is_own:
+                instruction.classes = trainer.data.classes
+            if counted is not None:
+                instruction.lineage = journal.directory.lineage
+                instruction.residuals = [counted.get(client, 0) for client in clients]
+            self.messages.append(self._address(instruction, node, message_type))
+        self._last = dict(zip(cohort, self.messages, strict=True))
+
+    def complete(self, reply: Message) -> Message | None:
+        """Return a node's instruction again, with the part that the node lacks."""
+        node = reply.metadata.src_node_id
+        code = reply.error.code if reply.has_error() else None
+        if (
+            code not in (MISSING_BASE, MISSING_STATE)
+            or (node, code) in self._sent_again
+        ):
+            return None  # had it been sent that already, it would be another failure
+        self._sent_again.add((node, code))
+        sent = self._last[node]
+        instruction = Instruction.read(sent.content)
+        if code == MISSING_BASE:
+            instruction.base_delta = self._phase.base.delta_for(node, anew=True)
+        else:
+            instruction.state, instruction.since = self._phase.encode_for(
+                node, instruction.clients, anew=True
+            )
+        message = self._address(instruction, node, sent.metadata.message_type)
+        self._last[node] = message
+        name, size = self._phase.name, message_bytes(message)
+        self._journal.directory.record(Entry(self._number, name, "down", 0, 0, size))
+        return message
+
+    def _address(
+        self, instruction: Instruction, node: int, message_type: str
+    ) -> Message:
+        return Message(
+            instruction.content(),
+            dst_node_id=node,
+            message_type=message_type,
+            group_id=str(self._number),
+            # A node does not begin with what comes later.
+            ttl=self._deadline,
+        )

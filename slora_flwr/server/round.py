@@ -1,0 +1,347 @@
+"""One round: whom it asks, what it takes of their replies, what it leads to."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from slora_flwr.aggregation.mean import FoldError, Mean
+from slora_flwr.common.random import sample_cohort
+from slora_flwr.runs.events import ClientRecord, RecordedRound
+from slora_flwr.runs.ledger import Entry
+from slora_flwr.server.collect import collect, is_gone
+from slora_flwr.server.fleet import Fleet
+from slora_flwr.server.instructions import Instructions
+from slora_flwr.server.journal import Journal
+from slora_flwr.server.phase import ActivePhase
+from slora_flwr.server.privacy import Privacy
+from slora_flwr.training.metrics import Evaluation, pool
+from slora_flwr.training.trainer import Trainer
+from slora_flwr.wire.messages import (
+    MessageError,
+    Report,
+    is_figure,
+    message_bytes,
+    read_evaluation,
+)
+from slora_flwr.wire.packing import PayloadError
+
+NO_REPLY = "no reply before the deadline"
+
+
+class ChangedDataError(MessageError):
+    """Weights that do not fit what the node told of its data: it is asked again."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a round asked of nodes, by which their replies are checked.
+
+    Attributes
+    ----------
+    server_round, phase, fingerprint
+        As in the instructions.
+    examples : Mapping[int, Mapping[int, int]]
+        By node, the clients that it was to train and how many examples each has.
+    most : int
+        Bytes of the largest coded update.
+    """
+
+    server_round: int
+    phase: int
+    fingerprint: str
+    examples: Mapping[int, Mapping[int, int]]
+    most: int
+
+
+def read_report(reply: Message, asked: Asked) -> Report:
+    """Return the report in a reply, checked by what was asked.
+
+    Raises
+    ------
+    MessageError
+        With the reason why it cannot be true.
+    """
+    if reply.has_error():
+        raise MessageError(f"error {reply.error.code}: {reply.error.reason}")
+    report = Report.read(reply.content)
+    expected = {
+        "round": (report.server_round, asked.server_round),
+        "phase": (report.phase, asked.phase),
+        "fingerprint": (report.fingerprint, asked.fingerprint),
+    }
+    for name, (given, wanted) in expected.items():
+        if given != wanted:
+            raise MessageError(f"its {name} is {given}, not {wanted}")
+    sizes = asked.examples[reply.metadata.src_node_id]
+    clients, count = report.clients, len(report.clients)
+    # A number that only equals a client's id would not do as one.
+    if not all(type(client) is int for client in clients):
+        raise MessageError(f"it answers for {clients}, not client ids")
+    if not {*clients} <= sizes.keys() or not clients:
+        raise MessageError(f"it answers for {clients}, asked for {[*sizes]}")
+    if len({*clients}) != count:
+        raise MessageError(f"it answers twice for one of {clients}")
+    owned = [sizes[client] for client in clients]
+    if len(report.examples) != count or not all(
+        isinstance(given, int) and 0 < given <= most
+        for given, most in zip(report.examples, owned, strict=True)
+    ):
+        raise ChangedDataError(
+            f"its weights are {report.examples}, not from 1 to {owned}, which are "
+            "its clients' examples"
+        )
+    if len(report.payloads) != count or not all(
+        type(given) is int and 0 < given <= asked.most for given in report.payloads
+    ):
+        raise MessageError(f"its payloads are {report.payloads}, not bytes of each")
+    if len(report.wire) not in (0, 2) or not all(
+        type(moved) is int and moved >= 0 for moved in report.wire
+    ):
+        raise MessageError(f"its wire bytes are {report.wire}, not two counts")
+    for name in ("losses", "seconds"):
+        figures = getattr(report, name)
+        if len(figures) != count or not all(map(is_figure, figures)):
+            raise MessageError(f"its {name} are {figures}, not one for each client")
+    others = {*sizes} - {*clients}
+    if not {*report.failures} <= others:
+        failed = [*report.failures]
+        raise MessageError(f"it says that {failed} failed; it might of {others}")
+    return report
+
+
+class Round:
+    """A round, or a second try at one: training, and an evaluation where it is due.
+
+    Parameters
+    ----------
+    number : int
+        From 1, over all phases.
+    trainer : Trainer
+        This process's own.
+    phase : ActivePhase
+        Whose state is trained.
+    fleet : Fleet
+        The nodes.
+    journal : Journal
+        Takes bytes and failures.
+    privacy : Privacy or None
+        Where privacy is on.
+    counted : dict[int, int] or None
+        The last round of each client's that counted; None where clients keep no
+        residuals.
+
+    Attributes
+    ----------
+    cohort : dict[int, list[int]]
+        The clients drawn, by node.
+    clients : dict[int, ClientRecord]
+        Those whose updates are in the aggregate.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        trainer: Trainer,
+        phase: ActivePhase,
+        fleet: Fleet,
+        journal: Journal,
+        privacy: Privacy | None,
+        counted: dict[int, int] | None,
+    ) -> None:
+        self.number = number
+        self.cohort: dict[int, list[int]] = {}
+        self.clients: dict[int, ClientRecord] = {}
+        self._trainer, self._phase, self._fleet = trainer, phase, fleet
+        self._journal, self._privacy, self._counted = journal, privacy, counted
+        self._failed: set[int] = set()
+        # Bytes of the updates, and of the nodes' interfaces by direction.
+        self._payload, self._wire = 0, Counter[str]()
+
+    def train(self, grid: Grid) -> bool:
+        """Train a cohort, and step to the next state if enough clients are in.
+
+        Replies are checked, folded and dropped as they come. Without enough of them the
+        state stays as it was, and the result is False.
+        """
+        config, phase, fleet = self._trainer.config, self._phase, self._fleet
+        journal, number, privacy = self._journal, self.number, self._privacy
+        record, plan = journal.directory.record, journal.planned[number]
+
+        fleet.refresh(grid, wanted=config.clients.min_replies)
+        if privacy is not None:
+            drawn = privacy.draw(fleet.clients, number)
+        else:
+            per_round = config.clients.per_round
+            drawn = sample_cohort(fleet.clients, per_round, config.seed, number)
+        self.cohort = fleet.assign(drawn)
+        phase.begin_round()
+        instructions = Instructions(
+            MessageType.TRAIN,
+            self.cohort,
+            number,
+            self._trainer,
+            phase,
+            journal,
+            self._counted,
+        )
+        messages, again = instructions.messages, instructions.complete
+        size, sent = phase.bytes_due(drawn), sum(map(message_bytes, messages))
+        record(Entry(number, phase.name, "down", len(drawn), size, sent, plan.down))
+
+        sizes = {n: {c: fleet.sizes[c] for c in cs} for n, cs in self.cohort.items()}
+        asked = Asked(number, phase.index, phase.fingerprint, sizes, phase.largest)
+        fold = phase.aggregator.make_fold()
+        fold.expect(sum(fleet.sizes[client] for client in drawn))
+        received = 0
+        for reply in collect(grid, messages, config.clients.deadline, again):
+            received += message_bytes(reply)
+            self._take(reply, asked, fold)
+        self._fail_silent()
+        done, size, up = len(self.clients), self._payload, self._wire.get("up")
+        record(Entry(number, phase.name, "up", done, size, received, plan.up, up))
+        if self._wire:
+            down = self._wire["down"]
+            record(Entry(number, phase.name, "down", 0, 0, 0, wire_bytes=down))
+
+        wanted = config.clients.min_replies
+        if privacy is not None:
+            wanted = min(wanted, len(drawn))  # it may draw fewer, or nobody
+        if done < wanted:
+            return False
+        if privacy is not None:
+            privacy.perturb(fold, phase.returned)
+        phase.step(fold)
+        if self._counted is not None:
+            self._counted |= dict.fromkeys(self.clients, number)
+        return True
+
+    def evaluate(self, grid: Grid) -> Evaluation | None:
+        """Evaluate the state on examples that clients hold out; None without any.
+
+        Without test data on the server it asks all clients online, so that rounds can
+        be compared; else those that trained.
+        """
+        number, trainer = self.number, self._trainer
+        phase, fleet = self._phase, self._fleet
+        if not trainer.config.clients.holdout:
+            return None
+        if len(trainer.data.task.test):
+            trained = {
+                node: [client for client in clients if client in self.clients]
+                for node, clients in self.cohort.items()
+            }
+            asked = {node: clients for node, clients in trained.items() if clients}
+        else:
+            asked = fleet.assign(fleet.clients)
+        phase.publish()
+        if not asked:
+            return None
+        instructions = Instructions(
+            MessageType.EVALUATE, asked, number, trainer, phase, self._journal
+        )
+        messages, again = instructions.messages, instructions.complete
+        every = [client for clients in asked.values() for client in clients]
+        size, received, silent = phase.bytes_due(every), 0, dict(asked)
+        found: list[Evaluation] = []
+        for reply in collect(grid, messages, trainer.config.clients.deadline, again):
+            received += message_bytes(reply)
+            node = reply.metadata.src_node_id
+            clients = silent.pop(node)
+            try:
+                if reply.has_error():
+                    raise MessageError(reply.error.reason)
+                figures = read_evaluation(reply.content, len(trainer.data.classes))
+                phase.versions.received(node, clients)
+                if figures is not None:
+                    _check_examples(figures, sum(fleet.sizes[c] for c in clients))
+                    found.append(figures)
+            except MessageError as error:
+                self._fail(node, clients, error)
+        record, sent = self._journal.directory.record, sum(map(message_bytes, messages))
+        record(Entry(number, phase.name, "down", len(every), size, sent))
+        record(Entry(number, phase.name, "up", len(every), 0, received))
+        for node, clients in silent.items():
+            self._fail(node, clients, "no evaluation before the deadline")
+            fleet.forget(node)
+        return pool(found) if found else None
+
+    def recorded(self, metrics: dict[str, float]) -> RecordedRound:
+        """Return what is recorded of the round.
+
+        Parameters
+        ----------
+        metrics : dict[str, float]
+            Of the state that it led to.
+        """
+        records, ledger = self.clients.values(), self._journal.directory.ledger
+        loss, epsilon = math.nan, None
+        if records:
+            weights = [did.examples for did in records]
+            loss = fmean([did.loss for did in records], weights)
+        if self._privacy is not None:
+            epsilon = self._privacy.epsilon(self.number)
+        return RecordedRound(
+            phase=self._phase.name,
+            cohort=sorted(c for clients in self.cohort.values() for c in clients),
+            clients=self.clients,
+            round=self.number,
+            replied=len(records),
+            train_loss=loss,
+            payload_bytes=ledger.total("payload", "up")
+            + ledger.total("payload", "down"),
+            metrics=metrics,
+            kept_energy=self._phase.kept_energy(),
+            epsilon=epsilon,
+        )
+
+    def _take(self, reply: Message, asked: Asked, fold: Mean) -> None:
+        """Add a reply's update to the fold, or leave its clients out."""
+        phase, node = self._phase, reply.metadata.src_node_id
+        if is_gone(reply):
+            self._fleet.forget(node)
+        try:
+            report = read_report(reply, asked)
+            fold.take(report.update, phase.returned, report.clients, report.examples)
+        except (MessageError, PayloadError, FoldError) as error:
+            if isinstance(error, ChangedDataError):
+                self._fleet.forget(node)
+            self._fail(node, self.cohort[node], error)
+            return
+        for client, reason in report.failures.items():
+            self._fail(node, [client], reason)
+        for client, examples, loss, seconds in zip(
+            report.clients, report.examples, report.losses, report.seconds, strict=True
+        ):
+            self.clients[client] = ClientRecord(examples, loss, round(seconds, 3))
+        alone = len(report.clients) == 1
+        self._payload += len(report.update.data) if alone else sum(report.payloads)
+        self._wire.update(self._journal.wire_bytes(node, report.wire))
+        phase.versions.received(node, report.clients)
+
+    def _fail_silent(self) -> None:
+        """Leave out the clients of whom no reply says anything."""
+        for node, clients in self.cohort.items():
+            told = self.clients.keys() | self._failed
+            silent = [client for client in clients if client not in told]
+            if silent and len(silent) < len(clients):
+                self._fail(node, silent, "not in its node's reply")
+            elif silent:
+                self._fail(node, silent, NO_REPLY)
+                # It may hang: nobody waits for it again until it answers a query.
+                self._fleet.forget(node)
+
+    def _fail(self, node: int, clients: list[int], reason: object) -> None:
+        self._failed.update(clients)
+        self._journal.fail(self.number, node, clients, reason)
+
+
+def _check_examples(figures: Evaluation, most: int) -> None:
+    if figures.examples > most:
+        raise MessageError(
+            f"it evaluates on {figures.examples} examples, and has {most}"
+        )

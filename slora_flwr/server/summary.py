@@ -1,0 +1,104 @@
+"""What a run comes to: summary.json, and what its config resolved to."""
+
+from typing import Any
+
+from slora_flwr.backbone.load import Backbone
+from slora_flwr.config import RunConfig
+from slora_flwr.config.methods import REFERENCES, find_adapter, list_methods
+from slora_flwr.runs.ledger import Ledger
+from slora_flwr.server.strategy import PhasedStrategy
+from slora_flwr.training.trainer import Trainer
+
+FIGURES = ("accuracy", "macro_f1", "loss")
+
+
+def resolve(trainer: Trainer, moved: int) -> dict[str, Any]:
+    """Return what was resolved from a run's config.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        With its backbone and data.
+    moved : int
+        Examples that were moved so that no client is empty.
+    """
+    backbone, task = trainer.model.backbone, trainer.data.task
+    return {
+        "backbone_digest": backbone.digest,
+        "weights": backbone.size,
+        "target_matrices": len(backbone.targets),
+        "classes": task.classes,
+        "train_examples": len(task.train),
+        "test_examples": len(task.test),
+        "moved_examples": moved,
+        "phases": [
+            {"adapter": p.adapter, "rounds": p.rounds, "lr": p.recipe.lr}
+            for p in trainer.schedule
+        ],
+    }
+
+
+def summarise(
+    trainer: Trainer, strategy: PhasedStrategy, ledger: Ledger, seconds: float
+) -> dict[str, Any]:
+    """Return a run's summary.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        This process's own.
+    strategy : PhasedStrategy
+        After the last round.
+    ledger : Ledger
+        The run's bytes.
+    seconds : float
+        That the run took.
+    """
+    config, history = trainer.config, strategy.journal.history
+    phases: dict[str, Any] = {}
+    before, first = 0.0, 0
+    for phase, length in zip(trainer.schedule, strategy.lengths, strict=True):
+        last = history[first + length - 1]
+        phases[phase.adapter] = {
+            "rounds": length,
+            "seconds": last.seconds - before,
+            # None where no client could evaluate, and the server has no test data.
+            **{name: last.metrics.get(name) for name in FIGURES},
+            **_bytes(ledger, phase.adapter),
+        }
+        before, first = last.seconds, first + length
+    figures = (*FIGURES, "majority_accuracy")
+    turns = sum(done.replied for done in history)
+    summary = {
+        "method": config.method,
+        "rounds": config.rounds,
+        **{name: last.metrics.get(name) for name in figures},
+        **_bytes(ledger),
+        "seconds": seconds,
+        "phases": phases,
+        # One direction of what the other methods' clients would send in these rounds.
+        "same_rounds": {
+            method: turns * 4 * _largest_state(method, config, trainer.model.backbone)
+            for method in REFERENCES
+        },
+    }
+    target = config.run.target
+    reached = [h for h in history if h.metrics.get("accuracy", 0) >= target]
+    if target and reached:
+        keys = ("round", "payload_bytes", "seconds")
+        summary["target"] = {name: getattr(reached[0], name) for name in keys}
+    return summary
+
+
+def _bytes(ledger: Ledger, phase: str | None = None) -> dict[str, int]:
+    return {
+        f"{unit}_bytes_{direction}": ledger.total(unit, direction, phase)
+        for unit in ("payload", "message")
+        for direction in ("up", "down")
+    }
+
+
+def _largest_state(method: str, config: RunConfig, backbone: Backbone) -> int:
+    """Return the number of values in the largest state of a method's phases."""
+    adapters = [find_adapter(row.adapter) for row in list_methods()[method].phases]
+    return max(adapter.state_size(config, backbone) for adapter in adapters)
