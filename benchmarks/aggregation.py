@@ -1,10 +1,10 @@
-"""The server's memory against the number of replies of a round.
+"""Measure the server's memory against the number of replies in a round.
 
-A round of full fine-tuning, a node and so a reply of the model's size for each client,
-over the in-process engine, whose nodes answer when they are asked. So no reply waits
-here, as they do in a SuperLink: what is measured is what the ServerApp keeps of those
-it has had. Memory is the process's peak, of which the nodes' one backbone is part,
-beyond that with one reply.
+One round of full fine-tuning with one node per client, so that each reply has the size
+of the model. Nodes of the inline engine answer only when their reply is pulled, so no
+replies queue up as in a SuperLink: the benchmark measures what the ServerApp keeps of
+the replies it has processed. Memory is the process's peak, including the nodes' shared
+backbone, minus the peak with one reply.
 """
 
 import argparse
@@ -16,12 +16,11 @@ import tempfile
 from pathlib import Path
 
 from slora_flwr.config import Value
-from slora_flwr.engines.inline import InlineGrid
-from slora_flwr.server.run import run
+from slora_flwr.engines.inline import run_inline
 
 
 def peak(replies: int) -> int:
-    """Hold one round and give the process's peak in bytes."""
+    """Run one round and return the process's peak memory in bytes."""
     with tempfile.TemporaryDirectory() as name:
         config: dict[str, Value] = {
             "method": "fft",
@@ -34,12 +33,12 @@ def peak(replies: int) -> int:
             "clients.examples": 4,
             "run.dir": str(Path(name) / "run"),
         }
-        run(InlineGrid(config, nodes=replies), config, run_id=1)
+        run_inline(config, replies)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main() -> None:
-    """Measure each count in a process of its own."""
+    """Measure each count in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--replies", type=int, nargs="+", default=[10, 100, 1_000])
     parser.add_argument("--json", action="store_true")

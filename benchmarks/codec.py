@@ -1,10 +1,10 @@
-"""Speed and size of coded updates, on one core.
+"""Measure the speed and size of encoded updates on one core.
 
-Speed is gigabytes of float32 input a second, the best of several repetitions. Values
-are Gaussian with a scale of their own in each matrix of 384 x 384, as updates are. A
-size is a share of float32's. What a coder takes beyond its bound: positions against
-log2(n over k) for k of n chosen at random; the last, lossless step against the entropy
-of the codes' own frequencies.
+Speed is in gigabytes of float32 input per second, the best of several repetitions.
+Values are Gaussian with a different scale in each 384 x 384 matrix, as in updates.
+Sizes are relative to float32. Overheads are relative to a bound: log2(n over k) for the
+positions of k out of n randomly chosen values, and the entropy of the codes'
+frequencies for the final lossless step.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CODECS = {
 
 
 def make_state(values: int) -> dict[str, Tensor]:
-    """Make matrices whose values have unequal scales."""
+    """Return matrices whose values have different scales."""
     draw = torch.Generator().manual_seed(0)
     return {
         f"{i}": 1e-3
@@ -47,7 +47,7 @@ def make_state(values: int) -> dict[str, Tensor]:
 
 
 def best(call: Callable[[], Any]) -> float:
-    """Give the seconds of the quickest of several calls."""
+    """Return the seconds of the fastest of several calls."""
     times = []
     for _ in range(REPEATS):
         started = time.perf_counter()
@@ -76,7 +76,7 @@ def measure(codec: Codec, state: dict[str, Tensor]) -> dict[str, float]:
 
 
 def measure_positions(share: float, size: int) -> dict[str, float]:
-    """Measure the coder of positions."""
+    """Measure the encoding of positions."""
     count = round(share * size)
     chosen = np.random.default_rng(0).choice(size, count, replace=False)
     chosen.sort()
@@ -90,7 +90,7 @@ def measure_positions(share: float, size: int) -> dict[str, float]:
 
 
 def lossless_over(dtype: str, state: dict[str, Tensor]) -> float:
-    """Give what the lossless step takes beyond the entropy of bytes of codes."""
+    """Return the overhead of the lossless step over the entropy of the codes' bytes."""
     values = torch.cat([tensor.reshape(-1) for tensor in state.values()]).numpy()
     codes, _ = quantize(values, dtype, np.random.Philox(key=1))
     shares = np.bincount(np.frombuffer(codes, np.uint8)) / len(codes)
@@ -100,7 +100,7 @@ def lossless_over(dtype: str, state: dict[str, Tensor]) -> float:
 
 
 def main() -> None:
-    """Measure all of it."""
+    """Measure codecs, positions and the lossless step."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--values", type=int, default=4_000_000)
     parser.add_argument("--json", action="store_true")
@@ -124,11 +124,11 @@ def main() -> None:
         )
     for share, row in positions.items():
         print(
-            f"positions of {share:.1%}: {row['bits']:.2f} bits, {row['over']:+.1%} on "
-            f"the bound, encode {row['encode']:.2f}, decode {row['decode']:.2f}"
+            f"positions of {share:.1%}: {row['bits']:.2f} bits, {row['over']:+.1%} "
+            f"over the bound, encode {row['encode']:.2f}, decode {row['decode']:.2f}"
         )
     for dtype, extra in over.items():
-        print(f"lossless step on {dtype}: {extra:+.1%} of the codes' entropy")
+        print(f"lossless step on {dtype}: {extra:+.1%} over the codes' entropy")
 
 
 if __name__ == "__main__":

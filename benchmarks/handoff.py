@@ -1,8 +1,8 @@
-"""The handoff's truncated SVD of a sparse delta against a dense one, in one run.
+"""Compare the handoff's truncated SVD of a sparse delta with a dense SVD.
 
-For each shape a delta of 1% density is factored by this project's code and by LAPACK's
-full SVD, both on the same cores; the error is that of the energy that the rank keeps.
-The seconds of a model's whole set of layers follow from those of its shapes.
+For each shape, a delta of 1% density is factored by this project's code and by LAPACK's
+full SVD, both on the same cores. The error is that of the energy kept by the rank. The
+seconds for a whole model are computed from those for its shapes.
 """
 
 import argparse
@@ -22,7 +22,7 @@ WHOLE = {(4096, 4096): 32 * 4, (4096, 11008): 32 * 3}
 
 
 def compare(shape: tuple[int, int], structure: str) -> dict[str, float]:
-    """Factor one delta both ways."""
+    """Factor one delta by both methods."""
     positions = make_mask(0, "benchmark", shape, DENSITY, structure)
     values = np.random.default_rng(0).normal(size=len(positions))
     started = time.perf_counter()

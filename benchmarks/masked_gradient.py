@@ -1,7 +1,8 @@
-"""The two ways to a masked weight gradient, timed against each other by shape.
+"""Compare the times of two ways to compute a masked weight gradient, by shape.
 
-`dense`: the whole product, and a gather; `sampled`: only the masked entries, each a
-product of two columns. A ratio under 1 means that sampling is quicker.
+`dense` computes the whole product and gathers the masked entries. `sampled` computes
+only the masked entries, each a product of two columns. A ratio below 1 means that
+sampling is faster.
 """
 
 import argparse
@@ -25,7 +26,7 @@ TOKENS = [128, 1024]
 
 
 def main() -> None:
-    """Time both ways in turns for each shape, density and number of tokens."""
+    """Time both ways alternately for each shape, density and number of tokens."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu"

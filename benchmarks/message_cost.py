@@ -1,14 +1,13 @@
-"""Measure what a deployment's round costs beside training, on this machine.
+"""Measure the cost of a deployment's round beyond training, on this machine.
 
     python benchmarks/message_cost.py --model embedded --model minilm-l6-h384-uncased
 
-Starts a SuperLink and two SuperNodes on loopback for each way to run a node, lets
-`flwr run` train both clients in every round, and takes the times at which the log
-lines arrive of the SuperNode that answers last. `fresh` handles every message in a new
-process (node config `resident-seconds=0`), `resident` in the node's resident worker,
-and `short poll` is the latter under
-`python -m slora_flwr.client.supernode`. Figures are
-medians over rounds without the first and the last.
+For each way to run a node, the benchmark starts a SuperLink and two SuperNodes on
+loopback, and `flwr run` trains both clients in every round. Times are those at which
+the log lines of the SuperNode that answers last arrive. `fresh` handles each message in
+a new process (node config `resident-seconds=0`), `resident` in the node's resident
+worker, and `short poll` is `resident` under `python -m slora_flwr.client.supernode`.
+Figures are medians over rounds, without the first and the last.
 """
 
 import argparse
@@ -29,7 +28,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-APP = Path(__file__).parents[1]
+from simulation import APP, free_ports
+
 NODES = 2
 TOOLS = Path(sys.executable).parent
 SUPERNODE = [str(TOOLS / "flower-supernode")]
@@ -38,7 +38,7 @@ MODES: dict[str, tuple[list[str], str]] = {
     "resident": (SUPERNODE, ""),
     "short poll": ([sys.executable, "-m", "slora_flwr.client.supernode"], ""),
 }
-# What a SuperNode's log says of a message.
+# A SuperNode's log lines about a message.
 STEPS = (
     "Receiving: train",
     "Received successfully",
@@ -51,7 +51,7 @@ PARTS = {
     "transfer": "between SuperLink and SuperNode, both ways",
     "launch": "poll for the task, process start, Flower's imports",
     "handle": "bundle, imports and model load, or the socket; poll for the reply",
-    "training": "as the client reports it; fresh, with the data to load",
+    "training": "as reported by the client; for fresh, including loading the data",
 }
 ALONE = """
 import json, sys, time
@@ -70,7 +70,7 @@ print(json.dumps(times))
 
 
 def run_config(model: str, method: str, rounds: int, folder: Path) -> dict[str, Any]:
-    """Give the run config: little training, no evaluation before the end."""
+    """Return a run config with little training and no evaluation before the end."""
     return {
         "method": method,
         "rounds": rounds,
@@ -91,7 +91,7 @@ def run_config(model: str, method: str, rounds: int, folder: Path) -> dict[str, 
 
 
 class Logged:
-    """A process, and when each line of its log arrived."""
+    """A process, with the arrival time of each line of its log."""
 
     def __init__(
         self, command: list[str], folder: Path, environment: dict[str, str]
@@ -114,7 +114,7 @@ class Logged:
             self.lines.append((time.monotonic(), line))
 
     def messages(self) -> list[list[float]]:
-        """List the times of the steps of each train message."""
+        """Return the times of the steps of each train message."""
         found: list[dict[str, float]] = []
         for seconds, line in self.lines:
             for step in STEPS:
@@ -127,16 +127,16 @@ class Logged:
 
 
 def measure(mode: str, config: dict[str, Any]) -> dict[str, float]:
-    """Run a deployment, and give the seconds of a round and of its parts."""
+    """Run a deployment and return the seconds of a round and of its parts."""
     home = Path(config["run.dir"]).parent / "flower"
     home.mkdir()
-    link, *ports = _free_ports(1 + NODES)
+    link, *ports = free_ports(1 + NODES)
     environment = {
-        # What Flower asks the Internet is nothing that a round waits for.
+        # No round waits for Flower's requests to the Internet.
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         **os.environ,
-        # Where Flower looks for what it starts itself.
+        # Flower looks here for the programs that it starts.
         "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}",
         "FLWR_HOME": str(home),
         "SLORA_HOME": str(home / "slora"),
@@ -167,7 +167,7 @@ def measure(mode: str, config: dict[str, Any]) -> dict[str, float]:
             timeout=1800,
             check=False,
         )
-        # `flwr run --stream` ends with 0 whatever became of the run.
+        # `flwr run --stream` exits with 0 even if the run failed.
         if not Path(config["run.dir"], "summary.json").exists():
             logs = "".join(line for node in nodes for _, line in node.lines)
             raise SystemExit(f"{done.stdout}{done.stderr}\n{logs}")
@@ -189,7 +189,7 @@ def _summarise(run: Path, nodes: list[Logged]) -> dict[str, float]:
         # The node whose reply ends the round.
         client = max(range(NODES), key=lambda node: sent[node][index][-1])
         receiving, received, started, sending, end = sent[client][index]
-        started = max(started, received)  # of a long message, the other way round
+        started = max(started, received)  # a long message may arrive after the start
         training = event["clients"][str(client)]["seconds"]
         found["round"].append(seconds)
         found["wait"].append(seconds - (end - receiving))
@@ -201,21 +201,13 @@ def _summarise(run: Path, nodes: list[Logged]) -> dict[str, float]:
 
 
 def alone(config: dict[str, Any]) -> dict[str, float]:
-    """Give the seconds of imports and of loading, in a process of its own."""
+    """Return the seconds of imports and loading in a separate process."""
     command = [sys.executable, "-c", ALONE, json.dumps(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     times = json.loads(done.stdout.splitlines()[-1])
     names = ("Flower's imports", "torch and transformers", "model and data")
     steps = [after - before for before, after in pairwise(times)]
     return {name: round(step, 2) for name, step in zip(names, steps, strict=True)}
-
-
-def _free_ports(count: int) -> list[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(listener.getsockname()[1]) for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
 
 
 def _wait_for_port(port: int) -> None:
@@ -231,7 +223,7 @@ def _wait_for_port(port: int) -> None:
 
 
 def _print_table(model: str, result: dict[str, Any]) -> None:
-    print(f"\n{model}: in a process of its own, {result['alone']}")
+    print(f"\n{model}: in a separate process, {result['alone']}")
     modes: dict[str, dict[str, float]] = result["modes"]
     print(f"\n| seconds | {' | '.join(modes)} | |")
     print("|---|" + "---:|" * len(modes) + "---|")
@@ -244,16 +236,16 @@ def _print_table(model: str, result: dict[str, Any]) -> None:
     times = " | ".join(
         f"{beside['fresh'] / seconds:.1f}" for seconds in beside.values()
     )
-    print(f"| times less | {times} | than fresh, a round without {training} s |")
+    print(f"| speed-up over fresh | {times} | of a round without {training} s |")
 
 
 def main() -> None:
-    """Measure every way for every model, and print tables or JSON."""
+    """Measure every mode for every model, and print tables or JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", action="append", help="model.name; repeatable")
     parser.add_argument("--method", default="lora")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--json", action="store_true", help="print only JSON")
     given = parser.parse_args()
     if given.rounds < 3:
         parser.error("--rounds must be at least 3")

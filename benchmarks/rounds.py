@@ -1,15 +1,15 @@
-"""What a simulated round costs beside its training, against others in one run.
+"""Compare the cost of a simulated round beyond its training.
 
 - `bare`: the same clients trained one after the other in one process on all cores,
   without Flower.
-- `bare, parallel`: the same in a process for each core, each with its share of them.
-- `slora-flwr`: `flwr run` in simulation, as many nodes as cores.
-- `usual recipe`: benchmarks/usual_recipe, federated LoRA as Flower's examples have it:
-  a node and a message for each client, the model loaded for each, an array for each
+- `bare, parallel`: the same, in one process per core with a share of the clients.
+- `slora-flwr`: `flwr run` in simulation, with as many nodes as cores.
+- `usual recipe`: benchmarks/usual_recipe, federated LoRA as in Flower's examples: one
+  node and one message per client, the model loaded for each message, one array per
   tensor, `send_and_receive`.
 
-All train the same clients on the same batches with LoRA of the same rank. A
-round's seconds are those of the rounds after the first; all else is start-up.
+All train the same clients on the same batches with LoRA of the same rank. The seconds
+of a round are means over the rounds after the first; everything else is start-up.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CORES = os.cpu_count() or 1
 
 
 def run_config(options: argparse.Namespace) -> dict[str, Any]:
-    """Give the run config that all follow."""
+    """Return the run config that all contenders use."""
     return {
         "method": "lora",
         "rounds": options.rounds,
@@ -47,7 +47,7 @@ def run_config(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def bare(config: dict[str, Any], first: int = 0, step: int = 1) -> list[float]:
-    """Train every so many clients in this process; give the rounds' ends."""
+    """Train every `step`-th client in this process, and return the rounds' ends."""
     from slora_flwr.config import parse
     from slora_flwr.training.trainer import Trainer
 
@@ -63,7 +63,7 @@ def bare(config: dict[str, Any], first: int = 0, step: int = 1) -> list[float]:
 
 
 def parallel() -> list[float]:
-    """Let a process for each core train its share; give the rounds' ends."""
+    """Train in one process per core, and return the rounds' ends."""
     children = [
         subprocess.Popen(
             [sys.executable, __file__, *sys.argv[1:], "--child", str(first)],
@@ -78,7 +78,7 @@ def parallel() -> list[float]:
 
 
 def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
-    """Run one of the ways."""
+    """Measure one contender."""
     output = ""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -99,11 +99,11 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
             app = Path(__file__).parent / "usual_recipe"
             values = f'recipe="{recipe}"'
             output = simulate(app, values, options.clients, folder).output
-            # The first is that of the evaluation before round 1.
+            # The first time is that of the evaluation before round 1.
             ends = json.loads(Path(f"{recipe}.times").read_text())[1:]
         wall = time.perf_counter() - begun
     if len(ends) < options.rounds:
-        raise SystemExit(f"the run did not end\n{output}")
+        raise SystemExit(f"the run did not complete\n{output}")
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
     return {
         "round": seconds,
@@ -113,14 +113,14 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure all three, and print ratios."""
+    """Measure all contenders, and print ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--data", default="stdlib-docs")
     parser.add_argument("--clients", type=int, default=100, help="all in every round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--examples", type=int, default=32, help="of a client")
-    parser.add_argument("--length", type=int, default=32, help="tokens of a text")
+    parser.add_argument("--examples", type=int, default=32, help="per client")
+    parser.add_argument("--length", type=int, default=32, help="tokens per text")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

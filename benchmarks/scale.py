@@ -1,9 +1,9 @@
-"""Seconds and memory of a simulation against the size of its client population.
+"""Measure a simulation's time and memory against the size of its client population.
 
-Each population trains the same number of clients a round, `virtual` ones of the same
-size, by `flwr run` with a node for each core; the last row has a Flower node for every
-client. Seconds are those of the rounds after the first; all else is start-up. Memory is
-the resident size of the largest process of each role, looked at every second.
+Each population trains the same number of `virtual` clients of the same size per round,
+by `flwr run` with one node per core. The last row has one Flower node per client.
+Seconds are means over the rounds after the first; everything else is start-up. Memory
+is the resident size of the largest process of each role, sampled every second.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from simulation import APP, round_ends, simulate
 def measure(
     clients: int, per_round: int, nodes: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Run one population; nodes 0 is one for each client."""
+    """Measure one population; 0 nodes stands for one per client."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         config = {
@@ -39,7 +39,7 @@ def measure(
         run = simulate(APP, run_config, nodes or clients, folder)
         ends = round_ends(folder / "run", per_round)
     if len(ends) < options.rounds:
-        raise SystemExit(f"the run did not end\n{run.output}")
+        raise SystemExit(f"the run did not complete\n{run.output}")
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
     return {
         "clients": clients,
@@ -51,7 +51,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure all populations, and print ratios to the smallest."""
+    """Measure all populations, and print ratios to the first."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--method", default="lora")
@@ -59,11 +59,11 @@ def main() -> None:
         "--clients", type=int, nargs="+", default=[1_000, 10_000, 100_000]
     )
     parser.add_argument("--per-round", type=int, default=1_000)
-    parser.add_argument("--examples", type=int, default=32, help="of a client")
+    parser.add_argument("--examples", type=int, default=32, help="per client")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--length", type=int, default=32, help="tokens of a text")
+    parser.add_argument("--length", type=int, default=32, help="tokens per text")
     parser.add_argument(
-        "--nodes", type=int, default=1_000, help="of the run with a node a client"
+        "--nodes", type=int, default=1_000, help="in the run with one node per client"
     )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A `flwr run` in simulation on a SuperLink of its own, watched from outside."""
+"""A `flwr run` in simulation on its own SuperLink, observed from outside."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 APP = Path(__file__).parents[1]
-# What each process of a simulation is, by a word of its command line. The ServerApp
+# The role of each process of a simulation, by a word of its command line. The ServerApp
 # runs in the same process as Flower's simulation engine.
 ROLES = {
     "flwr-simulation": "server",
@@ -26,7 +26,7 @@ ROLES = {
 
 @dataclass
 class Watched:
-    """A run's wall time in seconds, and the largest process of each role in bytes."""
+    """A run's wall time, the largest process of each role in bytes, and its output."""
 
     seconds: float
     bytes: dict[str, int]
@@ -34,27 +34,28 @@ class Watched:
 
 
 def simulate(app: Path, run_config: str, nodes: int, folder: Path) -> Watched:
-    """Run an app with a worker for each core, and end all that it started.
+    """Run an app with one worker per core, and end all processes that it started.
 
     Parameters
     ----------
     app : Path
         The app's folder.
     run_config : str
-        As `flwr run --run-config` takes it.
+        Argument of `flwr run --run-config`.
     nodes : int
-        Flower nodes.
+        Number of Flower nodes.
     folder : Path
-        Empty; Flower's home and the run's go there.
+        An empty folder for Flower's home and the run's.
     """
     home = folder / "flower"
+    http, control = free_ports(2)
     environment = {
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         **os.environ,
         "FLWR_HOME": str(home),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(http),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(control),
         "SLORA_HOME": str(folder / "slora"),
     }
     resources = f"num-supernodes={nodes} client-resources-num-cpus=1"
@@ -64,7 +65,7 @@ def simulate(app: Path, run_config: str, nodes: int, folder: Path) -> Watched:
     begun = time.perf_counter()
     try:
         with (folder / "output").open("w+") as output:
-            # Not in the checkout, whose code the actors would find before the bundle's.
+            # Outside the checkout, or actors would import its code, not the bundle's.
             child = subprocess.Popen(
                 command,
                 cwd=folder,
@@ -81,14 +82,14 @@ def simulate(app: Path, run_config: str, nodes: int, folder: Path) -> Watched:
             return Watched(seconds, largest, output.read())
     finally:
         for process in _processes(home):
-            with suppress(psutil.NoSuchProcess):  # ended with the one before
+            with suppress(psutil.NoSuchProcess):  # ended with an earlier one
                 process.send_signal(signal.SIGKILL)
 
 
 def round_ends(run: Path, clients: int) -> list[float]:
-    """Read from a run directory when each round ended, in seconds.
+    """Return the seconds at which each round ended, read from a run directory.
 
-    Rounds that some of their clients missed do not count.
+    Rounds with missing replies are omitted.
     """
     path = run / "events.jsonl"
     events = map(json.loads, path.read_text().splitlines() if path.exists() else ())
@@ -117,7 +118,10 @@ def _sizes(home: Path) -> Iterator[tuple[str, int]]:
                 yield role, size
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Return distinct free ports of this machine."""
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(listener.getsockname()[1]) for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports

@@ -1,12 +1,13 @@
-"""Time and memory of a local training step, method against method, in one run.
+"""Compare the time and memory of a local training step between methods.
 
-Each contender has a process of its own, and they take turns step by step, so that
-whatever else the machine does hits all alike: full fine-tuning, sparse fine-tuning the
-usual way (dense gradients times a mask, dense AdamW), stock PEFT LoRA, and this
-project's adapters. All have PyTorch's fused AdamW. A ratio of times is the median over
-turns of two neighbours' ratio. Memory is the peak beyond the weights: of the process on
-a CPU, of the allocator on a GPU. The share of the matrix rate is the step's floating
-point operations in matrix products, over what one large product does in a second.
+The contenders are full fine-tuning, sparse fine-tuning the usual way (dense gradients
+times a mask, dense AdamW), stock PEFT LoRA, and this project's adapters. All use
+PyTorch's fused AdamW. Each runs in a separate process, and they take turns step by
+step, so that other load on the machine affects all alike. A ratio of times is the
+median over turns of the ratio within a turn. Memory is the peak beyond the weights: of
+the process on a CPU, of the allocator on a GPU. The share of the matrix rate is the
+rate of the step's floating point operations in matrix products, divided by that of one
+large product.
 """
 
 import argparse
@@ -70,7 +71,7 @@ Step = Callable[[Tensor, Tensor], None]
 
 
 def make_model(name: str, device: torch.device) -> Any:
-    """Make an encoder with random weights; its architecture is what counts here."""
+    """Return an encoder with random weights, since only its architecture matters."""
     torch.manual_seed(0)
     config = BertConfig(**MODELS[name])
     config.num_labels = LABELS
@@ -79,7 +80,7 @@ def make_model(name: str, device: torch.device) -> Any:
 
 
 def make_step(contender: str, model: Any, bf16: bool) -> Step:
-    """Prepare a contender's training step on a batch of token ids and labels."""
+    """Return a contender's training step on a batch of token ids and labels."""
     before: Callable[[], None] = lambda: None  # noqa: E731
     after = before
     if contender in OWN:
@@ -136,14 +137,14 @@ def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def contend(contender: str, options: argparse.Namespace) -> None:
-    """Be one contender: tell memory and work, then do a step for every line read."""
+    """Act as one contender: print memory and work, then do a step per line read."""
     device = torch.device(options.device)
     model = make_model(options.model[0], device)
     stream = torch.Generator().manual_seed(0)
     shape = (options.batch, options.length)
     ids = torch.randint(1000, 30000, shape, generator=stream).to(device)
     labels = torch.randint(LABELS, (options.batch,), generator=stream).to(device)
-    with torch.no_grad():  # what the libraries allot once is not the step's
+    with torch.no_grad():  # so that one-time allocations are not counted as the step's
         model(input_ids=ids[:1, :2])
     weights = peak(device, reset=True)
     step = make_step(contender, model, options.bf16)
@@ -163,7 +164,7 @@ def contend(contender: str, options: argparse.Namespace) -> None:
 
 
 def matrix_rate(device: torch.device, bf16: bool) -> float:
-    """Measure the floating point operations a second of one large product."""
+    """Return the floating point operations per second of one large product."""
     n = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if bf16 else torch.float32
     left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -178,7 +179,7 @@ def matrix_rate(device: torch.device, bf16: bool) -> float:
 
 
 def peak(device: torch.device, reset: bool = False) -> int:
-    """Give the most memory used since the last reset, or now if it resets."""
+    """Return the peak memory since the last reset, or the present one after a reset."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -192,7 +193,7 @@ def peak(device: torch.device, reset: bool = False) -> int:
 
 
 def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Let the contenders take turns on a model."""
+    """Compare the contenders, in turns, on a model."""
     children, told = [], {}
     for contender in CONTENDERS:
         command = [sys.executable, __file__, *sys.argv[1:], "--model", name]
@@ -203,7 +204,7 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
             text=True,
         )
         children.append(child)
-        # One after the other: they would take memory from each other's measure.
+        # One after the other, so that no start-up disturbs another's measurement.
         told[contender] = json.loads(_read(child))
     turns = [[_step(child) for child in children] for _ in range(options.turns)]
     for child in children:
@@ -242,11 +243,11 @@ def _step(child: "subprocess.Popen[str]") -> float:
 
 
 def lines(found: dict[str, Any]) -> Iterable[str]:
-    """Write the figures for a reader."""
+    """Yield the figures as lines of text."""
     for model, part in found.items():
         yield (
-            f"{model}: milliseconds a step, MB beyond the weights, tokens a second, "
-            "share of the matrix rate"
+            f"{model}: milliseconds per step, MB beyond the weights, tokens per "
+            "second, share of the matrix rate"
         )
         for contender, figures in part["figures"].items():
             seconds, size, tokens, share = figures.values()
@@ -260,7 +261,7 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
 
 
 def main() -> None:
-    """Compare, or be one contender."""
+    """Compare all contenders, or act as one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", action="append", choices=list(MODELS))
     parser.add_argument(

@@ -1,7 +1,8 @@
-"""Clients a minute of some worker processes on one machine's GPU or cores.
+"""Measure clients per minute against the number of workers on one GPU or CPU.
 
-The workers are this project's own, each with a resident backbone, without Flower: what
-is measured is how many of them the device feeds. On a CPU they share out the cores.
+The workers are this project's, each with a resident backbone, but without Flower: the
+benchmark shows how many of them the device can keep busy. On a CPU they divide the
+cores among them.
 """
 
 import argparse
@@ -15,7 +16,7 @@ WARM_UP = 2
 
 
 def work(options: argparse.Namespace) -> None:
-    """Be one worker: say when ready, train some clients when told to, say when done."""
+    """Act as one worker: print `ready`, await a line, train clients, print `done`."""
     import torch
 
     from slora_flwr.config import Value, parse
@@ -47,7 +48,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def measure(count: int) -> float:
-    """Let some workers train; give the seconds that it took."""
+    """Return the seconds that a number of workers take to train their clients."""
     workers = [
         subprocess.Popen(
             [sys.executable, __file__, *sys.argv[1:], "--child", str(count)],
@@ -62,7 +63,7 @@ def measure(count: int) -> float:
         for worker in workers:
             assert worker.stdout is not None
             if worker.stdout.readline().strip() != word:
-                raise SystemExit(f"a worker of {count} ended before it said {word!r}")
+                raise SystemExit(f"a worker of {count} ended before {word!r}")
 
     wait_for("ready")
     begun = time.perf_counter()
@@ -76,15 +77,15 @@ def measure(count: int) -> float:
 
 
 def main() -> None:
-    """Measure each number of workers, and print ratios to one."""
+    """Measure each number of workers, and print ratios to the first."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--method", default="slora", help="its first phase")
+    parser.add_argument("--method", default="slora", help="only its first phase runs")
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16"])
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--examples", type=int, default=64, help="of a client")
-    parser.add_argument("--length", type=int, default=32, help="tokens of a text")
+    parser.add_argument("--examples", type=int, default=64, help="per client")
+    parser.add_argument("--length", type=int, default=32, help="tokens per text")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,1 +1,1 @@
-"""Vectors in weight space for aggregators of federated LoRA, and their runner."""
+"""Conformance vectors for aggregators of federated LoRA, and their runner."""

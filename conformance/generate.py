@@ -1,7 +1,7 @@
 """Write the vectors: inputs drawn from each case's name, answers by dense formulas.
 
-Every operation is elementwise in float64 or exact, none is BLAS's or LAPACK's, whose
-last bits differ from machine to machine: the files come out the same byte for byte.
+All operations are elementwise in float64 or exact. BLAS and LAPACK are not used, since
+their last bits depend on the machine: the files are the same everywhere, byte for byte.
 """
 
 import json
@@ -21,9 +21,10 @@ Matrix = NDArray[np.float64]
 
 VECTORS = Path(__file__).parent / "vectors"
 TOLERANCE = 1e-6
-# A trap whose answer is nearer to the right one, or to another trap's, is not listed.
+# A trap is not listed if its answer is nearer than this to the right one or to another
+# trap's.
 VISIBLE = 1e-4
-# Of the traps' answers, which are compared within the tolerance and need no more.
+# Decimals of the traps' answers, enough for comparison within the tolerance.
 DECIMALS = 7
 
 
@@ -37,7 +38,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Client:
-    """What one client returns."""
+    """One client's answer."""
 
     examples: int
     layers: dict[str, Factors]
@@ -46,7 +47,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Round:
-    """Answers, examples of those who did not answer, factors trained: AB, A or B."""
+    """A round: answers, examples of clients without one, and the trained factors."""
 
     clients: list[Client]
     unanswered: Sequence[int]
@@ -55,7 +56,7 @@ class Round:
 
 @dataclass(frozen=True)
 class State:
-    """What the server holds: base weights, factors and head."""
+    """The server's state: base weights, factors and head."""
 
     base: dict[str, Matrix]
     layers: dict[str, Factors]
@@ -64,22 +65,22 @@ class State:
 
 @dataclass(frozen=True)
 class Server:
-    """How rounds are aggregated; what a trap changes is here.
+    """How rounds are aggregated, including everything that a trap changes.
 
     Parameters
     ----------
     aggregator : str
-        One of those in the README.
+        An aggregator listed in the README.
     scaling, rank_scaling : float
-        s, and alpha / rank whatever the rule for s is.
+        s, and alpha / rank regardless of the rule for s.
     residual_scaling : float
-        What the residual is multiplied by when it goes into the base.
+        Factor of the residual when it is added to the base.
     accumulates : bool
-        The residual is added to the last base, not to the first.
+        True if the residual is added to the last base, False for the first one.
     transposes : bool
-        Square residuals are transposed.
+        True if square residuals are transposed.
     loses_root : bool
-        FlexLoRA's B holds the square roots of the singular values.
+        True if FlexLoRA's B holds the square roots of the singular values.
     read : Callable
         Changes a round before it is aggregated.
     """
@@ -109,7 +110,7 @@ def weighted_mean(values: Iterable[Matrix], examples: Sequence[int]) -> Matrix:
 def mean_of_rows(
     sent: Matrix, values: Sequence[Matrix], examples: Sequence[int]
 ) -> Matrix:
-    """Average each row over the clients that have it; nobody's row stays as sent."""
+    """Average each row over the clients that have it; other rows stay as sent."""
     mean = sent.copy()
     for row in range(len(sent)):
         having = [i for i, value in enumerate(values) if row < len(value)]
@@ -138,7 +139,7 @@ def singular_factors(matrix: Matrix) -> tuple[Matrix, Matrix, list[float]]:
     Returns
     -------
     tuple
-        L and R, their columns by falling singular value, and the singular values.
+        L and R, with columns in descending order of the singular values, and these.
     """
     left, right = matrix.copy(), np.eye(matrix.shape[1])
     negligible = 1e-15 * _dot(left, left)
@@ -169,7 +170,7 @@ def _dot(x: Matrix, y: Matrix) -> float:
 
 
 def aggregate(server: Server, start: State, before: State, current: Round) -> State:
-    """Do one round; `start` is the state before the first."""
+    """Return the state after one round; `start` is the state before the first."""
     current = server.read(before, current)
     examples = [client.examples for client in current.clients]
     base, layers = {}, {}
@@ -196,7 +197,7 @@ def aggregate(server: Server, start: State, before: State, current: Round) -> St
 
 
 def aggregate_all(server: Server, start: State, rounds: Iterable[Round]) -> list[State]:
-    """Do all rounds, and give the state after each."""
+    """Return the state after each round."""
     states = [start]
     for current in rounds:
         states.append(aggregate(server, start, states[-1], current))
@@ -218,7 +219,7 @@ def forget_weights(state: State, current: Round) -> Round:
 
 
 def pad(state: State, current: Round) -> Round:
-    """Fill factors up with zeros to the server's rank, and count those as values."""
+    """Pad factors with zeros to the server's rank, and count the zeros as values."""
 
     def padded(factors: Factors, rank: int) -> Factors:
         missing = rank - len(factors.a)
@@ -233,7 +234,7 @@ def pad(state: State, current: Round) -> Round:
 
 
 def scale_by_own_rank(state: State, current: Round) -> Round:
-    """Scale as if each client's s came from the rank that it has."""
+    """Scale each client by the s of its own rank."""
     return _change_layers(
         current,
         lambda name, factors: replace(
@@ -254,13 +255,13 @@ def _change_layers(current: Round, change: Callable[[str, Factors], Factors]) ->
 
 
 def answer_unchanged(state: State, current: Round) -> Round:
-    """Let those who did not answer return what they were sent."""
+    """Count clients without an answer as returning what they were sent."""
     added = [Client(n, state.layers, state.head) for n in current.unanswered]
     return replace(current, clients=[*current.clients, *added])
 
 
 def answer_zero(state: State, current: Round) -> Round:
-    """Let those who did not answer return zeros."""
+    """Count clients without an answer as returning zeros."""
     zeros = {
         name: Factors(np.zeros_like(factors.a), np.zeros_like(factors.b))
         for name, factors in state.layers.items()
@@ -275,7 +276,7 @@ def swap_turns(state: State, current: Round) -> Round:
     return replace(current, trains=swapped)
 
 
-# Each is tried on every case, and is listed where it makes a difference.
+# Each trap is tried on every case, and listed where it makes a difference.
 TRAPS: dict[str, Callable[[Server], Server]] = {
     "unweighted mean": lambda server: replace(server, read=forget_weights),
     "scaling left out": lambda server: replace(
@@ -324,15 +325,15 @@ class Draw:
     Parameters
     ----------
     examples : Sequence[int]
-        Of each client that answers.
+        Number of examples of each client that answers.
     unanswered : Sequence[int]
-        Examples of each client that was asked and did not answer.
+        Number of examples of each client that was asked and did not answer.
     ranks : Sequence[int]
-        Of each client that answers; the case's where empty.
+        Rank of each client that answers; empty for the case's rank.
     trains : str
         The factors that are trained: AB, A or B.
     identical : bool
-        All clients return the same.
+        True if all clients return the same.
     """
 
     examples: Sequence[int]
@@ -344,7 +345,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Plan:
-    """A case before its numbers are drawn; the aggregator is the name's first part."""
+    """A case before its numbers are drawn; its name starts with the aggregator."""
 
     name: str
     tests: str
@@ -357,7 +358,7 @@ class Plan:
 
     @property
     def aggregator(self) -> str:
-        """What the case is for."""
+        """The aggregator that the case tests."""
         return next(name for name in AGGREGATORS if self.name.startswith(name))
 
 
@@ -680,9 +681,9 @@ PLANS = (
 
 
 class Numbers:
-    """Short binary fractions, exact even in bfloat16, from a stream that never changes.
+    """Short binary fractions, exact even in bfloat16, from a stable random stream.
 
-    NumPy promises the raw bits of Philox, but not what its generator makes of them.
+    NumPy guarantees the raw bits of Philox, but not the values of its generator.
     """
 
     def __init__(self, seed: str) -> None:
@@ -690,7 +691,7 @@ class Numbers:
         self._stream = np.random.Philox(key=int.from_bytes(key, "big"))
 
     def draw(self, shape: tuple[int, int], largest: int) -> Matrix:
-        """Draw whole multiples of 1/64, at most `largest` of them in size."""
+        """Draw whole multiples of 1/64, of magnitude up to `largest` / 64."""
         words = self._stream.random_raw(math.prod(shape)) % (2 * largest + 1)
         return (words.astype(np.float64) - largest).reshape(shape) / 64
 
@@ -706,7 +707,7 @@ def draw_start(plan: Plan, numbers: Numbers) -> State:
 
 
 def draw_round(draw: Draw, start: State, sent: State, numbers: Numbers) -> Round:
-    """Draw clients about the start; what they do not train is as it was sent."""
+    """Draw clients around the start; factors that they do not train stay as sent."""
     clients: list[Client] = []
     for index, examples in enumerate(draw.examples):
         if draw.identical and clients:
@@ -727,7 +728,7 @@ def draw_round(draw: Draw, start: State, sent: State, numbers: Numbers) -> Round
 
 
 def make_case(plan: Plan) -> dict[str, Any]:
-    """Draw a case and compute its right answer and its traps'."""
+    """Draw a case, and compute its right answer and those of its traps."""
     rank_scaling = plan.alpha / plan.rank
     scaling = plan.alpha / math.sqrt(plan.rank) if plan.root else rank_scaling
     server = Server(plan.aggregator, scaling, rank_scaling, scaling)
@@ -795,7 +796,7 @@ def _expected(
         "effective": effective(state, scaling),
         "head": state.head,
     }
-    # A product has many factors: FlexLoRA's are whatever multiplies to it.
+    # Factors of a product are not unique: any that multiply to it are right.
     if aggregator != "flexlora":
         found["mean"] = {name: _named(f) for name, f in state.layers.items()}
     if aggregator == "exact":
@@ -827,7 +828,7 @@ def _trap(
 def _visible(
     expected: list[dict[str, Any]], traps: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Keep what differs from the right answer, layers and head each for itself."""
+    """Return the traps that differ from the right answer, in layers or in the head."""
     kept: list[dict[str, Any]] = []
     for trap in traps:
         shown = {"trap": trap["trap"]}
@@ -852,7 +853,7 @@ def _flat(rounds: list[Any]) -> list[Matrix]:
 
 
 def to_text(case: dict[str, Any]) -> str:
-    """Write JSON with a line for each row of a matrix; floats by their repr."""
+    """Return a case as JSON with one line per row of a matrix; floats by their repr."""
     # Adding 0 turns -0.0 into 0.0.
     text = json.dumps(
         case,
@@ -865,7 +866,7 @@ def to_text(case: dict[str, Any]) -> str:
 
 
 def write(folder: Path) -> None:
-    """Write every case's file."""
+    """Write the files of all cases."""
     for plan in PLANS:
         path = folder / f"{plan.name}.json"
         path.write_text(to_text(make_case(plan)), newline="\n")

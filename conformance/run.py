@@ -1,4 +1,4 @@
-"""Hold an implementation of aggregators against the vectors; see README.md."""
+"""Check an implementation of aggregators against the vectors; see README.md."""
 
 import argparse
 import importlib
@@ -22,24 +22,24 @@ VECTORS = Path(__file__).parent / "vectors"
 
 
 class AnswerError(ValueError):
-    """An answer that cannot be compared, with what is wrong about it."""
+    """An answer cannot be compared; the message says why."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """How far the layers, or the head, of an answer are from the right ones.
+    """The error of an answer's layers, or of its head.
 
     Parameters
     ----------
     name : str
         `layers` or `head`.
     error : float
-        The largest over rounds and matrices, each relative to the right matrix's
+        The largest error over rounds and matrices, each relative to the right matrix's
         largest entry.
     passes : bool
-        The error is within the case's tolerance.
+        True if the error is within the case's tolerance.
     trap : str
-        The trap that gives just this answer, if it is a known one.
+        The trap that yields this answer; empty if none does.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Part:
 
 
 def load() -> dict[str, Case]:
-    """Read all cases by name, matrices as float64 arrays."""
+    """Return all cases by name, with matrices as float64 arrays."""
     cases = (
         json.loads(path.read_text(), object_hook=_with_arrays)
         for path in sorted(VECTORS.glob("*.json"))
@@ -72,12 +72,12 @@ def _with_arrays(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(case: Case, answer: Answer) -> list[Part]:
-    """Compare an answer with the right one, and if it is off with the traps'.
+    """Compare an answer with the right one and, if it is wrong, with the traps'.
 
     Raises
     ------
     AnswerError
-        If the answer lacks a matrix or has one of another shape.
+        If the answer lacks a matrix, or one has the wrong shape.
     """
     expected = case["expected"]
     if len(answer) != len(expected):
@@ -101,7 +101,7 @@ def check(case: Case, answer: Answer) -> list[Part]:
 
 
 def _places(rounds: list[Any]) -> Iterator[Place]:
-    """Give the matrices of each round's layers, or of its head."""
+    """Yield the matrices of each round's layers, or of its head."""
     for number, found in enumerate(rounds, start=1):
         layers = found if isinstance(found, dict) else {"": found}
         for layer, matrix in layers.items():
@@ -109,7 +109,7 @@ def _places(rounds: list[Any]) -> Iterator[Place]:
 
 
 def _given(key: str, answer: Answer, right: list[Place]) -> Iterator[Place]:
-    """Give the answer's matrices in the order of the right ones."""
+    """Yield the answer's matrices in the order of the right ones."""
     for number, layer, matrix in right:
         place = f"round {number}, {layer or key}"
         try:
@@ -127,12 +127,12 @@ def _error(given: list[Place], right: list[Place]) -> float:
         np.abs(found - matrix).max() / np.abs(matrix).max()
         for (_, _, found), (_, _, matrix) in zip(given, right, strict=True)
     ]
-    # Not max(), to which NaN can be the smaller.
+    # Not max(), which can ignore NaN.
     return float(np.max(errors))
 
 
 def find(text: str) -> Implementation:
-    """Import MODULE:FUNCTION, also from the working directory."""
+    """Return MODULE:FUNCTION, also imported from the working directory."""
     module, _, function = text.partition(":")
     sys.path.insert(0, "")
     try:
@@ -145,7 +145,7 @@ def find(text: str) -> Implementation:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line for each case; give 1 if one fails, else 0."""
+    """Print a line per case, and return 1 if any fails, otherwise 0."""
     cases = load()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("implementation", metavar="MODULE:FUNCTION", type=find)
@@ -168,14 +168,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def judge(implementation: Implementation, case: Case) -> tuple[str, str]:
-    """Ask for a case's answer: `ok`, `FAILED` or `not offered`, and how far off."""
+    """Return the verdict on a case (`ok`, `FAILED` or `not offered`) and its error."""
     answers = ("expected", "wrong", "tests")
     problem = {key: value for key, value in case.items() if key not in answers}
     try:
         parts = check(case, implementation(problem))
     except NotImplementedError:
         return "not offered", ""
-    # One broken case must not hide the others.
+    # One broken case must not hide the results of others.
     except Exception as error:
         return "FAILED", f"{type(error).__name__}: {error}"
     off = [part for part in parts if not part.passes]

@@ -19,7 +19,7 @@ HEAD = "head"
 
 
 def aggregate(case: Case) -> Answer:
-    """Answer a case: fold the clients' float32 updates, step, and multiply out."""
+    """Return the answer to a case, computed by this project's aggregators."""
     scaling, aggregator = case["scaling"]["s"], case["aggregator"]
     start = case["start"]["layers"]
     base = {name: torch.tensor(layer["W"]) for name, layer in start.items()}
@@ -46,9 +46,9 @@ def aggregate(case: Case) -> Answer:
         if isinstance(fold, Stack) and aggregator == "flexlora":
             state |= redistribute(fold, before)
         if isinstance(fold, Stack) and aggregator == "exact":
-            move = residual(fold, before, state, scaling)
+            change = residual(fold, before, state, scaling)
             for name in base:
-                base[name] = base[name] + (move[f"{name}.b"] @ move[f"{name}.a"])
+                base[name] = base[name] + (change[f"{name}.b"] @ change[f"{name}.a"])
         answers.append(
             {
                 "effective": {
@@ -62,7 +62,7 @@ def aggregate(case: Case) -> Answer:
 
 
 def read_state(result: dict[str, Any], rank: int) -> State:
-    """Read factors and head, float32, with zeros up to a rank."""
+    """Return factors and head, float32, padded with zeros to a rank."""
     state = {}
     for name, layer in result["layers"].items():
         a, b = (torch.tensor(layer[factor]).float() for factor in "AB")
@@ -74,5 +74,5 @@ def read_state(result: dict[str, Any], rank: int) -> State:
 
 
 def product(state: State, name: str) -> torch.Tensor:
-    """Multiply a layer's factors in float64, so that only they are rounded."""
+    """Return B·A of a layer in float64, so that only the factors are rounded."""
     return state[f"{name}.lora_B"].double() @ state[f"{name}.lora_A"].double()

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Keys and certificates. Needs openssl, ssh-keygen and docker.
 #
-#   certs.sh ca                      certificate authority, once, at the server
-#   certs.sh server NAME_OR_IP...    server certificate for the names that nodes dial
-#   certs.sh node NAME...            key pair of a node, where the node is
-#   certs.sh register NAME|FILE...   let nodes in by their public keys, NAME.pub
-#   certs.sh revoke NAME...          and shut them out
-#   certs.sh list                    the nodes that the SuperLink knows
+#   certs.sh ca                      create the certificate authority, once, on the server
+#   certs.sh server NAME_OR_IP...    create the server's certificate for its host names
+#   certs.sh node NAME...            create a node's key pair, on the node's host
+#   certs.sh register NAME|FILE...   admit nodes by their public keys, NAME.pub
+#   certs.sh revoke NAME...          revoke nodes
+#   certs.sh list                    list the nodes known to the SuperLink
 #
-# SLORA_CERTS (docker/certs): ca.key stays with whoever runs the server and goes into no
+# SLORA_CERTS (docker/certs): ca.key stays with the server's operator and goes into no
 # container; ca.crt is for everybody. SLORA_NODES (docker/nodes): NAME/key never leaves
-# the node's host; NAME/key.pub goes to the server. COMPOSE_PROJECT_NAME says which
-# SuperLink is meant if this host has several.
+# the node's host; NAME/key.pub goes to the server. COMPOSE_PROJECT_NAME selects the
+# SuperLink if this host has several.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -29,12 +29,12 @@ die() {
 new() {
     local file
     for file; do
-        [ ! -e "$file" ] || die "$file is there; move it away if you mean to replace it"
+        [ ! -e "$file" ] || die "$file exists; move it away to replace it"
     done
 }
 
-# A private file that only the containers' user can read. Who may run containers can
-# give a file away without being root.
+# Makes a file readable only by the containers' user. Whoever may run containers can
+# change a file's owner without being root.
 give() {
     chmod 400 "$1"
     chown "$uid" "$1" 2> /dev/null || docker run --rm --user 0 --network none \
@@ -48,18 +48,18 @@ ca() {
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -days 3650 \
         -subj "/CN=slora-flwr CA" -addext keyUsage=critical,keyCertSign,cRLSign -keyout "$certs/ca.key" -out "$certs/ca.crt" 2> /dev/null
     chmod 644 "$certs/ca.crt"
-    # What the ServerApp's container shows to the SuperLink to be given runs.
+    # The secret by which the SuperLink knows the ServerApp's container.
     openssl rand -hex 32 > "$certs/superexec"
     give "$certs/superexec"
 }
 
 server() {
-    [ $# -gt 0 ] || die "server needs the names or addresses that nodes dial"
-    [ -f "$certs/ca.key" ] || die "$certs/ca.key is not there: certs.sh ca"
+    [ $# -gt 0 ] || die "server needs the names or addresses by which nodes reach it"
+    [ -f "$certs/ca.key" ] || die "$certs/ca.key does not exist; run certs.sh ca first"
     new "$certs/server.key" "$certs/server.crt"
     local made
     made=$(mktemp -d)
-    # The first three are for the server's own containers.
+    # The first three names are for the server's own containers.
     local name names=DNS:localhost,DNS:superlink,IP:127.0.0.1
     for name; do
         if [[ $name =~ ^[0-9.]+$ || $name == *:* ]]; then
@@ -119,7 +119,7 @@ register() {
         if [ -f "$name" ]; then
             file=$name name=$(basename "$name" .pub)
         fi
-        [ -f "$file" ] || die "$file is not there; give a node's name or a file NAME.pub"
+        [ -f "$file" ] || die "$file does not exist; give a node's name or a file NAME.pub"
         new "$certs/registered/$name"
         # shellcheck disable=SC2016
         answer=$(flwr sh -c 'f=$(mktemp) && cat > "$f" && flwr supernode register "$f" local --name "$1" --format json' \
@@ -134,7 +134,7 @@ register() {
 revoke() {
     local name
     for name; do
-        [ -f "$certs/registered/$name" ] || die "$certs/registered/$name is not there"
+        [ -f "$certs/registered/$name" ] || die "$certs/registered/$name does not exist"
         flwr flwr supernode unregister "$(cat "$certs/registered/$name")" local < /dev/null
         rm "$certs/registered/$name"
     done

@@ -1,8 +1,8 @@
-"""Lets nodes through to the SuperLink, and nobody to anything else of it.
+"""A proxy that exposes only the SuperLink's interface for nodes.
 
-The SuperLink serves three interfaces on one port: the nodes', which asks for the key of
-a registered node; the command line's, which asks for nothing, so that whoever reaches
-it can run code of his own on the server and on every node; and the ServerApp's.
+The SuperLink serves three interfaces on one port. The one for nodes requires the key of
+a registered node. The one for the command line requires nothing: whoever reaches it can
+run any code on the server and on every node. The third is for the ServerApp.
 """
 
 import re
@@ -15,18 +15,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-# These describe one connection, not the message.
+# These headers describe a connection, not the message.
 SKIPPED = {"host", "connection", "keep-alive", "transfer-encoding", "accept-encoding"}
 superlink = httpx.AsyncClient(
     base_url="https://superlink:8000",
     verify=ssl.create_default_context(cafile="/run/secrets/ca.crt"),
     timeout=60,
-    trust_env=False,  # Docker may set a proxy, which does not know this name
+    trust_env=False,  # Docker may set a proxy, which cannot resolve this name
 )
 
 
 async def forward(request: Request) -> Response:
-    """Hand a request on as it is, and the answer back."""
+    """Forward a request unchanged, and return the answer."""
     path = request.url.path
     if path != "/health" and not re.fullmatch(r"/v1/fleet/[a-z-]+", path):
         return PlainTextResponse("Not Found", 404)
@@ -40,9 +40,9 @@ async def forward(request: Request) -> Response:
             stream=True,
         )
     except ClientDisconnect:
-        return PlainTextResponse("the node broke off", 400)
+        return PlainTextResponse("the node disconnected", 400)
     except httpx.TransportError as error:
-        # Nodes try again after this status.
+        # Nodes retry after this status.
         return PlainTextResponse(f"the SuperLink does not answer: {error!r}", 502)
     return StreamingResponse(
         answer.aiter_raw(),

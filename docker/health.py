@@ -1,4 +1,4 @@
-"""Exits 0 if `GET /health` answers: health.py URL [CA_FILE]."""
+"""Exit with 0 if `GET /health` answers: health.py URL [CA_FILE]."""
 
 import ssl
 import sys

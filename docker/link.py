@@ -1,9 +1,9 @@
 """A slow link between two containers: link.py PID IP PID IP --mbit 100 --ms 25.
 
-The network namespaces of the two processes get an interface each, with its IP and a
-route to the other. This process carries the packets: no faster than --mbit each way,
-and each arrives --ms later. Like a router it drops what a full queue cannot take.
-(`tc netem` would do the same, but not every kernel has it.)
+The network namespace of each of the two processes gets an interface with its IP and a
+route to the other. This process forwards the packets, at up to --mbit each way and with
+a delay of --ms. Like a router, it drops packets that do not fit its queue. (`tc netem`
+would do the same, but not every kernel has it.)
 """
 
 import argparse
@@ -29,8 +29,8 @@ def _enter(pid: str) -> None:
 
 
 def open_end(pid: str, ip: str, other: str) -> int:
-    """Make the interface in the namespace of a process; give its packets' file."""
-    # One namespace may have several links.
+    """Create an interface in a process's namespace; return its file descriptor."""
+    # The name is unique, since one namespace may have several links.
     name = "link" + other.rpartition(".")[0].rpartition(".")[2]
     _enter(pid)
     device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
@@ -45,7 +45,7 @@ def open_end(pid: str, ip: str, other: str) -> int:
 
 
 def carry(one: int, other: int, rate: float, delay: float) -> None:
-    """Carry packets between two devices, for ever."""
+    """Forward packets between two devices, forever."""
     towards = {one: other, other: one}
     # For each source: packets with their time of arrival, and when its line is free.
     queues: dict[int, deque[tuple[float, bytes]]] = {one: deque(), other: deque()}
@@ -72,7 +72,7 @@ def carry(one: int, other: int, rate: float, delay: float) -> None:
 
 
 def main() -> None:
-    """Parse, open both ends, and carry."""
+    """Parse the arguments, open both ends, and forward packets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ends", nargs=4, metavar="PID IP")
     parser.add_argument("--mbit", type=float, default=100)

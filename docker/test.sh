@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the image and tests the deployment on a real Docker engine.
 #   docker/test.sh            one host, parts a to e
-#   docker/test.sh a d        these parts
+#   docker/test.sh a d        only these parts
 #   docker/test.sh network    two hosts behind slow links; needs root and /dev/net/tun
 # Needs slora-flwr installed (PYTHON names the interpreter, python3 by default).
 set -euo pipefail
@@ -76,31 +76,31 @@ until_true() {
     done
 }
 
-# containers SERVICE: the ids of its containers.
+# containers SERVICE: prints the ids of a service's containers.
 containers() { docker ps --all --quiet --filter "label=com.docker.compose.project=$project" --filter "label=com.docker.compose.service=$1"; }
 
 healthy() { [ "$(docker inspect --format '{{.State.Health.Status}}' "$(containers "$1")")" = healthy ]; }
 
-# The container that took the folder of node NAME.
+# node_container NAME: prints the container that has taken the node's folder.
 node_container() {
     local id
     for id in $(containers supernode); do
-        # The last line counts: at a restart a container may take another's folder.
+        # The last line counts: a restarted container may take another folder.
         if [[ $(docker logs "$id" 2>&1 | grep '^node [^ ]*: ' | tail -n 1) == "node $1:"* ]]; then echo "$id"; fi
     done
 }
 
-# prepare NAME_OR_IP...: data, keys, and a server certificate for more than localhost.
+# prepare NAME_OR_IP...: creates data, keys and a server certificate for these names.
 prepare() {
     "$python" - "$work" << 'END'
-"""Three nodes' files and the server's, from the standard library's docstrings."""
+"""Write the files of three nodes and the server from the library's docstrings."""
 import csv, hashlib, sys
 from pathlib import Path
 from slora_flwr.data.stdlib_docs import load
 
 work = Path(sys.argv[1])
 rows = sorted(zip(*load()), key=lambda row: hashlib.sha256(row[0].encode()).digest())[:700]
-# Of different sizes; each but the server's test file has a label of its own missing.
+# Files differ in size, and each node's lacks a different label.
 shares = {"0": rows[:100], "1": rows[100:250], "2": rows[250:500]}
 labels = sorted({label for _, label in rows})
 files = {
@@ -131,7 +131,7 @@ END
 
 common='model.name="embedded" data.name="node" data.max-length=32 clients.count=0 clients.per-round=3 clients.min-nodes=3'
 
-# start LOG CONFIG: sets $run, its id, and $stream, the process that shows its log.
+# start LOG CONFIG: sets $run, the run's id, and $stream, the process that shows its log.
 start() {
     flwr run . docker --stream --run-config "$common $2" > "$work/$1.log" 2>&1 &
     stream=$!
@@ -227,7 +227,7 @@ c_refusals() {
     pass "c: unregistered key: $unknown; other CA: $wrong; plaintext: $plain; revoked: $revoked"
 }
 
-# rounds: a line for each round that ended, its number and how many replied.
+# rounds: prints a line per finished round: its number and the number of replies.
 rounds() { events | "$python" -c 'import json, sys
 for event in map(json.loads, sys.stdin):
     if event["event"] == "round":
@@ -250,7 +250,7 @@ d_failures() {
     events | grep '"event": "failure"' > /dev/null || fail "d: no failure was noted"
     docker start "$node" > /dev/null
     until_true 120 "a round with all three again" full_round_after 2
-    # And the SuperLink in the middle of the run.
+    # The SuperLink is restarted in the middle of the run.
     last=$(rounds | tail -n 1 | cut -d ' ' -f 1)
     events > "$work/before.jsonl"
     [ "$last" -lt $((total - 2)) ] || fail "d: the run is too short for this test"
@@ -265,7 +265,7 @@ d_failures() {
     pass "d: node killed: round closed with 2 of 3 after $closed s, back in round $(rounds | awk '$1 > 2 && $2 == 3 {print $1; exit}'); SuperLink restarted after round $last: round $((last + 2)) done after $back s, finished:completed, $total rounds"
 }
 
-# counters: received and sent bytes of each node's network interface.
+# counters: prints the received and sent bytes of each node's network interface.
 counters() {
     local name
     for name in 0 1 2; do
@@ -284,7 +284,7 @@ e_bytes() {
 import csv, sys
 from pathlib import Path
 
-# Beside the messages: the app's bundle once, and a round's polls and heartbeats.
+# Bytes other than messages: the app's bundle, and each round's polls and heartbeats.
 ONCE, A_ROUND = 350_000, 20_000
 work = Path(sys.argv[1])
 before, after = ([line.split() for line in (work / name).read_text().splitlines()] for name in ("before", "after"))
@@ -294,7 +294,7 @@ for i, way in enumerate(("down", "up")):
     wire = [int(b[i]) - int(a[i]) for a, b in zip(before, after)]
     known = 3 * A_ROUND + (ONCE if way == "down" else 0)
     counted = sum(int(row["wire_bytes"] or 0) for row in ledger if row["direction"] == way) / 3
-    # From a node's first reply to its third: two of three rounds, and not the app.
+    # Counted from a node's first reply to its third: two of three rounds, not the app.
     if not 0.6 * told <= counted <= 0.7 * max(wire) + known:
         sys.exit(f"{way}: the ledger counts {counted} bytes on the wire of {wire}")
     print(f"{way}: ledger {told / 1e6:.3f} MB a node, wire {min(wire) / 1e6:.3f} to {max(wire) / 1e6:.3f} MB;", end=" ")
@@ -305,7 +305,7 @@ END
     pass "e: fft, 3 rounds: $compared at most 5% + 20 kB a round + 350 kB once (the app)"
 }
 
-# Server and two nodes of different compose projects, joined by link.py alone.
+# Server and two nodes in different compose projects, connected only by link.py.
 network() {
     local node method
     SLORA_GATE=$(free_port)
@@ -315,7 +315,7 @@ network() {
     "${compose_command[@]}" -f docker/compose.server.yml up --detach > /dev/null 2>&1
     until_true 60 "the gate's health" healthy gate
     docker/certs.sh register 0 1
-    # Whoever reaches the gate is no administrator.
+    # The gate must not let the command line through.
     printf '\n[superlink.gate]\naddress = "localhost:%s"\nroot-certificates = "%s"\n' "$SLORA_GATE" "$SLORA_CERTS/ca.crt" >> "$FLWR_HOME/config.toml"
     ! flwr supernode list gate > "$work/gate.log" 2>&1 || fail "the gate let the command line through"
     pass "network: the command line at the gate: $(grep -o "Client error [^f]*" "$work/gate.log")"

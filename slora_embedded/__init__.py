@@ -1,7 +1,7 @@
 """The embedded model: a tiny BERT pretrained on the standard library's own text.
 
-A package apart from `slora_flwr`, because a Flower app bundle cannot hold weights:
-`pip install` brings it to every node. `pretrain.py` made the files beside this one.
+A package separate from `slora_flwr`, since a Flower app bundle cannot hold weights:
+`pip install` puts it on every node. `pretrain.py` made the files in this folder.
 """
 
 from pathlib import Path

@@ -2,14 +2,14 @@
 
     python -m slora_embedded.pretrain --out DIR
 
-The files in this folder: Python 3.11.7's library, 1.05 million tokens, the defaults
-below, about 8 minutes on one core of a shared two-core AMD EPYC virtual machine (of
-which 7 are training). Last losses: masked tokens 5.93, pairs 2.96 (chance: 9.01 and
-4.16). The library's docstrings are the text of the data set `stdlib-docs`, too, its
-test split included, without their labels.
+The files in this folder were made with Python 3.11.7's library (1.05 million tokens)
+and the defaults below. That took about 8 minutes, 7 of them training, on one core of a
+shared two-core AMD EPYC virtual machine. Final losses: masked tokens 5.93, pairs 2.96
+(chance: 9.01 and 4.16). The training text includes the docstrings of the data set
+`stdlib-docs`, also those of its test split, without their labels.
 
-A run repeats but for the tokenizer: the WordPiece trainer breaks ties in hash order, so
-that a few entries of the vocabulary, and the order of hundreds, differ between runs.
+Runs are reproducible except for the tokenizer: the WordPiece trainer breaks ties in
+hash order, so a few entries of the vocabulary, and the order of hundreds, differ.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from slora_flwr.data.stdlib_docs import docstrings
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, UNK, CLS, SEP, MASK = range(5)
 
-# Every eighth batch is of long sequences, as many tokens in all, so that positions
+# Every eighth batch has long sequences, with as many tokens in total, so that positions
 # beyond the short length are trained too.
 SHORT, LONG, LONG_EVERY = 64, 256, 8
-# A passage's partner is one of so many on either side of it in the same file.
+# A passage's partner is one of this many on either side of it in the same file.
 NEIGHBOURS = 8
-# Tokens on either side that count as co-occurring.
+# Number of tokens on either side that count as co-occurring.
 WINDOW = 8
 # BERT's 0.02 suits its width; at width 128 it lets little of the text reach [CLS].
 INITIAL = 0.08
@@ -53,8 +53,8 @@ TEMPERATURE = 0.1
 def read_documents() -> list[list[str]]:
     """Return the passages of each file: docstrings and blocks of comments.
 
-    The test suite is text, too, and so are the language reference's pages, which
-    `pydoc_data` holds as string literals; a page is a document of its own.
+    They include the test suite, and the pages of the language reference, which
+    `pydoc_data` holds as string literals. Each page is a separate document.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents: list[list[str]] = []
@@ -81,7 +81,7 @@ def _comments(path: Path) -> Iterator[str]:
 
 
 def _is_prose(text: str) -> bool:
-    """Tell text from tables, rulers and commented-out code."""
+    """Return whether a text is prose, not a table, a ruler or commented-out code."""
     words = text.split()
     return len(words) >= 4 and sum(w.isalpha() for w in words) * 2 >= len(words)
 
@@ -150,7 +150,10 @@ class Pairs:
         return self._crop(d, p, room), self._crop(d, self.rng.choice(others), room)
 
     def _crop(self, d: int, p: int, room: int) -> list[int]:
-        """Cut to the room; what is short goes on with the next passages when long."""
+        """Return a passage cropped to the room.
+
+        If the room is long, a short passage is continued with the next ones.
+        """
         tokens = list(self.documents[d][p])
         if room > SHORT:
             for more in self.documents[d][p + 1 :]:
@@ -165,10 +168,10 @@ class Pairs:
 
 
 def word_vectors(documents: list[list[list[int]]], vocabulary: int, dim: int) -> Tensor:
-    """Return start values for the embeddings: the SVD of the PPMI of co-occurrence.
+    """Return initial embeddings: the SVD of the PPMI of co-occurrence.
 
-    Factorising positive pointwise mutual information gives in seconds what skip-gram
-    training gives in minutes (Levy and Goldberg 2014).
+    Factorising positive pointwise mutual information takes seconds and yields vectors
+    like those of minutes of skip-gram training (Levy and Goldberg 2014).
     """
     rows, columns, weights = [], [], []
     for passage in (torch.tensor(p) for d in documents for p in d):
@@ -196,7 +199,7 @@ def word_vectors(documents: list[list[list[int]]], vocabulary: int, dim: int) ->
 def mask_tokens(
     ids: Tensor, vocabulary: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return the ids with BERT's 80/10/10 corruption, and where it was applied."""
+    """Return ids with BERT's 80/10/10 corruption, and the mask of corrupted ones."""
 
     def chance(p: float) -> Tensor:
         return torch.rand(ids.shape, generator=generator) < p
@@ -210,7 +213,7 @@ def mask_tokens(
 def contrast(pooled: Tensor, files: list[int]) -> Tensor:
     """Return the symmetric InfoNCE loss of partners against the batch.
 
-    Two pairs from one file are no negatives of each other.
+    Two pairs from one file are not negatives of each other.
     """
     left, right = F.normalize(pooled, dim=-1).chunk(2)
     file = torch.tensor(files)
@@ -228,11 +231,11 @@ def pretrain(
     lr: float,
     seed: int,
 ) -> tuple[BertModel, float, float]:
-    """Train [CLS]'s pooled output and the masked tokens' predictions together.
+    """Train an encoder on masked tokens and on pairs of neighbouring passages.
 
     The loss is that of masked language modelling (Devlin et al. 2019) plus a contrast
     between neighbouring passages of one file (as in DeCLUTR, Giorgi et al. 2021), which
-    trains the pooler. No label is used.
+    trains the pooler. No labels are used.
 
     Returns
     -------
@@ -256,7 +259,7 @@ def pretrain(
     )
     history: list[tuple[float, float]] = []
     start = time.perf_counter()
-    # The text is seen few times: dropout would only slow it down.
+    # The text is seen only a few times, so dropout would merely slow training down.
     encoder.eval()
     for step in range(1, steps + 1):
         long = step % LONG_EVERY == 0
@@ -264,12 +267,12 @@ def pretrain(
         sequences, files = sampler.draw(count, length)
         order = sorted(range(2 * count), key=lambda i: len(sequences[i]))
         hidden, pooled, truth = [], [], []
-        # Sequences of like length go together: most are short, and padding costs.
+        # Sequences are grouped by length, since most are short and padding is costly.
         for part in np.array_split(order, 4):
             ids = pad_sequence([torch.tensor(sequences[i]) for i in part], True, PAD)
             corrupted, chosen = mask_tokens(ids, len(embedding.weight), generator)
             out = encoder(corrupted, attention_mask=(ids != PAD).long())
-            # The vocabulary's logits cost more than the encoder: only where needed.
+            # Logits over the vocabulary cost more than the encoder: compute few.
             hidden.append(out.last_hidden_state[chosen])
             truth.append(ids[chosen])
             pooled.append(out.pooler_output)

@@ -1,4 +1,4 @@
-"""Federated LoRA as Flower's examples do it: the model is loaded for every message."""
+"""Federated LoRA as in Flower's examples: the model is loaded for every message."""
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ def train(message: Message, context: Context) -> Message:
     [phase] = make_schedule(config)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=phase.recipe.lr, weight_decay=0.0)
-    # slora-flwr's batches, so that both do the same work.
+    # The batches of slora-flwr, so that both do the same work.
     server_round = message.content.config_records["config"]["server-round"]
     stream = np.random.Philox(key=key("train", config.seed, server_round, client))
     model.train()

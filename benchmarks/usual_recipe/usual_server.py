@@ -1,4 +1,4 @@
-"""Federated LoRA as Flower's examples do it: FedAvg over one client a message."""
+"""Federated LoRA as in Flower's examples: FedAvg with one client per message."""
 
 import json
 import time
@@ -20,18 +20,18 @@ app = ServerApp()
 
 
 def read_recipe(context: Context) -> RunConfig:
-    """Read slora-flwr's run config."""
+    """Return the run config of slora-flwr."""
     return parse(json.loads(Path(str(context.run_config["recipe"])).read_text()))
 
 
 @cache
 def load_data(config: RunConfig) -> ProcessData:
-    """Load data and partition once a process, as Flower's examples do too."""
+    """Load data and partition once per process, as Flower's examples do."""
     return ProcessData(config)
 
 
 def make_model(config: RunConfig) -> Any:
-    """Load the checkpoint, and put PEFT's LoRA on it."""
+    """Load the checkpoint and wrap it with PEFT's LoRA."""
     labels = len(load_data(config).classes)
     model = load_backbone(config.model, labels, config.seed).model
     lora = LoraConfig(
@@ -45,7 +45,7 @@ def make_model(config: RunConfig) -> Any:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run FedAvg, and write down when it began and each round ended."""
+    """Run FedAvg, and record when it began and when each round ended."""
     config = read_recipe(context)
     times: list[float] = []
 
