@@ -213,7 +213,7 @@ def effective(state: State, scaling: float) -> dict[str, Matrix]:
 
 
 def forget_weights(state: State, current: Round) -> Round:
-    """Count every client once."""
+    """Give every client the weight 1."""
     clients = [replace(client, examples=1) for client in current.clients]
     return replace(current, clients=clients)
 

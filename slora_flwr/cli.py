@@ -100,12 +100,10 @@ def plan(
 def show_config(
     run_config: Annotated[
         list[str] | None,
-        typer.Option(
-            "--run-config", "-c", help="What differs, as `flwr run` takes it."
-        ),
+        typer.Option("--run-config", "-c", help="Values to change, as for `flwr run`."),
     ] = None,
 ) -> None:
-    """Print a TOML file of every key, with its help, for `slora run -c FILE`."""
+    """Print a TOML file of all keys with their help, for `slora run -c FILE`."""
     from slora_flwr.config.template import write_template
 
     try:

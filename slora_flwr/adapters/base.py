@@ -194,14 +194,14 @@ class Adapter:
         return None
 
     def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        """Put the trained parameters into a backbone; return them by name.
+        """Insert the trained parameters into a backbone, and return them.
 
-        The names are those of the state. The head is not among them.
+        They are named as in the state, and do not include the head.
         """
         return {}
 
     def restore(self, backbone: Backbone) -> None:
-        """Take out again, bit for bit, what `make` put into the backbone."""
+        """Remove what `make` inserted, and restore the backbone bit for bit."""
 
     def attach(self, backbone: Backbone) -> None:
         """Add the trained parameters to a resident backbone, without copying it."""

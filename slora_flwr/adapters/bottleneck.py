@@ -114,14 +114,14 @@ class BottleneckAdapter(Adapter):
         export_bottlenecks(folder, state, self.kind, self._reduction)
 
     def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        """Put the bottlenecks in; return them and the normalisations."""
+        """Insert the bottlenecks, and return them with the normalisations."""
         trained, self._hooks = insert(backbone.model, self.kind, self._reduction)
         norms = self._find_norms(backbone)
         self._norms = {name: (p, p.detach().clone()) for name, p in norms.items()}
         return trained | norms
 
     def restore(self, backbone: Backbone) -> None:
-        """Take the bottlenecks out and write the normalisations back."""
+        """Remove the bottlenecks and restore the normalisations."""
         for hook in self._hooks:
             hook.remove()
         with torch.no_grad():

@@ -42,7 +42,7 @@ def export_adapter(
     patch : BaseWeights or None
         The base; None for W_0.
     """
-    # PEFT takes seconds to import, which the check of a run config need not wait for.
+    # Checking a run config must not wait for PEFT's import, which takes seconds.
     from peft import LoraConfig
 
     from slora_flwr.adapters.peft_layers import write_peft

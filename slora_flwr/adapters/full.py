@@ -25,11 +25,11 @@ class FullAdapter(Adapter):
 
     @classmethod
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
-        """Return the number of values in a whole state, whatever is attached."""
+        """Return the number of values in a complete state."""
         return backbone.size
 
     def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        """Return the weights themselves, and keep a copy of them."""
+        """Return the weights themselves, after keeping a copy of them."""
         body = {
             name: parameter
             for name, parameter in backbone.model.named_parameters()
@@ -43,7 +43,7 @@ class FullAdapter(Adapter):
         return True
 
     def restore(self, backbone: Backbone) -> None:
-        """Write the copies back."""
+        """Restore the weights from their copies."""
         with torch.no_grad():
             for name, before in self._before.items():
                 self._trained[name].copy_(before)
@@ -58,7 +58,7 @@ class BiasAdapter(FullAdapter):
 
     @classmethod
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
-        """Return the number of values in a whole state."""
+        """Return the number of values in a complete state."""
         return backbone.head_size + sum(
             parameter.numel()
             for name, parameter in backbone.model.named_parameters()

@@ -12,5 +12,5 @@ class HeadAdapter(Adapter):
 
     @classmethod
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
-        """Return the number of values in a whole state, whatever is attached."""
+        """Return the number of values in a complete state."""
         return backbone.head_size

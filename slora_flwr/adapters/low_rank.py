@@ -13,7 +13,7 @@ from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
 
 if TYPE_CHECKING:
-    # PEFT takes seconds to import, which the check of a run config need not wait for.
+    # Checking a run config must not wait for PEFT's import, which takes seconds.
     from peft import LoraConfig
 
 
@@ -118,7 +118,7 @@ class LowRankAdapter(Adapter):
                 module.weight.add_(product.to(module.weight.device, torch.float32))
 
     def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        """Put PEFT's layers in; return the factors that are trained."""
+        """Insert PEFT's layers, and return the trained factors."""
         from slora_flwr.adapters.peft_layers import wrap
 
         with torch.random.fork_rng(devices=[]):
@@ -141,7 +141,7 @@ class LowRankAdapter(Adapter):
         return trained
 
     def restore(self, backbone: Backbone) -> None:
-        """Take PEFT's layers out."""
+        """Remove PEFT's layers."""
         self._model.unload()
         self._factors = {}
         del self._model

@@ -1,4 +1,4 @@
-"""PEFT's layers in a resident backbone, and its files."""
+"""PEFT's layers in a resident backbone, and files in PEFT's format."""
 
 import warnings
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from slora_flwr.backbone.load import Backbone
 
 
 def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """Put PEFT's layers into a model, without two warnings that do not apply."""
+    """Insert PEFT's layers, without two warnings that do not apply."""
     with warnings.catch_warnings():
-        # A model keeps a mark of adapters that `unload` has taken out again.
+        # A model stays marked as wrapped after `unload`.
         warnings.filterwarnings("ignore", message=".*for a second time")
         # PEFT reads a property that transformers has renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
@@ -37,15 +37,15 @@ def write_peft(
     Parameters
     ----------
     folder : Path
-        Made if need be.
+        Destination; created if missing.
     backbone : Backbone
-        With W_0 resident and nothing attached; it is used up.
+        The backbone with W_0 and nothing attached. It cannot be used afterwards.
     config : PeftConfig
-        Of the adapter; the task and the modules that hold the head are added.
+        The adapter's config. The task and the modules that hold the head are added.
     head : Mapping[str, Tensor]
-        The head's values, by their names in the backbone; others are ignored.
+        The head's values, named as in the backbone; other names are ignored.
     values : Mapping[str, Tensor]
-        The adapter's values by the names that PEFT gives their parameters, such as
+        The adapter's values, named as PEFT names their parameters, such as
         `<module>.lora_A.default.weight`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def write_peft(
 
 
 def _head_modules(backbone: Backbone) -> list[str]:
-    """Return the modules that hold the head, whole ones where all of one is head."""
+    """Return the names of the head's modules, the outermost that hold nothing else."""
     modules = set()
     for parameter in backbone.head:
         top = parameter.split(".", 1)[0]

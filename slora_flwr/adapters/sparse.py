@@ -245,7 +245,7 @@ class SparseAdapter(Adapter):
         }
 
     def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        """Make the target matrices compute with values of their own under a mask."""
+        """Replace the target matrices' forward passes, and return the masked values."""
         trained = {}
         masks = {}
         for name, drawn in self._draw(backbone, self._number).items():
@@ -265,7 +265,7 @@ class SparseAdapter(Adapter):
         return trained
 
     def restore(self, backbone: Backbone) -> None:
-        """Write the values back that were there before."""
+        """Restore the masked values and the forward passes."""
         with torch.no_grad():
             for name, module in backbone.targets.items():
                 before, lines = self._before[name], self._lines[name]

@@ -16,8 +16,8 @@ Step = Callable[[State], State]
 class Aggregator:
     """Federated averaging (arXiv 1602.05629): the server steps along the mean update.
 
-    A subclass names the `fold` that keeps what it needs of each client, and overrides
-    `combine`, or `finish` where the new state is not a step from the old one.
+    A subclass sets the `fold` that keeps what it needs of each client, and overrides
+    `combine`, or `finish` if the new state is not a step from the old one.
 
     Attributes
     ----------
@@ -38,8 +38,8 @@ class Aggregator:
     needs_float32 : bool
         True if a round adds to the backbone's weights.
     fold : type[Mean]
-        `Mean` keeps one running sum; `aggregation.stack.Stack` keeps each client's
-        update too, so that it grows with the cohort.
+        `Mean` keeps one running sum. `aggregation.stack.Stack` also keeps each client's
+        update, so that its size grows with the cohort.
     """
 
     trains: ClassVar[str] = "both"
@@ -63,7 +63,7 @@ class Aggregator:
         return self.fold(self.rank_of, self.codec, self.config.server.clip_norm)
 
     def combine(self, fold: Mean) -> State:
-        """Return the update along which the server steps: the mean of the clients'."""
+        """Return the update along which the server steps, here the clients' mean."""
         return fold.result()
 
     def finish(

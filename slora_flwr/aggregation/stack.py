@@ -76,7 +76,7 @@ class Stack(Mean):
         return [update for _, (_, update) in sorted(self._updates.items())]
 
     def weights(self) -> list[int]:
-        """List the clients' weights in the order of `updates`."""
+        """Return the clients' weights in the order of `updates`."""
         return [weight for _, (weight, _) in sorted(self._updates.items())]
 
     def products(self, sent: State) -> dict[str, tuple[Tensor, Tensor]]:

@@ -86,24 +86,24 @@ def best_device() -> torch.device:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """Load a backbone's tokeniser, `transformers.PreTrainedTokenizerFast`.
+    """Load a backbone's tokeniser, a `transformers.PreTrainedTokenizerFast`.
 
     Raises
     ------
     ConfigError
-        If there is no such model, or it has no tokenizer that can be used.
+        If there is no such model, or it has no usable tokeniser.
     """
-    # Here and not above: it takes seconds, and a node may not get this far.
+    # Imported here, since it takes seconds and a node may not get this far.
     from transformers import AutoTokenizer
 
     _quiet_transformers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(**_source(config))
     except (OSError, ValueError) as error:
-        # From none, since a traceback would show what is left out of the message.
+        # From None, since a traceback would show what is redacted in the message.
         raise _not_found(config, error) from None
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
-        # transformers makes one of special tokens alone where it finds no files.
+        # Without tokenizer files, transformers makes one that has only special tokens.
         raise ConfigError(
             f"model.name is {config.name!r}, which has no tokenizer files: all text "
             "would become unknown words"
@@ -111,7 +111,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if tokenizer.pad_token_id is None:
         raise ConfigError(
             f"model.name is {config.name!r}, whose tokenizer has no padding token; "
-            "allowed: one that has"
+            "allowed: a model whose tokenizer has one"
         )
     return tokenizer
 
@@ -136,7 +136,7 @@ def load_backbone(
     targets : str
         `all-linear`, or comma-separated endings of module names.
     tokenizer : transformers.PreTrainedTokenizerFast or None
-        The model's tokeniser; None to load it too.
+        The model's tokeniser; None to load it.
 
     Raises
     ------
@@ -178,7 +178,7 @@ def load_backbone(
 
 
 def _quiet_transformers() -> None:
-    """Silence transformers, whose report on a fresh head would hide the run's log."""
+    """Silence transformers: its report on a fresh head would hide the run's log."""
     from transformers import logging
 
     logging.set_verbosity_error()

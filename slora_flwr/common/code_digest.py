@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 @cache
 def code_digest(others: tuple[Path, ...] = ()) -> str:
-    """Return the BLAKE2b digest of this package's source files and others, 32 hex."""
+    """Return 32 hex digits: BLAKE2b of this package's code and other files."""
     digest = blake2b(digest_size=16)
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode())

@@ -16,13 +16,13 @@ def key(*parts: object) -> int:
 
 
 def partition_key(seed: int, purpose: str) -> int:
-    """Return a 128-bit key of the partition of data, unrelated to any of `key`'s."""
+    """Return a 128-bit key for partitioning data, unrelated to any of `key`."""
     text = f"slora partition, seed {int(seed)}, {purpose}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
 
 
 def partition_generator(seed: int, purpose: str) -> np.random.Generator:
-    """Return a generator for one purpose of the partition of data."""
+    """Return a generator for one purpose in partitioning data."""
     return np.random.Generator(np.random.Philox(key=partition_key(seed, purpose)))
 
 

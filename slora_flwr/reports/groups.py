@@ -60,7 +60,7 @@ class Group:
 
     @property
     def is_reference(self) -> bool:
-        """Whether it is full fine-tuning, which the others should come near."""
+        """Whether this is full fine-tuning, the reference for all others."""
         return self.config["method"] == REFERENCES[0]
 
     @property

@@ -87,7 +87,7 @@ def _variants(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
 
 
 def _can_run(config: RunConfig) -> bool:
-    """Return whether a method fits the rest: `fft` wants float32 weights."""
+    """Return whether a config is valid; `fft` needs float32 weights, for example."""
     try:
         check(config)
     except ConfigError:
