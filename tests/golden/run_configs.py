@@ -422,8 +422,8 @@ def keep_stable(facts: Mapping[str, Facts]) -> Facts:
         `layouts` of states and exports: dtype and shape of each tensor, and the digest
         where it holds whole numbers, which are masks' positions. `runs` by their names:
         the layout of each file, the cohort and the examples of each round, bytes that
-        other methods would send in them, and the ledger, with payload bytes where they
-        do not depend on values.
+        other methods would send in them, and the ledger: round, phase, direction,
+        clients, planned payload bytes, and those sent where no value changes them.
     """
     layouts: Facts = {}
     runs: Facts = {}
