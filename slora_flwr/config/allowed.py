@@ -54,7 +54,7 @@ def one_of(*names: str) -> Allowed:
 
 def listed_by(list_names: Callable[[], Iterable[str]]) -> Allowed:
     """Return a constraint of names that other packages may add to."""
-    return Allowed(lambda x: x in list_names(), lambda: ", ".join(list_names()))
+    return Allowed(lambda x: x in [*list_names()], lambda: ", ".join(list_names()))
 
 
 POSITIVE = allow("a number above 0", lambda x: 0 < x < math.inf)
