@@ -149,9 +149,10 @@ class _Methods(Mapping[str, Method]):
     """All methods by name; those from outside are loaded when they are looked up."""
 
     def __getitem__(self, name: str) -> Method:
+        outside = _outside("methods")  # first: it refuses names that are taken
         if name in METHODS:
             return METHODS[name]
-        found: Method = _load("methods", _outside("methods")[name])
+        found: Method = _load("methods", outside[name])
         return found
 
     def __iter__(self) -> Iterator[str]:

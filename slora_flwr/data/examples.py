@@ -58,7 +58,7 @@ class Examples:
             int64, shapes (rows, length), (rows, length) and (rows,).
         """
         lengths = self.lengths[rows]
-        columns = np.arange(max(1, lengths.max()))
+        columns = np.arange(max(1, int(lengths.max())))
         mask = columns < lengths[:, None]
         ids = np.full(mask.shape, self.pad, dtype=np.int64)
         ids[mask] = self.tokens[(self.offsets[rows][:, None] + columns)[mask]]

@@ -3,6 +3,7 @@
 import configparser
 import importlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -76,11 +77,12 @@ run(Grid(config, nodes=3), config, 1)
 # What each command does first.
 READ = """
 import sys
+from flwr.common.config import parse_config_args
 from slora_flwr.config import ConfigError, parse
 from slora_flwr.config.schedule import make_schedule, outside_files
 
 try:
-    config = parse({"method": sys.argv[1]})
+    config = parse(parse_config_args(sys.argv[1:]))
     make_schedule(config)
 except ConfigError as error:
     sys.exit(f"Error: {error}")
@@ -301,14 +303,16 @@ def test_an_entry_point_that_cannot_be_used(
         shutil.rmtree(site / "slora_ia3-0.1.0.dist-info")
     install(site, "slora-odd", entry_points)
     (site / "slora_odd.py").write_text(ODD)
-    done = call(site, READ, entry_points.split()[1])
+    done = call(site, READ, f"method='{entry_points.split()[1]}'")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [f"Error: {message}"]
 
 
 def test_what_is_not_used_is_not_loaded(site: Path) -> None:
     install(site, "slora-odd", "[slora_flwr.methods]\nodd = slora_none:METHOD")
-    files = [call(site, READ, method).stdout for method in ("head", "ia3")]
+    page = (EXAMPLE.parents[1] / "docs" / "add-a-method.md").read_text()
+    [documented] = set(re.findall(r'-c "(.+?)"', page))
+    files = [call(site, READ, given).stdout for given in ("method='head'", documented)]
     assert files == ["0\n", "1\n"]
 
 

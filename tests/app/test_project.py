@@ -1,0 +1,43 @@
+"""What the project's files say of it more than once."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slora_flwr import __version__
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def read(path: str) -> Any:
+    return yaml.safe_load((ROOT / path).read_text())
+
+
+def test_one_version() -> None:
+    assert PROJECT["version"] == __version__
+    assert read("CITATION.cff")["version"] == __version__
+
+
+def test_the_python_versions_that_are_claimed_are_tried() -> None:
+    tried = read(".github/workflows/checks.yml")["jobs"]["checks"]["strategy"]
+    versions = tried["matrix"]["python"]
+    claimed = "Programming Language :: Python :: "
+    assert [
+        name.removeprefix(claimed)
+        for name in PROJECT["classifiers"]
+        if name.startswith(f"{claimed}3.")
+    ] == versions
+    after = f"3.{int(versions[-1].split('.')[1]) + 1}"
+    assert PROJECT["requires-python"] == f">={versions[0]},<{after}"
+
+
+def test_the_workflow_makes_the_readmes_checks() -> None:
+    readme = (ROOT / "README.md").read_text()
+    block = readme.split("<!-- test-command -->")[1].split("```")[1]
+    jobs = read(".github/workflows/checks.yml")["jobs"]
+    made = " && ".join(s["run"] for s in jobs["checks"]["steps"] if "run" in s)
+    for command in made.split(" && "):
+        assert command in block
