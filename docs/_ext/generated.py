@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, get_type_hints
+from typing import get_type_hints
 
 import click
 import typer
@@ -11,28 +11,10 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
 from slora_flwr.cli import app as command_line
-from slora_flwr.config import RunConfig, Value, flatten
+from slora_flwr.config import list_keys
 from slora_flwr.config.methods import ADAPTERS, find_adapter, list_methods
 
 MARK = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)
-
-
-class Key(NamedTuple):
-    """One key of the run config."""
-
-    name: str
-    section: str
-    type: str
-    default: Value
-    allowed: str
-    help: str
-
-
-def list_keys() -> Iterator[Key]:
-    """Yield all keys of the run config, section by section."""
-    for name, default in flatten(RunConfig()).items():
-        section = name.rpartition(".")[0]
-        yield Key(name, section, type(default).__name__, default, "", "")
 
 
 def write_keys() -> Iterator[str]:
