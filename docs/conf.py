@@ -19,6 +19,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
+default_role = "literal"
 
 myst_enable_extensions = ["colon_fence", "deflist", "attrs_block"]
 myst_heading_anchors = 3
@@ -27,6 +28,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
+napoleon_use_ivar = True
 # What docstrings and signatures name of other projects, which this site cannot link to,
 # and of this one's inside, which no user calls.
 nitpick_ignore_regex = [("py:.*", ".*")]

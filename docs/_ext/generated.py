@@ -41,13 +41,13 @@ def write_rates() -> Iterator[str]:
 
 def write_methods() -> Iterator[str]:
     """Yield a table of the methods."""
-    yield "| `method` | phases | what it is | paper |"
-    yield "|---|---|---|---|"
+    yield "| `method` | phases | what it is |"
+    yield "|---|---|---|"
     for name, method in list_methods().items():
         phases = ", then ".join(f"`{phase.adapter}`" for phase in method.phases)
         number = method.paper.removeprefix("arXiv ")
-        paper = f"[{number}](https://arxiv.org/abs/{number})" if number else ""
-        yield f"| `{name}` | {phases} | {method.help} | {paper} |"
+        paper = f" ([{number}](https://arxiv.org/abs/{number}))" if number else ""
+        yield f"| `{name}` | {phases} | {method.help}{paper} |"
 
 
 def write_commands() -> Iterator[str]:
