@@ -19,7 +19,6 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from slora_flwr.adapters.base import Adapter
-from slora_flwr.adapters.low_rank import take_slices
 from slora_flwr.aggregation.choice import make_aggregator
 from slora_flwr.aggregation.mean import FoldError, Mean
 from slora_flwr.aggregation.server_optimizer import ServerOptimizer
@@ -53,6 +52,7 @@ from slora_flwr.wire.messages import (
     read_evaluation,
 )
 from slora_flwr.wire.packing import PayloadError, pack, unpack
+from slora_flwr.wire.state_channel import write_change, write_slices
 
 NO_REPLY = "no reply before the deadline"
 
@@ -425,7 +425,7 @@ class PhasedStrategy(Strategy):
         return BaseVersions(
             patch,
             4 * model.backbone.target_size,
-            lambda: pack(model.base_weights()),
+            model.base_weights,
             replace(codec, head=0),
             known,
         )
@@ -523,7 +523,7 @@ class PhasedStrategy(Strategy):
             self._adapter,
         )
         if change is not None:
-            self._base.change(pack(change))
+            self._base.change(write_change(change))
             self._model.change_base([change], self._phase_round, self._base.digest)
             self._save_base(self._model.base_weights())
 
@@ -652,7 +652,7 @@ class PhasedStrategy(Strategy):
             state, since = self._broadcast.encode_for(node)
             if rank_of := self._aggregator.rank_of:
                 largest = max(map(rank_of, clients))
-                state = pack(take_slices(self._sent(), largest))
+                state = write_slices(self._sent(), largest)
             instruction = Instruction(
                 self._round.number,
                 self._phase,
