@@ -7,10 +7,14 @@ import torch
 from flwr.app import Array
 from torch import Tensor
 
-from slora_flwr.adapters.low_rank import fill_slices, rank_shapes, take_slices
+from slora_flwr.adapters.low_rank import fill_slices
 from slora_flwr.wire.clipping import largest_norm, norm
 from slora_flwr.wire.codec import Codec
-from slora_flwr.wire.packing import pack, unpack
+from slora_flwr.wire.state_channel import (
+    read_sums,
+    read_update,
+    write_sums,
+)
 
 # Sums are whole multiples of 1 / SCALE. With weights of at least 1, that is finer than
 # float32's resolution at an update of 1e-2, and it leaves room for sums up to 2^32.
@@ -54,7 +58,7 @@ class Mean:
         self._codec = codec
         self._clip_norm = clip_norm
         self._expected = 0
-        self._weights: dict[int, int] = {}  # by rank
+        self._weights: dict[int, int] = {}  # by rank, if clients have ranks
 
     @classmethod
     def of(cls, fold: "Mean") -> Self:
@@ -102,10 +106,7 @@ class Mean:
 
     def packed(self) -> Array:
         """Return the reply of a node with several clients: their sums, int64."""
-        sums: Mapping[str, Tensor] = self.sums
-        if self._rank_of is not None:
-            sums = take_slices(sums, max(self._weights))
-        return pack(sums, "int64")
+        return write_sums(self.sums, max(self._weights, default=None))
 
     def take(
         self,
@@ -130,15 +131,13 @@ class Mean:
         FoldError, PayloadError
             If the reply cannot be added; the fold is then unchanged.
         """
-        layout = shapes
-        if self._rank_of is not None:
-            layout = rank_shapes(shapes, max(map(self._rank_of, clients)))
+        rank = max(map(self._rank_of, clients)) if self._rank_of else None
         if len(clients) == 1:
-            update = self._codec.decode(array, layout)
+            update = read_update(array, shapes, self._codec, rank)
             self._check_norm(update, 1)
             self.add(fill_slices(update, shapes), weights[0], clients[0])
             return
-        sums = unpack(array, layout, "int64")
+        sums = read_sums(array, shapes, rank)
         self._check_norm(sums, sum(weights) * SCALE)
         self.merge(fill_slices(sums, shapes), sum(weights))
         for client, weight in zip(clients, weights, strict=True):

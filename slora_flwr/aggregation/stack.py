@@ -1,16 +1,16 @@
 """The stack of clients' updates, for aggregators that need more than the mean."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from flwr.app import Array
 from torch import Tensor
 
-from slora_flwr.adapters.low_rank import fill_slices, rank_shapes, take_slices
+from slora_flwr.adapters.low_rank import fill_slices
 from slora_flwr.aggregation.mean import PLAIN, Mean
 from slora_flwr.common.tensors import State
 from slora_flwr.wire.codec import Codec
-from slora_flwr.wire.packing import pack, unpack
+from slora_flwr.wire.state_channel import read_updates, write_updates
 
 
 class Stack(Mean):
@@ -35,13 +35,8 @@ class Stack(Mean):
 
     def packed(self) -> Array:
         """Return a node's reply: its clients' updates, float32, in order of arrival."""
-        updates = [
-            update if self._rank_of is None else take_slices(update, self._rank_of(c))
-            for c, (_, update) in self._updates.items()
-        ]
-        return pack(
-            {f"{i} {name}": t for i, u in enumerate(updates) for name, t in u.items()}
-        )
+        updates = [update for _, update in self._updates.values()]
+        return write_updates(updates, self._ranks(self._updates))
 
     def take(
         self,
@@ -54,18 +49,11 @@ class Stack(Mean):
         if len(clients) == 1:
             super().take(array, shapes, clients, weights)
             return
-        layout: dict[str, Sequence[int]] = {}
-        for i, client in enumerate(clients):
-            own: Mapping[str, Sequence[int]] = shapes
-            if self._rank_of is not None:
-                own = rank_shapes(shapes, self._rank_of(client))
-            layout |= {f"{i} {name}": shape for name, shape in own.items()}
-        values = unpack(array, layout)
+        updates = read_updates(array, shapes, self._ranks(clients))
         node = Stack(self._rank_of)
-        for i, client in enumerate(clients):
-            update = {name: values[f"{i} {name}"] for name in shapes}
+        for client, weight, update in zip(clients, weights, updates, strict=True):
             self._check_norm(update, 1)
-            node.add(fill_slices(update, shapes), weights[i], client)
+            node.add(fill_slices(update, shapes), weight, client)
         self.merge(node.sums, node.weight)
         self._updates |= node._updates
         for rank, weight in node._weights.items():
@@ -105,3 +93,6 @@ class Stack(Mean):
                 left.append(b[:, :rank] * (weight / self.weight))
             found[name] = torch.cat(left, dim=1), torch.cat(right)
         return found
+
+    def _ranks(self, clients: Iterable[int]) -> list[int | None]:
+        return [self._rank_of(c) if self._rank_of else None for c in clients]

@@ -4,38 +4,118 @@ from functools import lru_cache
 
 from flwr.app import Context
 
+from slora_flwr.backbone.base_weights import BaseWeights
+from slora_flwr.client.base_cache import cached_base
+from slora_flwr.client.errors import MismatchError, MissingStateError
+from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig, flatten, parse
 from slora_flwr.data.node_files import OwnData
 from slora_flwr.training.trainer import Trainer
+from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.messages import Instruction
+from slora_flwr.wire.state_channel import (
+    name_version,
+    read_base,
+    read_change,
+    read_slices,
+    read_state,
+    read_weights,
+)
 
 
 class ClientProcess:
-    """A run's trainer, and the last states that came.
+    """A run's trainer, and the last versions of the state that came.
 
     Parameters
     ----------
     config, classes
         As of `Trainer`.
-
-    Attributes
-    ----------
-    received : dict[str, bytes]
-        The last states, as `Codec.write` returned them, by their digests.
     """
 
     def __init__(self, config: RunConfig, classes: tuple[str, ...]) -> None:
         self.trainer = Trainer(config, classes)
-        self.received: dict[str, bytes] = {}
+        self._versions: dict[str, bytes] = {}
 
-    def receive(self, digest: str, data: bytes) -> None:
-        """Keep a state for the differences to it, and the one that came before.
+    def prepare(self, instruction: Instruction) -> State:
+        """Attach the adapter of an instruction over its base; return the state sent.
 
-        Nodes of one process can be told of different ones.
+        Raises
+        ------
+        MissingBaseError, MissingStateError
+            If this node lacks what the instruction builds on.
+        MismatchError
+            If the adapter's fingerprint is not the server's.
         """
-        self.received.pop(digest, None)
-        before = list(self.received.items())[-1:]
-        self.received = {**dict(before), digest: data}
+        model, phase = self.trainer.model, self.trainer.schedule[instruction.phase]
+        if not model.is_attached(phase, instruction.base):
+            self._attach_base(instruction)
+        adapter = model.attach(phase, None, instruction.base)
+        adapter.begin(instruction.phase_round)
+        if adapter.fingerprint() != instruction.fingerprint:
+            raise MismatchError(
+                f"the {phase.adapter} adapter of this node has fingerprint "
+                f"{adapter.fingerprint()}, the server's {instruction.fingerprint}: "
+                "their masks or backbones differ"
+            )
+        return adapter.complete(self._read_state(instruction))
+
+    def _attach_base(self, instruction: Instruction) -> None:
+        """Attach the base: whole, or what this node has of it, and then the changes."""
+        model, delta = self.trainer.model, instruction.base_delta
+        phase = self.trainer.schedule[instruction.phase]
+        if delta.weights is not None:
+            base = read_weights(delta.weights, model.target_shapes)
+            model.attach(phase, base, instruction.base)
+            return
+        if not model.is_attached(phase, delta.known):
+            start = self._read_base(instruction) if delta.known else None
+            model.attach(phase, start, delta.known)
+        if delta.changes:
+            changes = [read_change(c, model.change_shapes) for c in delta.changes]
+            model.change_base(changes, delta.version + 1, instruction.base)
+
+    def _read_base(self, instruction: Instruction) -> BaseWeights:
+        config, model = self.trainer.config, self.trainer.model
+        phase = self.trainer.schedule[instruction.phase]
+        data = cached_base(instruction.base_delta)
+        rounds_before = instruction.server_round - instruction.phase_round
+        shapes, positions, scaling = phase.adapter_type.base_layout(
+            phase, config, model.backbone, rounds_before
+        )
+        codec = Codec.of_download(config.download, head=0)
+        reference = {} if codec.is_exact else model.known_values(positions)
+        return read_base(data, shapes, positions, scaling, codec, reference)
+
+    def _read_state(self, instruction: Instruction) -> State:
+        config, model = self.trainer.config, self.trainer.model
+        shapes = model.adapter.sent()
+        if rank_of := model.adapter.client_ranks(config):
+            largest = max(map(rank_of, instruction.clients))
+            return read_slices(instruction.state, shapes, largest)
+        codec = Codec.of_download(config.download, model.backbone.head_size)
+        since = instruction.since
+        if since and since not in self._versions:
+            raise MissingStateError(f"no state {since} here")
+        state, version = read_state(
+            instruction.state,
+            shapes,
+            codec,
+            model.reference,
+            self._versions.get(since, b""),
+        )
+        if version:
+            self._keep(version)
+        return state
+
+    def _keep(self, version: bytes) -> None:
+        """Keep a version for the differences from it, and the one that came before.
+
+        The server may send nodes that share a process differences from either.
+        """
+        name = name_version(version)
+        self._versions.pop(name, None)
+        before = list(self._versions.items())[-1:]
+        self._versions = {**dict(before), name: version}
 
 
 make_process = lru_cache(maxsize=1)(ClientProcess)

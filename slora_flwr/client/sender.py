@@ -1,11 +1,8 @@
 """A node's way of sending its clients' updates: coded, with what was lost before."""
 
-from dataclasses import replace
-
 from flwr.app import Context
 from numpy.random import Philox
 
-from slora_flwr.adapters.low_rank import fill_slices, take_slices
 from slora_flwr.client.residuals import Residuals
 from slora_flwr.common.random import key
 from slora_flwr.common.tensors import State
@@ -13,7 +10,7 @@ from slora_flwr.config import parse
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.messages import Instruction
-from slora_flwr.wire.upload import Upload, code_update
+from slora_flwr.wire.state_channel import Upload, write_update
 
 
 class Sender:
@@ -64,24 +61,19 @@ class Sender:
     def code(self, client: int, update: State, start: State) -> Upload:
         """Code a client's update; `start` is the state that it was sent."""
         config = self._trainer.config
-        shapes = {name: tensor.shape for name, tensor in update.items()}
         if self._remembers:
             since = self._since(client)
             self._before = self._residuals.take(client, self._tag, since)
-        start = self._trainer.model.adapter.whole(start)
-        if self._rank_of:
-            rank = self._rank_of(client)
-            update, start = take_slices(update, rank), take_slices(start, rank)
-        upload = code_update(
+        return write_update(
             update,
             self._codec,
             residual=self._before,
-            start=start,
+            start=self._trainer.model.adapter.whole(start),
             importance=config.upload.importance,
             stream=self._stream(client),
             clip_norm=self._clip_norm,
+            rank=self._rank_of(client) if self._rank_of else None,
         )
-        return replace(upload, update=fill_slices(upload.update, shapes))
 
     def keep(self, client: int, upload: Upload) -> None:
         """Keep what the upload just coded lacks, for the client's next one."""

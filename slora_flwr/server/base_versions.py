@@ -1,7 +1,6 @@
 """Versions of the base that a phase's adapter stands on, and who has which."""
 
 from collections.abc import Callable
-from hashlib import blake2b
 
 import torch
 from flwr.app import Array
@@ -10,9 +9,15 @@ from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.common.tensors import State
 from slora_flwr.planning.version_bytes import VersionBytes
 from slora_flwr.runs.snapshot import Snapshot, to_bytes, to_tensor
-from slora_flwr.wire.codec import Codec, add, subtract
+from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.messages import BaseDelta
 from slora_flwr.wire.packing import pack, unpack
+from slora_flwr.wire.state_channel import (
+    name_version,
+    read_base,
+    write_base,
+    write_weights,
+)
 
 
 class BaseVersions:
@@ -28,7 +33,7 @@ class BaseVersions:
     size : int
         Bytes of all target matrices, which are sent instead of changes that cost more.
     weights : Callable
-        Packs the target matrices of the current version.
+        Returns the target matrices of the current version.
     codec : Codec
         How the start travels. The base is what is read of it, on the server too.
     reference : State
@@ -44,18 +49,24 @@ class BaseVersions:
         self,
         start: BaseWeights | None,
         size: int,
-        weights: Callable[[], Array],
+        weights: Callable[[], State],
         codec: Codec,
         reference: State,
     ) -> None:
         state = start.state() if start is not None else {}
-        self._packed = codec.encode(subtract(state, reference)) if state else None
-        if start is not None and self._packed is not None:
-            shapes = {name: tensor.shape for name, tensor in state.items()}
-            read = add(codec.decode(self._packed, shapes), reference)
-            start = BaseWeights.from_state(read, start.positions, start.scaling)
+        self._packed: Array | None = None
+        if start is not None and state:
+            self._packed = write_base(start, codec, reference)
+            start = read_base(
+                self._packed.data,
+                {name: tensor.shape for name, tensor in state.items()},
+                start.positions,
+                start.scaling,
+                codec,
+                reference,
+            )
         self.start = start
-        self._digests = [_digest(self._packed.data) if self._packed else ""]
+        self._digests = [name_version(self._packed.data) if self._packed else ""]
         self._changes: list[Array] = []
         self._weights = weights
         begun = len(self._packed.data) if self._packed else 0
@@ -69,7 +80,7 @@ class BaseVersions:
 
     def change(self, change: Array) -> None:
         """Go on to the next version."""
-        self._digests.append(_digest(self.digest.encode(), change.data))
+        self._digests.append(name_version(self.digest.encode(), change.data))
         self._changes.append(change)
         for holders in (self.nodes, self.clients):
             holders.changes.append(len(change.data))
@@ -91,7 +102,7 @@ class BaseVersions:
         if anew:
             version = None
         if self.nodes.is_whole(version):
-            return BaseDelta(weights=self._weights())
+            return BaseDelta(weights=write_weights(self._weights()))
         start = self._packed if version is None else None
         begun = version or 0
         return BaseDelta(self._digests[begun], begun, start, self._changes[begun:])
@@ -146,7 +157,3 @@ _NO_CHANGE = pack({})
 
 def _values(change: Array) -> torch.Tensor:
     return unpack(change, {"": change.shape})[""]
-
-
-def _digest(*parts: bytes) -> str:
-    return blake2b(b"".join(parts), digest_size=16).hexdigest()

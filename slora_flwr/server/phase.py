@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from flwr.app import Array
 
-from slora_flwr.adapters.low_rank import take_slices
 from slora_flwr.aggregation.choice import make_aggregator
 from slora_flwr.aggregation.mean import Mean
 from slora_flwr.aggregation.server_optimizer import ServerOptimizer
@@ -19,7 +18,7 @@ from slora_flwr.server.base_versions import BaseVersions
 from slora_flwr.server.state_versions import StateVersions
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.codec import Codec
-from slora_flwr.wire.packing import pack
+from slora_flwr.wire.state_channel import write_change, write_slices
 
 
 class ActivePhase:
@@ -187,7 +186,7 @@ class ActivePhase:
             self.adapter,
         )
         if change is not None:
-            self.base.change(pack(change))
+            self.base.change(write_change(change))
             self._model.change_base([change], self.phase_round, self.base.digest)
 
     def kept_energy(self) -> float | None:
@@ -222,7 +221,7 @@ class ActivePhase:
         rank_of = self.aggregator.rank_of
         if rank_of is None:
             return self.versions.encode_for(node, anew=anew)
-        return pack(take_slices(self.sent(), max(map(rank_of, clients)))), ""
+        return write_slices(self.sent(), max(map(rank_of, clients))), ""
 
     def bytes_due(self, clients: Iterable[int]) -> int:
         """Return the bytes that clients are sent, each as if it were its own node."""
@@ -255,7 +254,7 @@ def make_base(trainer: Trainer, start: BaseWeights | None) -> BaseVersions:
     return BaseVersions(
         start,
         4 * model.backbone.target_size,
-        lambda: pack(model.base_weights()),
+        model.base_weights,
         replace(codec, head=0),
         known,
     )

@@ -6,7 +6,8 @@ from flwr.app import Array
 
 from slora_flwr.common.tensors import State
 from slora_flwr.runs.snapshot import Snapshot, to_bytes, to_tensor
-from slora_flwr.wire.codec import Codec, add, name_version, subtract
+from slora_flwr.wire.codec import Codec
+from slora_flwr.wire.state_channel import name_version, write_state
 
 
 class StateVersions:
@@ -20,13 +21,13 @@ class StateVersions:
     codec : Codec
         How states travel.
     reference : State
-        What both sides know without a message, and so is not sent: a state is coded as
-        its difference to this. Unused where the codec is exact.
+        What both sides know without a message, see `slora_flwr.wire.state_channel`;
+        empty if the codec is exact.
     """
 
     def __init__(self, codec: Codec, reference: State) -> None:
         self._codec, self._reference = codec, reference
-        # What `write` gave for the last version and the one before, by digest.
+        # The bytes of the last version and of the one before, by digest.
         self._written: dict[str, bytes] = {}
         self._digest = ""
         self._arrays: dict[str, Array] = {}
@@ -44,9 +45,7 @@ class StateVersions:
         if codec.is_plain:
             self._arrays = {"": codec.encode(state)}
             return state
-        shapes = {name: tensor.shape for name, tensor in state.items()}
-        change = state if codec.is_exact else subtract(state, self._reference)
-        data = codec.write(change)
+        data, read = write_state(state, codec, self._reference)
         digest = name_version(data)
         if digest != self._digest:
             before = self._written.get(self._digest)
@@ -54,9 +53,7 @@ class StateVersions:
             self._written[digest] = data
             self._digest = digest
             self._arrays = {"": codec.seal(data, self._values)}
-        if codec.is_exact:
-            return state
-        return add(codec.read(data, shapes), self._reference)
+        return read
 
     def encode_for(self, node: int, *, anew: bool = False) -> tuple[Array, str]:
         """Return what a node is sent, and the digest of the version it is to have.

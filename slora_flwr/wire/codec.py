@@ -15,7 +15,6 @@ different magnitude.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -37,16 +36,6 @@ from slora_flwr.wire.quantize import codes_size, dequantize, quantize, scales_si
 
 CODED = "slora.coded"
 _ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 1}
-
-
-def subtract(state: State, reference: State) -> State:
-    """Return a state minus a reference, in which missing names count as zeros."""
-    return {n: t - reference[n] if n in reference else t for n, t in state.items()}
-
-
-def add(change: State, reference: State) -> State:
-    """Return a change plus a reference: the inverse of `subtract`, up to rounding."""
-    return {n: t + reference[n] if n in reference else t for n, t in change.items()}
 
 
 @dataclass(frozen=True)
@@ -255,8 +244,3 @@ class Codec:
 
     def _scales_size(self, count: int) -> int:
         return sum(scales_size(part, self.dtype) for part in self.parts(count))
-
-
-def name_version(data: bytes) -> str:
-    """Return a version's name: BLAKE2b of `Codec.write`'s bytes, 32 hex digits."""
-    return blake2b(data, digest_size=16).hexdigest()

@@ -18,6 +18,7 @@ from flwr.common.serde import message_to_proto
 
 from slora_flwr.common.text import printable
 from slora_flwr.training.metrics import Evaluation
+from slora_flwr.wire.packing import pack
 
 # Codes of the error replies of a node that lacks the base which an instruction names,
 # or the state to which it brings the difference.
@@ -209,14 +210,24 @@ class Report:
     server_round: int
     phase: int
     fingerprint: str
-    update: Array
-    clients: list[int]
-    examples: list[int]
-    losses: list[float]
-    seconds: list[float]
-    payloads: list[int]
+    update: Array = field(default_factory=lambda: pack({}))
+    clients: list[int] = field(default_factory=list)
+    examples: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    payloads: list[int] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
     wire: list[int] = field(default_factory=list)
+
+    def add(
+        self, client: int, examples: int, loss: float, seconds: float, payload: int
+    ) -> None:
+        """Add the figures of a client that is in the aggregate."""
+        self.clients.append(client)
+        self.examples.append(examples)
+        self.losses.append(loss)
+        self.seconds.append(seconds)
+        self.payloads.append(payload)
 
     def content(self) -> RecordDict:
         """Write the records."""

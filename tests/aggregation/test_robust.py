@@ -22,7 +22,7 @@ from slora_flwr.training.attack import is_hostile, spoil_examples, spoil_update
 from slora_flwr.wire.clipping import clip, largest_norm, norm
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.packing import pack
-from slora_flwr.wire.upload import code_update
+from slora_flwr.wire.state_channel import write_update
 from tests.support.grids import Grid, RecordingGrid, ShufflingGrid, values
 from tests.support.runs import Config, differ, elsewhere, events, final, start
 
@@ -229,7 +229,7 @@ def test_what_is_read_of_a_clipped_update_is_within_the_slack(
     update = {"x": scale * draw(seed, count) * (spread * draw(seed + 1, count)).exp()}
     bound = 0.5 * norm(update)
     codec = Codec(dtype, share, head=0)
-    upload = code_update(
+    upload = write_update(
         update,
         codec,
         residual={"x": draw(seed + 2, count) * scale},

@@ -16,12 +16,13 @@ from typing import Any
 
 import psutil
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
 from slora_flwr.client import handlers as node
 from slora_flwr.client import resident
+from slora_flwr.client.errors import MismatchError
 from slora_flwr.client.process import get_process
 from slora_flwr.wire.messages import Instruction
 from slora_flwr.wire.packing import pack
@@ -153,13 +154,13 @@ def test_it_answers_as_the_handlers_do_and_stays(
 
     # What a handler raises arrives with Flower's view of it: the type and the text.
     instruction.fingerprint = "another"
-    with pytest.raises(node.MismatchError) as known:
+    with pytest.raises(MismatchError) as known:
         node.train(train(), context)
     with pytest.raises(Exception, match="has fingerprint") as there:
         resident.handle(train(), context)
     assert str(there.type) == str(known.type)
     assert str(there.value) == str(known.value)
-    assert "_enter" in there.value.__notes__[0]
+    assert "prepare" in there.value.__notes__[0]
     # A process in which an exception was raised is not kept.
     wait_until(lambda: not residents(folder))
 
@@ -262,7 +263,7 @@ def test_one_that_ends_amid_a_message_is_replaced_once(
 
     monkeypatch.setattr(resident, "_handle_here", answer)
     context = make_context()
-    content = RecordDict({"config": node.ConfigRecord({"a": 1})})
+    content = RecordDict({"config": ConfigRecord({"a": 1})})
     message = make_message("train", content)
     serve_here(monkeypatch, leave_amid_a_message, serve)
     assert resident.handle(message, context).content == content

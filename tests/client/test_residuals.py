@@ -14,7 +14,7 @@ from slora_flwr.common.files import cache_folder
 from slora_flwr.common.tensors import State
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.messages import Instruction
-from slora_flwr.wire.upload import code_update
+from slora_flwr.wire.state_channel import write_update
 from tests.support.grids import RUN_IDS, Grid
 from tests.support.runs import (
     HEAD_VALUES,
@@ -41,7 +41,7 @@ def test_nothing_is_lost_for_good(rounds: list[int], dtype: str, share: float) -
     wanted, read = torch.zeros(150), torch.zeros(150)
     for number, seed in enumerate(rounds):
         update = torch.randn(150, generator=torch.Generator().manual_seed(seed))
-        upload = code_update(
+        upload = write_update(
             {"x": update},
             codec,
             residual=residual,

@@ -1,0 +1,32 @@
+"""The cache of bases on this machine's disk, each in a file named by its digest."""
+
+from slora_flwr.client.errors import MismatchError, MissingBaseError
+from slora_flwr.common.files import cache_folder, write_atomically
+from slora_flwr.wire.messages import BaseDelta
+from slora_flwr.wire.state_channel import name_version
+
+
+def cached_base(delta: BaseDelta) -> bytes:
+    """Return the bytes of a phase's first base, from the message or from the cache.
+
+    Raises
+    ------
+    MissingBaseError
+        If it is in neither.
+    MismatchError
+        If the bytes in the message do not have its digest.
+    """
+    known, sent = delta.known, delta.start
+    # Through bytes, so that what came over the network cannot be a path.
+    path = cache_folder() / f"base-{bytes.fromhex(known).hex()}"
+    if sent is not None:
+        if name_version(sent.data) != known:
+            raise MismatchError("the base that was sent does not have its digest")
+        write_atomically(path, sent.data)
+        return sent.data
+    if not path.is_file():
+        raise MissingBaseError(f"no base {known} here")
+    data = path.read_bytes()
+    if name_version(data) != known:
+        raise MissingBaseError(f"base {known} is damaged here")
+    return data

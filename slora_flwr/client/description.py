@@ -1,0 +1,69 @@
+"""A node's description of itself: its code, its backbone, its clients' sizes."""
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
+
+import slora_flwr
+from slora_flwr.backbone.load import digest_of
+from slora_flwr.client.process import get_process
+from slora_flwr.common.code_digest import code_digest
+from slora_flwr.config import RunConfig, parse
+from slora_flwr.config.schedule import outside_files
+from slora_flwr.data.node_files import OwnData, OwnDataError
+
+
+def describe(context: Context) -> RecordDict:
+    """Return what the server asks of a node before the first round."""
+    config = parse(context.run_config)
+    code = code_digest(outside_files(config))
+    described = ConfigRecord({"version": slora_flwr.__version__, "code": code})
+    # How many nodes a simulation has, so that the server knows whom to wait for.
+    described["nodes"] = int(context.node_config.get("num-partitions", 1))
+    own = config.data.is_own
+    add_clients = _add_own_data if own else _add_partition
+    metrics = add_clients(config, context, described)
+    return RecordDict({"config": described, "metrics": metrics})
+
+
+def node_name(context: Context) -> str:
+    """Return the name that a node's operator gave it, or else its id."""
+    return str(context.node_config.get("name", context.node_id))
+
+
+def _add_partition(
+    config: RunConfig, context: Context, described: ConfigRecord
+) -> MetricRecord:
+    trainer = get_process(context).trainer
+    trainer.model.detach()  # the digest is W_0's
+    described["backbone"] = trainer.model.backbone.digest
+    described["partition"] = trainer.data.partition_digest
+    described["classes"] = trainer.data.classes
+    sizes = trainer.data.partition.sizes
+    hosted = np.arange(len(sizes))
+    if config.clients.count == 0:
+        hosted = hosted[[int(context.node_config["partition-id"])]]
+    return MetricRecord(
+        {"clients": hosted.tolist(), "examples": sizes[hosted].tolist()}
+    )
+
+
+def _add_own_data(
+    config: RunConfig, context: Context, described: ConfigRecord
+) -> MetricRecord:
+    """Add counts and label names, which is all that leaves the node of its data."""
+    source = OwnData.of(context.node_config, config.data)
+    texts, skipped = source.load()
+    labels = source.labels(texts)
+    if not labels:
+        rows = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
+        raise OwnDataError(f"no usable row; skipped: {rows or 'none'}")
+    described["backbone"] = digest_of(config.model)
+    described["name"] = node_name(context)
+    described["labels"] = list(labels)
+    if "partition-id" in context.node_config:
+        described["client"] = int(context.node_config["partition-id"])
+    metrics = MetricRecord({"examples": list(labels.values())})
+    if skipped:  # Flower cannot count the bytes of an empty list
+        described["skipped"] = list(skipped)
+        metrics["skipped"] = list(skipped.values())
+    return metrics
