@@ -4,52 +4,43 @@ In deployment Flower starts a process for every message. That process forwards t
 message over a Unix socket to one that stays, so that torch is imported and the backbone
 loaded once. In simulation the processes stay anyway, and the message is handled where
 it arrives.
-
-The protocol: the resident worker greets with its identity. `handle` follows, a message
-and its context, or `end`; and back come an empty frame, the reply and the context, or
-an error's type, text and traceback. Messages and contexts are Flower's own protobufs,
-followed by the bytes of their arrays, which protobuf would copy five times. Every
-frame has its length, 8 bytes in network order, in front.
 """
 
 import os
 import select
 import socket
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedRWPair
 from logging import INFO, WARNING
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
-from typing import NoReturn
 
-from flwr.app import Array, Context, Message
+from flwr.app import Context, Message
 from flwr.common.logger import log
-from flwr.common.serde import (
-    context_from_proto,
-    context_to_proto,
-    message_from_proto,
-    message_to_proto,
-)
-from flwr.proto.message_pb2 import Context as ProtoContext
-from flwr.proto.message_pb2 import Message as ProtoMessage
 
+from slora_flwr.client.protocol import (
+    END,
+    HANDLE,
+    TEXT_LIMIT,
+    error_frames,
+    message_frames,
+    read_message,
+    read_reply,
+    reply_frames,
+    write,
+)
 from slora_flwr.common.code_digest import code_digest
 
 # Of `resident-seconds` in the node config: how long the process outlives a message.
 DEFAULT_SECONDS, MOST_SECONDS = 600.0, 86_400.0
-# Bytes of a frame: of text, of a protobuf, which can be no longer, and of an array.
-TEXT_LIMIT, PROTO_LIMIT, ARRAY_LIMIT = 1 << 20, (1 << 31) - 1, 1 << 38
 WATCH_SECONDS = 1.0
 
-_LENGTH = struct.Struct("!Q")
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -85,13 +76,9 @@ def handle(message: Message, context: Context) -> Message:
             log(WARNING, "no resident worker (%s); its work is done here", error)
             return _handle_here(message, context)
         try:
-            with channel, channel.makefile("rwb") as stream:
-                _write(stream, b"handle", *_encode(message, context))
-                if failure := _read(stream, TEXT_LIMIT):
-                    _raise(
-                        failure, _read(stream, TEXT_LIMIT), _read(stream, TEXT_LIMIT)
-                    )
-                reply, after = _decode(stream)
+            with channel:
+                write(channel, HANDLE, *message_frames(message, context))
+                reply, after = read_reply(channel)
         except (OSError, EOFError):
             log(WARNING, "the resident worker ended in the middle of a message")
             continue
@@ -121,9 +108,9 @@ def _in_simulation() -> bool:
 
 def _handle_here(message: Message, context: Context) -> Message:
     # torch takes seconds to import, which a process that only forwards need not wait.
-    from slora_flwr.client import handlers as node
+    from slora_flwr.client import handlers
 
-    return node.HANDLERS[message.metadata.message_type](message, context)
+    return handlers.HANDLERS[message.metadata.message_type](message, context)
 
 
 # A worker's caches hold for one run, and its code and launcher for good: a resident
@@ -134,7 +121,7 @@ def _identity(run_id: int, launcher: int) -> str:
 
 
 def _folder() -> Path:
-    """Give the folder of the sockets, after a check that others cannot enter it."""
+    """Return the folder of the sockets, after a check that others cannot enter it."""
     path = Path(tempfile.gettempdir()) / f"slora-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
@@ -157,7 +144,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _reach(context: Context, seconds: float) -> socket.socket:
+def _reach(context: Context, seconds: float) -> Connection:
     """Connect to the node's resident worker, started if there is none that fits."""
     path = _folder() / f"{context.node_id}.sock"
     launcher = os.getppid()
@@ -165,29 +152,24 @@ def _reach(context: Context, seconds: float) -> socket.socket:
     # It may end between the connection and its greeting, and be another's twice.
     for _ in range(4):
         started = None
-        channel = socket.socket(socket.AF_UNIX)
         try:
             with _locked(path.parent):
                 try:
-                    channel.connect(str(path))
+                    channel = Client(str(path), "AF_UNIX")
                 except (FileNotFoundError, ConnectionRefusedError):
                     started = _start(path, context.run_id, launcher, seconds)
-                    channel.connect(str(path))
-            with channel.makefile("rwb") as stream:
-                if _read(stream, TEXT_LIMIT).decode() == identity:
-                    return channel
-                _write(stream, b"end")
-                _read(stream, TEXT_LIMIT)  # when its socket is gone
-        except (EOFError, ConnectionError, ResidentError) as error:
+                    channel = Client(str(path), "AF_UNIX")
+            if channel.recv_bytes(TEXT_LIMIT).decode() == identity:
+                return channel
+            with channel:
+                write(channel, END)
+                channel.recv_bytes(TEXT_LIMIT)  # when its socket is gone
+        except (EOFError, ConnectionError) as error:
             if started is not None:
                 status = started.wait()
                 raise ResidentError(
                     f"it ended with status {status} as it started"
                 ) from error
-        except OSError:
-            channel.close()
-            raise
-        channel.close()
     raise ResidentError(f"{path} is never this run's")
 
 
@@ -238,42 +220,29 @@ def serve(
                 if not select.select([listener], [], [], 0)[0]:
                     path.unlink(missing_ok=True)
                     return
-        channel, _ = listener.accept()
+        accepted, _ = listener.accept()
         try:
-            with channel, channel.makefile("rwb") as stream:
-                _write(stream, identity)
+            with Connection(accepted.detach()) as channel:
+                write(channel, identity)
                 frames = [b"asked to"]
-                if _read(stream, TEXT_LIMIT) != b"end":
-                    frames = _answer(*_decode(stream))
+                if channel.recv_bytes(TEXT_LIMIT) != END:
+                    frames = _answer(*read_message(channel))
                 # What an exception leaves behind, a broken CUDA context at worst, is
                 # not what another message should find.
                 if ended := bool(frames[0]):
                     with _locked(path.parent):
                         path.unlink(missing_ok=True)
-                _write(stream, *frames)
+                write(channel, *frames)
         except Exception as error:
             log(WARNING, "a ClientApp left before it had its reply (%s)", error)
 
 
 def _answer(message: Message, context: Context) -> list[bytes]:
-    """Give the frames of a reply, or of the error that the handler raised."""
+    """Return the frames of a reply, or of the error that the handler raised."""
     try:
-        reply = _handle_here(message, context)
-        return [b"", *_encode(reply, context)]
+        return reply_frames(_handle_here(message, context), context)
     except Exception as error:
-        kind = type(error)
-        name = f"{kind.__module__}:{kind.__qualname__}"
-        texts = (name, str(error), traceback.format_exc())
-        return [text.encode(errors="replace")[-TEXT_LIMIT:] for text in texts]
-
-
-def _raise(*frames: bytes) -> NoReturn:
-    """Raise what the handler raised, in Flower's eyes: a type's name and a text."""
-    name, text, trace = (frame.decode(errors="replace") for frame in frames)
-    module, _, qualname = name.partition(":")
-    error = type(qualname, (Exception,), {"__module__": module})(text)
-    error.add_note(f"In the resident worker:\n{trace}")
-    raise error
+        return error_frames(error)
 
 
 def _watch(launcher: int, path: Path) -> None:
@@ -291,67 +260,6 @@ def _watch(launcher: int, path: Path) -> None:
             path.unlink(missing_ok=True)
     finally:
         os._exit(0)
-
-
-def _encode(message: Message, context: Context) -> list[bytes]:
-    arrays = _arrays(message, context)
-    data = [array.data for array in arrays]
-    try:
-        for array in arrays:
-            array.data = b""
-        protos = message_to_proto(message), context_to_proto(context)
-    finally:
-        for array, own in zip(arrays, data, strict=True):
-            array.data = own
-    return [*(proto.SerializeToString() for proto in protos), *data]
-
-
-def _decode(stream: BufferedRWPair) -> tuple[Message, Context]:
-    message = message_from_proto(ProtoMessage.FromString(_read(stream, PROTO_LIMIT)))
-    context = context_from_proto(ProtoContext.FromString(_read(stream, PROTO_LIMIT)))
-    for array in _arrays(message, context):
-        array.data = _read(stream, ARRAY_LIMIT)
-    return message, context
-
-
-def _arrays(message: Message, context: Context) -> list[Array]:
-    """List all arrays, in an order that the protobufs keep."""
-    contents = [message.content] if message.has_content() else []
-    return [
-        array
-        for content in (*contents, context.state)
-        for record in content.array_records.values()
-        for array in record.values()
-    ]
-
-
-def _write(stream: BufferedRWPair, *frames: bytes) -> None:
-    for frame in frames:
-        stream.write(_LENGTH.pack(len(frame)))
-        stream.write(frame)
-    stream.flush()
-
-
-def _read(stream: BufferedRWPair, limit: int) -> bytes:
-    """Read a frame.
-
-    Raises
-    ------
-    EOFError
-        If the other side left before its end.
-    ResidentError
-        If it is longer than the limit.
-    """
-    prefix = stream.read(_LENGTH.size)
-    if len(prefix) < _LENGTH.size:
-        raise EOFError("the connection ended")
-    (length,) = _LENGTH.unpack(prefix)
-    if length > limit:
-        raise ResidentError(f"a frame of {length} bytes; allowed: {limit}")
-    frame = stream.read(length)
-    if len(frame) < length:
-        raise EOFError("the connection ended in the middle of a frame")
-    return frame
 
 
 if __name__ == "__main__":

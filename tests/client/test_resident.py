@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from slora_flwr.client import handlers as node
 from slora_flwr.client import resident
 from slora_flwr.client.errors import MismatchError
 from slora_flwr.client.process import get_process
+from slora_flwr.client.protocol import read_message
 from slora_flwr.wire.messages import Instruction
 from slora_flwr.wire.packing import pack
 from tests.support.processes import free_port, is_open, residents, wait_until
@@ -124,10 +126,10 @@ def serve_here(
 
 
 def leave_amid_a_message(listener: socket.socket, path: Path) -> None:
-    with listener, listener.accept()[0] as channel, channel.makefile("rwb") as stream:
-        resident._write(stream, resident._identity(5, os.getppid()).encode())
-        assert resident._read(stream, 6) == b"handle"
-        resident._decode(stream)
+    with listener, Connection(listener.accept()[0].detach()) as channel:
+        channel.send_bytes(resident._identity(5, os.getppid()).encode())
+        assert channel.recv_bytes(6) == b"handle"
+        read_message(channel)
 
 
 def serve(listener: socket.socket, path: Path) -> None:
@@ -291,10 +293,10 @@ def test_one_that_cannot_start_leaves_the_work_to_this_process(
     "sent",
     [
         b"\x00\x00",
-        (100).to_bytes(8, "big") + b"too short",
-        (1 << 40).to_bytes(8, "big"),
-        (6).to_bytes(8, "big") + b"handle",
-        (6).to_bytes(8, "big") + b"handle" + (9).to_bytes(8, "big") + b"no proto!",
+        (100).to_bytes(4, "big") + b"too short",
+        b"\xff\xff\xff\xff" + (1 << 40).to_bytes(8, "big"),
+        (6).to_bytes(4, "big") + b"handle",
+        (6).to_bytes(4, "big") + b"handle" + (9).to_bytes(4, "big") + b"no proto!",
     ],
     ids=["no length", "cut", "too long", "no message", "no protobuf"],
 )
@@ -309,7 +311,7 @@ def test_a_client_that_breaks_off_does_no_harm(
     context, message = make_context(), make_message("query")
     with caplog.at_level("WARNING", "flwr"):
         with resident._reach(context, 60) as channel:
-            channel.sendall(sent)
+            os.write(channel.fileno(), sent)
         assert facts(resident.handle(message, context)) == facts(message)
     assert "a ClientApp left before it had its reply" in caplog.text
 
