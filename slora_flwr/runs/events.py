@@ -1,4 +1,4 @@
-"""What happened in a run: the events of events.jsonl, for their writer and readers."""
+"""The events of a run, as events.jsonl holds them."""
 
 import json
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ METRICS = ("loss", "accuracy", "macro_f1", "majority_accuracy")
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened in a run, written as one line.
+    """Something that happened in a run: one line of events.jsonl.
 
     Attributes
     ----------
     seconds : float
-        From the run's start to the line.
+        Seconds from the run's start until the line was written.
     """
 
     kind: ClassVar[str]
@@ -25,12 +25,12 @@ class Event:
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Self:
-        """Return the event of a line, of which unknown facts are left out.
+        """Return the event that a line states; unknown facts are ignored.
 
         Raises
         ------
         TypeError
-            If a fact is missing.
+            If the line lacks a fact.
         """
         names = [f.name for f in fields(cls)]
         return cls(**{name: facts[name] for name in names if name in facts})
@@ -54,24 +54,24 @@ class RecordedRound(Event):
     phase : str
         The adapter's name.
     cohort : list[int]
-        Clients that were asked.
+        The clients that were asked to train.
     clients : dict[int, ClientRecord]
-        Those whose updates are in the aggregate.
+        The clients whose updates are in the aggregate.
     round : int
-        From 1.
+        The round's number, from 1.
     replied : int
         Number of `clients`.
     train_loss : float
-        Mean over clients, weighted by examples.
+        Mean loss over clients, weighted by examples.
     payload_bytes : int
-        Sent since the run's start, both directions.
+        Bytes sent since the run's start, both directions.
     metrics : dict[str, float]
-        `accuracy`, `macro_f1`, … of the new state, with `client_` before those that
-        clients measured beside the server; empty where it was not evaluated.
+        `accuracy`, `macro_f1`, … of the new state. If both sides evaluated it, names
+        of the clients' metrics begin with `client_`. Empty if nobody did.
     kept_energy : float or None
-        Share of what an open phase has learned that a handoff would keep now.
+        In an open phase, the share of the learned delta that a handoff would keep now.
     epsilon : float or None
-        What all rounds so far have spent, where privacy is on.
+        With privacy, what all rounds so far have spent.
     """
 
     kind = "round"
@@ -88,7 +88,7 @@ class RecordedRound(Event):
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Self:
-        """Return the round of a line; see `Event.read`."""
+        """Return the round that a line states; see `Event.read`."""
         clients = {
             int(client): ClientRecord(did["examples"], did["loss"], did["seconds"])
             for client, did in facts["clients"].items()
@@ -100,17 +100,17 @@ class RecordedRound(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Handover(Event):
-    """A phase was primed by the one before it.
+class HandedOff(Event):
+    """A phase primed the next one.
 
     Attributes
     ----------
     base : str
-        `lora.base`.
+        The run's `lora.base`.
     energies : dict[str, float]
-        Share of each matrix's squared norm that the rank keeps.
+        By target matrix, the share of the delta's squared norm that the rank keeps.
     took : float
-        Seconds.
+        Seconds that the handoff took.
     """
 
     kind = "handoff"
@@ -121,7 +121,7 @@ class Handover(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ClientsFailed(Event):
-    """A node's clients were left out of a round."""
+    """Clients of a node were left out of a round."""
 
     kind = "failure"
     round: int
@@ -132,7 +132,7 @@ class ClientsFailed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class NodeLeftOut(Event):
-    """A node was left out of the run, until it answers another query."""
+    """A node was left out until it answers another query."""
 
     kind = "left_out"
     node: int
@@ -142,20 +142,20 @@ class NodeLeftOut(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class NodeJoined(Event):
-    """A node with data of its own takes part.
+    """A node that trains on its own data joined the run.
 
     Attributes
     ----------
     node, client : int
-        Its id, and its client's.
+        The ids of the node and of its client.
     name : str
-        What its operator calls it.
+        The name that the node's operator chose.
     examples : int
-        Its rows that are trained on.
+        Number of usable rows.
     skipped : dict[str, int]
-        How many rows are not, by reason.
+        Number of other rows, by reason.
     unknown_labels : list[str]
-        Labels of its rows that are not among the run's.
+        Labels of the node's rows that are not among the run's.
     """
 
     kind = "node"
@@ -169,7 +169,7 @@ class NodeJoined(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed(Event):
-    """The run goes on after a round, as Flower's run of that id."""
+    """The run goes on after a round; `run` is the id of the new Flower run."""
 
     kind = "resumed"
     round: int
@@ -178,7 +178,7 @@ class Resumed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Stopped(Event):
-    """The run ended before its last round."""
+    """The run stopped before its last round."""
 
     kind = "stopped"
     reason: str
@@ -188,7 +188,7 @@ _KINDS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
         RecordedRound,
-        Handover,
+        HandedOff,
         ClientsFailed,
         NodeLeftOut,
         NodeJoined,
@@ -199,7 +199,7 @@ _KINDS: dict[str, type[Event]] = {
 
 
 def to_line(event: Event) -> str:
-    """Return an event as JSON on one line: its kind, then its facts in order."""
+    """Return an event as a line of JSON: its kind, then its facts in order."""
     facts: dict[str, Any] = {"event": event.kind}
     for name, value in asdict(event).items():
         if name == "metrics":
@@ -210,15 +210,15 @@ def to_line(event: Event) -> str:
 
 
 def read_events(path: Path) -> list[Event]:
-    """Return the events of a file that this version knows, in order.
+    """Return the events in a file, in order; events of unknown kinds are ignored.
 
     Raises
     ------
     ValueError, KeyError, TypeError
-        If a line is none that was written.
+        If a line is not an event.
     """
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    # A run that was killed, or is under way, may have written half a line.
+    # A run that was killed or is still going may have written half a line.
     told = [json.loads(line) for line in lines if line.endswith("\n")]
     return [
         _KINDS[facts["event"]].read(facts) for facts in told if facts["event"] in _KINDS

@@ -14,7 +14,7 @@ from slora_flwr.config import RunConfig, Value, flatten
 from slora_flwr.runs.events import (
     EVENTS,
     ClientsFailed,
-    Handover,
+    HandedOff,
     NodeLeftOut,
     RecordedRound,
     Stopped,
@@ -38,7 +38,7 @@ class Failure:
 
     @classmethod
     def of(cls, event: ClientsFailed | NodeLeftOut) -> "Failure":
-        """Return what an event says of it."""
+        """Return the failure that an event reports."""
         if isinstance(event, NodeLeftOut):
             return cls(None, event.name, [], event.reason)
         return cls(event.round, str(event.node), event.clients, event.reason)
@@ -149,7 +149,7 @@ def read_run(path: Path) -> RecordedRun:
                 for e in events
                 if isinstance(e, ClientsFailed | NodeLeftOut)
             ],
-            energies=next((e.energies for e in events if isinstance(e, Handover)), {}),
+            energies=next((e.energies for e in events if isinstance(e, HandedOff)), {}),
             ledger=ledger,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""The model that a run ends with, in its directory."""
+"""Export of the trained model into the run directory."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from slora_flwr.training.trainer import Trainer
 
 
 def export(directory: Path, trainer: Trainer, phase: ActivePhase) -> None:
-    """Write the last state as stock libraries load it; W_0 is resident afterwards.
+    """Write the last state in a format that stock libraries load.
 
     Raises
     ------

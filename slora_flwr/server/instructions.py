@@ -1,4 +1,4 @@
-"""The instructions of a round, one a node, and again to nodes that lack a part."""
+"""The instructions of a round, one for each node."""
 
 from collections.abc import Mapping
 
@@ -17,25 +17,24 @@ from slora_flwr.wire.messages import (
 
 
 class Instructions:
-    """What the nodes of a cohort are asked, each to do the same with its clients.
+    """Messages that ask the nodes of a cohort to train or to evaluate.
 
     Parameters
     ----------
     message_type : str
-        Flower's: train or evaluate.
+        Flower's message type: train or evaluate.
     cohort : Mapping[int, list[int]]
-        The clients of each node.
+        The clients, by node.
     number : int
-        The round.
+        The round's number.
     trainer : Trainer
-        This process's own.
+        The server's trainer.
     phase : ActivePhase
-        Whose state is sent, as it was published last.
+        The phase, with a published state.
     journal : Journal
-        Takes the bytes of what is sent again.
+        Records the bytes of messages that are sent again.
     counted : Mapping[int, int] or None
-        The last round of each client's that counted; None where the clients need no
-        residuals.
+        Each client's last round that counted; None if clients need no residuals.
 
     Attributes
     ----------
@@ -56,7 +55,7 @@ class Instructions:
         self._number, self._phase, self._journal = number, phase, journal
         self._deadline = trainer.config.clients.deadline
         self.messages: list[Message] = []
-        # The parts that nodes lacked, and were sent.
+        # Nodes that were sent what they lacked, with the error code of what it was.
         self._sent_again: set[tuple[int, int]] = set()
         for node, clients in cohort.items():
             state, since = phase.encode_for(node, clients)
@@ -80,14 +79,17 @@ class Instructions:
         self._last = dict(zip(cohort, self.messages, strict=True))
 
     def complete(self, reply: Message) -> Message | None:
-        """Return a node's instruction again, with the part that the node lacks."""
+        """Return a node's instruction again, with the base or state that it lacks.
+
+        Returns None for a reply of another kind, and if the node got that already.
+        """
         node = reply.metadata.src_node_id
         code = reply.error.code if reply.has_error() else None
         if (
             code not in (MISSING_BASE, MISSING_STATE)
             or (node, code) in self._sent_again
         ):
-            return None  # had it been sent that already, it would be another failure
+            return None
         self._sent_again.add((node, code))
         sent = self._last[node]
         instruction = Instruction.read(sent.content)
@@ -111,6 +113,6 @@ class Instructions:
             dst_node_id=node,
             message_type=message_type,
             group_id=str(self._number),
-            # A node does not begin with what comes later.
+            # A node that gets the message later does not start on it.
             ttl=self._deadline,
         )

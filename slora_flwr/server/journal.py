@@ -1,4 +1,4 @@
-"""What the server writes of a run: its rounds, failures and states."""
+"""The record of a run that the server keeps: rounds, failures, states."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,30 +11,30 @@ from flwr.common.logger import log
 from slora_flwr.common.text import printable
 from slora_flwr.planning.rounds import PlannedRound
 from slora_flwr.runs.directory import RunDirectory
-from slora_flwr.runs.events import ClientsFailed, Handover, RecordedRound
+from slora_flwr.runs.events import ClientsFailed, HandedOff, RecordedRound
 from slora_flwr.runs.snapshot import Snapshot
 from slora_flwr.server.phase import ActivePhase
 
 
 class Journal:
-    """The record of a run.
+    """Record a run in its directory and in the log.
 
     Parameters
     ----------
     directory : RunDirectory
-        Where it is written.
+        The run's directory.
     name_of : Callable
-        Returns what logs call a node.
+        Returns the name of a node in the log, by its id.
 
     Attributes
     ----------
     history : list[RecordedRound]
-        The closed rounds, without who took part. Their seconds begin with the run's
+        The closed rounds, without their clients. Seconds count from the start of the
         first round.
     best_round : int
-        The round of the best accuracy on the server; 0 before the first evaluation.
+        The round with the best accuracy; 0 before the first evaluation.
     planned : Mapping[int, PlannedRound]
-        What each round is predicted to send.
+        The predicted bytes of each round.
     """
 
     def __init__(self, directory: RunDirectory, name_of: Callable[[int], str]) -> None:
@@ -44,15 +44,15 @@ class Journal:
         self._name_of = name_of
         self._started = time.perf_counter()
         self._best, self.best_round = -1.0, 0
-        # Names the base that is on the disk.
+        # Digest of the base on the disk.
         self._base: str | None = None
-        # What each node's network interface had moved, down and up, at its last reply.
-        self._moved: dict[int, Sequence[int]] = {}
+        # Bytes on each node's network interface at its last reply, down and up.
+        self._totals: dict[int, Sequence[int]] = {}
 
-    def fail(
+    def record_failure(
         self, server_round: int, node: int, clients: list[int], reason: object
     ) -> None:
-        """Record that clients of a node are left out of a round, and why."""
+        """Record that a node's clients are left out of a round."""
         reason = printable(reason)
         log(
             WARNING, "%s, clients %s left out: %s", self._name_of(node), clients, reason
@@ -61,34 +61,34 @@ class Journal:
             ClientsFailed(round=server_round, node=node, clients=clients, reason=reason)
         )
 
-    def wire_bytes(self, node: int, moved: Sequence[int]) -> dict[str, int]:
-        """Return what a node's network interface moved since its last reply.
+    def wire_bytes(self, node: int, totals: Sequence[int]) -> dict[str, int]:
+        """Return the bytes on a node's network interface since its last reply.
 
         Parameters
         ----------
         node : int
-            Its id.
-        moved : Sequence[int]
-            What it has moved so far, down and up; empty where it does not count.
+            The node's id.
+        totals : Sequence[int]
+            Its count so far, down and up; empty if it does not count.
 
         Returns
         -------
         dict
-            Bytes by direction; empty where it did not count now and then.
+            Bytes by direction; empty unless both replies have a count.
         """
-        before = self._moved.get(node)
-        if moved:
-            self._moved[node] = moved
-        if not (moved and before):
+        before = self._totals.get(node)
+        if totals:
+            self._totals[node] = totals
+        if not (totals and before):
             return {}
         return {
-            # A container that was made anew counts from zero.
+            # A new container counts from zero again.
             way: now - then if now >= then else now
-            for way, now, then in zip(("down", "up"), moved, before, strict=True)
+            for way, now, then in zip(("down", "up"), totals, before, strict=True)
         }
 
-    def hand_over(self, handoff: Handover, rank: int) -> None:
-        """Record how a phase was primed."""
+    def record_handoff(self, handoff: HandedOff, rank: int) -> None:
+        """Record a handoff to factors of a rank."""
         energies = handoff.energies.values()
         log(
             INFO,
@@ -99,8 +99,8 @@ class Journal:
         )
         self.directory.event(handoff)
 
-    def close(self, done: RecordedRound, phase: ActivePhase) -> RecordedRound:
-        """Record a round and the state it led to; return it with its seconds."""
+    def record_round(self, done: RecordedRound, phase: ActivePhase) -> RecordedRound:
+        """Record a round and its state; return the round with its seconds."""
         done = replace(done, seconds=time.perf_counter() - self._started)
         self.history.append(replace(done, cohort=[], clients={}))
         self.directory.event(done)
@@ -121,7 +121,7 @@ class Journal:
     def restore(
         self, snapshot: Snapshot, server_round: int, phase: ActivePhase
     ) -> None:
-        """Go on after a round; the directory may hold the states of a later one."""
+        """Continue after a round; the directory may hold states of a later one."""
         facts = snapshot.facts
         self.history = [RecordedRound(**done) for done in facts["history"]]
         self._started -= self.history[-1].seconds
@@ -130,7 +130,7 @@ class Journal:
         self.directory.drop_checkpoints(self.best_round)
 
     def _save(self, name: str, server_round: int, phase: ActivePhase) -> None:
-        """Write a state, and the base that it stands on if that is another now."""
+        """Write a state, and its base if that is not on the disk yet."""
         base = phase.base.digest
         if base != self._base:
             if state := phase.base_state():

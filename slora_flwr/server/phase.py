@@ -1,4 +1,4 @@
-"""The phase under way: its base, its adapter, its state, and what a round changes."""
+"""The phase under way: its adapter, base and state, and how a round changes them."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from slora_flwr.aggregation.server_optimizer import ServerOptimizer
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.common.tensors import State
 from slora_flwr.config.schedule import has_stopped_gaining
-from slora_flwr.runs.events import Handover, RecordedRound
+from slora_flwr.runs.events import HandedOff, RecordedRound
 from slora_flwr.runs.snapshot import Snapshot
 from slora_flwr.server.base_versions import BaseVersions
 from slora_flwr.server.state_versions import StateVersions
@@ -22,37 +22,39 @@ from slora_flwr.wire.state_channel import write_change, write_slices
 
 
 class ActivePhase:
-    """A phase of the schedule while its rounds are held, its adapter attached.
+    """A phase of the schedule, from its start to its end.
+
+    Its adapter is attached to the server's model.
 
     Parameters
     ----------
     trainer : Trainer
-        This process's own, with W_0 resident.
+        The server's trainer, with W_0 resident.
     index : int
-        Which phase of the schedule.
+        Index of the phase in the schedule.
     base : BaseVersions
-        What the adapter stands on.
+        The versions of the base.
     weights : BaseWeights or None
-        The base's current version; None for W_0.
+        The current version of the base; None for W_0.
 
     Attributes
     ----------
     name : str
-        The adapter's name, which is the phase's in what is written.
+        The adapter's name, which names the phase in events and in the ledger.
     phase_round : int
         The round within the phase, from 1; 0 before the first.
     state : State
-        The global state: the last round's, or where the phase starts.
+        The global state after the last round; before the first, the phase's start.
     keeps_residuals : bool
-        Whether clients keep what the coding of an update left out.
+        True if clients keep what the coding of their updates leaves out.
     fingerprint : str
-        Of the adapter's layout and mask in the round under way.
+        Fingerprint of the adapter's layout and mask in this round.
     returned : dict[str, torch.Size]
-        The layout of an update in that round.
+        Layout of an update in this round.
     largest : int
-        Bytes of the largest coded update in that round.
-    handoff : Handover or None
-        How the phase before primed this one, where it did.
+        Size of the largest possible coded update in this round, in bytes.
+    handoff : HandedOff or None
+        The handoff by which the previous phase primed this one, if it did.
     """
 
     def __init__(
@@ -74,13 +76,13 @@ class ActivePhase:
         self.versions = StateVersions(download, model.reference)
         self.optimizer = ServerOptimizer(config.server.optimizer, config.server.lr)
         self.aggregator = make_aggregator(self.phase, config, head)
-        # A node of one client keeps its residual by itself.
+        # Without client ids, a node keeps the residual of its only client itself.
         self.keeps_residuals = (
             config.upload.feedback
             and not self.aggregator.codec.is_exact
             and config.clients.count > 0
         )
-        self.handoff: Handover | None = None
+        self.handoff: HandedOff | None = None
         self.fingerprint, self.returned, self.largest = "", self.adapter.returned(), 0
         self._config, self._model, self._start = config, model, self.state
 
@@ -88,12 +90,12 @@ class ActivePhase:
     def begin(
         cls, trainer: Trainer, before: "ActivePhase | None" = None
     ) -> "ActivePhase":
-        """Return the schedule's first phase, or the one that follows another.
+        """Return the first phase of the schedule, or the one after `before`.
 
         Raises
         ------
         HandoffError
-            If the phase before does not prime what it should.
+            If the handoff did not prime the phase as its config says.
         """
         index = 0 if before is None else before.index + 1
         config, phase = trainer.config, trainer.schedule[index]
@@ -104,7 +106,9 @@ class ActivePhase:
             handoff = model.hand_over(before.state, before.phase_round, phase)
             start, weights = handoff.state, handoff.patch
             took = round(time.perf_counter() - begun, 3)
-            told = Handover(base=config.lora.base, energies=handoff.energies, took=took)
+            told = HandedOff(
+                base=config.lora.base, energies=handoff.energies, took=took
+            )
         else:
             model.detach()
             start, weights = phase.adapter_type.start(phase, config, model.backbone)
@@ -115,7 +119,7 @@ class ActivePhase:
             active.state |= {name: before.state[name] for name in model.backbone.head}
         active.state |= start
         if base.start is not None:
-            # What the base gave up is what the factors start from, as it was read.
+            # The factors start from what was taken off the base, as nodes read it.
             factors = {f"{name}.lora_A": t for name, t in base.start.a.items()}
             factors |= {f"{name}.lora_B": t for name, t in base.start.b.items()}
             active.state |= {n: t for n, t in factors.items() if n in start}
@@ -123,7 +127,7 @@ class ActivePhase:
 
     @classmethod
     def restore(cls, trainer: Trainer, snapshot: Snapshot) -> "ActivePhase":
-        """Return the phase of a snapshot, after its last round."""
+        """Return the phase that a snapshot was taken of."""
         own, weights = snapshot.part("state"), snapshot.part("weights").tensors
         base = make_base(trainer, None)
         base.restore(snapshot.part("base"))
@@ -150,24 +154,24 @@ class ActivePhase:
         )
 
     def weights(self) -> State:
-        """Return the base's target matrices, where rounds change them; else nothing."""
+        """Return the base's target matrices if rounds change them, else nothing."""
         return self._model.base_weights() if self.phase.changes_base else {}
 
     def base_state(self) -> State:
-        """Return what makes the state's base of W_0; nothing if it is W_0."""
+        """Return the current base as it is saved; empty for W_0."""
         start = self.base.start
         return self.weights() or (start.state() if start else {})
 
     def sent(self) -> State:
-        """Return what clients are sent of the state."""
+        """Return the part of the state that clients are sent."""
         return {name: self.state[name] for name in self.adapter.sent()}
 
     def publish(self) -> State:
-        """Make the state the one that is sent; return it as clients read it."""
+        """Publish the state for instructions; return it as clients read it."""
         return self.versions.publish(self.sent())
 
     def begin_round(self) -> None:
-        """Prepare the adapter and the state for a round."""
+        """Prepare the adapter for a round, and publish the state."""
         self.adapter.begin(self.phase_round)
         self.fingerprint = self.adapter.fingerprint()
         self.returned = self.adapter.returned()
@@ -177,7 +181,7 @@ class ActivePhase:
         self._start = self.state | self.publish()
 
     def step(self, fold: Mean) -> None:
-        """Go from a round's start to its end, in state and base, by its updates."""
+        """Update state and base by the aggregate of a round."""
         before = self.state
         self.state, change = self.aggregator.finish(
             fold,
@@ -190,13 +194,22 @@ class ActivePhase:
             self._model.change_base([change], self.phase_round, self.base.digest)
 
     def kept_energy(self) -> float | None:
-        """Return the share of an open phase's delta that a handoff now would keep."""
+        """Return the share of the learned delta that a handoff would keep now.
+
+        None if the phase is not open.
+        """
         if not self.phase.is_open:
             return None
         return self._model.kept_energy(self.state, self.phase_round)
 
     def has_ended(self, history: Sequence[RecordedRound]) -> bool:
-        """Return whether an open phase has stopped gaining in the rounds so far."""
+        """Return whether the phase is open and has stopped gaining.
+
+        Parameters
+        ----------
+        history : Sequence[RecordedRound]
+            The closed rounds of the run.
+        """
         rounds = history[len(history) - self.phase_round :]
         energy = [done.kept_energy for done in rounds if done.kept_energy is not None]
         metrics = [done.metrics for done in rounds]
@@ -207,16 +220,16 @@ class ActivePhase:
     def encode_for(
         self, node: int, clients: Iterable[int], *, anew: bool = False
     ) -> tuple[Array, str]:
-        """Return the state as a node is sent it, and the version it is a difference to.
+        """Return the coded state for a node, and the version it is the difference to.
 
         Parameters
         ----------
         node : int
-            Its id.
+            The node's id.
         clients : Iterable[int]
-            Those that it shall train.
+            The clients that it is to train.
         anew : bool
-            It lost the version that it had.
+            True if the node lost the version that it had.
         """
         rank_of = self.aggregator.rank_of
         if rank_of is None:
@@ -224,7 +237,7 @@ class ActivePhase:
         return write_slices(self.sent(), max(map(rank_of, clients))), ""
 
     def bytes_due(self, clients: Iterable[int]) -> int:
-        """Return the bytes that clients are sent, each as if it were its own node."""
+        """Return the bytes to send to clients, each as if it were a separate node."""
         bases = sum(self.base.clients.bytes_due(client) for client in clients)
         if self.aggregator.rank_of is None:
             return bases + self.versions.bytes_due(clients)
@@ -237,12 +250,12 @@ class ActivePhase:
 
 
 def make_base(trainer: Trainer, start: BaseWeights | None) -> BaseVersions:
-    """Return the versions of a phase's base, of which there is the first.
+    """Return the versions of a base, so far only the first.
 
     Parameters
     ----------
     trainer : Trainer
-        With W_0 resident, before and after.
+        The server's trainer, with W_0 resident before and after.
     start : BaseWeights or None
         The first version; None for W_0.
     """

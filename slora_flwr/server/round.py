@@ -1,4 +1,4 @@
-"""One round: whom it asks, what it takes of their replies, what it leads to."""
+"""One round: the cohort, the check and aggregation of replies, the record."""
 
 import math
 from collections import Counter
@@ -34,21 +34,21 @@ NO_REPLY = "no reply before the deadline"
 
 
 class ChangedDataError(MessageError):
-    """Weights that do not fit what the node told of its data: it is asked again."""
+    """The weights in a reply contradict the node's description of its data."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a round asked of nodes, by which their replies are checked.
+    """What a round asked of its nodes; replies are checked against it.
 
     Attributes
     ----------
     server_round, phase, fingerprint
         As in the instructions.
     examples : Mapping[int, Mapping[int, int]]
-        By node, the clients that it was to train and how many examples each has.
+        Number of examples of each client that was to be trained, by node.
     most : int
-        Bytes of the largest coded update.
+        Size of the largest possible coded update, in bytes.
     """
 
     server_round: int
@@ -59,12 +59,12 @@ class Asked:
 
 
 def read_report(reply: Message, asked: Asked) -> Report:
-    """Return the report in a reply, checked by what was asked.
+    """Return the report in a reply, checked against what was asked.
 
     Raises
     ------
     MessageError
-        With the reason why it cannot be true.
+        If the report cannot be true, with the reason.
     """
     if reply.has_error():
         raise MessageError(f"error {reply.error.code}: {reply.error.reason}")
@@ -79,7 +79,7 @@ def read_report(reply: Message, asked: Asked) -> Report:
             raise MessageError(f"its {name} is {given}, not {wanted}")
     sizes = asked.examples[reply.metadata.src_node_id]
     clients, count = report.clients, len(report.clients)
-    # A number that only equals a client's id would not do as one.
+    # 1.0 and True equal the client id 1 but are none.
     if not all(type(client) is int for client in clients):
         raise MessageError(f"it answers for {clients}, not client ids")
     if not {*clients} <= sizes.keys() or not clients:
@@ -115,32 +115,31 @@ def read_report(reply: Message, asked: Asked) -> Report:
 
 
 class Round:
-    """A round, or a second try at one: training, and an evaluation where it is due.
+    """One try at a round: training on clients, then an evaluation if one is due.
 
     Parameters
     ----------
     number : int
-        From 1, over all phases.
+        The round's number, from 1, over all phases.
     trainer : Trainer
-        This process's own.
+        The server's trainer.
     phase : ActivePhase
-        Whose state is trained.
+        The phase, whose state is trained.
     fleet : Fleet
         The nodes.
     journal : Journal
-        Takes bytes and failures.
+        Records bytes and failures.
     privacy : Privacy or None
-        Where privacy is on.
+        The run's privacy; None without.
     counted : dict[int, int] or None
-        The last round of each client's that counted; None where clients keep no
-        residuals.
+        Each client's last round that counted; None if clients keep no residuals.
 
     Attributes
     ----------
     cohort : dict[int, list[int]]
         The clients drawn, by node.
     clients : dict[int, ClientRecord]
-        Those whose updates are in the aggregate.
+        The clients whose updates are in the aggregate.
     """
 
     def __init__(
@@ -159,14 +158,14 @@ class Round:
         self._trainer, self._phase, self._fleet = trainer, phase, fleet
         self._journal, self._privacy, self._counted = journal, privacy, counted
         self._failed: set[int] = set()
-        # Bytes of the updates, and of the nodes' interfaces by direction.
+        # Bytes of the updates, and on the nodes' interfaces by direction.
         self._payload, self._wire = 0, Counter[str]()
 
     def train(self, grid: Grid) -> bool:
-        """Train a cohort, and step to the next state if enough clients are in.
+        """Train a cohort and step to the next state.
 
-        Replies are checked, folded and dropped as they come. Without enough of them the
-        state stays as it was, and the result is False.
+        Each reply is checked, folded and dropped as it comes. Returns False, and leaves
+        the state as it was, if too few clients are in the aggregate.
         """
         config, phase, fleet = self._trainer.config, self._phase, self._fleet
         journal, number, privacy = self._journal, self.number, self._privacy
@@ -210,7 +209,7 @@ class Round:
 
         wanted = config.clients.min_replies
         if privacy is not None:
-            wanted = min(wanted, len(drawn))  # it may draw fewer, or nobody
+            wanted = min(wanted, len(drawn))  # a draw may be smaller, even empty
         if done < wanted:
             return False
         if privacy is not None:
@@ -221,10 +220,10 @@ class Round:
         return True
 
     def evaluate(self, grid: Grid) -> Evaluation | None:
-        """Evaluate the state on examples that clients hold out; None without any.
+        """Evaluate the state on the clients' held-out examples; None without any.
 
-        Without test data on the server it asks all clients online, so that rounds can
-        be compared; else those that trained.
+        If the server has test data, the clients that trained evaluate. Else all clients
+        online do, so that rounds can be compared.
         """
         number, trainer = self.number, self._trainer
         phase, fleet = self._phase, self._fleet
@@ -271,12 +270,12 @@ class Round:
         return pool(found) if found else None
 
     def recorded(self, metrics: dict[str, float]) -> RecordedRound:
-        """Return what is recorded of the round.
+        """Return the record of the round.
 
         Parameters
         ----------
         metrics : dict[str, float]
-            Of the state that it led to.
+            Metrics of the new state.
         """
         records, ledger = self.clients.values(), self._journal.directory.ledger
         loss, epsilon = math.nan, None
@@ -300,7 +299,7 @@ class Round:
         )
 
     def _take(self, reply: Message, asked: Asked, fold: Mean) -> None:
-        """Add a reply's update to the fold, or leave its clients out."""
+        """Add the update in a reply to the fold, or record why not."""
         phase, node = self._phase, reply.metadata.src_node_id
         if is_gone(reply):
             self._fleet.forget(node)
@@ -324,7 +323,7 @@ class Round:
         phase.versions.received(node, report.clients)
 
     def _fail_silent(self) -> None:
-        """Leave out the clients of whom no reply says anything."""
+        """Record the clients that no reply mentions."""
         for node, clients in self.cohort.items():
             told = self.clients.keys() | self._failed
             silent = [client for client in clients if client not in told]
@@ -332,12 +331,12 @@ class Round:
                 self._fail(node, silent, "not in its node's reply")
             elif silent:
                 self._fail(node, silent, NO_REPLY)
-                # It may hang: nobody waits for it again until it answers a query.
+                # It may hang, so it gets no client until it answers a query.
                 self._fleet.forget(node)
 
     def _fail(self, node: int, clients: list[int], reason: object) -> None:
         self._failed.update(clients)
-        self._journal.fail(self.number, node, clients, reason)
+        self._journal.record_failure(self.number, node, clients, reason)
 
 
 def _check_examples(figures: Evaluation, most: int) -> None:

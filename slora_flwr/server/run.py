@@ -75,7 +75,7 @@ def run(
 
 
 def _claim(config: RunConfig, held: ExitStack) -> Snapshot:
-    """Return the checkpoint that the run goes on from; keep other runs out of it."""
+    """Return the checkpoint to resume from, and lock its directory."""
     path = Path(config.run.resume).expanduser()
     try:
         has_begun = (path / EVENTS).is_file()

@@ -21,37 +21,37 @@ from slora_flwr.training.trainer import Trainer
 
 
 class TooFewRepliesError(RuntimeError):
-    """A round that got fewer good replies than `clients.min-replies`, twice."""
+    """A round got fewer good replies than `clients.min-replies`, twice."""
 
 
 class PhasedStrategy:
-    """Run a method's phases: rounds of each, a handoff between them.
+    """Run the phases of a method, with a handoff between them.
 
-    It is none of Flower's strategies, whose `start` holds a given number of rounds, all
-    alike: the config says how many rounds there are, a phase may end before, and a run
-    may go on after any of them.
+    This is not a `flwr.serverapp.strategy.Strategy`. The `start` of one runs a given
+    number of equal rounds from given arrays. Here the config sets the rounds of each
+    phase, a phase can end early, and a run can resume after any round.
 
     Parameters
     ----------
     trainer : Trainer
-        This process's own, for evaluation, the handoff and the layout of states.
+        The server's trainer, for evaluation, the handoff and the layout of states.
     directory : RunDirectory
-        Where events, bytes and states go.
+        The run's directory.
     fleet : Fleet
-        The nodes; gathered.
+        The nodes, already gathered.
     checkpoint : Snapshot or None
-        Of the run that goes on.
+        The checkpoint to resume from; None for a new run.
     privacy : Privacy or None
-        Where privacy is on.
+        The run's privacy; None without.
 
     Attributes
     ----------
     phase : ActivePhase
         The phase under way; after the run, the last one.
     journal : Journal
-        The rounds that were closed.
+        The record of the closed rounds.
     lengths : list[int]
-        Rounds of each phase: those that it had, or at most.
+        Number of rounds of each phase; the most possible until the phase has ended.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class PhasedStrategy:
         self._config, self._trainer, self._fleet = config, trainer, fleet
         self._privacy = privacy
         self._server_round = 0
-        # The last round of each client's that counted.
+        # Each client's last round that counted.
         self._counted: dict[int, int] = {}
         if checkpoint is None:
             self.phase = ActivePhase.begin(trainer)
@@ -76,14 +76,14 @@ class PhasedStrategy:
             self._restore(checkpoint)
 
     def run(self, grid: Grid) -> None:
-        """Run all phases, or what is left of them.
+        """Run all phases, or the rest of them after a checkpoint.
 
         Raises
         ------
         TooFewRepliesError
             If a round fails twice; the last state is in the run directory.
         HandoffError
-            If a phase is not primed as it should be.
+            If a handoff did not prime a phase as its config says.
         """
         self._announce()
         while True:
@@ -92,14 +92,14 @@ class PhasedStrategy:
                 return
             self.phase = ActivePhase.begin(self._trainer, self.phase)
             if self.phase.handoff is not None:
-                self.journal.hand_over(self.phase.handoff, self._config.lora.rank)
+                self.journal.record_handoff(self.phase.handoff, self._config.lora.rank)
 
     def _run_phase(self, grid: Grid) -> None:
-        """Hold the rounds of the phase under way that are left."""
+        """Run the remaining rounds of the phase under way."""
         phase, index = self.phase, self.phase.index
         most = phase.phase.rounds
         if index == len(self.lengths) - 1:
-            # What an open phase leaves is the last one's.
+            # The last phase gets the rounds that an open phase left.
             most = self._config.rounds - sum(self.lengths[:index])
         self.lengths[index] = most
         plan = plan_rounds(
@@ -114,7 +114,7 @@ class PhasedStrategy:
             phase.phase_round += 1
             self._server_round += 1
             held = self._train(grid)
-            # An open phase ends by what its evaluations say.
+            # The end of an open phase depends on its evaluations.
             is_last = phase.phase_round == most or phase.phase.is_open
             metrics = {}
             if is_last or (every > 0 and self._server_round % every == 0):
@@ -123,7 +123,7 @@ class PhasedStrategy:
         self.lengths[index] = phase.phase_round
 
     def _train(self, grid: Grid) -> Round:
-        """Hold a round, a second time if it gets too few good replies."""
+        """Train one round, twice if the first try gets too few good replies."""
         number, least = self._server_round, self._config.clients.min_replies
         for another in ("; trying once more", ""):
             held = Round(
@@ -153,17 +153,17 @@ class PhasedStrategy:
         )
 
     def _evaluate(self, held: Round, grid: Grid) -> dict[str, float]:
-        """Return metrics of the new state, on the clients and on the server."""
+        """Return the metrics of the new state on the clients and on the server."""
         clients = held.evaluate(grid)
         server = self._trainer.evaluate_test(self.phase.state)
-        # Without test data on the server the clients' figures are the run's.
+        # Without test data on the server, the clients' metrics are the run's.
         own = "client_" if len(self._trainer.data.task.test) else ""
         return _metrics(clients, own) | _metrics(server)
 
     def _write(self, held: Round, metrics: dict[str, float]) -> None:
-        """Record a round, its state and checkpoint, and log how the run stands."""
-        done = self.journal.close(held.recorded(metrics), self.phase)
-        # Last, so that it never refers to what is not there.
+        """Record a round with its state and checkpoint, and log the progress."""
+        done = self.journal.record_round(held.recorded(metrics), self.phase)
+        # After the state, so that a checkpoint never refers to what is not there.
         self.journal.directory.save_checkpoint(
             self._server_round, self.journal.best_round, self._snapshot()
         )
@@ -188,7 +188,7 @@ class PhasedStrategy:
         return snapshot
 
     def _restore(self, checkpoint: Snapshot) -> None:
-        """Go on from the end of a round."""
+        """Continue from the end of a round."""
         own = checkpoint.part("strategy").facts
         self._server_round = checkpoint.facts["round"]
         self.lengths, self._counted = own["lengths"], dict(own["counted"])
@@ -197,7 +197,7 @@ class PhasedStrategy:
         self.journal.restore(journal, self._server_round, self.phase)
 
     def _announce(self) -> None:
-        """Log what will run."""
+        """Log the schedule, and the cost of privacy."""
         for phase in self._trainer.schedule:
             recipe = phase.recipe
             log(

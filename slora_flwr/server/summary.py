@@ -1,4 +1,4 @@
-"""What a run comes to: summary.json, and what its config resolved to."""
+"""The summary of a run, and what its config resolved to."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ FIGURES = ("accuracy", "macro_f1", "loss")
 
 
 def resolve(trainer: Trainer, moved: int) -> dict[str, Any]:
-    """Return what was resolved from a run's config.
+    """Return what a run's config resolved to, for config.toml.
 
     Parameters
     ----------
     trainer : Trainer
-        With its backbone and data.
+        The server's trainer.
     moved : int
-        Examples that were moved so that no client is empty.
+        Number of examples that were moved so that no client is empty.
     """
     backbone, task = trainer.model.backbone, trainer.data.task
     return {
@@ -41,18 +41,18 @@ def resolve(trainer: Trainer, moved: int) -> dict[str, Any]:
 def summarise(
     trainer: Trainer, strategy: PhasedStrategy, ledger: Ledger, seconds: float
 ) -> dict[str, Any]:
-    """Return a run's summary.
+    """Return the content of summary.json.
 
     Parameters
     ----------
     trainer : Trainer
-        This process's own.
+        The server's trainer.
     strategy : PhasedStrategy
-        After the last round.
+        The strategy after the last round.
     ledger : Ledger
-        The run's bytes.
+        The run's ledger.
     seconds : float
-        That the run took.
+        Seconds that the run took.
     """
     config, history = trainer.config, strategy.journal.history
     phases: dict[str, Any] = {}
@@ -62,7 +62,7 @@ def summarise(
         phases[phase.adapter] = {
             "rounds": length,
             "seconds": last.seconds - before,
-            # None where no client could evaluate, and the server has no test data.
+            # None if no client could evaluate and the server has no test data.
             **{name: last.metrics.get(name) for name in FIGURES},
             **_bytes(ledger, phase.adapter),
         }
@@ -76,7 +76,7 @@ def summarise(
         **_bytes(ledger),
         "seconds": seconds,
         "phases": phases,
-        # One direction of what the other methods' clients would send in these rounds.
+        # What clients would send with other methods in these rounds, one direction.
         "same_rounds": {
             method: turns * 4 * _largest_state(method, config, trainer.model.backbone)
             for method in REFERENCES

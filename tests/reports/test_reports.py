@@ -23,7 +23,7 @@ from slora_flwr.runs.events import (
     EVENTS,
     ClientRecord,
     ClientsFailed,
-    Handover,
+    HandedOff,
     RecordedRound,
     Stopped,
     to_line,
@@ -84,7 +84,7 @@ def write_run(
     for reason in failures:
         directory.event(ClientsFailed(round=1, node=4, clients=[7], reason=reason))
     if energies:
-        directory.event(Handover(base="residual", energies=dict(energies), took=0.1))
+        directory.event(HandedOff(base="residual", energies=dict(energies), took=0.1))
     if ended:
         directory.write_summary(
             {"seconds": 99.0, "majority_accuracy": 0.1, "phases": {}, "same_rounds": {}}
