@@ -19,6 +19,7 @@ os.environ["SLORA_HOME"] = tempfile.mkdtemp(prefix="slora-tests-")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.data.examples import Examples
@@ -35,6 +36,11 @@ from tests.support.tiny import (
 )
 
 torch.set_num_threads(1)
+# However busy the machine is.
+settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("patient")
 
 
 def pytest_unconfigure() -> None:

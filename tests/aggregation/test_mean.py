@@ -65,7 +65,7 @@ def test_sums_that_were_merged_are_not_changed() -> None:
     assert torch.equal(node.sums["x"], before)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(updates=UPDATES)
 def test_the_fold_is_the_weighted_mean(updates: Updates) -> None:
     weights = [weight for _, weight in updates]
@@ -78,7 +78,7 @@ def test_the_fold_is_the_weighted_mean(updates: Updates) -> None:
     np.testing.assert_allclose(result, expected, rtol=1e-7, atol=1e-9)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     updates=UPDATES,
     order=st.randoms(use_true_random=False),

@@ -50,7 +50,7 @@ def flat(updates: list[State]) -> np.ndarray:
 # On values themselves
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), n=st.integers(3, 15), data=st.data())
 def test_means_without_the_extremes_are_flowers(
     seed: int, n: int, data: st.DataObject
@@ -74,7 +74,7 @@ def test_the_extremes_of_each_entry_are_cut_by_hand() -> None:
     assert trimmed_mean(columns, 1).tolist() == [1.5, 5.0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), hostile=st.integers(0, 3), more=st.integers(0, 4))
 def test_krum_chooses_as_flower_does(seed: int, hostile: int, more: int) -> None:
     n = 2 * hostile + 3 + more
@@ -214,7 +214,7 @@ def test_a_norm_by_hand() -> None:
     assert half["b"].tolist() == [[2.0], [6.0]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32),
     count=st.integers(1, 700),

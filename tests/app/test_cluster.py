@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
+from tests.support.processes import wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
+pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -121,10 +122,7 @@ class Cluster:
         self._wait(log)
 
     def _wait(self, log: Path) -> None:
-        deadline = time.monotonic() + 60
-        while "Ray runtime started" not in log.read_text():
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+        wait_until(lambda: "Ray runtime started" in log.read_text())
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tomllib
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
+from tests.support.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 VALUES: dict[str, Any] = {
@@ -37,12 +37,6 @@ CODED: dict[str, Any] = {
     "download.dtype": "'int8'",
     "download.lossless": "true",
 }
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +68,6 @@ def slora(environment: dict[str, str], *arguments: str) -> subprocess.CompletedP
         cwd=environment["FLWR_HOME"],
         capture_output=True,
         text=True,
-        timeout=400,
         check=False,
     )
 

@@ -15,6 +15,7 @@ import pytest
 from slora_flwr.runs.checkpoint import checkpoint_path, list_checkpoints, number_of
 from tests.support import interrupted
 from tests.support.grids import Grid
+from tests.support.processes import LONG
 from tests.support.resuming import assert_same, content, resumed, stop
 from tests.support.runs import (
     LOSSLESS,
@@ -55,7 +56,7 @@ def nursery(
     there.close()
 
     def call(
-        function: Callable[..., Any], *arguments: Any, seconds: float = 100.0
+        function: Callable[..., Any], *arguments: Any, seconds: float = LONG
     ) -> tuple[int, Any]:
         here.send((function, arguments, seconds))
         code, answer = here.recv()

@@ -18,23 +18,25 @@ class CountingGrid(Grid):
 
 def test_wire_bytes_are_what_the_interface_counts(config: Config) -> None:
     """Over the real loopback interface, on which nothing else moves so much."""
-    size = 50_000
+    datagrams, size = 400, 50_000
+    burst = datagrams * size
 
     class Busy(CountingGrid):
         def before(self, asked: Instruction) -> None:
             if asked.server_round > 1:
                 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-                    sender.sendto(bytes(size), ("127.0.0.1", 9))
+                    for _ in range(datagrams):
+                        sender.sendto(bytes(size), ("127.0.0.1", 9))
 
     directory = start(config, Busy(config, nodes=2))
     found = [(r["round"], r["direction"], r["wire_bytes"]) for r in ledger(directory)]
     counted = {(n, way): int(wire) for n, way, wire in found if wire}
-    # The first counts have nothing to be compared with. A packet goes before each node
+    # The first counts have nothing to be compared with. A burst goes before each node
     # trains, and comes back in on this interface.
     assert counted.keys() == {(n, way) for n in "23" for way in ("up", "down")}
     for (number, _), wire in counted.items():
-        packets = 3 if number == "2" else 4
-        assert packets * size < wire < (packets + 1) * size
+        bursts = 3 if number == "2" else 4
+        assert bursts * burst < wire < (bursts + 1) * burst
 
 
 def test_an_interface_that_is_not_there_is_named(config: Config) -> None:

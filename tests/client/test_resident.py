@@ -28,7 +28,7 @@ from slora_flwr.client.process import get_process
 from slora_flwr.client.protocol import read_message
 from slora_flwr.wire.messages import Instruction
 from slora_flwr.wire.packing import pack
-from tests.support.processes import free_port, is_open, residents, wait_until
+from tests.support.processes import LONG, free_port, is_open, residents, wait_until
 
 ROOT = Path(__file__).parents[2]
 NODE = 77
@@ -43,6 +43,8 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield path
     for thread in threading.enumerate():
         if thread.name == "resident":
+            for socket_path in path.glob("*/*.sock"):
+                end(socket_path)
             thread.join()
     for process in residents(path):
         process.kill()
@@ -125,6 +127,16 @@ def serve_here(
     monkeypatch.setattr(resident, "_start", start)
 
 
+def end(path: Path) -> None:
+    """Ask a resident worker to end, as another run's ClientApp does."""
+    with socket.socket(socket.AF_UNIX) as channel:
+        channel.connect(str(path))
+        with channel.makefile("rwb") as stream:
+            resident._read(stream, resident.TEXT_LIMIT)
+            resident._write(stream, b"end")
+            assert resident._read(stream, resident.TEXT_LIMIT) == b"asked to"
+
+
 def leave_amid_a_message(listener: socket.socket, path: Path) -> None:
     with listener, Connection(listener.accept()[0].detach()) as channel:
         channel.send_bytes(resident._identity(5, os.getppid()).encode())
@@ -133,7 +145,14 @@ def leave_amid_a_message(listener: socket.socket, path: Path) -> None:
 
 
 def serve(listener: socket.socket, path: Path) -> None:
-    resident.serve(listener, path, 5, os.getppid(), 0.2)
+    resident.serve(listener, path, 5, os.getppid(), LONG)
+
+
+def resident_left(folder: Path) -> psutil.Process:
+    """Give the one that is there once all that it replaced have ended."""
+    wait_until(lambda: len(residents(folder)) == 1)
+    (process,) = residents(folder)
+    return process
 
 
 def test_it_answers_as_the_handlers_do_and_stays(
@@ -168,26 +187,26 @@ def test_it_answers_as_the_handlers_do_and_stays(
 
 
 def test_only_its_user_can_open_it(folder: Path) -> None:
-    resident._reach(make_context(), 60).close()
+    resident._reach(make_context(), LONG).close()
     (owned,) = folder.iterdir()
     assert stat.S_IMODE(owned.stat().st_mode) == 0o700
     (path,) = owned.iterdir()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     owned.chmod(0o750)
     with pytest.raises(resident.ResidentError, match="only this user"):
-        resident._reach(make_context(), 60)
+        resident._reach(make_context(), LONG)
 
 
 def test_a_folder_that_is_a_link_is_refused(folder: Path) -> None:
     (folder / "elsewhere").mkdir(mode=0o700)
     (folder / f"slora-{os.getuid()}").symlink_to(folder / "elsewhere")
     with pytest.raises(resident.ResidentError, match="only this user"):
-        resident._reach(make_context(), 60)
+        resident._reach(make_context(), LONG)
 
 
 def test_a_race_starts_one(folder: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
-        jobs = [pool.submit(resident._reach, make_context(), 60) for _ in range(6)]
+        jobs = [pool.submit(resident._reach, make_context(), LONG) for _ in range(6)]
         # They are served one after the other.
         for job in jobs:
             threading.Thread(target=lambda j=job: j.result().close()).start()
@@ -195,10 +214,10 @@ def test_a_race_starts_one(folder: Path) -> None:
 
 
 def test_a_killed_one_is_replaced(folder: Path) -> None:
-    resident._reach(make_context(), 60).close()
+    resident._reach(make_context(), LONG).close()
     (first,) = residents(folder)
     first.kill()
-    resident._reach(make_context(), 60).close()
+    resident._reach(make_context(), LONG).close()
     (second,) = residents(folder)
     assert second != first
 
@@ -212,7 +231,7 @@ def test_it_ends_when_idle(folder: Path) -> None:
 
 def test_it_ends_with_its_launcher(folder: Path, launcher: subprocess.Popen) -> None:
     # The open connection keeps it busy, as a message would.
-    with resident._reach(make_context(), 60):
+    with resident._reach(make_context(), LONG):
         assert residents(folder)
         launcher.kill()
         launcher.wait()
@@ -225,9 +244,8 @@ def test_another_run_or_launcher_takes_its_place(
     seen = []
     for run_id, pid in ((5, launcher.pid), (6, launcher.pid), (6, os.getpid())):
         monkeypatch.setattr(os, "getppid", lambda pid=pid: pid)
-        resident._reach(make_context(run_id=run_id), 60).close()
-        (process,) = residents(folder)
-        seen.append(process)
+        resident._reach(make_context(run_id=run_id), LONG).close()
+        seen.append(resident_left(folder))
     assert len({*seen}) == 3
 
 
@@ -237,12 +255,12 @@ def test_another_bundle_is_served_by_its_own_code(folder: Path) -> None:
         "from flwr.app import Context, RecordDict;"
         "from slora_flwr.client import resident;"
         f"context = Context(5, {NODE}, {{}}, RecordDict(), {{}});"
-        "resident._reach(context, 60).close()"
+        f"resident._reach(context, {LONG}).close()"
     )
 
     def reached(bundle: Path) -> psutil.Process:
         subprocess.run([sys.executable, "-c", reach, str(bundle)], check=True)
-        (process,) = residents(folder)
+        process = resident_left(folder)
         assert process.environ()["PYTHONPATH"].startswith(f"{bundle}:")
         return process
 
@@ -272,7 +290,7 @@ def test_one_that_ends_amid_a_message_is_replaced_once(
     assert dict(context.state.config_records["seen"]) == {"a": 1}
 
     (path,) = (folder / f"slora-{os.getuid()}").iterdir()
-    wait_until(lambda: not path.exists())
+    end(path)
     serve_here(monkeypatch, leave_amid_a_message, leave_amid_a_message)
     with pytest.raises(resident.ResidentError, match="two resident workers ended"):
         resident.handle(message, context)
@@ -392,7 +410,6 @@ def test_a_deployment_completes_and_leaves_nothing(
             ),
             capture_output=True,
             text=True,
-            timeout=300,
             check=False,
         )
         logged = (folder / "nodes.log").read_text()

@@ -29,7 +29,7 @@ from tests.support.runs import (
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rounds=st.lists(st.integers(0, 2**32), min_size=1, max_size=6),
     dtype=st.sampled_from(["float16", "bfloat16", "int8", "int4"]),

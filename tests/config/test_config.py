@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from flwr.common.config import parse_config_args
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -658,7 +658,6 @@ def _values(kind: type, allowed: str) -> st.SearchStrategy[Value]:
     return st.sampled_from(allowed.split(", ")) | st.text("aß/, ", max_size=3)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.fixed_dictionaries(
         {},

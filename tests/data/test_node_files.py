@@ -156,7 +156,7 @@ def test_no_data_is_an_error(tmp_path: Path, name: str) -> None:
         load(tmp_path / name)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(content=st.binary(max_size=200), suffix=st.sampled_from([".csv", ".jsonl"]))
 def test_any_bytes_give_rows_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str

@@ -61,7 +61,7 @@ def test_every_row_has_exactly_one_owner(
     assert partition.sizes.min() >= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
     count=st.integers(1, 12),

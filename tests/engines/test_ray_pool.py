@@ -24,6 +24,7 @@ from ray.exceptions import RayActorError
 from slora_flwr.common.code_digest import code_digest
 from slora_flwr.engines import ray_pool
 from slora_flwr.engines.ray_pool import TRIES, LastingPool
+from tests.support.processes import LONG, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +57,8 @@ def run_app() -> Callable[..., tuple[int, int]]:
         if len(log.read_text().split()) <= message.get("deaths", -1):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(message.get("seconds", 0))
+        while "waits_for" in message and not Path(message["waits_for"]).exists():
+            time.sleep(0.05)
         if "error" in message:
             raise ValueError(message["error"])
         return message.get("value", 0) ** 2, os.getpid()
@@ -96,9 +99,10 @@ def process(backend: raybackend.RayBackend, **message: Any) -> tuple[int, int]:
 
 def workers(backend: raybackend.RayBackend, wanted: int = 2) -> set[int]:
     """Give the processes that take two messages at once, when they are so many."""
-    deadline = time.monotonic() + 30
     found: set[int] = set()
-    while len(found) != wanted and time.monotonic() < deadline:
+
+    def look() -> bool:
+        nonlocal found
         with ThreadPoolExecutor(2) as threads:
             jobs = [
                 threads.submit(process, backend, value=i, seconds=0.3) for i in range(2)
@@ -106,7 +110,9 @@ def workers(backend: raybackend.RayBackend, wanted: int = 2) -> set[int]:
             replies = [job.result() for job in jobs]
         assert [square for square, _ in replies] == [0, 1]
         found = {worker for _, worker in replies}
-    assert len(found) == wanted
+        return len(found) == wanted
+
+    wait_until(look)
     return found
 
 
@@ -159,7 +165,7 @@ def test_without_room_a_message_waits_so_long_and_fails(
     ray.kill(holder)
     # The one that had no room does not take it now.
     other = actor_type.options(num_cpus=1).remote()
-    ray.get(other.__ray_ready__.remote(), timeout=20)
+    ray.get(other.__ray_ready__.remote(), timeout=LONG)
 
 
 def test_a_message_survives_its_worker(
@@ -206,13 +212,15 @@ def test_a_machine_is_lost_and_comes_back(
     with ThreadPoolExecutor(2) as threads:
         logs = [tmp_path / str(i) for i in range(2)]
         jobs = [
-            threads.submit(process, backend, value=i, log=str(log), seconds=5)
+            threads.submit(
+                process, backend, value=i, log=str(log), waits_for=str(tmp_path / "go")
+            )
             for i, log in enumerate(logs)
         ]
-        while not all(log.exists() for log in logs):
-            time.sleep(0.05)
+        wait_until(lambda: all(log.exists() for log in logs))
         (second,) = cluster.worker_nodes
         cluster.remove_node(second, allow_graceful=False)
+        (tmp_path / "go").touch()
         assert [job.result()[0] for job in jobs] == [0, 1]
     # One of them ran twice, on the worker that is left.
     (left,) = {pids(log)[-1] for log in logs}

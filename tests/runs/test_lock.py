@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from logging import WARNING
 from pathlib import Path
@@ -20,6 +19,7 @@ from slora_flwr.runs.checkpoint import list_checkpoints
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.server.run import run
 from tests.support.grids import Grid
+from tests.support.processes import wait_until
 from tests.support.resuming import InterruptionError, StoppingGrid, content, resumed
 from tests.support.runs import Config, arguments, events, make_config
 
@@ -30,7 +30,7 @@ SLORA = [sys.executable, "-c", "from slora_flwr.cli import app; app()"]
 def config(corpus: Path, tiny_models: dict[str, Path], tmp_path: Path) -> Config:
     # Stopped, or interrupted, long before its end.
     config = make_config(corpus, tiny_models["bert"], tmp_path / "run")
-    return config | {"rounds": 300, "clients.per-round": 2}
+    return config | {"rounds": 100_000, "clients.per-round": 2}
 
 
 @pytest.fixture
@@ -38,9 +38,8 @@ def running(config: Config) -> Iterator[subprocess.Popen[bytes]]:
     """A process whose run has a checkpoint, and which stands still."""
     directory = Path(str(config["run.dir"]))
     process = subprocess.Popen([*SLORA, *arguments(config)])
-    while not list_checkpoints(directory):
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: process.poll() is not None or bool(list_checkpoints(directory)))
+    assert process.poll() is None
     process.send_signal(signal.SIGSTOP)
     yield process
     process.kill()
@@ -94,9 +93,9 @@ def test_programs_that_a_run_starts_do_not_keep_its_lock(tmp_path: Path) -> None
         "from pathlib import Path\n"
         "from slora_flwr.runs.lock import sole_use\n"
         "with sole_use(Path(sys.argv[1]), 'in use'):\n"
-        "    left = subprocess.Popen(['sleep', '60'], close_fds=False)\n"
+        "    left = subprocess.Popen(['sleep', '3600'], close_fds=False)\n"
         "    print(left.pid, flush=True)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(3600)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True

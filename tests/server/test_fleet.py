@@ -45,7 +45,7 @@ def test_other_rounds_and_seeds_mean_other_cohorts() -> None:
     assert len({tuple(cohort) for cohort in cohorts}) == 16
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     population=st.lists(st.integers(0, 10**6), min_size=1, max_size=60, unique=True),
     count=st.integers(1, 70),
@@ -81,7 +81,7 @@ def test_the_largest_client_goes_first_to_the_least_loaded_node() -> None:
     assert assigned == {1: [0, 3], 2: [1, 2, 4, 5]}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     cohort=st.sets(st.sampled_from(sorted(SIZES)), min_size=1),
     nodes=st.integers(1, 5),
@@ -96,7 +96,7 @@ def test_nodes_differ_by_no_more_than_the_largest_client(
     assert max(found) - min(found) <= max(SIZES[c] for c in cohort)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_client_goes_only_where_it_is_hosted(data: st.DataObject) -> None:
     grid = FakeGrid([1, 2, 3])

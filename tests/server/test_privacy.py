@@ -177,7 +177,7 @@ def test_a_run_ends_at_its_target(config: Config) -> None:
 # The bound
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     update=st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4),
     bound=st.floats(1e-3, 1e3),

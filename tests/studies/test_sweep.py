@@ -39,6 +39,7 @@ from slora_flwr.studies.study import (
     tune,
 )
 from slora_flwr.studies.sweep import sweep
+from tests.support.processes import LONG, wait_until
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SWEEP = [sys.executable, "-c", "from slora_flwr.cli import app; app()", "sweep"]
@@ -530,18 +531,16 @@ def test_no_worker_outlives_the_sweep(
     process = subprocess.Popen([*SWEEP, str(path)], stdout=subprocess.DEVNULL)
     signal.signal(signal.SIGINT, before)
     try:
-        deadline = time.monotonic() + 60
-        workers: list[psutil.Process] = []
-        while len(workers) < 2:  # one is multiprocessing's own
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-            workers = psutil.Process(process.pid).children()
+        sweeping = psutil.Process(process.pid)
+        # One is multiprocessing's own.
+        wait_until(lambda: len(sweeping.children()) >= 2)
+        workers = sweeping.children()
         process.send_signal(how)
-        assert process.wait(30)
+        assert process.wait(LONG)
     finally:
         process.kill()
         process.wait()
-    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert psutil.wait_procs(workers, timeout=LONG)[1] == []
 
 
 def test_two_sweeps_do_not_share_a_folder(base: Config, tmp_path: Path) -> None:

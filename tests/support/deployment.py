@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from slora_flwr.common.files import write_atomically
-from tests.support.processes import free_port, is_open, residents, wait_until
+from tests.support.processes import LONG, free_port, is_open, residents, wait_until
 from tests.support.runs import Config
 
 ROOT = Path(__file__).parents[2]
@@ -43,27 +43,30 @@ class Run:
 
     def wait_for_round(self, number: int) -> None:
         """Wait until a round has ended."""
-        wait_until(lambda: number in self.rounds(), 240)
+        wait_until(lambda: number in self.rounds())
 
 
 class Node:
     """A SuperNode with folders of its own, as if it were a machine of its own.
 
-    Its processes do what the file `faults` says, see `faults/sitecustomize.py`.
+    Its processes do what the file `faults` says, and write down what they do, see
+    `faults/sitecustomize.py`.
     """
 
     def __init__(self, index: int, folder: Path, link: int) -> None:
         self.folder, self._index, self._link = folder, index, link
         folder.mkdir()
         self.faults = folder / "faults.json"
+        self._done = folder / "done"
+        self._done.touch()
         self.err({})
         self.start()
 
     def start(self) -> None:
         environment = {
             **_environment(self.folder),
-            "PYTHONPATH": os.pathsep.join([str(FAULTS), *_python_path()]),
             "SLORA_TEST_FAULTS": str(self.faults),
+            "SLORA_TEST_DONE": str(self._done),
         }
         with (self.folder / "log").open("ab") as log:
             self.process = psutil.Popen(
@@ -105,14 +108,19 @@ class Node:
         """List what runs on it, from the SuperNode down."""
         return [*_family(self.process), *residents(self.folder)]
 
-    def log_of(self, run: Run, number: int) -> str:
-        """Give what its SuperNode has logged since it took the message of a round."""
-        text = (self.folder / "log").read_text()
-        return text.partition(f"[RUN {run.run_id}, ROUND {number}]")[2]
+    def count(self, run: Run, done: str) -> int:
+        """Count how often it did something in a run, such as "sends train 2"."""
+        wanted = [str(run.run_id), *done.split()]
+        lines = [line.split() for line in self._done.read_text().splitlines()]
+        return sum(line[: len(wanted)] == wanted for line in lines)
 
     def wait_until_it_trains(self, run: Run, number: int) -> None:
         """Wait until it has the message of a round, in which it waits."""
-        wait_until(lambda: "Received successfully" in self.log_of(run, number), 240)
+        wait_until(lambda: self.count(run, f"waits {number}") > 0)
+
+    def wait_until_it_sends(self, run: Run, number: int, times: int = 1) -> None:
+        """Wait until the SuperLink has its reply of a round."""
+        wait_until(lambda: self.count(run, f"sends train {number}") >= times)
 
 
 class Deployment:
@@ -126,7 +134,12 @@ class Deployment:
         # Not pytest's folder: too long for the path of a Unix socket.
         self.folder = Path(tempfile.mkdtemp(prefix="slora-"))
         self._link = free_port()
-        self._environment = _environment(self.folder / "server")
+        # While this file is there, the deadlines of ServerApps are over.
+        self.late = self.folder / "late"
+        self._environment = {
+            **_environment(self.folder / "server"),
+            "SLORA_TEST_LATE": str(self.late),
+        }
         flower = Path(self._environment["FLWR_HOME"])
         flower.mkdir(parents=True)
         (flower / "config.toml").write_text(
@@ -156,7 +169,7 @@ class Deployment:
                 *(TOOLS / "flower-superexec", "--insecure"),
                 *("--runtime-api-address", address),
             )
-        wait_until(lambda: is_open(self._link), 60)
+        wait_until(lambda: is_open(self._link))
 
     def kill_superlink(self) -> None:
         self.superlink.kill()
@@ -170,26 +183,20 @@ class Deployment:
         command = (TOOLS / "flwr", "run", ROOT, "here", "--stream", "--run-config")
         stream = self._start(*command, text, log=log)
         said = "Successfully started run "
-        wait_until(lambda: said in log.read_text(), 60)
+        wait_until(lambda: said in log.read_text())
         run_id = log.read_text().partition(said)[2].split()[0]
         directory = str(config.get("run.resume") or config["run.dir"])
         return Run(int(run_id), Path(directory), stream)
 
-    def log(self) -> str:
-        """Give what the SuperLink and the ServerApps have logged."""
-        return (self.folder / "server" / "log").read_text()
-
     def status(self, run: Run) -> str:
         """Ask Flower how a run stands."""
-        command = ("list", "here", "--run-id", str(run.run_id), "--format", "json")
-        done = subprocess.run(
-            [TOOLS / "flwr", *command],
-            cwd=self.folder,
-            env=self._environment,
-            capture_output=True,
-            check=True,
-        )
-        return str(json.loads(done.stdout)["runs"][0]["status"])
+        told = self._ask("list", "here", "--run-id", str(run.run_id))
+        return str(told["runs"][0]["status"])
+
+    def online(self) -> int:
+        """Ask Flower how many SuperNodes are online."""
+        told = self._ask("supernode", "list", "here")
+        return sum(node["status"] == "online" for node in told["nodes"])
 
     def serverapps(self) -> list[psutil.Process]:
         """List the processes in which ServerApps run."""
@@ -197,10 +204,15 @@ class Deployment:
         found = [p for launcher in launchers for p in _family(launcher)]
         return [p for p in found if _is_called("flwr-serverapp", p)]
 
+    def serverapp(self) -> psutil.Process:
+        """Give the process of the one run, once those of runs before have ended."""
+        wait_until(lambda: len(self.serverapps()) == 1)
+        [process] = self.serverapps()
+        return process
+
     def kill_serverapp(self, run: Run) -> None:
         """Kill the process in which the run lives, and leave the stream of its log."""
-        [process] = self.serverapps()
-        process.kill()
+        self.serverapp().kill()
         run.stream.kill()
         run.stream.wait()
 
@@ -211,8 +223,18 @@ class Deployment:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=20)
+        psutil.wait_procs(left, timeout=LONG)
         shutil.rmtree(self.folder)
+
+    def _ask(self, *command: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [TOOLS / "flwr", *command, "--format", "json"],
+            cwd=self.folder,
+            env=self._environment,
+            capture_output=True,
+            check=True,
+        )
+        return dict(json.loads(done.stdout))
 
     def _start(self, *command: str | int | Path, log: Path | None = None) -> Any:
         path = log or self.folder / "server" / "log"
@@ -236,6 +258,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_HOME": str(folder / "flower"),
+        "PYTHONPATH": os.pathsep.join([str(FAULTS), *_python_path()]),
         "SLORA_HOME": str(folder / "home"),
         "TMPDIR": str(folder),
     }

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import psutil
 
+# Seconds that nothing takes, however busy the machine is.
+LONG = 900.0
+
 
 def residents(folder: Path) -> list[psutil.Process]:
     """List the resident workers whose sockets are below a folder."""
@@ -21,8 +24,9 @@ def residents(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait, for as long as only something that hangs would take."""
+    until = time.monotonic() + LONG
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)

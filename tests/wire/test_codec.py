@@ -59,7 +59,7 @@ def bound(values: Values, dtype: str, stochastic: bool) -> NDArray[np.float64]:
     return (step if stochastic else step / 2) + slack
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(values=VECTORS, stochastic=st.booleans(), key=st.integers(0, 2**64))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_read_is_within_the_bound(
@@ -131,7 +131,7 @@ def test_rounding_follows_from_its_key() -> None:
 # Positions
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), size=st.integers(1, 100_000))
 def test_positions_come_back(data: st.DataObject, size: int) -> None:
     chosen = data.draw(st.sets(st.integers(0, size - 1), max_size=60))
@@ -170,7 +170,7 @@ def test_the_last_step_takes_what_the_codes_carry() -> None:
 # Frames
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     data=st.binary(max_size=400),
     repeat=st.integers(1, 20),
@@ -233,7 +233,7 @@ def encode(codec: Codec, state: dict[str, torch.Tensor]) -> tuple[Array, Positio
     return codec.encode(state, chosen if codec.share else None, philox()), chosen
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(values=VECTORS.filter(lambda v: len(v) > 3))
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_states_come_back_within_the_bound(codec: Codec, values: Values) -> None:
@@ -277,7 +277,7 @@ def test_sizes_by_hand() -> None:
     assert Codec("float32", 0.1, head=5).size(25) == 13 + 3 * 4 + 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 @pytest.mark.parametrize("codec", [c for c in CODECS if not c.is_plain], ids=str)
 def test_a_broken_payload_is_an_error(codec: Codec, data: st.DataObject) -> None:

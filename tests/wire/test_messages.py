@@ -52,7 +52,7 @@ def travel(content: RecordDict) -> RecordDict:
     return message_from_proto(arrived).content
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes=SHAPES, data=st.data())
 def test_any_state_comes_back_bit_for_bit(
     shapes: dict[str, tuple[int, ...]], data: st.DataObject
@@ -85,7 +85,7 @@ def test_known_bytes_are_this_state() -> None:
     assert state["b"].shape == ()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(values=st.lists(st.integers(-(2**63), 2**63 - 1)))
 def test_sums_travel_as_little_endian_int64(values: list[int]) -> None:
     packed = pack({"x": torch.tensor(values, dtype=torch.int64)}, "int64")

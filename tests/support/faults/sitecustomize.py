@@ -1,6 +1,8 @@
-"""On a node's PYTHONPATH, in each of its processes: it errs when it is told.
+"""On the PYTHONPATH of a deployment's processes, which err when they are told.
 
-The file that SLORA_TEST_FAULTS names says in which round it does what.
+The file that SLORA_TEST_FAULTS names says in which round a node does what; to the one
+that SLORA_TEST_DONE names, it adds a line for each wait in a round and each reply.
+While the file is there that SLORA_TEST_LATE names, a server's deadlines are over.
 """
 
 import importlib.util
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
@@ -23,6 +25,8 @@ def spoil_training(module: ModuleType) -> None:
 
     def answer(message: Any, context: Any) -> Any:
         number = int(message.metadata.group_id)
+        if fault_of(number) == "waits":
+            write_down(message.metadata.run_id, "waits", number)
         while (fault := fault_of(number)) == "waits":
             time.sleep(0.05)
         if fault == "raises":
@@ -43,17 +47,43 @@ def spoil_training(module: ModuleType) -> None:
 def answer_twice(module: ModuleType) -> None:
     """Change how a SuperNode replies: a second time, under another id."""
     client = module.FleetHttpClient
-    push = client.PushMessages
+    push, pull = client.PushMessages, client.PullMessages
+    sent: list[tuple[int | str, ...]] = []
 
     def push_twice(self: Any, request: Any) -> Any:
         response = push(self, request)
-        if fault_of(request.messages_list[0].metadata.group_id) == "twice":
+        facts = request.messages_list[0].metadata
+        sent.append((facts.run_id, "sends", facts.message_type, facts.group_id))
+        if fault_of(facts.group_id) == "twice":
             other = type(request).FromString(request.SerializeToString())
             other.messages_list[0].metadata.message_id = "f" * 64
             push(self, other)
+            sent.append(sent[-1])
         return response
 
-    client.PushMessages = push_twice
+    def pull_next(self: Any, request: Any) -> Any:
+        # The reply's objects, which followed it, are there too.
+        while sent:
+            write_down(*sent.pop(0))
+        return pull(self, request)
+
+    client.PushMessages, client.PullMessages = push_twice, pull_next
+
+
+def pass_deadlines(module: ModuleType) -> None:
+    """Change the clock by which `slora_flwr.server.collect` waits."""
+    clock = module.time
+
+    def monotonic() -> float:
+        ahead = Path(os.environ["SLORA_TEST_LATE"]).exists()
+        return float(clock.monotonic() + (1e6 if ahead else 0.0))
+
+    vars(module)["time"] = SimpleNamespace(monotonic=monotonic, sleep=clock.sleep)
+
+
+def write_down(*what: int | str) -> None:
+    with Path(os.environ["SLORA_TEST_DONE"]).open("a") as file:
+        file.write(" ".join(map(str, what)) + "\n")
 
 
 def fault_of(server_round: int | str) -> str:
@@ -64,6 +94,7 @@ def fault_of(server_round: int | str) -> str:
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "slora_flwr.client.handlers": spoil_training,
     "flwr.supernode.fleet_http_client": answer_twice,
+    "slora_flwr.server.collect": pass_deadlines,
 }
 
 
