@@ -129,12 +129,12 @@ def serve_here(
 
 def end(path: Path) -> None:
     """Ask a resident worker to end, as another run's ClientApp does."""
-    with socket.socket(socket.AF_UNIX) as channel:
-        channel.connect(str(path))
-        with channel.makefile("rwb") as stream:
-            resident._read(stream, resident.TEXT_LIMIT)
-            resident._write(stream, b"end")
-            assert resident._read(stream, resident.TEXT_LIMIT) == b"asked to"
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.connect(str(path))
+        with Connection(unix.detach()) as channel:
+            channel.recv_bytes()  # its identity
+            channel.send_bytes(b"end")
+            assert channel.recv_bytes() == b"asked to"
 
 
 def leave_amid_a_message(listener: socket.socket, path: Path) -> None:
