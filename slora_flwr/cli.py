@@ -215,10 +215,11 @@ def compare(
         raise typer.Exit(2)
     try:
         found = [read_run(path) for path in find_runs(runs)]
-    except RunError as error:
+        page = lay_out(found, rates, target)
+    except (ConfigError, RunError) as error:  # the former of a method from outside
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
-    typer.echo(write(lay_out(found, rates, target), out, "compare"))
+    typer.echo(write(page, out, "compare"))
 
 
 def _run_inline(values: dict[str, Any], nodes: int) -> None:

@@ -102,7 +102,6 @@ class FedExP(Aggregator):
     does not keep, so the updates are kept apart.
     """
 
-    is_mean = False
     fold = Stack
 
     def combine(self, fold: Mean) -> State:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -42,7 +42,10 @@ class Adapter:
         True if the next phase starts from the delta learned here; such a class
         implements `learned`.
     takes_delta : bool
-        True if a phase can start from such a delta; such a class implements `prime`.
+        True if a phase can start from such a delta; such a class implements `prime` and
+        `primed_rank`.
+    is_low_rank : bool
+        True if the state holds LoRA's factors, on which some aggregators act.
     copies_weights : bool
         True if attaching keeps a copy of all backbone weights.
     folder : str
@@ -56,6 +59,7 @@ class Adapter:
     is_selection: ClassVar[bool] = False
     learns_delta: ClassVar[bool] = False
     takes_delta: ClassVar[bool] = False
+    is_low_rank: ClassVar[bool] = False
     copies_weights: ClassVar[bool] = False
     folder: ClassVar[str] = "model"
     scaling: float = 1.0
@@ -67,13 +71,17 @@ class Adapter:
         self._head_before: State = {}
 
     @classmethod
-    def from_config(cls, config: RunConfig, frozen: State | None = None) -> Self:
+    def from_config(
+        cls, config: RunConfig, trains: str = "both", frozen: State | None = None
+    ) -> Self:
         """Return a detached adapter, built from a run config.
 
         Parameters
         ----------
         config : RunConfig
             The run.
+        trains : str
+            Which factors the phase's aggregator has clients train; see `Aggregator`.
         frozen : State or None
             Frozen factors by target matrix, if the phase's base supplies them.
         """
@@ -189,6 +197,38 @@ class Adapter:
         return {}, None
 
     @classmethod
+    def prime(
+        cls,
+        config: RunConfig,
+        trains: str,
+        backbone: Backbone,
+        positions: Mapping[str, NDArray[np.int64]],
+        values: State,
+        head: State,
+    ) -> Any:
+        """Return the start of a primed phase, a `slora_flwr.adapters.handoff.Handoff`.
+
+        Asked only of a class that `takes_delta`. Nothing is attached to the backbone.
+
+        Parameters
+        ----------
+        config, trains
+            As of `from_config`.
+        backbone : Backbone
+            The backbone with W_0.
+        positions, values
+            As the phase before has `learned` them.
+        head : State
+            The head that it trained.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def primed_rank(cls, config: RunConfig) -> int:
+        """Return the rank up to which `prime` keeps what the phase before learned."""
+        raise NotImplementedError
+
+    @classmethod
     def client_ranks(cls, config: RunConfig) -> Callable[[int], int] | None:
         """Return a function from client id to rank; None if all ranks are equal."""
         return None
@@ -246,10 +286,10 @@ class Adapter:
         """Return the layout of the part that this round trains and clients return."""
         return {n: s for n, s in self.shapes().items() if n not in self._idle}
 
-    def change_shapes(self, backbone: Backbone, rank: int) -> dict[str, torch.Size]:
-        """Return the layout of a round's change of the base.
+    def change_shapes(self, backbone: Backbone, values: int) -> dict[str, torch.Size]:
+        """Return the layout of a change of the base that has this many values.
 
-        Called only for a phase that `changes_base`.
+        Asked only of a phase that `changes_base`.
         """
         raise NotImplementedError
 

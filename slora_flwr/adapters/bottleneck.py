@@ -75,7 +75,9 @@ class BottleneckAdapter(Adapter):
         self._reduction = reduction
 
     @classmethod
-    def from_config(cls, config: RunConfig, frozen: State | None = None) -> Self:
+    def from_config(
+        cls, config: RunConfig, trains: str = "both", frozen: State | None = None
+    ) -> Self:
         """Return a detached adapter, built from a run config."""
         return cls(config.bottleneck.reduction)
 

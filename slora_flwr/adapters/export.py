@@ -20,7 +20,7 @@ def export_adapter(
     state: State,
     rank: int,
     scaling: float,
-    patch: BaseWeights | None,
+    base: BaseWeights | None,
 ) -> None:
     """Write a low-rank state in PEFT's format, with a base patch if needed.
 
@@ -39,7 +39,7 @@ def export_adapter(
         State of the low-rank adapter, including A.
     rank, scaling : int, float
         The adapter's rank and s.
-    patch : BaseWeights or None
+    base : BaseWeights or None
         The base; None for W_0.
     """
     # Checking a run config must not wait for PEFT's import, which takes seconds.
@@ -47,7 +47,7 @@ def export_adapter(
 
     from slora_flwr.adapters.peft_layers import write_peft
 
-    rank *= 2 if patch is not None and patch.b else 1
+    rank *= 2 if base is not None and base.b else 1
     config = LoraConfig(
         r=rank,
         lora_alpha=scaling * rank,  # type: ignore[arg-type]
@@ -57,18 +57,18 @@ def export_adapter(
     factors = {}
     for name in backbone.targets:
         a, b = state[f"{name}.lora_A"], state[f"{name}.lora_B"]
-        if patch is not None and patch.b:
-            a = torch.cat([a, patch.a[name]])
-            b = torch.cat([b, -patch.b[name]], dim=1)
+        if base is not None and base.b:
+            a = torch.cat([a, base.a[name]])
+            b = torch.cat([b, -base.b[name]], dim=1)
         factors[f"{name}.lora_A.default.weight"] = a
         factors[f"{name}.lora_B.default.weight"] = b
     write_peft(folder, backbone, config, state, factors)
-    if patch is not None:
+    if base is not None:
         arrays: dict[str, Tensor] = {}
-        for name, positions in patch.positions.items():
+        for name, positions in base.positions.items():
             arrays[f"{name}.weight.positions"] = torch.from_numpy(positions)
-            arrays[f"{name}.weight.values"] = patch.values[name].contiguous()
-        for name, weight in patch.weights.items():
+            arrays[f"{name}.weight.values"] = base.values[name].contiguous()
+        for name, weight in base.weights.items():
             arrays[f"{name}.weight.values"] = weight
         if arrays:
             save_file(arrays, folder / PATCH_FILE, {"base": backbone.digest})

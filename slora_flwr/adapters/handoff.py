@@ -14,7 +14,6 @@ from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.svd import TruncatedSvd, truncated_svd
 from slora_flwr.common.tensors import State
 from slora_flwr.config import LoraConfig, RunConfig
-from slora_flwr.config.methods import find_aggregator
 from slora_flwr.config.schedule import Phase
 
 
@@ -26,14 +25,14 @@ class Handoff:
     ----------
     state : State
         State of the low-rank adapter, with the head that the sparse phase trained.
-    patch : BaseWeights or None
+    base : BaseWeights or None
         The base; None for W_0.
     energies : dict[str, float]
         Share of each delta's squared norm that the rank keeps, by target matrix.
     """
 
     state: State
-    patch: BaseWeights | None
+    base: BaseWeights | None
     energies: dict[str, float]
 
 
@@ -43,6 +42,7 @@ def prime_low_rank(
     values: State,
     head: State,
     config: LoraConfig,
+    trains: str = "both",
     seed: int = 0,
 ) -> Handoff:
     """Prime a low-rank phase by the SVD of what the sparse phase learned.
@@ -58,7 +58,9 @@ def prime_low_rank(
     head : State
         The trained head.
     config : LoraConfig
-        Rank, alpha, base, factors and aggregator.
+        Rank, alpha, base and factors.
+    trains : str
+        Which factors clients train; see `LowRankAdapter`.
     seed : int
         Seed of LoRA's own initialisation, used for base `warm-start`.
 
@@ -72,14 +74,14 @@ def prime_low_rank(
         config.alpha,
         scaling=config.scaling,
         seed=seed,
-        trains=find_aggregator(config.aggregator).trains,
+        trains=trains,
     )
     lora.attach(backbone)
     start = lora.whole(lora.state()) | head  # PEFT's initialisation, for `warm-start`
     lora.detach()
 
-    frozen = find_aggregator(config.aggregator).trains == "b"
-    factors = _resolve(config)
+    frozen = trains == "b"
+    factors = _resolve(config, trains)
     a: State = {}
     b: State = {}
     delta: State = {}
@@ -105,15 +107,15 @@ def prime_low_rank(
     return Handoff(start, patch, {name: svd.energy for name, svd in svds.items()})
 
 
-def _resolve(config: LoraConfig) -> str:
+def _resolve(config: LoraConfig, trains: str) -> str:
     """Return `config.factors`, with `auto` resolved: a frozen A is orthonormal."""
     if config.factors != "auto":
         return config.factors
-    return "b" if find_aggregator(config.aggregator).trains == "b" else "balanced"
+    return "b" if trains == "b" else "balanced"
 
 
 def start_from_weights(
-    backbone: Backbone, config: LoraConfig
+    backbone: Backbone, config: LoraConfig, trains: str = "both"
 ) -> tuple[State, BaseWeights]:
     """Compute the start of a low-rank phase from the SVD of W_0.
 
@@ -125,38 +127,40 @@ def start_from_weights(
     backbone : Backbone
         The backbone with W_0 and nothing attached.
     config : LoraConfig
-        Rank, alpha, factors and aggregator.
+        Rank, alpha and factors.
+    trains : str
+        Which factors clients train; see `LowRankAdapter`.
 
     Returns
     -------
     state : State
         The factors, named as in the low-rank adapter's state.
-    patch : BaseWeights
+    base : BaseWeights
         The base.
     """
     scaling = LowRankAdapter(config.rank, config.alpha, scaling=config.scaling).scaling
-    frozen = find_aggregator(config.aggregator).trains == "b"
-    factors = _resolve(config)
+    frozen = trains == "b"
+    factors = _resolve(config, trains)
     state: State = {}
-    patch = BaseWeights(scaling=scaling)
+    base = BaseWeights(scaling=scaling)
     for name, module in backbone.targets.items():
         weight = module.weight.detach().double().cpu().numpy()
         u, s, vt = np.linalg.svd(weight, full_matrices=False)
         rank = config.rank
         svd = TruncatedSvd(u[:, :rank], s[:rank], vt[:rank], energy=1.0)
         a, b = prime(svd, scaling, factors)
-        patch.a[name], patch.b[name] = a, b
+        base.a[name], base.b[name] = a, b
         if not frozen:
             state[f"{name}.lora_A"] = a
         state[f"{name}.lora_B"] = b
-    return state, patch
+    return state, base
 
 
 def base_layout(
     phase: Phase, config: RunConfig, backbone: Backbone, rounds_before: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, NDArray[np.int64]], float]:
     """Return the layout of a low-rank phase's base; see `Adapter.base_layout`."""
-    lora, frozen = config.lora, find_aggregator(phase.aggregator).trains == "b"
+    lora, frozen = config.lora, phase.aggregator_type.trains == "b"
     positions: dict[str, NDArray[np.int64]] = {}
     start = lora.base if phase.primed else lora.start
     if start in ("residual", "warm-start"):

@@ -1,7 +1,6 @@
 """The adapter of low-rank phases: its sizes, traffic, start and export."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -20,8 +19,7 @@ from slora_flwr.adapters.low_rank import LowRankAdapter
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
-from slora_flwr.config import ConfigError, LoraConfig, RunConfig
-from slora_flwr.config.methods import find_aggregator
+from slora_flwr.config import ConfigError, RunConfig
 from slora_flwr.config.schedule import Phase
 
 
@@ -34,14 +32,16 @@ class LoraAdapter(LowRankAdapter):
     folder = "adapter"
 
     @classmethod
-    def from_config(cls, config: RunConfig, frozen: State | None = None) -> Self:
+    def from_config(
+        cls, config: RunConfig, trains: str = "both", frozen: State | None = None
+    ) -> Self:
         """Return a detached adapter, built from a run config."""
         return cls(
             config.lora.rank,
             config.lora.alpha,
             scaling=config.lora.scaling,
             seed=config.seed,
-            trains=find_aggregator(config.aggregator).trains,
+            trains=trains,
             orthonormal=config.lora.start == "orthonormal",
             frozen=frozen,
         )
@@ -114,10 +114,10 @@ class LoraAdapter(LowRankAdapter):
         """Return the start of a phase that is not primed by an earlier one."""
         trains = phase.aggregator_type.trains
         if config.lora.start == "federa":
-            return start_from_weights(backbone, _lora_config(config))
+            return start_from_weights(backbone, config.lora, trains)
         if config.lora.start == "orthonormal" and trains == "b":
             # A is sent, since the last bits of a QR depend on the machine.
-            lora = cls.from_config(config)
+            lora = cls.from_config(config, trains)
             lora.attach(backbone)
             whole = lora.whole({})
             lora.detach()
@@ -129,14 +129,21 @@ class LoraAdapter(LowRankAdapter):
     def prime(
         cls,
         config: RunConfig,
+        trains: str,
         backbone: Backbone,
         positions: Mapping[str, NDArray[np.int64]],
         values: State,
         head: State,
     ) -> Handoff:
         """Return the start of a primed phase; see `prime_low_rank`."""
-        lora, seed = _lora_config(config), config.seed
-        return prime_low_rank(backbone, dict(positions), values, head, lora, seed)
+        return prime_low_rank(
+            backbone, dict(positions), values, head, config.lora, trains, config.seed
+        )
+
+    @classmethod
+    def primed_rank(cls, config: RunConfig) -> int:
+        """Return the rank of the factors."""
+        return config.lora.rank
 
     @classmethod
     def client_ranks(cls, config: RunConfig) -> Callable[[int], int] | None:
@@ -161,8 +168,3 @@ def factors_size(rank: int, backbone: Backbone) -> int:
     """Return the number of values in A and B of all target matrices."""
     modules = backbone.targets.values()
     return rank * sum(module.out_features + module.in_features for module in modules)
-
-
-def _lora_config(config: RunConfig) -> LoraConfig:
-    """Return the section with the aggregator of the run's method."""
-    return replace(config.lora, aggregator=config.aggregator)

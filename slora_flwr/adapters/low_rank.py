@@ -44,6 +44,8 @@ class LowRankAdapter(Adapter):
         The frozen A by target matrix, if it does not follow from the seed.
     """
 
+    is_low_rank = True
+
     def __init__(
         self,
         rank: int,
@@ -101,10 +103,12 @@ class LowRankAdapter(Adapter):
             digest.update(a.float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def change_shapes(self, backbone: Backbone, rank: int) -> dict[str, torch.Size]:
+    def change_shapes(self, backbone: Backbone, values: int) -> dict[str, torch.Size]:
         """Return the layout of a base change: b, (out, rank), and a, (rank, in)."""
+        modules = backbone.targets
+        rank = values // sum(m.out_features + m.in_features for m in modules.values())
         shapes = {}
-        for name, module in backbone.targets.items():
+        for name, module in modules.items():
             shapes[f"{name}.b"] = torch.Size([module.out_features, rank])
             shapes[f"{name}.a"] = torch.Size([rank, module.in_features])
         return shapes

@@ -82,7 +82,9 @@ class SparseAdapter(Adapter):
         self._before: dict[str, Tensor] = {}
 
     @classmethod
-    def from_config(cls, config: RunConfig, frozen: State | None = None) -> Self:
+    def from_config(
+        cls, config: RunConfig, trains: str = "both", frozen: State | None = None
+    ) -> Self:
         """Return a detached adapter, built from a run config."""
         sparse, redrawn = config.sparse, cls.changes_base(config)
         return cls(sparse.density, sparse.mask, config.seed, sparse.budget, redrawn)

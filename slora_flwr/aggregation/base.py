@@ -29,8 +29,10 @@ class Aggregator:
     takes_ranks : bool
         True if clients may have factors of different ranks.
     is_mean : bool
-        True if the result depends only on the mean update. Noise can then be added to
-        the mean, or a robust statistic can replace it.
+        True if the server steps along the mean update and does nothing else with it.
+        Privacy then adds noise to the mean, and robust statistics replace it.
+    needs_factors : bool
+        True if it acts on LoRA's factors, so that only low-rank adapters can have it.
     changes_base : bool
         True if a round changes the weights that the adapter stands on.
     renews : bool
@@ -45,7 +47,8 @@ class Aggregator:
     trains: ClassVar[str] = "both"
     steps: ClassVar[bool] = True
     takes_ranks: ClassVar[bool] = False
-    is_mean: ClassVar[bool] = True
+    is_mean: ClassVar[bool] = False
+    needs_factors: ClassVar[bool] = False
     changes_base: ClassVar[bool] = False
     renews: ClassVar[bool] = False
     needs_float32: ClassVar[bool] = False
@@ -91,3 +94,4 @@ class PlainAverage(Aggregator):
     """Federated averaging, also of factors of different ranks."""
 
     takes_ranks = True
+    is_mean = True

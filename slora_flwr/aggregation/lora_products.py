@@ -85,7 +85,7 @@ class ExactProducts(Aggregator):
     """Average the factors and add their product's error to the base: FedEx-LoRA."""
 
     steps = False
-    is_mean = False
+    needs_factors = True
     changes_base = True
     needs_float32 = True
     fold = Stack
@@ -103,7 +103,7 @@ class FactoredProducts(Aggregator):
 
     steps = False
     takes_ranks = True
-    is_mean = False
+    needs_factors = True
     renews = True
     fold = Stack
 

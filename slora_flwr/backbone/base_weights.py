@@ -44,7 +44,7 @@ class BaseWeights:
 
     def apply(self, backbone: Backbone) -> None:
         """Change the resident W_0 to the base; no adapter may be attached."""
-        assert not self.before, "the patch is applied already"
+        assert not self.before, "the base is applied already"
         with torch.no_grad():
             for name, module in backbone.targets.items():
                 weight = module.weight
@@ -65,6 +65,11 @@ class BaseWeights:
             for name, before in self.before.items():
                 backbone.targets[name].weight.copy_(before)
         self.before = {}
+
+    def factors(self) -> dict[str, Tensor]:
+        """Return `a` and `b` by their names in a low-rank adapter's state."""
+        named = {f"{name}.lora_A": tensor for name, tensor in self.a.items()}
+        return named | {f"{name}.lora_B": tensor for name, tensor in self.b.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Return what is sent to a node that has only W_0 and the mask's seed."""

@@ -122,6 +122,8 @@ _SECTIONS = {
     "houlsby": "bottleneck",
     "pfeiffer": "bottleneck",
 }
+# Those of this package that act on the matrices of `lora.targets`.
+_ON_TARGETS = ("sparse", "lora")
 
 AGGREGATORS = {
     "fedavg": "slora_flwr.aggregation.base:PlainAverage",
@@ -227,6 +229,11 @@ def section_of(adapter: str) -> str:
     if adapter in ADAPTERS:
         return _SECTIONS.get(adapter, "")
     return str(find_adapter(adapter).section)
+
+
+def acts_on_targets(adapter: str) -> bool:
+    """Return whether an adapter may act on the matrices that `lora.targets` names."""
+    return adapter in _ON_TARGETS or adapter not in ADAPTERS
 
 
 def _find(kind: str, name: str) -> Any:

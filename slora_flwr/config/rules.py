@@ -9,9 +9,9 @@ from pathlib import Path
 
 from slora_flwr.config.errors import refuse
 from slora_flwr.config.methods import (
+    AGGREGATORS,
     find_adapter,
     find_aggregator,
-    list_aggregators,
     list_methods,
 )
 from slora_flwr.config.schedule import Phase, make_schedule
@@ -46,6 +46,7 @@ def check(config: RunConfig) -> None:
     _check_open_phase(config)
     _check_start(config, phases)
     _check_aggregator(config, phases)
+    _check_factors(config, phases)
     _check_products(config, phases)
     if config.server.robust != "none":
         _check_robust(config, phases)
@@ -177,6 +178,21 @@ def _check_aggregator(config: RunConfig, phases: Sequence[Phase]) -> None:
         raise refuse("lora.ranks", lora.ranks, allowed)
 
 
+def _check_factors(config: RunConfig, phases: Sequence[Phase]) -> None:
+    rows = list_methods()[config.method].phases
+    for row, phase in zip(rows, phases, strict=True):
+        if phase.aggregator_type.needs_factors and not _is_low_rank(phase):
+            key, given = "method", config.method
+            if not row.aggregator:
+                key, given = "lora.aggregator", config.lora.aggregator
+            raise refuse(
+                key,
+                given,
+                f"a low-rank adapter with aggregator {phase.aggregator}, which is "
+                f"none for {phase.adapter}",
+            )
+
+
 def _check_products(config: RunConfig, phases: Sequence[Phase]) -> None:
     server = config.server
     for phase in phases:
@@ -253,8 +269,9 @@ def _check_privacy(config: RunConfig, phases: Sequence[Phase]) -> None:
 
 
 def _is_low_rank(phase: Phase) -> bool:
-    return bool(phase.adapter_type.section == "lora")
+    return bool(phase.adapter_type.is_low_rank)
 
 
 def _aggregators(fact: str) -> list[str]:
-    return [name for name in list_aggregators() if getattr(find_aggregator(name), fact)]
+    # Those from outside are not loaded only to be listed.
+    return [name for name in AGGREGATORS if getattr(find_aggregator(name), fact)]

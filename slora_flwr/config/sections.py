@@ -541,8 +541,3 @@ class RunConfig:
     attack: AttackConfig = AttackConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     run: OutputConfig = OutputConfig()
-
-    @property
-    def aggregator(self) -> str:
-        """The method's own aggregator, or `lora.aggregator`."""
-        return list_methods()[self.method].aggregator or self.lora.aggregator

@@ -52,7 +52,7 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
     backbone : Backbone
         The backbone with W_0 and nothing attached, both before and after the call.
     """
-    adapter = phase.adapter_type.from_config(config)
+    adapter = phase.adapter_type.from_config(config, phase.aggregator_type.trains)
     resident = {p.untyped_storage().data_ptr() for p in backbone.model.parameters()}
     adapter.attach(backbone)
     adapter.begin(1)

@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from slora_flwr.config.methods import REFERENCES
+
 
 def closing_table(summary: dict[str, Any]) -> Table:
     """Return a table of a run's metrics, and of its bytes compared with FFT and LoRA.
@@ -26,7 +28,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     table.add_column("")
     for name in ("rounds", "MB up", "MB down", "MB in all", "share of FFT", "seconds"):
         table.add_column(name, justify="right")
-    fft = summary["same_rounds"]["fft"]
+    fft = summary["same_rounds"][REFERENCES[0]]
 
     def row(name: str, rounds: int, up: int, down: int, seconds: float | None) -> None:
         table.add_row(

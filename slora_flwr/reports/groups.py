@@ -13,7 +13,12 @@ from slora_flwr.config import (
     Value,
     flatten,
 )
-from slora_flwr.config.methods import REFERENCES, list_methods, section_of
+from slora_flwr.config.methods import (
+    REFERENCES,
+    acts_on_targets,
+    list_methods,
+    section_of,
+)
 from slora_flwr.runs.reader import RecordedRun
 
 LAST = 5  # number of evaluations in the steadier accuracy
@@ -269,7 +274,7 @@ def _effective(config: dict[str, Value]) -> dict[str, Value]:
         if key == "seed" or section == "run":
             return False
         if key == "lora.targets":
-            return bool(sections & {"sparse", "lora"})
+            return any(acts_on_targets(row.adapter) for row in rows)
         if key == "sparse.rounds":
             return len(rows) != 1
         if section in _PHASES and rows and section not in sections:

@@ -7,7 +7,13 @@ from rich.table import Table
 
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.random import sample_cohort
-from slora_flwr.config import ConfigError, DownloadConfig, RunConfig, UploadConfig
+from slora_flwr.config import (
+    ConfigError,
+    DownloadConfig,
+    LoraConfig,
+    RunConfig,
+    UploadConfig,
+)
 from slora_flwr.config.methods import REFERENCES
 from slora_flwr.config.rules import check
 from slora_flwr.config.schedule import Phase, make_schedule
@@ -78,7 +84,10 @@ def _trained_values(phase: Phase, config: RunConfig, backbone: Backbone) -> int:
 
 def _variants(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     yield config.method, config
-    plain = replace(config.lora, aggregator="fedavg", start="peft", ranks="")
+    usual = LoraConfig()
+    plain = replace(
+        config.lora, aggregator=usual.aggregator, start=usual.start, ranks=usual.ranks
+    )
     config = replace(config, upload=UploadConfig(), download=DownloadConfig())
     for name in REFERENCES:
         other = replace(config, method=name, lora=plain)

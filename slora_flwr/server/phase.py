@@ -83,6 +83,9 @@ class ActivePhase:
             and config.clients.count > 0
         )
         self.handoff: HandedOff | None = None
+        if self.phase.is_open:
+            primed = trainer.schedule[index + 1].adapter_type
+            self._primed_rank: int = primed.primed_rank(config)
         self.fingerprint, self.returned, self.largest = "", self.adapter.returned(), 0
         self._config, self._model, self._start = config, model, self.state
 
@@ -104,7 +107,7 @@ class ActivePhase:
         if before is not None and phase.primed:
             begun = time.perf_counter()
             handoff = model.hand_over(before.state, before.phase_round, phase)
-            start, weights = handoff.state, handoff.patch
+            start, weights = handoff.state, handoff.base
             took = round(time.perf_counter() - begun, 3)
             told = HandedOff(
                 base=config.lora.base, energies=handoff.energies, took=took
@@ -120,8 +123,7 @@ class ActivePhase:
         active.state |= start
         if base.start is not None:
             # The factors start from what was taken off the base, as nodes read it.
-            factors = {f"{name}.lora_A": t for name, t in base.start.a.items()}
-            factors |= {f"{name}.lora_B": t for name, t in base.start.b.items()}
+            factors = base.start.factors()
             active.state |= {n: t for n, t in factors.items() if n in start}
         return active
 
@@ -200,7 +202,7 @@ class ActivePhase:
         """
         if not self.phase.is_open:
             return None
-        return self._model.kept_energy(self.state, self.phase_round)
+        return self._model.kept_energy(self.state, self.phase_round, self._primed_rank)
 
     def has_ended(self, history: Sequence[RecordedRound]) -> bool:
         """Return whether the phase is open and has stopped gaining.

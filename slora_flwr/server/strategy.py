@@ -92,7 +92,8 @@ class PhasedStrategy:
                 return
             self.phase = ActivePhase.begin(self._trainer, self.phase)
             if self.phase.handoff is not None:
-                self.journal.record_handoff(self.phase.handoff, self._config.lora.rank)
+                rank = self.phase.phase.adapter_type.primed_rank(self._config)
+                self.journal.record_handoff(self.phase.handoff, rank)
 
     def _run_phase(self, grid: Grid) -> None:
         """Run the remaining rounds of the phase under way."""

@@ -30,7 +30,13 @@ from statistics import fmean
 from typing import Any
 
 from slora_flwr.config import ConfigError, RunConfig, Value, flatten, parse, refuse
-from slora_flwr.config.methods import PhaseRow, find_adapter, list_methods
+from slora_flwr.config.methods import (
+    ADAPTERS,
+    METHODS,
+    PhaseRow,
+    find_adapter,
+    list_methods,
+)
 from slora_flwr.config.schedule import make_schedule
 
 Config = dict[str, Value]
@@ -301,7 +307,9 @@ def _trial(
 def _method_of(adapter: str) -> str | None:
     """Return the method whose only phase trains an adapter; None if there is none."""
     row = PhaseRow(adapter)
-    return next((n for n, m in list_methods().items() if m.phases == (row,)), None)
+    # Methods from outside are not loaded to look for an adapter of this package.
+    known = METHODS if adapter in ADAPTERS else list_methods()
+    return next((n for n, m in known.items() if m.phases == (row,)), None)
 
 
 def planned(study: Study) -> Iterator[Config]:

@@ -11,7 +11,6 @@ from torch import nn
 
 from slora_flwr.adapters.base import Adapter
 from slora_flwr.adapters.handoff import Handoff
-from slora_flwr.adapters.lora import factors_size
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone, load_backbone
 from slora_flwr.common.svd import truncated_svd
@@ -83,7 +82,9 @@ class AttachedModel:
                 base.apply(self.backbone)
                 self._base = base
             frozen = base.a if base is not None and base.a else None
-            self._adapter = phase.adapter_type.from_config(self._config, frozen)
+            self._adapter = phase.adapter_type.from_config(
+                self._config, phase.aggregator_type.trains, frozen
+            )
             self._adapter.attach(self.backbone)
             self._attached = (phase, digest)
             self.reference = {}
@@ -125,8 +126,7 @@ class AttachedModel:
 
     def change_shapes(self, values: int) -> dict[str, torch.Size]:
         """Return the layout of a change of the base that has so many values."""
-        rank = values // factors_size(1, self.backbone)
-        return self.adapter.change_shapes(self.backbone, rank)
+        return self.adapter.change_shapes(self.backbone, values)
 
     @property
     def target_shapes(self) -> dict[str, torch.Size]:
@@ -160,14 +160,14 @@ class AttachedModel:
         positions, values = self.adapter.learned(state, rounds)
         self.detach()
         head = {name: state[name] for name in self.backbone.head}
-        adapter_type = phase.adapter_type
-        primed: Handoff = adapter_type.prime(
-            self._config, self.backbone, positions, values, head
+        trains = phase.aggregator_type.trains
+        primed: Handoff = phase.adapter_type.prime(
+            self._config, trains, self.backbone, positions, values, head
         )
         return primed
 
-    def kept_energy(self, state: State, rounds: int) -> float:
-        """Return the share of the sparse deltas' energy that a handoff now would keep.
+    def kept_energy(self, state: State, rounds: int, rank: int) -> float:
+        """Return the share of the learned deltas' energy that a rank would keep now.
 
         It is the mean over the target matrices, as the handoff reports it.
         """
@@ -181,7 +181,6 @@ class AttachedModel:
             at = torch.from_numpy(positions[name])
             delta = (values[name] - weight.reshape(-1).cpu()[at]).double().numpy()
             m, n = weight.shape
-            rank = self._config.lora.rank
             energies.append(truncated_svd(positions[name], delta, (m, n), rank).energy)
         return fmean(energies)
 
@@ -190,9 +189,8 @@ class AttachedModel:
         known = self.adapter.known()
         # A base that changes may have come without the factors that it began with.
         if base is not None and not phase.changes_base:
-            named = {f"{n}.lora_A": t for n, t in base.a.items()}
-            named |= {f"{n}.lora_B": t for n, t in base.b.items()}
-            known |= {n: t for n, t in named.items() if n in self.adapter.shapes()}
+            shapes = self.adapter.shapes()
+            known |= {n: t for n, t in base.factors().items() if n in shapes}
         return known
 
 

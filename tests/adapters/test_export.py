@@ -63,17 +63,17 @@ def run_and_export(
     learned = sparse.state()
     config = LoraConfig(rank=RANK, alpha=ALPHA, base=base)
     done = hand_over(backbone, sparse, learned, config)
-    if done.patch is not None:
-        done.patch.apply(backbone)
+    if done.base is not None:
+        done.base.apply(backbone)
     lora = LowRankAdapter(RANK, ALPHA)
     lora.attach(backbone)
     lora.load(done.state)
     train(backbone, lora, examples, RECIPE, (0, 2, 0))
     live, state = logits(backbone.model, examples), lora.state()
     lora.detach()
-    if done.patch is not None:
-        done.patch.remove(backbone)
-    export_adapter(out, backbone, state, RANK, ALPHA / RANK, done.patch)
+    if done.base is not None:
+        done.base.remove(backbone)
+    export_adapter(out, backbone, state, RANK, ALPHA / RANK, done.base)
     return live, learned
 
 

@@ -210,8 +210,8 @@ def config_of(base: str, factors: str = "balanced") -> LoraConfig:
 
 def enter(backbone: Backbone, done: Handoff) -> LowRankAdapter:
     """Start the low-rank phase as a node does."""
-    if done.patch is not None:
-        done.patch.apply(backbone)
+    if done.base is not None:
+        done.base.apply(backbone)
     lora = LowRankAdapter(RANK, ALPHA)
     lora.attach(backbone)
     lora.load(done.state)
@@ -293,8 +293,8 @@ def test_head_is_carried_over_and_backbone_is_w0(
     lora = LowRankAdapter(RANK, ALPHA)
     lora.attach(backbone)
     assert list(done.state) == list(lora.shapes())
-    assert (done.patch is None) == (base == "w0")
-    assert done.patch is None or bool(done.patch.a) == (base == "residual")
+    assert (done.base is None) == (base == "w0")
+    assert done.base is None or bool(done.base.a) == (base == "residual")
     assert set(done.energies) == set(backbone.targets)
 
 

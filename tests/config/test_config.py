@@ -771,8 +771,9 @@ def test_methods_and_aggregators_from_outside_are_allowed(tmp_path: Path) -> Non
     )
     code = (
         "from slora_flwr.config import ConfigError, list_keys, parse\n"
-        "print(parse({'method': 'own-lora'}).aggregator)\n"
-        "print(parse({'lora.aggregator': 'own'}).aggregator)\n"
+        "from slora_flwr.config.schedule import make_schedule\n"
+        "for values in {'method': 'own-lora'}, {'lora.aggregator': 'own'}:\n"
+        "    print(make_schedule(parse(values))[-1].aggregator)\n"
         "print({k.name: k.allowed for k in list_keys()}['method'].split(', ')[-1])\n"
         "for values in {'server.lr': 0.5}, {'server.robust': 'median'}:\n"
         "    try:\n"
@@ -795,3 +796,30 @@ def test_methods_and_aggregators_from_outside_are_allowed(tmp_path: Path) -> Non
         "server.lr is 0.5; allowed: 1.0, since the aggregator is own",
         "server.robust is 'median'; allowed: none, since the aggregator is own",
     ]
+
+
+def test_aggregators_of_factors_need_a_low_rank_adapter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    odd = methods.Method((methods.PhaseRow("bias", "exact"),), "none that can run")
+    monkeypatch.setitem(methods.METHODS, "odd", odd)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="method is 'odd'; allowed: a low-rank adap"):
+        parse({"method": "odd"})
+
+
+def test_other_aggregators_than_means_take_no_robust_statistic_nor_privacy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An aggregator from outside says so itself: else it would be left out in silence."""
+    assert not find_aggregator("fedavg").__base__.is_mean
+    own = methods.Method((methods.PhaseRow("bias", "root"),), "the root class alone")
+    monkeypatch.setitem(methods.METHODS, "own", own)  # type: ignore[arg-type]
+    where = "slora_flwr.aggregation.base:Aggregator"
+    monkeypatch.setitem(methods.AGGREGATORS, "root", where)
+    parse({"method": "own"})
+    for given, error in (
+        ({"server.robust": "median"}, "server.robust is 'median'; allowed: none"),
+        ({"privacy.epsilon": 8.0, "privacy.clip-norm": 1.0}, "method is 'own'; allow"),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            parse({"method": "own", **given})
