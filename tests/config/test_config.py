@@ -23,9 +23,15 @@ from slora_flwr.config import (
     Value,
     flatten,
     list_keys,
+    methods,
     parse,
 )
-from slora_flwr.config.methods import ADAPTERS, find_adapter, section_of
+from slora_flwr.config.methods import (
+    ADAPTERS,
+    find_adapter,
+    find_aggregator,
+    section_of,
+)
 from slora_flwr.config.schedule import make_schedule
 
 DEFAULTS = flatten(RunConfig())
@@ -802,7 +808,7 @@ def test_aggregators_of_factors_need_a_low_rank_adapter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     odd = methods.Method((methods.PhaseRow("bias", "exact"),), "none that can run")
-    monkeypatch.setitem(methods.METHODS, "odd", odd)  # type: ignore[arg-type]
+    monkeypatch.setitem(methods.METHODS, "odd", odd)
     with pytest.raises(ConfigError, match="method is 'odd'; allowed: a low-rank adap"):
         parse({"method": "odd"})
 
@@ -810,16 +816,16 @@ def test_aggregators_of_factors_need_a_low_rank_adapter(
 def test_other_aggregators_than_means_take_no_robust_statistic_nor_privacy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An aggregator from outside says so itself: else it would be left out in silence."""
+    """Else that of a package outside would be left out in silence."""
     assert not find_aggregator("fedavg").__base__.is_mean
     own = methods.Method((methods.PhaseRow("bias", "root"),), "the root class alone")
-    monkeypatch.setitem(methods.METHODS, "own", own)  # type: ignore[arg-type]
+    monkeypatch.setitem(methods.METHODS, "own", own)
     where = "slora_flwr.aggregation.base:Aggregator"
     monkeypatch.setitem(methods.AGGREGATORS, "root", where)
     parse({"method": "own"})
-    for given, error in (
+    for values, error in (
         ({"server.robust": "median"}, "server.robust is 'median'; allowed: none"),
         ({"privacy.epsilon": 8.0, "privacy.clip-norm": 1.0}, "method is 'own'; allow"),
     ):
         with pytest.raises(ConfigError, match=error):
-            parse({"method": "own", **given})
+            parse({"method": "own", **values})

@@ -6,7 +6,7 @@ import pytest
 from transformers import GPT2Config, GPT2Model
 
 from slora_flwr.common.files import cache_folder
-from slora_flwr.config import ConfigError, parse
+from slora_flwr.config import ConfigError, Value, methods, parse
 from slora_flwr.data.texts import list_classes, load_texts, make_task
 from slora_flwr.training.trainer import Trainer
 from tests.support.tiny import VOCAB, make_tokenizer, save_checkpoint
@@ -64,3 +64,22 @@ def test_real_tokenizers_find_their_tokens_in_the_cache(data: Path) -> None:
         make_task(config.data, make_tokenizer(), texts, list_classes(texts))
         cached.append({path.name for path in cache_folder().glob("tokens-*")})
     assert cached[0] == cached[1]
+
+
+def test_each_phase_trains_the_factors_of_its_own_aggregator(
+    data: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (methods.PhaseRow("lora", "ffa"), methods.PhaseRow("bias", "fedavg"))
+    two = methods.Method(rows, "a frozen A, then biases")
+    monkeypatch.setitem(methods.METHODS, "two", two)
+    values = {"model.name": str(tiny_models["bert"]), "data.name": str(data)}
+    small: dict[str, Value] = {
+        "method": "two",
+        "rounds": 2,
+        "sparse.rounds": 1,
+        "data.max-length": 8,
+    }
+    trainer = Trainer(parse(values | small))
+    state = trainer.model.attach(trainer.schedule[0]).state()
+    assert any(name.endswith(".lora_B") for name in state)
+    assert not any(name.endswith(".lora_A") for name in state)
