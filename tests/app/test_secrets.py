@@ -104,7 +104,7 @@ def test_the_runs_went_as_they_were_meant_to(ran: Ran) -> None:
     assert output.count("http://***@127.0.0.1") >= 4
     for key in ("model.name", "data.name", "data.test", "run.resume"):
         assert f"{key} is an address with a password" in output
-    assert "asked for http://***@example.org/model" in output
+    assert "asked http://***@example.org/model" in output
     left_out, *_ = events(ran.home / "others" / "5", "left_out")
     assert "model.name is 'someone/of-a-node'" in left_out["reason"]
     [stopped] = events(ran.home / "others" / "5", "stopped")

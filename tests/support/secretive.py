@@ -4,7 +4,6 @@ Arguments: the config of a run that ends well, as JSON, and a folder for others.
 """
 
 import json
-import logging
 import re
 import sys
 from pathlib import Path
@@ -12,6 +11,9 @@ from typing import Any
 
 from flwr.app import Context, Message
 from huggingface_hub import constants
+
+# Its handler is made on import, and outside of CliRunner writes to the real stderr.
+from huggingface_hub.utils import logging as hub_logging
 from typer.testing import CliRunner
 
 from slora_flwr.backbone.load import load_backbone
@@ -56,7 +58,7 @@ def main() -> None:
     node.HANDLERS["query"] = lacks_its_model
     run(config, run_dir=str(folder / "5"))
     asked = "http://somebody:marker-log@example.org/model"
-    logging.getLogger("huggingface_hub.utils._http").warning("asked for %s", asked)
+    hub_logging.get_logger("huggingface_hub.utils._http").warning("asked %s", asked)
     # A password goes before the token, so that this is for an address without one.
     plain = re.sub("//.*@", "//", constants.ENDPOINT)
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE
