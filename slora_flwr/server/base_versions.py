@@ -1,4 +1,4 @@
-"""Versions of the base that a phase's adapter stands on, and who has which."""
+"""The versions of a phase's base, and which node has which."""
 
 from collections.abc import Callable
 
@@ -23,26 +23,26 @@ from slora_flwr.wire.state_channel import (
 class BaseVersions:
     """Versions of a base: the phase's start, then one after each round's change.
 
-    Versions are named by a digest of the start and of all changes, so a node that has
-    one knows it, however it came by it.
+    A version's name is a digest of the start and of all changes up to it, so it does
+    not depend on how a node received the version.
 
     Parameters
     ----------
     start : BaseWeights or None
-        The first version; None, or one that is empty, for W_0.
+        The first version; None or empty for W_0.
     size : int
-        Bytes of all target matrices, which are sent instead of changes that cost more.
+        Bytes of all target matrices, which are sent if the changes would take more.
     weights : Callable
         Returns the target matrices of the current version.
     codec : Codec
-        How the start travels. The base is what is read of it, on the server too.
+        Codec of the start. The server too uses the decoded start.
     reference : State
-        What a node knows of the start, see `StateVersions`.
+        Values of the start that a node already knows; see `StateVersions`.
 
     Attributes
     ----------
     start : BaseWeights or None
-        The first version as a node reads it, None for W_0.
+        The first version as nodes decode it; None for W_0.
     """
 
     def __init__(
@@ -70,33 +70,33 @@ class BaseVersions:
         self._changes: list[Array] = []
         self._weights = weights
         begun = len(self._packed.data) if self._packed else 0
-        # Messages go to nodes; the ledger counts clients as if each were one.
+        # Messages go to nodes; the ledger counts each client as if it were a node.
         self.nodes, self.clients = VersionBytes(begun, size), VersionBytes(begun, size)
 
     @property
     def digest(self) -> str:
-        """Names the current version; empty for W_0."""
+        """Digest that names the current version; empty for W_0."""
         return self._digests[-1]
 
     def change(self, change: Array) -> None:
-        """Go on to the next version."""
+        """Append a change as the next version."""
         self._digests.append(name_version(self.digest.encode(), change.data))
         self._changes.append(change)
         for holders in (self.nodes, self.clients):
             holders.changes.append(len(change.data))
         for version in range(len(self._changes)):
             if self.nodes.is_whole(version):
-                self._changes[version] = _NO_CHANGE  # nobody will be sent it
+                self._changes[version] = _NO_CHANGE  # never sent again
 
     def delta_for(self, node: int, *, anew: bool = False) -> BaseDelta:
-        """Return what a node lacks, and note that it gets it.
+        """Return what a node lacks, and record it as sent.
 
         Parameters
         ----------
         node : int
             The node's id.
         anew : bool
-            It lost what it had.
+            True if the node lost the version that it had.
         """
         version = self.nodes.update(node)
         if anew:
@@ -108,7 +108,7 @@ class BaseVersions:
         return BaseDelta(self._digests[begun], begun, start, self._changes[begun:])
 
     def snapshot(self) -> Snapshot:
-        """Return what `restore` takes: all but the weights of the current version."""
+        """Return a snapshot for `restore`, without the current version's weights."""
         changes = {f"{i}": _values(change) for i, change in enumerate(self._changes)}
         start = Snapshot()
         if self.start is not None and self._packed is not None:
@@ -134,7 +134,7 @@ class BaseVersions:
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from there, on versions made for W_0."""
+        """Restore a snapshot; these versions must have been made for W_0."""
         versions, start = snapshot.part("versions"), snapshot.part("start")
         self._digests = versions.facts["digests"]
         self._changes = [pack({"": values}) for values in versions.tensors.values()]

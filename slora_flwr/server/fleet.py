@@ -13,30 +13,31 @@ from slora_flwr.common.text import printable
 from slora_flwr.runs.events import Event, NodeLeftOut
 from slora_flwr.server.collect import LAST_POLL_SECONDS, is_gone, pull, push
 
-# How long to wait for the nodes that a simulation says it has.
+# Seconds to wait for nodes to come online.
 REGISTRATION_SECONDS = 120.0
-# Of one client: with more, sums of updates would have no room for others.
+# Limit per client; larger sums would leave no room for others.
 MOST_EXAMPLES = 10**7
 
 
 class FleetError(RuntimeError):
-    """No round can be held with the nodes there are."""
+    """The nodes online cannot train."""
 
 
 class Fleet:
-    """Nodes known by one query each, and again whenever they come back.
+    """The nodes of a run, each queried when it first comes online or returns.
 
     Parameters
     ----------
     expected : Mapping[str, object]
-        What a node's description must hold: version, digests of code, backbone and
-        partition, number of classes. A node that differs is named and left out.
+        What a node's description must match: version, label names, and digests of
+        code, backbone and partition. The server logs and excludes any node that does
+        not match.
     min_nodes : int
-        Wait for so many nodes before the first round.
+        Number of nodes to wait for before the first round.
     deadline : float
-        Seconds to wait for the answers to the first query.
+        Seconds to wait for answers to queries.
     sizes : Mapping[int, int] or None
-        Each client's number of examples, where the server knows it.
+        Each client's number of examples; None if the server does not know it.
     """
 
     def __init__(
@@ -55,15 +56,15 @@ class Fleet:
         self._tell: Callable[[Event], None] = lambda event: None
         self._hosted: dict[int, frozenset[int]] = {}
         self._present: set[int] = set()
-        # When each node that was asked had come online, and the queries on their way.
+        # When each queried node came online, and the queries without an answer yet.
         self._asked: dict[int, str] = {}
         self._pending: dict[str, int] = {}
-        # How many nodes a simulation has, once one of them has told.
+        # Number of nodes in a simulation, once one has reported it.
         self._told = 0
 
     @property
     def clients(self) -> list[int]:
-        """The client population that nodes online can train, ascending."""
+        """The clients that nodes online can train, ascending."""
         # Nodes of a simulation share one set.
         hosted = {id(self._hosted[n]): self._hosted[n] for n in self._online}
         return sorted(frozenset[int]().union(*hosted.values()))
@@ -73,14 +74,14 @@ class Fleet:
         return sorted(self._hosted.keys() & self._present)
 
     def agreed(self) -> dict[str, Any]:
-        """Return what the nodes agreed on, for a run that goes on: see `restore`."""
+        """Return what the nodes agreed on, for `restore` when a run resumes."""
         return {}
 
     def restore(self, agreed: Mapping[str, Any]) -> None:
-        """Keep to what was agreed, from the first query on."""
+        """Restore what was agreed, before the first query."""
 
     def name(self, node: int) -> str:
-        """Return what logs call a node."""
+        """Return a node's name for logs."""
         return f"node {node}"
 
     def gather(
@@ -88,19 +89,19 @@ class Fleet:
         grid: Grid,
         tell: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        """Wait for the first nodes and learn what they host.
+        """Wait for the first nodes and query what they host.
 
         Parameters
         ----------
         grid : Grid
-            Flower's way to the nodes.
+            Flower's grid.
         tell : Callable
-            Takes events, now and later.
+            Called with each event, during this call and later.
 
         Raises
         ------
         FleetError
-            If too few nodes are there in time, or none fits.
+            If too few nodes come online in time, or none can train.
         """
         self._tell = tell
         registered = time.monotonic() + REGISTRATION_SECONDS
@@ -123,7 +124,7 @@ class Fleet:
         self._refresh(grid)
         self._hear_until(grid, described)
         for node in self._pending.values():
-            # Its answer still counts when it comes.
+            # A later answer still counts.
             self._leave_out(node, "it did not describe itself before the deadline")
         self._settle()
         self._refresh(grid)
@@ -135,10 +136,10 @@ class Fleet:
         log(INFO, "%d nodes host %d clients", len(self._online), len(self.clients))
 
     def refresh(self, grid: Grid, wanted: int = 0) -> None:
-        """See which nodes are online, and ask those that are new or came back.
+        """Update the nodes online and query new or returning ones.
 
-        A node takes part once it has answered, which is not waited for, unless the
-        clients online are fewer than `wanted`: then up to `deadline` seconds.
+        A node takes part once it has answered. This waits for answers, up to `deadline`
+        seconds, only while fewer than `wanted` clients are online.
         """
         until = time.monotonic() + self._deadline
         self._refresh(grid)
@@ -149,15 +150,15 @@ class Fleet:
             self._refresh(grid)
 
     def forget(self, node: int) -> None:
-        """Leave a node out until it has answered a query again."""
+        """Exclude a node until it answers another query."""
         self._hosted.pop(node, None)
         self._asked.pop(node, None)
 
     def assign(self, cohort: Iterable[int]) -> dict[int, list[int]]:
-        """Return which node online trains which clients of a cohort.
+        """Return the clients of a cohort that each node online trains.
 
-        Clients go in descending order of size, each to the node with the fewest
-        examples so far, so that nodes end at about the same time.
+        Clients are assigned in descending order of size, each to the node with the
+        fewest examples so far, so that nodes finish at about the same time.
         """
         online = self._online
         loads = dict.fromkeys(online, 0)
@@ -200,7 +201,7 @@ class Fleet:
     def _hear_until(
         self, grid: Grid, until: float, enough: Callable[[], bool] = lambda: False
     ) -> None:
-        """Wait until all that were asked have answered, or enough, or until then."""
+        """Wait for all answers, until `enough` is true or the time `until` has come."""
         while self._pending and not enough() and time.monotonic() < until:
             time.sleep(LAST_POLL_SECONDS)
             self._hear(grid)
@@ -218,7 +219,7 @@ class Fleet:
                 self._leave_out(node, str(error))
 
     def _read(self, reply: Message) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """Read a description that fits this run.
+        """Return the records of a description that matches this run.
 
         Raises
         ------
@@ -248,7 +249,7 @@ class Fleet:
     def _admit(
         self, node: int, described: Mapping[str, Any], metrics: Mapping[str, Any]
     ) -> None:
-        """Take a node in.
+        """Admit a node.
 
         Raises
         ------
@@ -279,7 +280,7 @@ class Fleet:
         self.sizes |= sizes
 
     def _settle(self) -> None:
-        """Decide what could not be until all nodes had answered."""
+        """Decide what depends on the answers of all nodes."""
 
     def _leave_out(self, node: int, reason: str) -> None:
         self.left_out[node] = reason = printable(reason)

@@ -17,7 +17,7 @@ from slora_flwr.wire.messages import (
 
 
 class Instructions:
-    """Messages that ask the nodes of a cohort to train or to evaluate.
+    """The instructions for a cohort's nodes.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class Instructions:
         self._number, self._phase, self._journal = number, phase, journal
         self._deadline = trainer.config.clients.deadline
         self.messages: list[Message] = []
-        # Nodes that were sent what they lacked, with the error code of what it was.
+        # Nodes that were sent what they lacked, each with the error code that named it.
         self._sent_again: set[tuple[int, int]] = set()
         for node, clients in cohort.items():
             state, since = phase.encode_for(node, clients)
@@ -79,9 +79,9 @@ class Instructions:
         self._last = dict(zip(cohort, self.messages, strict=True))
 
     def complete(self, reply: Message) -> Message | None:
-        """Return a node's instruction again, with the base or state that it lacks.
+        """Return a node's instruction with the base or state that it lacks.
 
-        Returns None for a reply of another kind, and if the node got that already.
+        Return None for any other reply, and if the node was already sent it.
         """
         node = reply.metadata.src_node_id
         code = reply.error.code if reply.has_error() else None
@@ -113,6 +113,6 @@ class Instructions:
             dst_node_id=node,
             message_type=message_type,
             group_id=str(self._number),
-            # A node that gets the message later does not start on it.
+            # Nodes ignore messages that arrive later.
             ttl=self._deadline,
         )

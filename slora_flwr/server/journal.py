@@ -24,7 +24,7 @@ class Journal:
     directory : RunDirectory
         The run's directory.
     name_of : Callable
-        Returns the name of a node in the log, by its id.
+        Returns a node's name for logs, by its id.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Journal:
         self._name_of = name_of
         self._started = time.perf_counter()
         self._best, self.best_round = -1.0, 0
-        # Digest of the base on the disk.
+        # Digest of the base on disk.
         self._base: str | None = None
         # Bytes on each node's network interface at its last reply, down and up.
         self._totals: dict[int, Sequence[int]] = {}
@@ -113,7 +113,7 @@ class Journal:
         return done
 
     def snapshot(self) -> Snapshot:
-        """Return what `restore` takes."""
+        """Return a snapshot for `restore`."""
         history = [asdict(done) for done in self.history]
         best = [self._best, self.best_round]
         return Snapshot({"history": history, "best": best})
@@ -121,7 +121,7 @@ class Journal:
     def restore(
         self, snapshot: Snapshot, server_round: int, phase: ActivePhase
     ) -> None:
-        """Continue after a round; the directory may hold states of a later one."""
+        """Continue after a round. The directory may hold later states."""
         facts = snapshot.facts
         self.history = [RecordedRound(**done) for done in facts["history"]]
         self._started -= self.history[-1].seconds
@@ -130,7 +130,7 @@ class Journal:
         self.directory.drop_checkpoints(self.best_round)
 
     def _save(self, name: str, server_round: int, phase: ActivePhase) -> None:
-        """Write a state, and its base if that is not on the disk yet."""
+        """Write a state, and its base if that is not on disk yet."""
         base = phase.base.digest
         if base != self._base:
             if state := phase.base_state():

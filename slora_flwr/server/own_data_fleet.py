@@ -1,4 +1,4 @@
-"""Nodes that each train on data of their own: one client a node, labels agreed."""
+"""Nodes that train on their own data: one client per node, labels agreed."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from slora_flwr.server.fleet import MOST_EXAMPLES, Fleet, FleetError
 
 @dataclass(frozen=True)
 class Description:
-    """What a node says of its own data: counts and label names, no examples."""
+    """A node's description of its own data: counts and label names, no examples."""
 
     name: str
     client: int | None
@@ -26,12 +26,12 @@ class Description:
     def read(
         cls, described: Mapping[str, Any], metrics: Mapping[str, Any]
     ) -> "Description":
-        """Read a node's records.
+        """Return the description in a node's records.
 
         Raises
         ------
         ValueError
-            If an entry is missing or of another kind.
+            If an entry is missing or invalid.
         """
         try:
             counts = list(metrics["examples"])
@@ -54,7 +54,7 @@ class Description:
             not all(type(n) is int and n >= 0 for n in numbers)
             or not all(type(text) is str for text in (*labels, *skipped))
             or not all(labels)
-            # What a node itself would not tell as labels.
+            # Labels that an honest node would not send.
             or not 0 < len(labels) <= MOST_LABELS
             or max(map(len, labels)) > LONGEST_LABEL
             or sum(labels.values()) > MOST_EXAMPLES
@@ -69,10 +69,10 @@ class OwnDataFleet(Fleet):
     Parameters
     ----------
     expected, min_nodes, deadline
-        As of `Fleet`.
+        As in `Fleet`.
     labels : Iterable[str]
-        The label names; if there are none, all that the nodes have that answer the
-        first query, and `also`. A node's examples of other labels are left out.
+        The label names. If empty, those of all nodes that answer the first query, and
+        `also`. A node's examples with other labels are left out.
     also : Iterable[str]
         Label names of the server's test data.
     min_examples : int
@@ -98,11 +98,11 @@ class OwnDataFleet(Fleet):
         self._settled = False
 
     def agreed(self) -> dict[str, Any]:
-        """Return the label names, and the nodes' names with their clients."""
+        """Return the label names, and the client of each node's name."""
         return {"classes": self.classes, "clients": self._clients}
 
     def restore(self, agreed: Mapping[str, Any]) -> None:
-        """Keep to the label names, and number the nodes as before."""
+        """Restore the label names and client numbers."""
         self.classes, self._clients = agreed["classes"], dict(agreed["clients"])
 
     def name(self, node: int) -> str:
@@ -128,7 +128,7 @@ class OwnDataFleet(Fleet):
             )
         log(INFO, "%d labels agreed: %s", len(self.classes), ", ".join(self.classes))
         self._settled = True
-        # In the order of names, those with a number of their own first.
+        # In order of names, after the nodes that chose their client numbers.
         order = sorted((d.client is None, d.name, n) for n, d in there.items())
         for _, _, node in order:
             try:
@@ -137,7 +137,7 @@ class OwnDataFleet(Fleet):
                 self._leave_out(node, str(error))
 
     def _place(self, node: int) -> None:
-        """Make a node the host of its client, if its data is of use.
+        """Assign a node its client if its data qualifies.
 
         Raises
         ------

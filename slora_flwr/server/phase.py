@@ -122,14 +122,14 @@ class ActivePhase:
             active.state |= {name: before.state[name] for name in model.backbone.head}
         active.state |= start
         if base.start is not None:
-            # The factors start from what was taken off the base, as nodes read it.
+            # Factors start from the decoded values that the base gave up.
             factors = base.start.factors()
             active.state |= {n: t for n, t in factors.items() if n in start}
         return active
 
     @classmethod
     def restore(cls, trainer: Trainer, snapshot: Snapshot) -> "ActivePhase":
-        """Return the phase that a snapshot was taken of."""
+        """Return the phase in a snapshot."""
         own, weights = snapshot.part("state"), snapshot.part("weights").tensors
         base = make_base(trainer, None)
         base.restore(snapshot.part("base"))
@@ -143,7 +143,7 @@ class ActivePhase:
         return active
 
     def snapshot(self) -> Snapshot:
-        """Return what `restore` takes."""
+        """Return a snapshot for `restore`."""
         facts = {"index": self.index, "phase_round": self.phase_round}
         return Snapshot.join(
             {
@@ -165,11 +165,11 @@ class ActivePhase:
         return self.weights() or (start.state() if start else {})
 
     def sent(self) -> State:
-        """Return the part of the state that clients are sent."""
+        """Return the part of the state that is sent to clients."""
         return {name: self.state[name] for name in self.adapter.sent()}
 
     def publish(self) -> State:
-        """Publish the state for instructions; return it as clients read it."""
+        """Publish the state for instructions; return it as clients decode it."""
         return self.versions.publish(self.sent())
 
     def begin_round(self) -> None:
@@ -183,7 +183,7 @@ class ActivePhase:
         self._start = self.state | self.publish()
 
     def step(self, fold: Mean) -> None:
-        """Update state and base by the aggregate of a round."""
+        """Update state and base with the aggregate of a round."""
         before = self.state
         self.state, change = self.aggregator.finish(
             fold,
@@ -222,14 +222,14 @@ class ActivePhase:
     def encode_for(
         self, node: int, clients: Iterable[int], *, anew: bool = False
     ) -> tuple[Array, str]:
-        """Return the coded state for a node, and the version it is the difference to.
+        """Return a node's coded state, and the version that it is a difference from.
 
         Parameters
         ----------
         node : int
             The node's id.
         clients : Iterable[int]
-            The clients that it is to train.
+            The clients that the node is to train.
         anew : bool
             True if the node lost the version that it had.
         """
@@ -252,7 +252,7 @@ class ActivePhase:
 
 
 def make_base(trainer: Trainer, start: BaseWeights | None) -> BaseVersions:
-    """Return the versions of a base, so far only the first.
+    """Return the versions of a phase's base, holding only the first.
 
     Parameters
     ----------

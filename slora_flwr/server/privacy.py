@@ -1,15 +1,15 @@
-"""Client-level differential privacy: who is drawn, how much noise, what it has cost.
+"""Client-level differential privacy: sampling, noise, and the privacy spent.
 
-The guarantee is of the global states, for adding or removing one client, whatever it
-holds: (epsilon, delta) over all rounds of all phases. The server is trusted. Each round
-is a Poisson-sampled Gaussian mechanism: every client of the population is in it by
-itself with one probability, its update is clipped, and noise is added to the sum, see
-`slora_flwr.aggregation.clipped`. All that follows from noised sums, a handoff's SVD
-among it, costs nothing more.
+The guarantee is (epsilon, delta) for the global states of all rounds and phases, when
+one client is added or removed, whatever its data. The server is trusted. Each round is
+a Poisson-sampled Gaussian mechanism: each client joins independently with the same
+probability, its update is clipped, and noise is added to the sum of updates, see
+`slora_flwr.aggregation.clipped`. Computing on noised sums, such as a handoff's SVD,
+spends no further privacy.
 
-Rounds are not drawn with a fixed number of clients, as they are without privacy: at
-2,000 clients, 100 a round, 15 rounds and noise multiplier 1 dp-accounting's bound for
-that, with one client replaced by another, is epsilon 10.6, and 1.7 as it is done here.
+Cohorts have no fixed size, unlike those without privacy. With 2,000 clients, 100 per
+round, 15 rounds and noise multiplier 1, dp-accounting bounds epsilon by 1.7. Its bound
+for cohorts of a fixed size, where one client replaces another, is 10.6.
 """
 
 import logging
@@ -27,15 +27,15 @@ from slora_flwr.config import RunConfig
 
 
 class Privacy:
-    """What a run's server keeps secret, and what its noise has bought.
+    """A run's sampling and noise, and the guarantee that they give.
 
     Parameters
     ----------
     config : RunConfig
-        With privacy on.
+        A config with privacy on.
     generator : numpy.random.Generator or None
-        Source of cohorts and noise; None for one that the operating system's entropy
-        seeds. The run's seed would be no secret.
+        Source of cohorts and noise; None for one that the operating system seeds. The
+        run's seed is not secret.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Privacy:
     def draw(self, clients: Iterable[int], server_round: int) -> list[int]:
         """Return a round's cohort among the clients online, ascending.
 
-        Whether a client is drawn does not depend on who else is online. A round that is
-        held again has the same cohort: a new one would depend on who failed.
+        Whether a client is drawn does not depend on which others are online. A repeated
+        round has the same cohort, since a new one would depend on which clients failed.
         """
         stream = np.random.Philox(key=key("cohort", self._secret, server_round))
         drawn = np.random.Generator(stream).random(self._population) < self._rate
@@ -66,13 +66,13 @@ class Privacy:
         ClippedMean.of(fold).perturb(self.noise_multiplier, shapes, self._generator)
 
     def epsilon(self, rounds: int) -> float:
-        """Return what so many rounds have spent at `delta`."""
+        """Return the epsilon spent after a number of rounds, at `delta`."""
         event = self._event(self.noise_multiplier, rounds)
         with _quiet():
             return float(RdpAccountant().compose(event).get_epsilon(self.delta))
 
     def facts(self, rounds: int) -> dict[str, float]:
-        """Return what so many rounds come to, for config.toml and summary.json."""
+        """Return the guarantee after some rounds, for config.toml and summary.json."""
         return {
             "epsilon": self.epsilon(rounds),
             "delta": self.delta,
@@ -98,9 +98,10 @@ class Privacy:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the accountant from warning of each order that it can do without.
+    """Silence the accountant's warnings about the orders that it skips.
 
-    absl would give the root logger a handler for it, and Flower's lines come twice.
+    For them absl would add a handler to the root logger, which would print Flower's
+    lines twice.
     """
     root, handler = logging.getLogger(), logging.NullHandler()
     root.addHandler(handler)

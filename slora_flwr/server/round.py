@@ -1,4 +1,4 @@
-"""One round: the cohort, the check and aggregation of replies, the record."""
+"""One round: its cohort, its checks of replies, its result."""
 
 import math
 from collections import Counter
@@ -34,7 +34,7 @@ NO_REPLY = "no reply before the deadline"
 
 
 class ChangedDataError(MessageError):
-    """The weights in a reply contradict the node's description of its data."""
+    """Weights contradict the node's description, so it is queried again."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Asked:
     server_round, phase, fingerprint
         As in the instructions.
     examples : Mapping[int, Mapping[int, int]]
-        Number of examples of each client that was to be trained, by node.
+        Number of examples of each client asked to train, by node.
     most : int
         Size of the largest possible coded update, in bytes.
     """
@@ -79,7 +79,7 @@ def read_report(reply: Message, asked: Asked) -> Report:
             raise MessageError(f"its {name} is {given}, not {wanted}")
     sizes = asked.examples[reply.metadata.src_node_id]
     clients, count = report.clients, len(report.clients)
-    # 1.0 and True equal the client id 1 but are none.
+    # 1.0 and True equal the client id 1 but are not client ids.
     if not all(type(client) is int for client in clients):
         raise MessageError(f"it answers for {clients}, not client ids")
     if not {*clients} <= sizes.keys() or not clients:
@@ -110,12 +110,12 @@ def read_report(reply: Message, asked: Asked) -> Report:
     others = {*sizes} - {*clients}
     if not {*report.failures} <= others:
         failed = [*report.failures]
-        raise MessageError(f"it says that {failed} failed; it might of {others}")
+        raise MessageError(f"it says that {failed} failed; allowed: {others}")
     return report
 
 
 class Round:
-    """One try at a round: training on clients, then an evaluation if one is due.
+    """One attempt at a round: training on clients, then an evaluation if one is due.
 
     Parameters
     ----------
@@ -162,10 +162,10 @@ class Round:
         self._payload, self._wire = 0, Counter[str]()
 
     def train(self, grid: Grid) -> bool:
-        """Train a cohort and step to the next state.
+        """Train a cohort and update the state.
 
-        Each reply is checked, folded and dropped as it comes. Returns False, and leaves
-        the state as it was, if too few clients are in the aggregate.
+        Each reply is checked, folded and freed as it arrives. Return False, and leave
+        the state unchanged, if too few clients are in the aggregate.
         """
         config, phase, fleet = self._trainer.config, self._phase, self._fleet
         journal, number, privacy = self._journal, self.number, self._privacy
@@ -220,10 +220,10 @@ class Round:
         return True
 
     def evaluate(self, grid: Grid) -> Evaluation | None:
-        """Evaluate the state on the clients' held-out examples; None without any.
+        """Evaluate the state on clients' held-out examples; return None without any.
 
-        If the server has test data, the clients that trained evaluate. Else all clients
-        online do, so that rounds can be compared.
+        If the server has test data, the clients that trained evaluate. Otherwise all
+        clients online do, so that rounds can be compared.
         """
         number, trainer = self.number, self._trainer
         phase, fleet = self._phase, self._fleet
@@ -323,7 +323,7 @@ class Round:
         phase.versions.received(node, report.clients)
 
     def _fail_silent(self) -> None:
-        """Record the clients that no reply mentions."""
+        """Record as failed the clients that no reply mentions."""
         for node, clients in self.cohort.items():
             told = self.clients.keys() | self._failed
             silent = [client for client in clients if client not in told]

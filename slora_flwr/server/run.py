@@ -45,28 +45,28 @@ def run(
     Parameters
     ----------
     grid : Grid
-        Flower's, or the in-process one.
+        Flower's grid, or the in-process one.
     run_config : Mapping[str, Value]
-        Flat keys, as Flower hands them over.
+        Flat keys, as Flower passes them.
     run_id : int
         Names the run directory.
     generator : numpy.random.Generator or None
-        For privacy, see `slora_flwr.server.privacy`; None but in tests.
+        Randomness for `slora_flwr.server.privacy`; None except in tests.
 
     Returns
     -------
     dict
-        What summary.json holds.
+        The content of summary.json.
 
     Raises
     ------
     ConfigError
-        Before any client is asked, if the config cannot be run, or the directory of
-        the run that is to go on is in use.
+        If the config cannot be run, or another run uses the directory to resume. No
+        message has been sent by then.
     FleetError
         If no node can train.
     RunDirectoryError
-        If the run directory cannot be written any more.
+        If the run directory can no longer be written.
     """
     config = parse(run_config)
     with ExitStack() as held:
@@ -84,7 +84,7 @@ def _claim(config: RunConfig, held: ExitStack) -> Snapshot:
             f"run.resume is {config.run.resume!r}; allowed: a run directory that can "
             f"be read ({error})"
         ) from error
-    if has_begun:  # else there is nothing to go on with
+    if has_begun:  # Otherwise there is nothing to resume.
         held.enter_context(in_use(path))
     return find_checkpoint(config)
 
@@ -97,13 +97,13 @@ def _run(
     checkpoint: Snapshot | None,
     held: ExitStack,
 ) -> dict[str, Any]:
-    """Run, from the checkpoint on if there is one; `held` keeps what ends with it."""
+    """Run from the start or a checkpoint; `held` keeps the directory's lock."""
     started = time.perf_counter()
     privacy = Privacy(config, generator) if config.privacy.is_on else None
     trainer = Trainer(config)
     moved = 0
     if config.clients.count:
-        # Here too, so that an impossible partition ends the run before any message.
+        # Made now, so that an impossible partition fails before any message.
         moved = trainer.data.partition.moved
     fleet_of = _own_data_fleet if config.data.is_own else _shared_data_fleet
     code = code_digest(outside_files(config))
@@ -123,7 +123,7 @@ def _run(
     else:
         number = checkpoint.facts["round"]
         directory.event(Resumed(round=number, run=str(run_id)))
-        log(INFO, "the run goes on after round %d of %d", number, config.rounds)
+        log(INFO, "resuming after round %d of %d", number, config.rounds)
     try:
         fleet.gather(grid, directory.event)
         if isinstance(fleet, OwnDataFleet):
@@ -136,7 +136,7 @@ def _run(
         strategy = PhasedStrategy(trainer, directory, fleet, checkpoint, privacy)
         strategy.run(grid)
     except Exception as error:
-        with suppress(RunDirectoryError):  # which may be what the error is about
+        with suppress(RunDirectoryError):  # which may be the error itself
             directory.event(Stopped(reason=f"{type(error).__name__}: {error}"))
         raise
     seconds = time.perf_counter() - started
@@ -145,7 +145,7 @@ def _run(
         summary["privacy"] = privacy.facts(config.rounds)
     directory.write_summary(summary)
     export(directory.path, trainer, strategy.phase)
-    # Those of a simulation's clients, who are done.
+    # Residuals of simulated clients are no longer needed.
     shutil.rmtree(residuals_folder(directory.lineage), ignore_errors=True)
     Console(width=100).print(closing_table(summary))
     log(INFO, "run directory %s", directory.path)
@@ -169,7 +169,7 @@ def _own_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
     config = trainer.config
     expected["backbone"] = digest_of(config.model)
     labels = {name.strip() for name in config.data.labels.split(",")} - {""}
-    # Before the nodes' are known, the classes are those of the server's test data.
+    # Until the nodes' labels are known, the classes are those of the test data.
     if labels and (others := {*trainer.data.classes} - labels):
         raise ConfigError(
             f"data.test is {config.data.test!r}, which holds the labels "

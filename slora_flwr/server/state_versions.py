@@ -1,4 +1,4 @@
-"""The state that a round sends, as its clients read it, and who has which version."""
+"""The states that a phase sends, and which node has which version."""
 
 from collections.abc import Iterable
 
@@ -11,18 +11,18 @@ from slora_flwr.wire.state_channel import name_version, write_state
 
 
 class StateVersions:
-    """A phase's states on their way down.
+    """Versions of a phase's state, each coded for what a node already has.
 
-    All clients of a round start from the same values, whatever each had before: a
-    difference is exact. So the result of a run does not depend on who shares a node.
+    Differences between versions are exact. So all clients of a round start from the
+    same values, and the result of a run does not depend on which clients share a node.
 
     Parameters
     ----------
     codec : Codec
-        How states travel.
+        Codec of the states.
     reference : State
-        What both sides know without a message, see `slora_flwr.wire.state_channel`;
-        empty if the codec is exact.
+        Values both sides already know, see `slora_flwr.wire.state_channel`; empty if
+        the codec is exact.
     """
 
     def __init__(self, codec: Codec, reference: State) -> None:
@@ -32,14 +32,14 @@ class StateVersions:
         self._digest = ""
         self._arrays: dict[str, Array] = {}
         self._values = 0
-        # Messages go to nodes; the ledger counts clients as if each were one.
+        # Messages go to nodes; the ledger counts each client as if it were a node.
         self._nodes: dict[int, str] = {}
         self._clients: dict[int, str] = {}
-        # Nodes that did not keep a state, as where no process outlives a message.
+        # Nodes that lost a state, as where no process outlives a message.
         self._forgetful: set[int] = set()
 
     def publish(self, state: State) -> State:
-        """Make a state the one that is sent; return what its readers start from."""
+        """Publish a state; return it as clients decode it."""
         codec = self._codec
         self._values = sum(tensor.numel() for tensor in state.values())
         if codec.is_plain:
@@ -56,14 +56,14 @@ class StateVersions:
         return read
 
     def encode_for(self, node: int, *, anew: bool = False) -> tuple[Array, str]:
-        """Return what a node is sent, and the digest of the version it is to have.
+        """Return a node's coded state, and the version that it is a difference from.
 
         Parameters
         ----------
         node : int
             The node's id.
         anew : bool
-            It lost what it had: it is sent all from now on.
+            True if the node lost its version; it then always gets whole states.
         """
         if anew:
             self._forgetful.add(node)
@@ -72,20 +72,20 @@ class StateVersions:
         return self._array(since), since
 
     def bytes_due(self, clients: Iterable[int]) -> int:
-        """Count the bytes that clients are sent, each as if it were a node."""
+        """Return the bytes to send to clients, each as if it were a separate node."""
         return sum(
             len(self._array(self._since(self._clients.get(client))).data)
             for client in clients
         )
 
     def received(self, node: int, clients: Iterable[int]) -> None:
-        """Note that a node has the version sent last, and so each of its clients."""
+        """Record that a node and its clients have the latest version."""
         if self._codec.lossless:
             self._nodes[node] = self._digest
             self._clients |= dict.fromkeys(clients, self._digest)
 
     def snapshot(self) -> Snapshot:
-        """Return what `restore` takes."""
+        """Return a snapshot for `restore`."""
         facts = {
             "digest": self._digest,
             "values": self._values,
@@ -94,18 +94,18 @@ class StateVersions:
         return Snapshot(facts, {d: to_tensor(w) for d, w in self._written.items()})
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from there."""
+        """Restore a snapshot."""
         facts = snapshot.facts
         self._written = {d: to_bytes(t) for d, t in snapshot.tensors.items()}
         self._digest, self._values = facts["digest"], facts["values"]
-        # Nodes are sent all at first: their processes need not be those of before.
+        # Nodes first get whole states, since their processes may have been replaced.
         self._clients = dict(facts["clients"])
         if self._digest:
             sealed = self._codec.seal(self._written[self._digest], self._values)
             self._arrays = {"": sealed}
 
     def _since(self, version: str | None) -> str:
-        """Return the version to send the difference to, if there is one and it pays."""
+        """Return the version to send a difference from; empty to send the whole."""
         if version is None or version not in self._written:
             return ""
         difference, whole = self._array(version), self._array("")

@@ -27,9 +27,9 @@ class TooFewRepliesError(RuntimeError):
 class PhasedStrategy:
     """Run the phases of a method, with a handoff between them.
 
-    This is not a `flwr.serverapp.strategy.Strategy`. The `start` of one runs a given
-    number of equal rounds from given arrays. Here the config sets the rounds of each
-    phase, a phase can end early, and a run can resume after any round.
+    It does not subclass Flower's `Strategy`, whose `start` runs a fixed number of equal
+    rounds. Here the config sets the rounds of each phase, a phase can end early, and a
+    run can resume after any round.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class PhasedStrategy:
     journal : Journal
         The record of the closed rounds.
     lengths : list[int]
-        Number of rounds of each phase; the most possible until the phase has ended.
+        Rounds of each phase: actual if finished, else the maximum.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class PhasedStrategy:
         phase, index = self.phase, self.phase.index
         most = phase.phase.rounds
         if index == len(self.lengths) - 1:
-            # The last phase gets the rounds that an open phase left.
+            # The last phase gets the rounds an open phase left.
             most = self._config.rounds - sum(self.lengths[:index])
         self.lengths[index] = most
         plan = plan_rounds(
@@ -124,7 +124,7 @@ class PhasedStrategy:
         self.lengths[index] = phase.phase_round
 
     def _train(self, grid: Grid) -> Round:
-        """Train one round, twice if the first try gets too few good replies."""
+        """Train one round; repeat it once if it gets too few good replies."""
         number, least = self._server_round, self._config.clients.min_replies
         for another in ("; trying once more", ""):
             held = Round(
@@ -149,8 +149,8 @@ class PhasedStrategy:
             )
         raise TooFewRepliesError(
             f"round {number} got {good} good replies twice; clients.min-replies is "
-            f"{least}. The run directory {self.journal.directory.path} holds what was "
-            "done before, from which run.resume goes on"
+            f"{least}. The run directory {self.journal.directory.path} holds the "
+            "rounds before it, from which run.resume continues"
         )
 
     def _evaluate(self, held: Round, grid: Grid) -> dict[str, float]:
@@ -164,14 +164,14 @@ class PhasedStrategy:
     def _write(self, held: Round, metrics: dict[str, float]) -> None:
         """Record a round with its state and checkpoint, and log the progress."""
         done = self.journal.record_round(held.recorded(metrics), self.phase)
-        # After the state, so that a checkpoint never refers to what is not there.
+        # After the state, so that a checkpoint never refers to a missing one.
         self.journal.directory.save_checkpoint(
             self._server_round, self.journal.best_round, self._snapshot()
         )
         log(INFO, progress_line(self._config.rounds, done))
 
     def _snapshot(self) -> Snapshot:
-        """Return what `_restore` takes."""
+        """Return a snapshot for `_restore`."""
         facts = {"lengths": self.lengths, "counted": [*self._counted.items()]}
         snapshot = Snapshot.join(
             {
@@ -189,7 +189,7 @@ class PhasedStrategy:
         return snapshot
 
     def _restore(self, checkpoint: Snapshot) -> None:
-        """Continue from the end of a round."""
+        """Restore the state after a round."""
         own = checkpoint.part("strategy").facts
         self._server_round = checkpoint.facts["round"]
         self.lengths, self._counted = own["lengths"], dict(own["counted"])
@@ -215,8 +215,8 @@ class PhasedStrategy:
         if self._privacy is not None:
             log(
                 INFO,
-                "privacy: noise multiplier %(noise_multiplier).3g, so epsilon "
-                "%(epsilon).3g at delta %(delta).2g in the end",
+                "privacy: noise multiplier %(noise_multiplier).3g, epsilon "
+                "%(epsilon).3g at delta %(delta).2g after all rounds",
                 self._privacy.facts(self._config.rounds),
             )
 
