@@ -17,7 +17,7 @@ def cached_base(delta: BaseDelta) -> bytes:
         If the bytes in the message do not have its digest.
     """
     known, sent = delta.known, delta.start
-    # Through bytes, so that what came over the network cannot be a path.
+    # Via bytes, so that a digest from the network cannot be a path.
     path = cache_folder() / f"base-{bytes.fromhex(known).hex()}"
     if sent is not None:
         if name_version(sent.data) != known:

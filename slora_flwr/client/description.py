@@ -13,11 +13,11 @@ from slora_flwr.data.node_files import OwnData, OwnDataError
 
 
 def describe(context: Context) -> RecordDict:
-    """Return what the server asks of a node before the first round."""
+    """Return this node's answer to the server's query."""
     config = parse(context.run_config)
     code = code_digest(outside_files(config))
     described = ConfigRecord({"version": slora_flwr.__version__, "code": code})
-    # How many nodes a simulation has, so that the server knows whom to wait for.
+    # Number of nodes in a simulation, for which the server waits.
     described["nodes"] = int(context.node_config.get("num-partitions", 1))
     own = config.data.is_own
     add_clients = _add_own_data if own else _add_partition
@@ -26,7 +26,7 @@ def describe(context: Context) -> RecordDict:
 
 
 def node_name(context: Context) -> str:
-    """Return the name that a node's operator gave it, or else its id."""
+    """Return the name that a node's operator gave it, or its id."""
     return str(context.node_config.get("name", context.node_id))
 
 
@@ -50,7 +50,7 @@ def _add_partition(
 def _add_own_data(
     config: RunConfig, context: Context, described: ConfigRecord
 ) -> MetricRecord:
-    """Add counts and label names, which is all that leaves the node of its data."""
+    """Add counts and label names; nothing else about the data leaves the node."""
     source = OwnData.of(context.node_config, config.data)
     texts, skipped = source.load()
     labels = source.labels(texts)

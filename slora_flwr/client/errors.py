@@ -6,8 +6,8 @@ class MissingBaseError(LookupError):
 
 
 class MissingStateError(LookupError):
-    """The node lacks the state from which an instruction's is a difference."""
+    """The node lacks the state that an instruction's is a difference from."""
 
 
 class MismatchError(RuntimeError):
-    """The node's adapter or mask, or the base that came, is not the server's."""
+    """The node's adapter or mask, or the base it was sent, is not the server's."""

@@ -32,7 +32,7 @@ Handler = Callable[[Message, Context], Message]
 
 
 def _with_known_errors(handler: Handler) -> Handler:
-    """Answer with errors that the server can act on."""
+    """Reply with errors that the server can act on."""
 
     @wraps(handler)
     def answer(message: Message, context: Context) -> Message:
@@ -43,7 +43,7 @@ def _with_known_errors(handler: Handler) -> Handler:
         except MissingStateError as error:
             return Message(Error(MISSING_STATE, str(error)), reply_to=message)
         except OwnDataError as error:
-            # Logged here alone: the server needs neither paths nor columns.
+            # Details stay in this log: the server needs neither paths nor columns.
             log(ERROR, "%s", redact(error))
             name = node_name(context)
             reason = f"{name}: its data is of no use; its own log says why"
@@ -60,7 +60,7 @@ def query(message: Message, context: Context) -> Message:
 
 @_with_known_errors
 def train(message: Message, context: Context) -> Message:
-    """Train some clients one after the other, and fold their updates into one."""
+    """Train clients one after another and fold their updates."""
     instruction = Instruction.read(message.content)
     release(message)
     process = get_process(context, instruction)
@@ -95,7 +95,7 @@ def train(message: Message, context: Context) -> Message:
     if not report.clients:
         reasons = "; ".join(f"client {c}: {r}" for c, r in report.failures.items())
         return Message(Error(0, reasons), reply_to=message)
-    if len(report.clients) > 1:  # else its coded update is sent, an eighth of its sums
+    if len(report.clients) > 1:  # one coded update is an eighth of its sums
         report.update = fold.packed()
     return Message(report.content(), reply_to=message)
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 
 def count_wire(interface: str) -> list[int]:
-    """Give the bytes received and sent so far, as Linux counts them.
+    """Return the bytes received and sent so far, as Linux counts them.
 
     Parameters
     ----------
     interface : str
-        `wire-interface` of the node config, such as `eth0`; empty for no counting.
+        `wire-interface` of the node config, such as `eth0`; empty to count nothing.
 
     Raises
     ------
@@ -18,7 +18,7 @@ def count_wire(interface: str) -> list[int]:
     """
     if not interface:
         return []
-    # The directory's own names, so that a name cannot lead elsewhere.
+    # Compared with the folder's names, so that a name cannot lead elsewhere.
     found = {path.name: path for path in Path("/sys/class/net").glob("*")}
     if interface not in found:
         raise ValueError(

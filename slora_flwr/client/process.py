@@ -24,12 +24,12 @@ from slora_flwr.wire.state_channel import (
 
 
 class ClientProcess:
-    """A run's trainer, and the last versions of the state that came.
+    """A run's trainer, and the last two versions of the state that it received.
 
     Parameters
     ----------
     config, classes
-        As of `Trainer`.
+        As in `Trainer`.
     """
 
     def __init__(self, config: RunConfig, classes: tuple[str, ...]) -> None:
@@ -60,7 +60,7 @@ class ClientProcess:
         return adapter.complete(self._read_state(instruction))
 
     def _attach_base(self, instruction: Instruction) -> None:
-        """Attach the base: whole, or what this node has of it, and then the changes."""
+        """Attach the base: all of it, or a version this node has, then the changes."""
         model, delta = self.trainer.model, instruction.base_delta
         phase = self.trainer.schedule[instruction.phase]
         if delta.weights is not None:
@@ -108,9 +108,9 @@ class ClientProcess:
         return state
 
     def _keep(self, version: bytes) -> None:
-        """Keep a version for the differences from it, and the one that came before.
+        """Store a version, and drop all but the one before it.
 
-        The server may send nodes that share a process differences from either.
+        Nodes that share a process may be sent differences from either.
         """
         name = name_version(version)
         self._versions.pop(name, None)
@@ -124,7 +124,7 @@ make_process = lru_cache(maxsize=1)(ClientProcess)
 def get_process(
     context: Context, instruction: Instruction | None = None
 ) -> ClientProcess:
-    """Return what this process keeps for the run; simulation keeps processes alive."""
+    """Return the run's process state; a simulation's processes reuse it."""
     config = parse(context.run_config)
     if config.clients.count == 0 and not config.data.is_own:
         config = _one_client_per_node(config, context)

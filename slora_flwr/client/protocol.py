@@ -1,12 +1,12 @@
 """The frames between a ClientApp's process and its node's resident worker.
 
-The resident worker greets with its identity. The other side sends `handle`, a message
-and its context, or `end`. Back come an empty frame, the reply and the context, or an
-error's type, text and traceback.
+The resident worker first sends its identity. The other side sends `handle`, a message
+and its context; or `end`. The answer is an empty frame, the reply and the context; or
+an error's type, text and traceback.
 
 Messages and contexts are Flower's own protobufs, followed by the bytes of their arrays,
-which protobuf would copy five times. Frames are those of `multiprocessing.connection`,
-which sends bytes alone here, and never objects.
+which protobuf would copy five times. Frames are those of `multiprocessing.connection`.
+They carry only bytes, never pickled objects.
 """
 
 import traceback
@@ -23,7 +23,7 @@ from flwr.proto.message_pb2 import Context as ProtoContext
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
 HANDLE, END = b"handle", b"end"
-# Bytes of a frame: of text, of a protobuf, which can be no longer, and of an array.
+# Most bytes in a frame: of text, of a protobuf (its own limit), and of an array.
 TEXT_LIMIT, PROTO_LIMIT, ARRAY_LIMIT = 1 << 20, (1 << 31) - 1, 1 << 38
 
 
@@ -65,7 +65,7 @@ def reply_frames(reply: Message, context: Context) -> list[bytes]:
 
 
 def error_frames(error: Exception) -> list[bytes]:
-    """Return the frames of what a handler raised; the first is not empty."""
+    """Return the frames of a handler's error; the first is not empty."""
     kind, trace = type(error), "".join(traceback.format_exception(error))
     texts = (f"{kind.__module__}:{kind.__qualname__}", str(error), trace)
     return [text.encode(errors="replace")[-TEXT_LIMIT:] for text in texts]
@@ -77,14 +77,14 @@ def read_reply(channel: Connection) -> tuple[Message, Context]:
     Raises
     ------
     Exception
-        Of the type and with the text of what the handler raised.
+        With the type and text of the handler's error.
     """
     name = channel.recv_bytes(TEXT_LIMIT).decode(errors="replace")
     if not name:
         return read_message(channel)
     text = channel.recv_bytes(TEXT_LIMIT).decode(errors="replace")
     trace = channel.recv_bytes(TEXT_LIMIT).decode(errors="replace")
-    # As Flower reads an error: by its type's name and its text.
+    # Flower identifies an error by its type's name and its text.
     module, _, qualname = name.partition(":")
     error = type(qualname, (Exception,), {"__module__": module})(text)
     error.add_note(f"In the resident worker:\n{trace}")
@@ -92,7 +92,7 @@ def read_reply(channel: Connection) -> tuple[Message, Context]:
 
 
 def _arrays(message: Message, context: Context) -> list[Array]:
-    """List all arrays, in an order that the protobufs keep."""
+    """Return all arrays, in an order that the protobufs keep."""
     contents = [message.content] if message.has_content() else []
     return [
         array

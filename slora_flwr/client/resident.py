@@ -1,9 +1,9 @@
 """A node's resident worker: the process that keeps the backbone between messages.
 
 In deployment Flower starts a process for every message. That process forwards the
-message over a Unix socket to one that stays, so that torch is imported and the backbone
-loaded once. In simulation the processes stay anyway, and the message is handled where
-it arrives.
+message over a Unix socket to the resident worker, so torch is imported and the backbone
+loaded only once. In simulation Flower's own processes last, and handle messages
+themselves.
 """
 
 import os
@@ -37,7 +37,7 @@ from slora_flwr.client.protocol import (
 )
 from slora_flwr.common.code_digest import code_digest
 
-# Of `resident-seconds` in the node config: how long the process outlives a message.
+# Default and limit of `resident-seconds`: how long the worker outlives a message.
 DEFAULT_SECONDS, MOST_SECONDS = 600.0, 86_400.0
 WATCH_SECONDS = 1.0
 
@@ -56,15 +56,16 @@ def handle(message: Message, context: Context) -> Message:
     message : Message
         A query, train or evaluate message.
     context : Context
-        `resident-seconds` in its node config is how long the process outlives a
-        message; 0 handles the message here. Its state is as the handler left it.
+        `resident-seconds` in its node config is how long the worker outlives a
+        message; with 0 this process handles it. The handler's changes to the state are
+        copied back.
 
     Raises
     ------
     Exception
-        Of the type and with the text of what the handler raised.
+        With the type and text of the handler's error.
     ResidentError
-        If two resident workers in succession ended in the middle of the message.
+        If two workers in succession end in the middle of the message.
     """
     seconds = _seconds(context)
     if not seconds or _in_simulation() or not hasattr(socket, "AF_UNIX"):
@@ -73,7 +74,7 @@ def handle(message: Message, context: Context) -> Message:
         try:
             channel = _reach(context, seconds)
         except (OSError, ResidentError) as error:
-            log(WARNING, "no resident worker (%s); its work is done here", error)
+            log(WARNING, "no resident worker (%s); handling the message here", error)
             return _handle_here(message, context)
         try:
             with channel:
@@ -107,34 +108,33 @@ def _in_simulation() -> bool:
 
 
 def _handle_here(message: Message, context: Context) -> Message:
-    # torch takes seconds to import, which a process that only forwards need not wait.
+    # Imported late: a process that only forwards need not wait for torch.
     from slora_flwr.client import handlers
 
     return handlers.HANDLERS[message.metadata.message_type](message, context)
 
 
-# A worker's caches hold for one run, and its code and launcher for good: a resident
-# worker that differs in any of them ends, and another takes its place. So a node has
-# one at a time, and one backbone in memory.
+# A worker serves one run, one version of the code and one launcher. One that differs in
+# any of these ends and is replaced, so a node has one backbone in memory.
 def _identity(run_id: int, launcher: int) -> str:
     return f"{code_digest()} {_PACKAGE} run {run_id} launcher {launcher}"
 
 
 def _folder() -> Path:
-    """Return the folder of the sockets, after a check that others cannot enter it."""
+    """Return the folder of the sockets, checked to be closed to other users."""
     path = Path(tempfile.gettempdir()) / f"slora-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
     private = found.st_uid == os.getuid() and not found.st_mode & 0o077
     if not stat.S_ISDIR(found.st_mode) or not private:
-        raise ResidentError(f"{path} is no folder that only this user can open")
+        raise ResidentError(f"{path} is not a folder that only this user can open")
     return path
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: only under it does a socket appear, go, or get a peer."""
-    import fcntl  # Windows has none, nor Unix sockets
+    """Hold the lock under which sockets are created, removed and connected to."""
+    import fcntl  # Windows has neither this nor Unix sockets
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -145,11 +145,11 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _reach(context: Context, seconds: float) -> Connection:
-    """Connect to the node's resident worker, started if there is none that fits."""
+    """Connect to the node's resident worker; start one if none fits."""
     path = _folder() / f"{context.node_id}.sock"
     launcher = os.getppid()
     identity = _identity(context.run_id, launcher)
-    # It may end between the connection and its greeting, and be another's twice.
+    # A worker may end before it sends its identity, or belong to another run.
     for _ in range(4):
         started = None
         try:
@@ -163,20 +163,20 @@ def _reach(context: Context, seconds: float) -> Connection:
                 return channel
             with channel:
                 write(channel, END)
-                channel.recv_bytes(TEXT_LIMIT)  # when its socket is gone
+                channel.recv_bytes(TEXT_LIMIT)  # sent once its socket is gone
         except (EOFError, ConnectionError) as error:
             if started is not None:
                 status = started.wait()
                 raise ResidentError(
                     f"it ended with status {status} as it started"
                 ) from error
-    raise ResidentError(f"{path} is never this run's")
+    raise ResidentError(f"no worker of this run answers at {path}")
 
 
 def _start(
     path: Path, run_id: int, launcher: int, seconds: float
 ) -> subprocess.Popen[bytes]:
-    """Start a resident worker on a socket that takes connections from now on."""
+    """Start a resident worker on a socket that already accepts connections."""
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -185,7 +185,7 @@ def _start(
         arguments = (listener.fileno(), path, run_id, launcher, seconds)
         return subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, *map(str, arguments)],
-            # The code of this process's bundle. What it logs goes where this process's
+            # It runs the code of this process's bundle, and logs where this process
             # does: to the node's log.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdin=subprocess.DEVNULL,
@@ -197,18 +197,18 @@ def _start(
 def serve(
     listener: socket.socket, path: Path, run_id: int, launcher: int, seconds: float
 ) -> None:
-    """Answer messages, until none has come for some seconds or one met an exception.
+    """Answer messages until none comes for some seconds, or one raises an exception.
 
     Parameters
     ----------
     listener : socket.socket
-        At `path`.
+        The listening socket at `path`.
     run_id : int
         The run whose messages are answered.
     launcher : int
-        The process that launches the node's ClientApps: without it, this one ends.
+        Id of the process that launches the node's ClientApps; this one ends with it.
     seconds : float
-        To wait for a message.
+        Seconds to wait for a message.
     """
     identity = _identity(run_id, launcher).encode()
     threading.Thread(target=_watch, args=(launcher, path), daemon=True).start()
@@ -227,8 +227,8 @@ def serve(
                 frames = [b"asked to"]
                 if channel.recv_bytes(TEXT_LIMIT) != END:
                     frames = _answer(*read_message(channel))
-                # What an exception leaves behind, a broken CUDA context at worst, is
-                # not what another message should find.
+                # An exception may leave bad state, such as a broken CUDA context, so
+                # the process ends.
                 if ended := bool(frames[0]):
                     with _locked(path.parent):
                         path.unlink(missing_ok=True)
@@ -246,14 +246,14 @@ def _answer(message: Message, context: Context) -> list[bytes]:
 
 
 def _watch(launcher: int, path: Path) -> None:
-    """End this process, whatever it does, when its launcher is gone."""
+    """End this process, even in the middle of a message, once its launcher is gone."""
     while True:
         try:
             os.kill(launcher, 0)
         except ProcessLookupError:
             break
         except PermissionError:
-            pass  # it lives, as another user
+            pass  # alive, as another user
         time.sleep(WATCH_SECONDS)
     try:
         with _locked(path.parent):

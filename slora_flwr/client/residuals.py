@@ -1,6 +1,6 @@
-"""Where a client's residual stays between its rounds.
+"""Storage of clients' residuals between their rounds.
 
-It is lost without harm: the client goes on as if it had sent all.
+Losing a residual is harmless; the client continues without that correction.
 """
 
 from collections.abc import Mapping
@@ -25,19 +25,19 @@ _RECORD = "residual"
 class Residuals:
     """Residuals of one run's clients.
 
-    A node of one client keeps it in Flower's `Context`, which ends with the run and
-    never leaves the node. Clients of a simulation move between nodes: theirs are files
-    in the cache, below the run's lineage, one a round. So a round that is held again,
-    by a run that was interrupted too, starts from what it started from.
+    A node with one client keeps its residual in Flower's `Context`, which ends with the
+    run and never leaves the node. Simulated clients move between nodes, so their
+    residuals are files in the cache, below the run's lineage, one per round. A repeated
+    round, even after an interruption, starts from the same residuals.
 
     Parameters
     ----------
     context : Context
-        The node's.
+        The node's context.
     lineage : int
         Names the run, see `Instruction`.
     keep : int
-        How many rounds a run may go back when it goes on.
+        Number of rounds that a resumed run may go back.
     is_only_client : bool
         Whether the node hosts a single client.
     """
@@ -50,16 +50,16 @@ class Residuals:
         self._keep = keep
 
     def take(self, client: int, tag: str, server_round: int) -> State:
-        """Give what a client kept in a round under this tag, nothing under another.
+        """Return a client's residual of a round if its tag matches, else nothing.
 
         Parameters
         ----------
         client : int
-            Its id.
+            The client's id.
         tag : str
-            Of the phase and its layout: what was kept for another has no meaning now.
+            Names the phase and its layout; other layouts' residuals do not apply.
         server_round : int
-            The round. A `Context` has what it kept last, of that round or before.
+            The round. A `Context` holds the latest residual, of that round or before.
         """
         data = b""
         if self._is_only:
@@ -71,7 +71,7 @@ class Residuals:
         try:
             kept = load(data) if data else {}
         except SafetensorError:
-            return {}  # damaged: as good as lost
+            return {}  # damaged, so treated as lost
         return {n.removeprefix(tag): t for n, t in kept.items() if n.startswith(tag)}
 
     def keep(
@@ -82,21 +82,21 @@ class Residuals:
         since: int,
         residual: Mapping[str, Tensor],
     ) -> None:
-        """Keep a client's residual of a round, and drop those that are of no use.
+        """Store a client's residual of a round, and delete those no longer needed.
 
         Parameters
         ----------
         client : int
-            Its id.
+            The client's id.
         tag : str
             See `take`.
         server_round : int
             The round.
         since : int
-            The client's last round that counted, 0 for none: what it kept in between
-            is not asked for again.
+            The client's last round that counted, 0 for none. Residuals of rounds in
+            between are no longer needed.
         residual : Mapping[str, Tensor]
-            What its update lacks.
+            What the coding of its update left out.
         """
         data = save({f"{tag}{name}": t.contiguous() for name, t in residual.items()})
         if self._is_only:
@@ -108,10 +108,10 @@ class Residuals:
             make_folder(folder)
             write_atomically(folder / f"{server_round}", data)
         except OSError as error:
-            log(WARNING, "client %d goes on without its residual: %s", client, error)
+            log(WARNING, "client %d continues without its residual: %s", client, error)
             return
         rounds = sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
-        # A run goes on after this round less `keep`, at the earliest.
+        # A run resumes after this round less `keep`, at the earliest.
         last = min(since, server_round - self._keep)
         old = [number for number in rounds if number <= last]
         lost = [number for number in rounds if since < number < server_round]

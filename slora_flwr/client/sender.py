@@ -1,4 +1,4 @@
-"""A node's way of sending its clients' updates: coded, with what was lost before."""
+"""The coding of clients' updates, with their residuals added."""
 
 from flwr.app import Context
 from numpy.random import Philox
@@ -14,16 +14,16 @@ from slora_flwr.wire.state_channel import Upload, write_update
 
 
 class Sender:
-    """Codes the updates that an instruction asks for.
+    """Code the updates that an instruction asks for.
 
     Parameters
     ----------
     trainer : Trainer
-        With the phase's adapter attached.
+        The node's trainer, with the phase's adapter attached.
     context : Context
-        The node's.
+        The node's context.
     instruction : Instruction
-        The round's.
+        The round's instruction.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class Sender:
         if config.privacy.is_on:
             self._clip_norm = config.privacy.bound(phase.adapter_type.section)
         self._before: State = {}
-        # What an update lacks of a mask that was drawn for one round has no place in
-        # another's, nor what it lacks of factors that FlexLoRA makes anew.
+        # Residuals of a redrawn mask, or of refactored factors, do not apply to the
+        # next round.
         self._has_head_alone = phase.renews
         layout = "head" if self._has_head_alone else instruction.fingerprint
         self._tag = f"{instruction.phase} {layout} "
@@ -59,7 +59,7 @@ class Sender:
         )
 
     def code(self, client: int, update: State, start: State) -> Upload:
-        """Code a client's update; `start` is the state that it was sent."""
+        """Code a client's update; `start` is the state that it started from."""
         config = self._trainer.config
         if self._remembers:
             since = self._since(client)
@@ -76,9 +76,9 @@ class Sender:
         )
 
     def keep(self, client: int, upload: Upload) -> None:
-        """Keep what the upload just coded lacks, for the client's next one."""
+        """Store what the coding of an upload left out, for the client's next one."""
         if self._remembers:
-            # A factor whose turn it was not has what it had.
+            # An idle factor keeps its residual.
             residual = self._before | upload.residual
             if self._has_head_alone:
                 head = self._trainer.model.backbone.head
@@ -88,7 +88,7 @@ class Sender:
             self._residuals.keep(client, self._tag, number, since, residual)
 
     def _since(self, client: int) -> int:
-        """Give a client's last round that counted."""
+        """Return a client's last round that counted."""
         return self._rounds.get(client, self._instruction.server_round - 1)
 
     def _stream(self, client: int) -> Philox:

@@ -1,10 +1,10 @@
 """A SuperNode that polls more often than Flower's.
 
-`python -m slora_flwr.client.supernode` takes the arguments of
-`flower-supernode`, and `--poll-seconds` (default 0.5): the longest pause between two
-requests for a message, where Flower's is 3 seconds, and between two looks for the
-ClientApp's reply. The SuperExec that the SuperNode starts looks for work as often,
-unless FLWR_SUPEREXEC_TASK_POLL_INTERVAL says otherwise.
+`python -m slora_flwr.client.supernode` takes the arguments of `flower-supernode` and
+`--poll-seconds` (default 0.5). This is the longest pause between two requests for a
+message, for which Flower pauses 3 seconds, and between two checks for the ClientApp's
+reply. The SuperExec that the SuperNode starts polls for work as often, unless
+FLWR_SUPEREXEC_TASK_POLL_INTERVAL is set.
 """
 
 import argparse
@@ -20,7 +20,7 @@ _SUPEREXEC_INTERVAL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
 
 
 class _Clock:
-    """The module `time` with a bound on its sleep."""
+    """The module `time` with a limit on `sleep`."""
 
     def __init__(self, longest: float) -> None:
         self._longest = longest
