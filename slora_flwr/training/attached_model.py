@@ -21,19 +21,19 @@ from slora_flwr.training.process_data import ProcessData
 
 
 class AttachedModel:
-    """A backbone that is loaded when first asked for, and what is attached to it.
+    """A backbone, loaded when first used, and the adapter attached to it.
 
     Parameters
     ----------
     config : RunConfig
         The run.
     data : ProcessData
-        Says how many classes the head is for, and has the tokeniser.
+        Source of the tokeniser and of the head's number of classes.
 
     Attributes
     ----------
     reference : State
-        Values of the phase's states that both sides know without a message.
+        Values of the phase's states that both sides already know.
     """
 
     def __init__(self, config: RunConfig, data: ProcessData) -> None:
@@ -68,11 +68,11 @@ class AttachedModel:
         Parameters
         ----------
         phase : Phase
-            One of the schedule's.
+            A phase of the schedule.
         base : BaseWeights or None
-            The base, None for W_0.
+            The base; None for W_0.
         digest : str
-            Names the base; empty for W_0.
+            Digest of the base; empty for W_0.
         """
         if not self.is_attached(phase, digest):
             self.detach()
@@ -97,7 +97,7 @@ class AttachedModel:
         return self._attached == (phase, digest)
 
     def detach(self) -> None:
-        """Make the backbone W_0 again."""
+        """Detach the adapter and restore W_0 in the backbone."""
         if self._adapter is not None:
             self._adapter.detach()
         if self._base is not None:
@@ -110,11 +110,11 @@ class AttachedModel:
         Parameters
         ----------
         changes : Sequence[State]
-            What rounds of the phase changed of it, one after the other.
+            The changes of successive rounds of the phase.
         first : int
             The round within the phase of the first change.
         digest : str
-            Names the base then.
+            Digest of the changed base.
         """
         assert self._attached is not None
         phase, self._attached = self._attached[0], None  # until it is whole again
@@ -125,7 +125,7 @@ class AttachedModel:
         self._attached = (phase, digest)
 
     def change_shapes(self, values: int) -> dict[str, torch.Size]:
-        """Return the layout of a change of the base that has so many values."""
+        """Return the layout of a base change with a given number of values."""
         return self.adapter.change_shapes(self.backbone, values)
 
     @property
@@ -143,7 +143,7 @@ class AttachedModel:
     def known_values(self, positions: Mapping[str, NDArray[np.int64]]) -> State:
         """Return W_0's values at positions of target matrices, named as in a base.
 
-        Nothing is attached afterwards.
+        No adapter is attached afterwards.
         """
         self.detach()
         return {
@@ -153,9 +153,9 @@ class AttachedModel:
         }
 
     def hand_over(self, state: State, rounds: int, phase: Phase) -> Handoff:
-        """End the sparse phase that is attached, after so many rounds.
+        """Return the handoff from the attached sparse phase after `rounds` rounds.
 
-        Nothing is attached afterwards.
+        No adapter is attached afterwards.
         """
         positions, values = self.adapter.learned(state, rounds)
         self.detach()
@@ -185,9 +185,9 @@ class AttachedModel:
         return fmean(energies)
 
     def _known(self, phase: Phase, base: BaseWeights | None) -> State:
-        """Return what is known of states: W_0's values, and the factors of the base."""
+        """Return the known values of states: W_0's, and the factors of the base."""
         known = self.adapter.known()
-        # A base that changes may have come without the factors that it began with.
+        # A base that changes may have been sent without its initial factors.
         if base is not None and not phase.changes_base:
             shapes = self.adapter.shapes()
             known |= {n: t for n, t in base.factors().items() if n in shapes}
@@ -195,7 +195,7 @@ class AttachedModel:
 
 
 def _check_fit(config: RunConfig, backbone: Backbone) -> None:
-    """Refuse what this backbone cannot do, before any client is asked to."""
+    """Raise ConfigError for what this backbone cannot do, before any training."""
     for name, module in backbone.model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa's positions start after the padding index.

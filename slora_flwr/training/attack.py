@@ -1,9 +1,9 @@
-"""Hostile clients of a simulation, to measure what a defence is worth.
+"""Hostile clients of a simulation, for measuring defences.
 
 - `label-flip`: a hostile client trains on labels that are rotated by one class.
 - `scaled-update`: it trains honestly and sends `scale` times its update.
 
-Hostile clients keep to `server.clip-norm`, since they would be refused otherwise.
+Hostile clients respect `server.clip-norm`; the server would refuse them otherwise.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from slora_flwr.data.examples import Examples
 
 
 def is_hostile(config: RunConfig, client: int) -> bool:
-    """Tell whether a client is one of those that a seed makes hostile."""
+    """Return whether a client is hostile."""
     attack = config.attack
     if attack.kind == "none":
         return False
@@ -28,14 +28,14 @@ def is_hostile(config: RunConfig, client: int) -> bool:
 def spoil_examples(
     config: RunConfig, client: int, examples: Examples, classes: int
 ) -> Examples:
-    """Give what a client trains on: its examples, of whatever labels."""
+    """Return the client's examples, labels rotated if it flips them."""
     if config.attack.kind != "label-flip" or not is_hostile(config, client):
         return examples
     return replace(examples, labels=(examples.labels + 1) % classes)
 
 
 def spoil_update(config: RunConfig, client: int, update: State) -> State:
-    """Give what a client makes of its update before it sends it."""
+    """Return the update the client sends, scaled if it is hostile."""
     if config.attack.kind != "scaled-update" or not is_hostile(config, client):
         return update
     return {name: tensor * config.attack.scale for name, tensor in update.items()}

@@ -29,9 +29,9 @@ def train(
     backbone : Backbone
         The resident backbone.
     adapter : Adapter
-        Attached to it.
+        The adapter attached to it.
     examples : Examples
-        One client's.
+        One client's examples.
     recipe : RecipeConfig
         Local training. FedProx (arXiv 1812.06127): `prox` adds mu/2 ‖w - w_sent‖² to
         the loss.
@@ -58,7 +58,7 @@ def train(
             loss = F.cross_entropy(logits.float(), labels)
             loss.backward()
             for parameter, origin in zip(parameters, sent, strict=False):
-                if parameter.grad is not None:  # None where the loss does not reach
+                if parameter.grad is not None:  # None if the loss does not use it
                     parameter.grad.add_(parameter.detach() - origin, alpha=recipe.prox)
             if recipe.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
@@ -66,7 +66,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             adapter.commit()
             losses.append(loss.detach())
-    # One transfer from the device at the end instead of one a step.
+    # One transfer from the device at the end instead of one per step.
     return float(torch.stack(losses).mean()) if losses else float("nan")
 
 
@@ -76,7 +76,7 @@ def evaluate(
     precision: str = "float32",
     batch_size: int = 64,
 ) -> Evaluation:
-    """Evaluate what the backbone computes now, adapter included."""
+    """Evaluate the backbone as it is now, attached adapter included."""
     model = backbone.model.eval()
     predicted = np.empty(len(examples), dtype=np.int64)
     total = 0.0
@@ -93,7 +93,7 @@ def evaluate(
 def make_optimizer(
     parameters: list[nn.Parameter], recipe: RecipeConfig
 ) -> torch.optim.Optimizer:
-    """Build the local optimiser over what an adapter trains, and nothing else."""
+    """Return the local optimiser of the parameters that an adapter trains."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -101,14 +101,14 @@ def make_optimizer(
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
         )
-    # One pass over each parameter, where the default is several.
+    # Fused: one pass over each parameter, where the default makes several.
     return torch.optim.AdamW(
         parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
     )
 
 
 def precision_of(backbone: Backbone, precision: str) -> AbstractContextManager[object]:
-    """Give the context of a forward pass: bf16 autocast, or none."""
+    """Return the context of a forward pass: bf16 autocast, or none."""
     if precision == "bf16" or backbone.model.dtype == torch.bfloat16:
         return torch.autocast(backbone.device.type, torch.bfloat16)
     return nullcontext()

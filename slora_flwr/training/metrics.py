@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a classifier did on some examples.
+    """The results of a classifier on some examples.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class Evaluation:
 def count(
     predicted: NDArray[np.int64], labels: NDArray[np.int64], classes: int
 ) -> NDArray[np.int64]:
-    """Count what `Evaluation` holds."""
+    """Return the counts of an `Evaluation`."""
     hits = predicted[predicted == labels]
     return np.stack(
         [np.bincount(a, minlength=classes) for a in (hits, predicted, labels)]
@@ -59,7 +59,7 @@ def count(
 
 
 def pool(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Evaluate the union of some data sets, at least one."""
+    """Return the evaluation on the union of one or more data sets."""
     examples = [found.examples for found in evaluations]
     loss = np.average([found.loss for found in evaluations], weights=examples)
     counts = np.sum([found.counts for found in evaluations], axis=0)

@@ -1,4 +1,4 @@
-"""The data of a run that a process loads once, and what each client has of it."""
+"""A run's data, loaded once per process, and each client's part of it."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,14 +23,14 @@ from slora_flwr.data.texts import (
 
 
 class ProcessData:
-    """A run's data in one process; each part is loaded when it is first asked for.
+    """A run's data in one process; each part is loaded when first used.
 
     Parameters
     ----------
     config : RunConfig
         The run.
     classes : Sequence[str]
-        The label names agreed, where nodes train on data of their own; else they are
+        The agreed label names if nodes train on their own data; otherwise empty, for
         the data set's.
     """
 
@@ -65,7 +65,7 @@ class ProcessData:
 
     @cached_property
     def partition(self) -> Partition:
-        """Who owns which rows of the training data."""
+        """The assignment of training rows to clients."""
         clients = self._config.clients
         return make_partition(
             self.task.train.labels,
@@ -89,7 +89,7 @@ class ProcessData:
         return digest.hexdigest()
 
     def host(self, client: int, source: OwnData) -> None:
-        """Make a node's own data a client's; rows of other labels are left out."""
+        """Assign a node's own data to a client; leave out rows with other labels."""
         if client in self._own and self._own[client][0] == source:
             return
         texts, _ = source.load()
@@ -99,13 +99,13 @@ class ProcessData:
         self._own[client] = (source, examples)
 
     def examples(self, client: int) -> tuple[Examples, Examples]:
-        """Return a client's examples: to train on, and held out for evaluation."""
+        """Return a client's training examples and its held-out examples."""
         if client in self._own:
             examples = self._own[client][1]
             rows = np.arange(len(examples))
         else:
             examples, rows = self.task.train, self.partition.indices(client)
-        # The last ones, of an order that has nothing to do with labels.
+        # Hold out the last rows of an order that is independent of labels.
         held = round(len(rows) * self._config.clients.holdout)
         cut = len(rows) - held
         order = np.random.Philox(key=client).random_raw(len(rows)).argsort()

@@ -1,4 +1,4 @@
-"""What a process keeps of a run to train clients and to evaluate."""
+"""A run's data and model in one process, for training clients and evaluating."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from slora_flwr.training.process_data import ProcessData
 
 
 class ClientError(RuntimeError):
-    """One client's training failed; the others of its node are unharmed."""
+    """One client's training failed; the others on its node are unaffected."""
 
 
 @dataclass
 class ClientUpdate:
-    """What one client's training gave: its update, number of examples and mean loss."""
+    """The result of a client's training: update, number of examples, mean loss."""
 
     update: State
     examples: int
@@ -32,7 +32,7 @@ class Trainer:
     Parameters
     ----------
     config, classes
-        As of `ProcessData`.
+        As in `ProcessData`.
     """
 
     def __init__(self, config: RunConfig, classes: Sequence[str] = ()) -> None:
@@ -69,7 +69,7 @@ class Trainer:
         return ClientUpdate(update, len(examples), loss)
 
     def evaluate_client(self, client: int, state: State) -> Evaluation | None:
-        """Evaluate a state on a client's held-out examples, None without any."""
+        """Evaluate a state on a client's held-out examples; return None without any."""
         _, held = self.data.examples(client)
         if not len(held):
             return None
@@ -77,7 +77,7 @@ class Trainer:
         return evaluate(self.model.backbone, held, self.config.train.precision)
 
     def evaluate_test(self, state: State) -> Evaluation | None:
-        """Evaluate a state on the server's test data, None without any."""
+        """Evaluate a state on the server's test data; return None without any."""
         test = self.data.task.test
         if not len(test):
             return None
@@ -85,7 +85,7 @@ class Trainer:
         return evaluate(self.model.backbone, test, self.config.train.precision)
 
     def _own_ranks(self, client: int, state: State) -> State:
-        """Return low-rank factors cut to a client's rank, other states as they are."""
+        """Return low-rank factors cut to a client's rank, other states unchanged."""
         adapter = self.model.adapter
         rank_of = adapter.client_ranks(self.config)
         return adapter.cut(state, rank_of(client)) if rank_of else state
