@@ -1,1 +1,1 @@
-"""The files of a run directory, for their writer and all their readers."""
+"""The files of a run directory, for their writer and their readers."""

@@ -1,8 +1,8 @@
-"""Checkpoints: what a run needs to go on after a round, bit for bit.
+"""Checkpoints, from which a run resumes after a round, bit for bit.
 
-A checkpoint is one safetensors file, so that no crash leaves one half of it beside
-another's. Its metadata hold the format, facts as JSON, and a digest of facts and
-tensors, which shows damage that the format alone would not.
+A checkpoint is one safetensors file, so a crash cannot mix parts of two checkpoints.
+Its metadata hold the format, the facts as JSON, and a digest of facts and tensors,
+which reveals damage that the format would not.
 """
 
 import json
@@ -24,9 +24,9 @@ from slora_flwr.runs.events import EVENTS
 from slora_flwr.runs.snapshot import Snapshot
 
 FORMAT = "1"
-# Files that a run goes on writing, cut back to what they held at the checkpoint.
+# Files that grow during a run, truncated on resuming to their size at the checkpoint.
 GROWING = (EVENTS, "ledger.csv")
-# What a run may go on with other values of: no update and no state depends on them.
+# Keys that may change on resuming; no state depends on them.
 FREE = (
     "run.dir",
     "run.resume",
@@ -42,8 +42,8 @@ class DamagedError(ValueError):
 
 
 def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
-    """Write a checkpoint, all of it or nothing, and to the disk."""
-    # The file orders tensors by its own rules.
+    """Write a checkpoint to the disk, atomically."""
+    # safetensors does not keep the order of tensors.
     facts = json.dumps({"facts": snapshot.facts, "tensors": list(snapshot.tensors)})
     tensors = {
         name: t.detach().cpu().contiguous() for name, t in snapshot.tensors.items()
@@ -54,14 +54,14 @@ def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
 
 
 def read_checkpoint(path: Path) -> Snapshot:
-    """Read a checkpoint.
+    """Return the snapshot in a checkpoint.
 
     Raises
     ------
     DamagedError
-        If it is not what was written.
+        If the file is damaged.
     ConfigError
-        If it is of another format.
+        If it has another format.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -69,7 +69,7 @@ def read_checkpoint(path: Path) -> Snapshot:
             format_ = metadata["format"]
             if format_ == FORMAT:
                 facts = json.loads(metadata["facts"])
-                # The file may go while they are in use.
+                # Cloned, since the file may be deleted while they are in use.
                 tensors = {n: file.get_tensor(n).clone() for n in facts["tensors"]}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DamagedError(f"{type(error).__name__}: {error}") from error
@@ -79,17 +79,17 @@ def read_checkpoint(path: Path) -> Snapshot:
             "this version of slora-flwr"
         )
     if _digest(metadata["facts"], tensors) != metadata.get("digest"):
-        raise DamagedError("what it holds does not have its digest")
+        raise DamagedError("its content does not match its digest")
     return Snapshot(facts["facts"], tensors)
 
 
 def find_checkpoint(config: RunConfig) -> Snapshot:
-    """Read the newest whole checkpoint of the run directory `run.resume`.
+    """Return the newest whole checkpoint in the run directory `run.resume`.
 
     Raises
     ------
     ConfigError
-        If there is none, or it is of a run with another config.
+        If there is none, or it belongs to a run with another config.
     """
     directory = Path(config.run.resume).expanduser()
     given = f"run.resume is {config.run.resume!r}"
@@ -98,43 +98,43 @@ def find_checkpoint(config: RunConfig) -> Snapshot:
             checkpoint = read_checkpoint(path)
             _check_sizes(directory, checkpoint)
         except DamagedError as error:
-            log(WARNING, "%s is not used, but the one before: %s", path, error)
+            log(WARNING, "%s is skipped for the one before it: %s", path, error)
             continue
         _compare(given, checkpoint.facts["config"], flatten(config))
         return checkpoint
     raise ConfigError(
         f"{given}, which holds no whole checkpoint; allowed: the directory of a run "
-        "that ended one round at least, or empty"
+        "that finished at least one round, or empty"
     )
 
 
 def check_identity(
     config: RunConfig, checkpoint: Snapshot, found: Mapping[str, Any]
 ) -> None:
-    """Compare what the run stands on: code, backbone, data.
+    """Check that code, backbone and data are those of the checkpoint.
 
     Raises
     ------
     ConfigError
-        With what differs.
+        If any differs.
     """
     given = f"run.resume is {config.run.resume!r}"
     _compare(given, checkpoint.facts["identity"], found)
 
 
 def checkpoint_path(directory: Path, number: int) -> Path:
-    """Name the checkpoint after a round."""
+    """Return the path of the checkpoint after a round."""
     return directory / "checkpoints" / f"round-{number:04d}.safetensors"
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """List a run directory's checkpoints by their rounds, whole or not."""
+    """Return the paths of a run directory's checkpoints by round, whole or not."""
     found = (directory / "checkpoints").glob("round-*.safetensors")
     return sorted(found, key=number_of)
 
 
 def number_of(path: Path) -> int:
-    """Give the round after which a checkpoint was written."""
+    """Return the round after which a checkpoint was written."""
     return int(path.stem.removeprefix("round-"))
 
 
@@ -147,8 +147,8 @@ def _compare(given: str, kept: Mapping[str, Any], found: Mapping[str, Any]) -> N
     ]
     if differs:
         raise ConfigError(
-            f"{given}, the directory of another run; allowed: one that is the same but "
-            f"for {', '.join(FREE)}: {'; '.join(differs)}"
+            f"{given}, the directory of another run; allowed: one that differs only in "
+            f"{', '.join(FREE)}: {'; '.join(differs)}"
         )
 
 
@@ -157,7 +157,7 @@ def _check_sizes(directory: Path, checkpoint: Snapshot) -> None:
         path, wanted = directory / name, checkpoint.facts["sizes"][name]
         size = path.stat().st_size if path.is_file() else 0
         if size < wanted:
-            raise DamagedError(f"{name} has {size} bytes, not the {wanted} of then")
+            raise DamagedError(f"{name} has {size} bytes, not {wanted} as recorded")
 
 
 def _digest(facts: str, tensors: State) -> str:

@@ -1,4 +1,4 @@
-"""Where a run writes what it was, what happened, and what came of it."""
+"""The run directory and the writing of its files."""
 
 import json
 import os
@@ -52,26 +52,26 @@ class RunDirectory:
     config : RunConfig
         The run; `run.dir` names the folder, which must be new or empty.
     run_id : int
-        Flower's, for the default name.
+        Flower's run id, for the default name.
     checkpoint : Snapshot or None
-        Of the folder `run.resume`: the run goes on there from it, and what was written
-        later is cut off.
+        A checkpoint in the folder `run.resume`, from which the run continues there.
+        What was written after the checkpoint is cut off.
 
     Raises
     ------
     ConfigError
-        If the folder holds something already, or cannot be made.
+        If the folder is not empty or cannot be made.
     RunDirectoryError
-        If the folder of a run that goes on cannot be written.
+        If the folder of a resumed run cannot be written.
     """
 
     def __init__(
         self, config: RunConfig, run_id: int, checkpoint: Snapshot | None = None
     ) -> None:
         self._keep = config.run.keep
-        # Names the run however often it was interrupted: its first run's id.
+        # Names the run across interruptions: the id of its first start.
         self.lineage = run_id
-        # Seconds that the run had taken before.
+        # Seconds that the run took before it was resumed.
         self.elapsed = 0.0
         if checkpoint is None:
             self.path = _make(config, run_id)
@@ -87,7 +87,7 @@ class RunDirectory:
         self._started = time.perf_counter() - self.elapsed
 
     def write_config(self, config: RunConfig, resolved: dict[str, Any]) -> None:
-        """Write the config as run, with versions and what was resolved from it."""
+        """Write the config with versions and resolved values."""
         nested: dict[str, Any] = {}
         for name, value in flatten(config).items():
             *section, last = name.split(".")
@@ -110,7 +110,7 @@ class RunDirectory:
             self.ledger.add(entry)
 
     def save_checkpoint(self, number: int, best: int, snapshot: Snapshot) -> None:
-        """Write the checkpoint after a round, and drop old ones.
+        """Write the checkpoint after a round, and delete old ones.
 
         Parameters
         ----------
@@ -119,7 +119,7 @@ class RunDirectory:
         best : int
             The best round so far, whose checkpoint stays.
         snapshot : Snapshot
-            What the run goes on from.
+            What the run resumes from.
         """
         with writing(self.path):
             for name in GROWING:
@@ -133,7 +133,7 @@ class RunDirectory:
         self.drop_checkpoints(best)
 
     def drop_checkpoints(self, best: int) -> None:
-        """Drop all but the last checkpoints and the best round's."""
+        """Delete all but the last checkpoints and the best round's."""
         with writing(self.path):
             for path in list_checkpoints(self.path)[: -self._keep]:
                 if number_of(path) != best:
@@ -142,13 +142,12 @@ class RunDirectory:
     def save_state(self, name: str, state: State, **facts: str) -> None:
         """Write a state to checkpoints/ as safetensors.
 
-        It is `last` or `best`, or the `base` that the last one stands on; the base of
-        the best is `best-base`.
+        Its name is `last`, `best`, `base` (of the last state) or `best-base`.
         """
         self._write(self._state(name), save(state, metadata=facts))
 
     def copy_state(self, name: str, other: str) -> None:
-        """Keep a state under another name too, or none if there is no such state."""
+        """Copy a state to another name; delete the copy if there is no such state."""
         path = self._state(name)
         if path.is_file():
             self._write(self._state(other), path.read_bytes())
@@ -156,7 +155,7 @@ class RunDirectory:
             self.drop_state(other)
 
     def drop_state(self, name: str) -> None:
-        """Remove a state that no longer holds, if there is one."""
+        """Delete a state, if there is one of that name."""
         with writing(self.path):
             self._state(name).unlink(missing_ok=True)
 
@@ -189,7 +188,7 @@ class RunDirectory:
 
 @contextmanager
 def in_use(path: Path) -> Iterator[None]:
-    """Keep other runs out of a run directory that is there.
+    """Lock an existing run directory against other runs.
 
     Raises
     ------
@@ -204,14 +203,14 @@ def in_use(path: Path) -> Iterator[None]:
     )
     with ExitStack() as held:
         with writing(path):
-            # This file is never replaced by another, and what is on it is the run's.
+            # Unlike others, this file is never replaced, which would lose the lock.
             held.enter_context(sole_use(path / EVENTS, refusal))
         yield
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say which run directory it was that could not be written.
+    """Name the run directory in errors about writing to it.
 
     Raises
     ------
@@ -222,13 +221,13 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise RunDirectoryError(
-            f"the run directory {path} cannot be written ({error}); run.resume goes on "
-            "from its last checkpoint once it can"
+            f"the run directory {path} cannot be written ({error}); once it can, "
+            "run.resume continues from its last checkpoint"
         ) from error
 
 
 def _make(config: RunConfig, run_id: int) -> Path:
-    """Make a new run's folder."""
+    """Create and return a new run's folder."""
     date = time.strftime("%Y%m%d-%H%M%S")
     default = home() / "runs" / f"{date}-{config.method}-{run_id}"
     path = Path(config.run.dir).expanduser() if config.run.dir else default
@@ -237,10 +236,10 @@ def _make(config: RunConfig, run_id: int) -> Path:
         if path.exists() and any(path.iterdir()):
             raise ConfigError(
                 f"run.dir is {config.run.dir!r}, which holds files of another run; "
-                "allowed: a new or empty folder, or run.resume to go on with that run"
+                "allowed: a new or empty folder, or run.resume to continue that run"
             )
         make_folder(path)
-        # Of two runs that begin here at once, one fails.
+        # If two runs begin here at once, one fails.
         (path / "checkpoints").mkdir(mode=0o700)
     except OSError as error:
         raise ConfigError(

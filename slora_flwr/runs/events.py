@@ -25,7 +25,7 @@ class Event:
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Self:
-        """Return the event that a line states; unknown facts are ignored.
+        """Return the event in a line; unknown facts are ignored.
 
         Raises
         ------
@@ -67,11 +67,11 @@ class RecordedRound(Event):
         Bytes sent since the run's start, both directions.
     metrics : dict[str, float]
         `accuracy`, `macro_f1`, … of the new state. If both sides evaluated it, names
-        of the clients' metrics begin with `client_`. Empty if nobody did.
+        of the clients' metrics begin with `client_`. Empty without an evaluation.
     kept_energy : float or None
         In an open phase, the share of the learned delta that a handoff would keep now.
     epsilon : float or None
-        With privacy, what all rounds so far have spent.
+        With privacy, the epsilon spent so far.
     """
 
     kind = "round"
@@ -88,7 +88,7 @@ class RecordedRound(Event):
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Self:
-        """Return the round that a line states; see `Event.read`."""
+        """Return the round in a line; see `Event.read`."""
         clients = {
             int(client): ClientRecord(did["examples"], did["loss"], did["seconds"])
             for client, did in facts["clients"].items()
@@ -169,7 +169,7 @@ class NodeJoined(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed(Event):
-    """The run goes on after a round; `run` is the id of the new Flower run."""
+    """The run was resumed after a round; `run` is the id of the new Flower run."""
 
     kind = "resumed"
     round: int

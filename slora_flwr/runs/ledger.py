@@ -18,26 +18,25 @@ class Entry:
     Attributes
     ----------
     round : int
-        From 1.
+        The round's number, from 1.
     phase : str
         The adapter's name.
     direction : str
         `up`, to the server, or `down`.
     clients : int
-        Clients that sent or were sent something.
+        Number of clients that sent or received something.
     payload_bytes : int
-        Bytes of the tensors, counted once for each client, as if each were a node of
-        its own: the same for any number of nodes.
+        Bytes of the tensors, counted as if each client were a node of its own. They do
+        not depend on the number of nodes.
     message_bytes : int
-        Bytes of the serialised messages that were really sent, one for each node.
+        Bytes of the serialised messages that were actually sent, one for each node.
     planned_payload_bytes : int or None
-        What `slora plan` predicts for training messages if the whole cohort answers
-        and no evaluation on clients has brought a part of the base before, without
-        compression; None for an evaluation's own.
+        Prediction of `slora plan` for training messages, without compression, if the
+        whole cohort answers and no evaluation on clients has sent a part of the base
+        before. None for evaluations.
     wire_bytes : int or None
-        Bytes that the nodes' network interfaces moved since they trained last, all
-        traffic included: that reply and this instruction. None where no node counts
-        them.
+        Bytes on the nodes' network interfaces since they last trained, with all
+        traffic: the reply of then and this instruction. None if no node counts them.
     """
 
     round: int
@@ -51,7 +50,7 @@ class Entry:
 
     @classmethod
     def read(cls, row: Mapping[str, str]) -> "Entry":
-        """Read a row of the CSV file."""
+        """Return the entry in a row of the CSV file."""
         planned, wire = row.get("planned_payload_bytes"), row.get("wire_bytes")
         return cls(
             int(row["round"]),
@@ -66,14 +65,14 @@ class Entry:
 
 
 class Ledger:
-    """Entries in memory and, as they come, in a CSV file.
+    """Entries in memory, each also appended to a CSV file.
 
     Parameters
     ----------
     path : Path
         The file.
     size : int or None
-        The file is cut back to so many bytes and goes on; None for a new one.
+        Bytes to truncate an existing file to; None for a new file.
     """
 
     def __init__(self, path: Path, size: int | None = None) -> None:
@@ -92,7 +91,7 @@ class Ledger:
         append(self._path, _row(astuple(entry)))
 
     def total(self, unit: str, direction: str, phase: str | None = None) -> int:
-        """Sum `payload` or `message` bytes of a direction, of one phase or of all."""
+        """Return the `payload` or `message` bytes of a direction, in a phase or all."""
         return sum(
             getattr(entry, f"{unit}_bytes")
             for entry in self.entries

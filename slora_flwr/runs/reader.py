@@ -1,4 +1,4 @@
-"""Runs as their directories tell of them, read once."""
+"""Recorded runs, read from their directories."""
 
 import csv
 import json
@@ -24,12 +24,12 @@ from slora_flwr.runs.ledger import Entry
 
 
 class RunError(ValueError):
-    """A RUN that is none, named with what is allowed."""
+    """The path or name is not a run; the message says what is allowed."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Clients, or a node, left out, and why; `round` is None before the first one."""
+    """Clients or a node left out, and why; `round` is None before the first round."""
 
     round: int | None
     node: str
@@ -53,13 +53,13 @@ class RecordedRun:
     path : Path
         Its directory.
     config : dict[str, Value]
-        Flat keys, as run; those that its version did not have yet have their default.
+        Flat keys; those that the run's version lacked have their defaults.
     facts : dict
         `versions` and `resolved` of config.toml.
     summary : dict or None
         As in summary.json; None if the run has not ended.
     stopped : str or None
-        Why it was stopped, if it says so.
+        Why it was stopped, if recorded.
     rounds, failures, ledger : list
         In the order of their events.
     energies : dict[str, float]
@@ -95,17 +95,17 @@ class RecordedRun:
         return [done for done in self.rounds if "accuracy" in done.metrics]
 
     def total(self, unit: str, direction: str, phase: str | None = None) -> int | None:
-        """Sum bytes of the ledger, of one phase or all.
+        """Return the bytes in the ledger, of one phase or all.
 
         Parameters
         ----------
         unit : str
-            `payload`, `message` or `planned_payload`; None comes back for the last if
+            `payload`, `message` or `planned_payload`. The sum of the last is None if
             no line has it.
         direction : str
             `up` or `down`.
         phase : str or None
-            Its name.
+            The phase's name; None for all phases.
         """
         sizes = [
             getattr(line, f"{unit}_bytes")
@@ -117,12 +117,12 @@ class RecordedRun:
 
 
 def read_run(path: Path) -> RecordedRun:
-    """Read a run directory.
+    """Return the run in a run directory.
 
     Raises
     ------
     RunError
-        If it is none, or a file of it cannot be read.
+        If it is not a run directory, or one of its files cannot be read.
     """
     if not is_run(path):
         raise _refuse(str(path))
@@ -140,7 +140,7 @@ def read_run(path: Path) -> RecordedRun:
             stopped=next(
                 (e.reason for e in reversed(events) if isinstance(e, Stopped)), None
             ),
-            # A round that was held again after a stop counts as it was held last.
+            # If a round was repeated after a stop, its last attempt counts.
             rounds=list(
                 {e.round: e for e in events if isinstance(e, RecordedRound)}.values()
             ),
@@ -159,17 +159,17 @@ def read_run(path: Path) -> RecordedRun:
 
 
 def is_run(path: Path) -> bool:
-    """Tell whether a folder is a run directory."""
+    """Return whether a folder is a run directory."""
     return (path / "config.toml").is_file() and (path / "ledger.csv").is_file()
 
 
 def find_run(given: str | None) -> Path:
-    """Find a run directory by its path or its name below `$SLORA_HOME/runs`.
+    """Return a run directory by its path or its name below `$SLORA_HOME/runs`.
 
     Parameters
     ----------
     given : str or None
-        None for the newest there.
+        Path or name; None for the newest run there.
 
     Raises
     ------
@@ -188,12 +188,12 @@ def find_run(given: str | None) -> Path:
 
 
 def find_runs(given: Iterable[str]) -> list[Path]:
-    """Find run directories, each once: by path or name, or all below a folder.
+    """Return run directories, each once: by path or name, or all below a folder.
 
     Raises
     ------
     RunError
-        If one of `given` neither is nor holds a run directory.
+        If one of `given` is not a run directory and holds none.
     """
     paths: dict[Path, Path] = {}
     for name in given:
@@ -205,10 +205,10 @@ def find_runs(given: Iterable[str]) -> list[Path]:
 
 
 def by_layer(energies: dict[str, float]) -> dict[str, dict[int, float]]:
-    """Sort a figure of each matrix by kind of matrix, then by layer.
+    """Return a figure of each matrix, by kind of matrix and then by layer.
 
-    The layer is the last number in a matrix's name; what follows is its kind, with what
-    stands before where that differs too.
+    The layer is the last number in a matrix's name, and the kind is what follows it. If
+    matrices differ in what stands before the number, the kind begins with that.
     """
     split = {name: re.match(r"(?:(.*)\.)?(\d+)\.(.*)", name) for name in energies}
     parts = {

@@ -1,4 +1,4 @@
-"""Snapshots: facts and tensors that an object is made from again."""
+"""Snapshots: facts and tensors from which an object is restored."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from slora_flwr.common.tensors import State
 
 @dataclass
 class Snapshot:
-    """What an object is made from again.
+    """The facts and tensors from which an object is restored.
 
     Attributes
     ----------
     facts : dict[str, Any]
-        What JSON can hold. It turns tuples into lists, and keys into text.
+        Values for JSON, which turns tuples into lists and keys into text.
     tensors : State
-        Of any dtypes.
+        Tensors of any dtype.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class Snapshot:
 
     @classmethod
     def join(cls, parts: Mapping[str, "Snapshot"]) -> "Snapshot":
-        """Make one snapshot of several."""
+        """Return one snapshot that joins several."""
         return cls(
             {name: part.facts for name, part in parts.items()},
             {
@@ -39,7 +39,7 @@ class Snapshot:
         )
 
     def part(self, name: str) -> "Snapshot":
-        """Give one of those that were joined."""
+        """Return one part."""
         start = f"{name}/"
         tensors = {
             n.removeprefix(start): t
@@ -50,10 +50,10 @@ class Snapshot:
 
 
 def to_tensor(data: bytes) -> Tensor:
-    """Give bytes as a tensor, uint8."""
+    """Return bytes as a uint8 tensor."""
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
 def to_bytes(tensor: Tensor) -> bytes:
-    """Give the bytes back."""
+    """Return a tensor's bytes."""
     return tensor.numpy().tobytes()

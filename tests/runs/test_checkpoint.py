@@ -209,6 +209,6 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
         os.truncate(directory / spoilt, size)
     with caplog.at_level(WARNING, logger="flwr"):
         go_on(config | {"run.keep": 1})
-    assert "round-0003.safetensors is not used, but the one before" in caplog.text
+    assert "round-0003.safetensors is skipped for the one before it" in caplog.text
     assert [e["round"] for e in events(directory, "resumed")] == [2]
     assert_same(directory, whole)
