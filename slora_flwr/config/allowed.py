@@ -11,7 +11,7 @@ from pydantic_core import CoreSchema, core_schema
 
 @dataclass(frozen=True)
 class Allowed:
-    """A constraint that pydantic takes in `Annotated`, with words of its own.
+    """A constraint for pydantic's `Annotated`, with its own words for errors.
 
     Attributes
     ----------
@@ -27,7 +27,7 @@ class Allowed:
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        """Return the schema of what is annotated, followed by the test."""
+        """Return the schema of the annotated type, followed by the test."""
         plain = handler(source)
         return core_schema.no_info_after_validator_function(self._check, plain)
 
@@ -38,22 +38,22 @@ class Allowed:
 
 
 def allow(words: str, test: Callable[[Any], bool]) -> Allowed:
-    """Return a constraint whose words are always the same."""
+    """Return a constraint with fixed words."""
     return Allowed(test, lambda: words)
 
 
 def at_least(low: int) -> Allowed:
-    """Return a constraint of finite numbers from `low`."""
+    """Return a constraint to finite numbers of at least `low`."""
     return allow(f"a number of at least {low}", lambda x: low <= x < math.inf)
 
 
 def one_of(*names: str) -> Allowed:
-    """Return a constraint of names."""
+    """Return a constraint to some names."""
     return allow(", ".join(names), names.__contains__)
 
 
 def listed_by(list_names: Callable[[], Iterable[str]]) -> Allowed:
-    """Return a constraint of names that other packages may add to."""
+    """Return a constraint to names that other packages may add to."""
     return Allowed(lambda x: x in [*list_names()], lambda: ", ".join(list_names()))
 
 

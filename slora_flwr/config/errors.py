@@ -2,7 +2,7 @@
 
 
 class ConfigError(ValueError):
-    """A run config that cannot be run, named by its key."""
+    """A run config that cannot be run; the message names the key."""
 
 
 def refuse(key: str, given: object, allowed: str) -> ConfigError:

@@ -15,7 +15,7 @@ from slora_flwr.config.errors import ConfigError, refuse
 from slora_flwr.config.rules import check
 from slora_flwr.config.sections import RunConfig, Value
 
-# The type of a key as TOML calls it, and what an error says of it.
+# TOML's name for a key's type, and the words for it in errors.
 _TYPES: dict[Any, tuple[str, str]] = {
     bool: ("boolean", "true or false"),
     int: ("integer", "a whole number"),
@@ -33,13 +33,13 @@ class Key:
     name : str
         As in `--run-config`: the section and a dot, then words joined by hyphens.
     section : str
-        The TOML table that it stands in; empty for none.
+        Its TOML table; empty for none.
     type : str
         `boolean`, `integer`, `float` or `string`.
     default : Value
-        What it is where a config leaves it out.
+        Its value if a config omits it.
     allowed : str
-        The values that it can have; other keys may allow fewer.
+        Its allowed values; other keys may restrict them further.
     help : str
         What it is for, in one or two sentences.
     """
@@ -69,12 +69,12 @@ def list_keys() -> tuple[Key, ...]:
 
 
 def parse(values: Mapping[str, Value]) -> RunConfig:
-    """Check a flat run config, as `Context.run_config` holds it.
+    """Return a checked run config from flat keys, as in `Context.run_config`.
 
     Parameters
     ----------
     values : Mapping[str, Value]
-        Kebab-case keys, sections joined by a dot; keys left out have their default.
+        Kebab-case keys, each after its section and a dot; omitted keys have defaults.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def parse(values: Mapping[str, Value]) -> RunConfig:
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
             raise ConfigError(f"{key} is not a run config key; {hint}")
         if redact(value) != str(value):
-            # It would be in config.toml, in checkpoints and on every node.
+            # It would end up in config.toml, in checkpoints and on every node.
             raise ConfigError(
                 f"{key} is an address with a password or a query, not repeated here; "
                 "allowed: names and paths"
@@ -128,7 +128,7 @@ def _fields() -> dict[str, tuple[str, str, FieldInfo]]:
 
 
 def _make(section: str, kind: Any, values: Mapping[str, Any]) -> Any:
-    """Make a section, or the whole config, whose values are of any type yet."""
+    """Return a section, or the whole config, from unchecked values."""
     try:
         return kind(**values)
     except ValidationError as error:
@@ -137,7 +137,7 @@ def _make(section: str, kind: Any, values: Mapping[str, Any]) -> Any:
         key = f"{section}.{_kebab(name)}".lstrip(".")
         if first["type"] == "value_error":
             cause = first["ctx"]["error"]
-            if isinstance(cause, ConfigError):  # of an entry point
+            if isinstance(cause, ConfigError):  # from an entry point
                 raise cause from cause.__cause__
             raise refuse(key, *cause.args) from None
         field = _fields_of(kind)[name]

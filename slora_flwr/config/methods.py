@@ -1,9 +1,9 @@
 """The table of methods: the phases of each, their adapters and aggregators.
 
-A row names its adapters and aggregators; `ADAPTERS` and `AGGREGATORS` say where each
-one is, as an entry point does, because their rooms stand above this one. Packages from
-outside add theirs by entry points of the groups `slora_flwr.methods`,
-`slora_flwr.adapters` and `slora_flwr.aggregators`, which are loaded when first used.
+A row names its adapters and aggregators. `ADAPTERS` and `AGGREGATORS` locate them as
+entry points do, because this package cannot import theirs. Other packages add their own
+by entry points of the groups `slora_flwr.methods`, `slora_flwr.adapters` and
+`slora_flwr.aggregators`, which are loaded when first used.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +26,7 @@ class PhaseRow:
     adapter : str
         What the phase trains.
     aggregator : str
-        What becomes of the clients' updates; empty for what `lora.aggregator` says.
+        How the clients' updates are combined; empty for `lora.aggregator`.
     """
 
     adapter: str
@@ -54,7 +54,7 @@ class Method:
 
     @property
     def aggregator(self) -> str:
-        """The aggregator of its own, `fedavg` without one; empty: the config's."""
+        """The last phase's aggregator; empty for the config's."""
         return self.phases[-1].aggregator
 
 
@@ -101,7 +101,7 @@ METHODS = {
     "head": Method((PhaseRow("head"),), "the head alone"),
 }
 
-# Methods that the others are held against; the first should reach the most.
+# Methods to compare the others with; the first should be the most accurate.
 REFERENCES = ("fft", "lora")
 
 ADAPTERS = {
@@ -114,15 +114,15 @@ ADAPTERS = {
     "pfeiffer": "slora_flwr.adapters.bottleneck:PfeifferAdapter",
 }
 
-# The config section that an adapter reads besides `train`. The adapters say so
-# themselves, but to ask them takes torch, which reports do without.
+# The config section that an adapter reads besides `train`. Adapters state it too, but
+# reading it there imports torch, which reports do without.
 _SECTIONS = {
     "sparse": "sparse",
     "lora": "lora",
     "houlsby": "bottleneck",
     "pfeiffer": "bottleneck",
 }
-# Those of this package that act on the matrices of `lora.targets`.
+# This package's adapters that act on the matrices of `lora.targets`.
 _ON_TARGETS = ("sparse", "lora")
 
 AGGREGATORS = {
@@ -134,7 +134,7 @@ AGGREGATORS = {
 }
 
 
-# What the entry points of a kind are subclasses of; those of methods are a `Method`.
+# The base class of the entry points of a kind; those of methods are a `Method`.
 BASES = {
     "adapters": "slora_flwr.adapters.base:Adapter",
     "aggregators": "slora_flwr.aggregation.base:Aggregator",
@@ -167,8 +167,8 @@ class _Methods(Mapping[str, Method]):
 def list_methods() -> Mapping[str, Method]:
     """Return all methods by name, those from outside last.
 
-    A method from outside is loaded when it is looked up; ConfigError says if that
-    fails, or if its name is taken.
+    A method from outside is loaded when it is looked up. This raises ConfigError if
+    loading fails or the name is taken.
     """
     return _Methods()
 
@@ -203,7 +203,7 @@ def find_aggregator(name: str) -> Any:
 
 
 def find_outside_files(**used: Iterable[str]) -> tuple[Path, ...]:
-    """Return the source files of the outside packages that some names are from.
+    """Return the source files of the outside packages that define some names.
 
     Parameters
     ----------
@@ -222,9 +222,9 @@ def find_outside_files(**used: Iterable[str]) -> tuple[Path, ...]:
 
 
 def section_of(adapter: str) -> str:
-    """Return the config section of an adapter, without torch for those in here.
+    """Return an adapter's config section; empty if it reads only `train`.
 
-    Empty for an adapter that reads `train` alone.
+    This needs torch only for adapters from outside.
     """
     if adapter in ADAPTERS:
         return _SECTIONS.get(adapter, "")
@@ -252,7 +252,7 @@ def _load(kind: str, point: EntryPoint) -> Any:
     Raises
     ------
     ConfigError
-        If it cannot be loaded, or is not what its group is for.
+        If it cannot be loaded, or is not of its group's type.
     """
     base = BASES.get(kind)
     wanted = f"a subclass of {base}" if base else f"a {__name__}:Method"

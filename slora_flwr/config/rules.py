@@ -1,7 +1,7 @@
-"""The rules of a run config: what its keys allow of one another.
+"""The rules of a run config that involve several keys.
 
-Those about keys alone come first. The others ask the method's phases, adapters and
-aggregators, which takes torch.
+Rules about keys alone come first. The others use the method's phases, adapters and
+aggregators, which import torch.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from slora_flwr.config.methods import (
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.config.sections import OWN_DATA, DownloadConfig, LoraConfig, RunConfig
 
-# Robust statistics of single entries. Those of LoRA's factors are not comparable where
-# clients train both, so the statistic is then of the products, which are weights.
+# Robust statistics of single entries. Entries of LoRA's factors are not comparable if
+# clients train both, so the statistic is then that of the products, which are weights.
 _BY_ENTRY = ("median", "trimmed-mean")
 
 
 def check(config: RunConfig) -> None:
-    """Refuse a run config that cannot be run, though each of its keys is fine.
+    """Raise for a run config whose keys are valid alone but not together.
 
     Raises
     ------
@@ -172,8 +172,8 @@ def _check_aggregator(config: RunConfig, phases: Sequence[Phase]) -> None:
         key = "lora.base is residual" if kept else "lora.start is federa"
         raise refuse("lora.ranks", lora.ranks, f"empty, since {key}")
     if lora.ranks and config.download != DownloadConfig():
-        # Slices of a rank are coded by themselves, so that what a client starts from
-        # would depend on the others of its node.
+        # Each rank's slices are coded by themselves, so a client's start would depend
+        # on the other clients of its node.
         allowed = "empty, or download.dtype float32 without download.lossless"
         raise refuse("lora.ranks", lora.ranks, allowed)
 
@@ -203,7 +203,7 @@ def _check_products(config: RunConfig, phases: Sequence[Phase]) -> None:
             by = f"server.robust is {server.robust}"
             steps = server.robust not in _BY_ENTRY
         if not steps:
-            # The result is a weight, which no step towards the mean's factors gives.
+            # The result is a weight, which a step towards mean factors cannot give.
             for key, given, plain in (
                 ("server.optimizer", server.optimizer, "none"),
                 ("server.lr", server.lr, 1.0),
@@ -247,13 +247,13 @@ def _check_privacy(config: RunConfig, phases: Sequence[Phase]) -> None:
         allowed = f"at least 2, {why} and depends on the size of the population"
         raise refuse("clients.count", config.clients.count, allowed)
     if config.clients.holdout:
-        # Its metrics are exact functions of what clients hold.
+        # Metrics on clients are exact functions of their data.
         raise refuse("clients.holdout", config.clients.holdout, f"0, {why}")
     for key, given, off in (
         ("lora.ranks", config.lora.ranks, ""),
         ("server.clip-norm", config.server.clip_norm, 0.0),
         ("server.robust", config.server.robust, "none"),
-        # A round that is held again would be one more release.
+        # A repeated round would be one more release.
         ("run.resume", config.run.resume, ""),
     ):
         if given != off:
@@ -261,7 +261,7 @@ def _check_privacy(config: RunConfig, phases: Sequence[Phase]) -> None:
     rows = list_methods()[config.method].phases
     for row, phase in zip(rows, phases, strict=True):
         if not phase.aggregator_type.is_mean:
-            # What it gives is no function of a mean to which noise is added.
+            # Its result is not a function of a noised mean.
             allowed = f"aggregator {', '.join(_aggregators('is_mean'))}, {why}"
             if row.aggregator:
                 raise refuse("method", config.method, allowed)
@@ -273,5 +273,5 @@ def _is_low_rank(phase: Phase) -> bool:
 
 
 def _aggregators(fact: str) -> list[str]:
-    # Those from outside are not loaded only to be listed.
+    # Outside packages are not loaded just to be listed.
     return [name for name in AGGREGATORS if getattr(find_aggregator(name), fact)]

@@ -25,20 +25,20 @@ class Phase:
     adapter : str
         The adapter's name, which also names the phase.
     rounds : int
-        Number of rounds; the most that it may take where `is_open`.
+        Number of rounds; the maximum if `is_open`.
     recipe : RecipeConfig
         Local training, every field resolved.
     aggregator : str
-        What becomes of the clients' updates.
+        The aggregator's name.
     primed : bool
-        True where it starts from the delta that the phase before it learned.
+        True if it starts from the delta that the phase before it learned.
     is_open : bool
-        True where the phase ends once it has stopped gaining.
+        True if the phase ends once it has stopped gaining.
     changes_base : bool
-        True where each round changes the weights that the adapter stands on.
+        True if each round changes the weights under the adapter.
     renews : bool
-        True where each round's values have no place in the next one's: residuals of
-        their coding are dropped.
+        True if one round's values do not apply to the next, so residuals of their
+        coding are dropped.
     """
 
     adapter: str
@@ -97,7 +97,7 @@ def make_schedule(config: RunConfig) -> list[Phase]:
 
 
 def outside_files(config: RunConfig) -> tuple[Path, ...]:
-    """Return the source files of the outside packages that the run's method is from."""
+    """Return the source files of the outside packages that a run's method uses."""
     schedule = make_schedule(config)
     return find_outside_files(
         methods=[config.method],
@@ -106,15 +106,15 @@ def outside_files(config: RunConfig) -> tuple[Path, ...]:
     )
 
 
-# An open phase ends when neither figure has gained in so many rounds, by so much.
+# An open phase ends after this many rounds in which no figure gains this much.
 PATIENCE, LEAST_GAIN = 3, 0.01
 
 
 def has_stopped_gaining(*figures: Sequence[float]) -> bool:
-    """Return whether an open phase should end: each figure's best is `PATIENCE` old.
+    """Return whether no figure of an open phase has gained for `PATIENCE` rounds.
 
     A figure (accuracy; share of the delta's energy that the rank keeps) gains in a
-    round if it exceeds the best before by `LEAST_GAIN`, absolute: one point.
+    round if it exceeds its best so far by `LEAST_GAIN`, absolute: one point.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """The keys of the run config: each with its type, default, allowed values and help.
 
 A field `per_round` of the section `clients` is the key `clients.per-round`. A section
-checks each of its keys; what keys allow of one another is in `slora_flwr.config.rules`.
+checks each of its keys; rules that involve several are in `slora_flwr.config.rules`.
 """
 
 import math
@@ -25,9 +25,9 @@ from slora_flwr.config.methods import list_aggregators, list_methods
 
 Value = bool | int | float | str
 
-# Whole numbers are numbers; nothing else is turned into another type.
+# Integers are accepted as floats; no other type is converted.
 STRICT = ConfigDict(strict=True)
-# Robust statistics: how many clients more than twice the hostile ones they need.
+# Clients that each robust statistic needs beyond twice the hostile ones.
 LEAST_COHORTS = {"median": 1, "trimmed-mean": 1, "krum": 3, "multi-krum": 3}
 PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual")
 # `data.name` for data that never leaves its node: each trains on its own.
@@ -43,7 +43,7 @@ Positive = Annotated[float, POSITIVE]
 OptimizerOrNone = Annotated[
     str, allow("adamw, sgd, or empty", ("adamw", "sgd", "").__contains__)
 ]
-# Which number that is, a rule says.
+# A rule checks the upper limit.
 Replies = Annotated[int, allow("1 to clients.per-round", lambda count: True)]
 # A ServerApp's working directory is not its user's.
 AbsolutePath = Annotated[
@@ -121,7 +121,7 @@ class DataConfig:
 
     @property
     def is_own(self) -> bool:
-        """Whether each node trains on data of its own."""
+        """Whether each node trains on its own data."""
         return self.name == OWN_DATA
 
 
@@ -180,7 +180,7 @@ class ClientsConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class RecipeConfig:
-    """Local training, in every phase that does not say otherwise."""
+    """Local training, in every phase that does not override it."""
 
     epochs: Count = Field(
         default=1, description="Local passes over a client's examples."
@@ -211,7 +211,7 @@ class RecipeConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class PhaseRecipeConfig:
-    """What one phase's recipe changes of `train`; 0 and "" mean: as in `train`."""
+    """One phase's overrides of `train`; 0 and "" keep its values."""
 
     epochs: Natural = Field(
         default=0,
@@ -344,7 +344,7 @@ class BottleneckConfig(PhaseRecipeConfig):
 
 @dataclass(frozen=True, config=STRICT)
 class ServerConfig:
-    """What becomes of the clients' updates."""
+    """How the server combines the clients' updates."""
 
     optimizer: Annotated[str, one_of("none", "fedavgm", "fedadam")] = Field(
         default="none",
@@ -378,7 +378,7 @@ class ServerConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class UploadConfig:
-    """How updates travel."""
+    """How updates are sent."""
 
     dtype: Annotated[str, one_of(*_DTYPES, "int4")] = Field(
         default="float32", description="The type in which updates travel."
@@ -408,7 +408,7 @@ class UploadConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class DownloadConfig:
-    """How states travel."""
+    """How states are sent."""
 
     dtype: Annotated[str, one_of(*_DTYPES)] = Field(
         default="float32", description="The type in which states and bases travel."
