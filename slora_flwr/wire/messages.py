@@ -20,18 +20,18 @@ from slora_flwr.common.text import printable
 from slora_flwr.training.metrics import Evaluation
 from slora_flwr.wire.packing import pack
 
-# Codes of the error replies of a node that lacks the base which an instruction names,
-# or the state to which it brings the difference.
+# Error codes of a node that lacks the base that an instruction names, or the state that
+# the instruction's is a difference from.
 MISSING_BASE, MISSING_STATE = 2404, 2405
 
 
 class MessageError(ValueError):
-    """A message whose records are not those agreed on."""
+    """A message whose records are invalid."""
 
 
 @dataclass
 class BaseDelta:
-    """What turns the base that a node has into the one that an instruction is for.
+    """The difference from the base that a node has to the base of an instruction.
 
     Attributes
     ----------
@@ -40,11 +40,11 @@ class BaseDelta:
     version : int
         Its number: how many rounds of the phase have changed it.
     start : Array or None
-        That version, packed, for a node that has nothing; it is the phase's first.
+        That version, packed, for a node that has none; it is the phase's first.
     changes : list[Array]
-        What the rounds since have changed, one each.
+        The changes of the rounds since, one each.
     weights : Array or None
-        The target matrices of the base, in place of all of these.
+        The target matrices of the base, in place of all the above.
     """
 
     known: str = ""
@@ -66,9 +66,9 @@ class Instruction:
     clients : list[int]
         Client ids.
     classes : list[str]
-        The label names agreed, where nodes train on data of their own; else none.
+        The agreed label names if nodes train on their own data; otherwise none.
     fingerprint : str
-        Of the adapter's layout and mask; the mask itself follows from the run's seed.
+        Digest of the adapter's layout and mask. The mask follows from the run's seed.
     state : Array
         The coded state to start from.
     base : str
@@ -76,12 +76,12 @@ class Instruction:
     base_delta : BaseDelta
         What the node lacks of the base.
     since : str
-        Digest of the state to which `state` is the difference; empty where it is whole.
+        Digest of the state that `state` is a difference from; empty if it is whole.
     lineage : int
-        Names the run however often it was interrupted, where clients keep residuals.
+        Names the run across interruptions, if clients keep residuals.
     residuals : list[int]
-        For each client, the last round whose update counted, from whose residual the
-        next one starts; 0 for none. Empty where clients keep none.
+        For each client, its last round that counted, whose residual its next update
+        adds; 0 for none. Empty if clients keep none.
     """
 
     server_round: int
@@ -98,7 +98,7 @@ class Instruction:
     residuals: list[int] = field(default_factory=list)
 
     def content(self) -> RecordDict:
-        """Write the records."""
+        """Return the records."""
         arrays = ArrayRecord({"state": self.state})
         delta = self.base_delta
         if delta.start is not None:
@@ -133,12 +133,12 @@ class Instruction:
 
     @classmethod
     def read(cls, content: RecordDict) -> "Instruction":
-        """Read the records.
+        """Return the instruction in some records.
 
         Raises
         ------
         MessageError
-            If a record or an entry is missing, or of another kind.
+            If a record or an entry is missing or invalid.
         """
         try:
             arrays = content.array_records["arrays"]
@@ -171,10 +171,10 @@ class Instruction:
             ) from error
 
 
-# Both may become the names of files, so that they are nothing but digits.
+# Both may become file names, so they must be nothing but digits.
 def _number(given: Any) -> int:
     number = int(given)
-    # Large ones come as texts.
+    # Large numbers are sent as text.
     if given not in (number, str(number)) or not 0 <= number < 2**64:
         raise ValueError(f"{printable(given)} is not a number from 0 to 2^64 - 1")
     return number
@@ -183,28 +183,28 @@ def _number(given: Any) -> int:
 def _digest(given: Any) -> str:
     digest = str(given)
     if digest and not re.fullmatch("[0-9a-f]{32}", digest):
-        raise ValueError(f"{printable(digest)} is no digest")
+        raise ValueError(f"{printable(digest)} is not a digest")
     return digest
 
 
 @dataclass
 class Report:
-    """What a node answers after training: the fold of its clients' updates.
+    """A node's answer after training: the fold of its clients' updates.
 
     Attributes
     ----------
     server_round, phase, fingerprint
-        As in the instruction that it answers.
+        As in the instruction.
     update : Array
         The coded update of a single client, or what the fold packs of several.
     clients, examples, losses, seconds, payloads : list
-        Of the clients that are in the aggregate, in one order. `payloads` are the bytes
-        of their coded updates.
+        One entry for each client in the aggregate, in the same order. `payloads` are
+        the bytes of their coded updates.
     failures : dict[int, str]
-        The clients that are not, with reasons.
+        The clients that failed, with reasons.
     wire : list[int]
-        Bytes that the node's network interface has received and sent so far; empty
-        where it does not count them.
+        Bytes that the node's network interface has received and sent so far; empty if
+        the node does not count them.
     """
 
     server_round: int
@@ -230,7 +230,7 @@ class Report:
         self.payloads.append(payload)
 
     def content(self) -> RecordDict:
-        """Write the records."""
+        """Return the records."""
         metrics = MetricRecord(
             {
                 "num-examples": sum(self.examples),
@@ -263,12 +263,12 @@ class Report:
 
     @classmethod
     def read(cls, content: RecordDict) -> "Report":
-        """Read the records.
+        """Return the report in some records.
 
         Raises
         ------
         MessageError
-            If a record or an entry is missing, or of another kind.
+            If a record or an entry is missing or invalid.
         """
         try:
             metrics = content.metric_records["metrics"]
@@ -297,9 +297,9 @@ class Report:
 
 
 def is_figure(value: float) -> bool:
-    """Tell whether a loss or a time can be true: a float32 that is not negative.
+    """Return whether a loss or time is plausible: a non-negative float32.
 
-    Sums of larger ones would overflow.
+    Sums of larger values would overflow.
     """
     return 0 <= value <= float(np.finfo(np.float32).max)
 
@@ -308,7 +308,7 @@ _COUNTS = ("hits", "predictions", "labels")
 
 
 def write_evaluation(evaluation: Evaluation | None) -> RecordDict:
-    """Write what a node found on its clients' held-out examples, None without any."""
+    """Return the records of an evaluation on clients' held-out examples."""
     metrics = MetricRecord({"num-examples": 0})
     if evaluation is not None:
         metrics["num-examples"] = evaluation.examples
@@ -318,12 +318,12 @@ def write_evaluation(evaluation: Evaluation | None) -> RecordDict:
 
 
 def read_evaluation(content: RecordDict, classes: int) -> Evaluation | None:
-    """Read it back.
+    """Return the evaluation in some records; None if no example is held out.
 
     Raises
     ------
     MessageError
-        If an entry is missing or cannot be true.
+        If an entry is missing or implausible.
     """
     try:
         metrics = content.metric_records["metrics"]
@@ -337,7 +337,7 @@ def read_evaluation(content: RecordDict, classes: int) -> Evaluation | None:
             or not is_figure(found.loss)
             or (hits < 0).any()
             or (hits > np.minimum(predictions, labels)).any()
-            # In Python's numbers, which do not wrap around.
+            # In Python's integers, which do not overflow.
             or sum(predictions.tolist()) != sum(labels.tolist())
             or sum(labels.tolist()) != metrics["num-examples"]
         ):
@@ -350,7 +350,7 @@ def read_evaluation(content: RecordDict, classes: int) -> Evaluation | None:
 def release(message: Message) -> None:
     """Free the arrays of a message that has been read.
 
-    Flower's records refer to themselves, so what they hold would else live until the
+    Flower's records refer to themselves, so their arrays would otherwise stay until the
     next full garbage collection, which is rare.
     """
     if message.has_content():
@@ -359,5 +359,5 @@ def release(message: Message) -> None:
 
 
 def message_bytes(message: Message) -> int:
-    """Count the bytes of a serialised Flower message, metadata included."""
+    """Return the bytes of a serialised Flower message, metadata included."""
     return int(message_to_proto(message).ByteSize())
