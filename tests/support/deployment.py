@@ -25,19 +25,19 @@ TOOLS = Path(sys.executable).parent
 
 @dataclass
 class Run:
-    """What `flwr run --stream` started."""
+    """A run started by `flwr run --stream`."""
 
     run_id: int
     directory: Path
     stream: subprocess.Popen[bytes]
 
     def rounds(self) -> list[int]:
-        """List the rounds that have ended."""
+        """Return the rounds that have ended."""
         return [event["round"] for event in self.events("round")]
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         path = self.directory / "events.jsonl"
-        # A line may be only half there.
+        # The last line may be incomplete.
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [event for event in map(json.loads, lines) if event["event"] == kind]
 
@@ -47,9 +47,9 @@ class Run:
 
 
 class Node:
-    """A SuperNode with folders of its own, as if it were a machine of its own.
+    """A SuperNode with its own folders, like a separate machine.
 
-    Its processes do what the file `faults` says, and write down what they do, see
+    Its processes commit the faults in the file `faults` and record what they do; see
     `faults/sitecustomize.py`.
     """
 
@@ -88,8 +88,8 @@ class Node:
             )
 
     def kill(self) -> None:
-        """Take it away, as a power failure would."""
-        # Stopped first, so that none starts another in the meantime.
+        """Kill all its processes, as a power failure would."""
+        # Stopped first, so that none starts another meanwhile.
         for number in (signal.SIGSTOP, signal.SIGKILL):
             self.signal(number)
         self.process.wait()
@@ -100,22 +100,22 @@ class Node:
             process.send_signal(number)
 
     def err(self, faults: dict[int, str]) -> None:
-        """Say which faults it commits in which rounds."""
-        # At once, since they read it while they wait.
+        """Set the fault that it commits in each round."""
+        # Atomically, since its processes read the file while they wait.
         write_atomically(self.faults, json.dumps(faults).encode())
 
     def processes(self) -> list[psutil.Process]:
-        """List what runs on it, from the SuperNode down."""
+        """Return its processes, from the SuperNode down."""
         return [*_family(self.process), *residents(self.folder)]
 
     def count(self, run: Run, done: str) -> int:
-        """Count how often it did something in a run, such as "sends train 2"."""
+        """Return how often it did something in a run, such as "sends train 2"."""
         wanted = [str(run.run_id), *done.split()]
         lines = [line.split() for line in self._done.read_text().splitlines()]
         return sum(line[: len(wanted)] == wanted for line in lines)
 
     def wait_until_it_trains(self, run: Run, number: int) -> None:
-        """Wait until it has the message of a round, in which it waits."""
+        """Wait until it has received a round's message, and waits there."""
         wait_until(lambda: self.count(run, f"waits {number}") > 0)
 
     def wait_until_it_sends(self, run: Run, number: int, times: int = 1) -> None:
@@ -126,15 +126,15 @@ class Node:
 class Deployment:
     """A SuperLink with a database and two SuperNodes.
 
-    The ServerApp's processes are the SuperLink's, or, where those of the SuperLink are
-    `separate`, as in the compose files, those of a SuperExec beside it.
+    The SuperLink starts the ServerApps' processes. If it is `separate`, a SuperExec
+    beside it does, as in the compose files.
     """
 
     def __init__(self) -> None:
-        # Not pytest's folder: too long for the path of a Unix socket.
+        # Not pytest's folder, which is too long for the path of a Unix socket.
         self.folder = Path(tempfile.mkdtemp(prefix="slora-"))
         self._link = free_port()
-        # While this file is there, the deadlines of ServerApps are over.
+        # While this file exists, ServerApps' deadlines have passed.
         self.late = self.folder / "late"
         self._environment = {
             **_environment(self.folder / "server"),
@@ -156,7 +156,7 @@ class Deployment:
             self.nodes.append(Node(index, self.folder / f"{index}", self._link))
 
     def start_superlink(self, *, separate: bool = False) -> None:
-        """Start the SuperLink, again on what it left in its database."""
+        """Start the SuperLink on its database, which survives a restart."""
         database = self.folder / "server" / "database"
         self.superlink = self._start(
             *(TOOLS / "flower-superlink", "--insecure", "--port", self._link),
@@ -176,7 +176,7 @@ class Deployment:
         self.superlink.wait()
 
     def run(self, config: Config) -> Run:
-        """Start a run, and wait until Flower has named it."""
+        """Start a run; return it once Flower has given it an id."""
         text = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
         self._runs += 1
         log = self.folder / "server" / f"run-{self._runs}"
@@ -189,35 +189,35 @@ class Deployment:
         return Run(int(run_id), Path(directory), stream)
 
     def status(self, run: Run) -> str:
-        """Ask Flower how a run stands."""
+        """Return a run's status according to Flower."""
         told = self._ask("list", "here", "--run-id", str(run.run_id))
         return str(told["runs"][0]["status"])
 
     def online(self) -> int:
-        """Ask Flower how many SuperNodes are online."""
+        """Return the number of SuperNodes online according to Flower."""
         told = self._ask("supernode", "list", "here")
         return sum(node["status"] == "online" for node in told["nodes"])
 
     def serverapps(self) -> list[psutil.Process]:
-        """List the processes in which ServerApps run."""
+        """Return the processes in which ServerApps run."""
         launchers = [self.superlink, *filter(None, [self.superexec])]
         found = [p for launcher in launchers for p in _family(launcher)]
         return [p for p in found if _is_called("flwr-serverapp", p)]
 
     def serverapp(self) -> psutil.Process:
-        """Give the process of the one run, once those of runs before have ended."""
+        """Return the one ServerApp's process, once those of earlier runs have ended."""
         wait_until(lambda: len(self.serverapps()) == 1)
         [process] = self.serverapps()
         return process
 
     def kill_serverapp(self, run: Run) -> None:
-        """Kill the process in which the run lives, and leave the stream of its log."""
+        """Kill a run's ServerApp and the process that streams its log."""
         self.serverapp().kill()
         run.stream.kill()
         run.stream.wait()
 
     def close(self) -> None:
-        """End all processes, and those that they started."""
+        """Kill all processes and their children, and delete the folder."""
         left = [p for process in self._started for p in _family(process)]
         left += [p for node in self.nodes for p in node.processes()]
         for process in left:
@@ -241,7 +241,7 @@ class Deployment:
         with path.open("ab") as file:
             process = psutil.Popen(
                 [*map(str, command)],
-                # Not in the checkout, whose code would go before the bundle's.
+                # Not in the checkout, whose code would shadow the bundle's.
                 cwd=self.folder,
                 env=self._environment,
                 stdout=file,
@@ -254,7 +254,7 @@ class Deployment:
 def _environment(folder: Path) -> dict[str, str]:
     return {
         **os.environ,
-        # Where Flower looks for what it starts itself.
+        # Flower finds the commands that it starts here.
         "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_HOME": str(folder / "flower"),

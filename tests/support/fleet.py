@@ -1,4 +1,4 @@
-"""Nodes whose answers to a query are written down."""
+"""Nodes with prepared answers to queries."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,7 +14,7 @@ SIZES = {0: 30, 1: 20, 2: 10, 3: 10, 4: 5, 5: 1}
 
 
 class FakeGrid(InlineGrid):
-    """Nodes whose answers to a query are written down, one by one."""
+    """Nodes with prepared answers to queries, one for each."""
 
     def __init__(self, nodes: Iterable[int] = ()) -> None:
         super().__init__({})

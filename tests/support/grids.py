@@ -1,4 +1,4 @@
-"""In-process nodes that keep what they are asked, and err as they are told."""
+"""In-process nodes that record their messages and commit prescribed errors."""
 
 import itertools
 import random
@@ -14,12 +14,12 @@ from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.wire.messages import Instruction, Report
 from tests.support.runs import Config
 
-# Changes a report in place, or gives the content to answer with in its stead.
+# Changes a report in place, or returns other content to answer with.
 Tamper = Callable[[Report], RecordDict | None]
 
 
 class RecordingGrid(InlineGrid):
-    """Keeps what was asked and answered; `tampers` are for reports of some rounds."""
+    """Record instructions and reports; `tampers` change the reports of some rounds."""
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class RecordingGrid(InlineGrid):
         return reply
 
     def before(self, asked: Instruction) -> None:
-        """Something happens before a node reads an instruction."""
+        """Run before a node reads an instruction; for subclasses."""
 
     def sent(self, server_round: int) -> Tensor:
-        """What state the round started from."""
+        """Return the state that a round started from."""
         return values(next(i for i in self.asked if i.server_round == server_round))
 
     def mean(self, server_round: int) -> Tensor:
-        """The mean of the round's good updates, by hand."""
+        """Return the mean of a round's good updates, computed independently."""
         good = [r for r in self.reports if r.server_round == server_round]
         total = torch.stack([weighted(report) for report in good]).sum(dim=0)
         return (total / sum(sum(report.examples) for report in good)).float()
@@ -80,14 +80,14 @@ def values(of: Instruction | Report) -> Tensor:
 
 
 def weighted(report: Report) -> Tensor:
-    """The sum of a node's updates, each times its examples."""
+    """Return the sum of a node's updates, each times its examples."""
     if len(report.clients) == 1:
         return values(report).double() * report.examples[0]
     return values(report).double() / 2**30
 
 
 class ShufflingGrid(RecordingGrid):
-    """Replies come one a poll, in an order that a seed draws."""
+    """Replies arrive one per poll, in an order drawn from a seed."""
 
     def __init__(self, config: Config, nodes: int, order: int) -> None:
         super().__init__(config, nodes)
@@ -117,7 +117,7 @@ RUN_IDS = itertools.count(1000)
 
 
 class Grid(RecordingGrid):
-    """A recording grid whose runs have ids of their own."""
+    """A recording grid with a new run id each time."""
 
     def __init__(self, config: Config, nodes: int = 1) -> None:
         super().__init__(config, nodes)

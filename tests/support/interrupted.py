@@ -1,7 +1,7 @@
 """Processes that test_killed kills or starves.
 
-A run's imports take much longer than the run. So one process, the nursery, makes a run
-to the end and then forks a child for each that is to be made.
+A run's imports take much longer than the run. So one process, the nursery, completes a
+run and then forks a child for each further one.
 """
 
 import ctypes
@@ -29,10 +29,10 @@ NODES = 2
 
 
 def nursery(requests: Connection, config: Config, log: Path) -> None:
-    """Carry out requests in children of their own.
+    """Serve each request in a child process.
 
-    A request is a function of this module, its arguments, and seconds after which the
-    child is killed. The answer is the exit status, and what the function returned.
+    A request is a function of this module, its arguments, and the seconds after which
+    the child is killed. The answer is the exit status and the function's result.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA does not survive a fork
     torch.set_num_threads(1)
@@ -54,10 +54,10 @@ def nursery(requests: Connection, config: Config, log: Path) -> None:
 
 
 def carry_out(config: Config, dies_at: int = 0) -> None:
-    """Make a run as `slora run --engine inline` does.
+    """Run as `slora run --engine inline` does.
 
-    It dies by SIGKILL at the n-th step of writing files: in the middle of a file's
-    bytes, before or after its `fsync`, before or after its renaming.
+    The process kills itself at step `dies_at` of writing files. A step is the middle of
+    a file's bytes, or the time before or after its `fsync` or its renaming.
     """
     if dies_at:
         _be_mortal(dies_at)
@@ -66,12 +66,12 @@ def carry_out(config: Config, dies_at: int = 0) -> None:
 
 
 def command(arguments: list[str], limit: int | None = None) -> tuple[int, str]:
-    """Give the command line's exit status and output.
+    """Return the command line's exit status and output.
 
     Parameters
     ----------
     arguments : list[str]
-        After `slora`.
+        Arguments after `slora`.
     limit : int or None
         Bytes beyond which no file can grow, as if the disk were full.
     """
@@ -88,7 +88,7 @@ def _report(answer: Connection, function: Callable[..., Any], arguments: Any) ->
 
 
 def _obey_permissions() -> None:
-    """Give up root's right to write what is read-only, CAP_DAC_OVERRIDE."""
+    """Drop CAP_DAC_OVERRIDE, root's right to write read-only files."""
     libc = ctypes.CDLL(None)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
     sets = (ctypes.c_uint32 * 6)()

@@ -1,4 +1,4 @@
-"""Bad replies in a run, and the check that they alone are left out."""
+"""Bad replies in a run, and the check that only they are left out."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def huge(report: Report) -> None:
 def check_node_left_out(
     directory: Path, grid: RecordingGrid, reason: str, number: int = 2
 ) -> None:
-    """Node 2's fault in a round is told, and the others' mean made the next state."""
+    """Check that node 2's fault is recorded and the others' mean is the next state."""
     [failure] = [f for f in events(directory, "failure") if f["round"] == number]
     [missing] = [
         i.clients
@@ -50,7 +50,7 @@ def check_node_left_out(
 def hold_bad_rounds(
     config: Config, nodes: int, bad: dict[str, tuple[Tamper, str]]
 ) -> tuple[Path, RecordingGrid]:
-    """One run of a bad reply of each kind, from round 2 on, and a good last round."""
+    """Run with one kind of bad reply a round from round 2, and a good last round."""
     tampers = {n: tamper for n, (tamper, _) in enumerate(bad.values(), start=2)}
     config |= {"rounds": len(bad) + 2, "run.eval-every": 0}
     grid = RecordingGrid(config, nodes, tampers)

@@ -36,7 +36,7 @@ def write(path: Path, rows: Iterable[tuple[Any, Any]] = ROWS) -> Path:
 
 
 class HospitalGrid(InlineGrid):
-    """Nodes whose descriptions are written down."""
+    """Nodes with prepared descriptions."""
 
     def __init__(self, nodes: dict[int, dict[str, Any]]) -> None:
         super().__init__({})

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import psutil
 
-# Seconds that nothing takes, however busy the machine is.
+# More seconds than anything takes, however busy the machine is.
 LONG = 900.0
 
 
 def residents(folder: Path) -> list[psutil.Process]:
-    """List the resident workers whose sockets are below a folder."""
+    """Return the resident workers whose sockets are below a folder."""
     found = []
     for process in psutil.process_iter():
         try:
             command = process.cmdline()
-        except psutil.Error:  # gone, or another user's: not ours
+        except psutil.Error:  # gone, or another user's
             continue
         if "slora_flwr.client.resident" in command and str(folder) in " ".join(command):
             found.append(process)
@@ -25,7 +25,7 @@ def residents(folder: Path) -> list[psutil.Process]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait, for as long as only something that hangs would take."""
+    """Wait until a condition holds; fail once only a hang can explain the delay."""
     until = time.monotonic() + LONG
     while not condition():
         assert time.monotonic() < until

@@ -1,10 +1,10 @@
-"""Draws of distinct numbers as the design says, a word at a time."""
+"""Reference for draws of distinct numbers."""
 
 import numpy as np
 
 
 def reference_distinct(philox_key: int, count: int, size: int) -> list[int]:
-    """Draw as the design says, a word at a time."""
+    """Return distinct numbers, drawn one word at a time."""
     if 2 * count > size:
         left_out = set(reference_distinct(philox_key, size - count, size))
         return [i for i in range(size) if i not in left_out]

@@ -1,4 +1,4 @@
-"""Runs that are interrupted and go on, and what they must have in common."""
+"""Runs that are interrupted and resumed, and what they must have in common."""
 
 import json
 from pathlib import Path
@@ -23,11 +23,11 @@ from tests.support.runs import (
 
 
 class InterruptionError(Exception):
-    """What ends a run before its end."""
+    """The interruption of a run."""
 
 
 class StoppingGrid(Grid):
-    """Its run is interrupted in a round, once the first node has trained."""
+    """A grid that interrupts its run in a round, once the first node has trained."""
 
     def __init__(self, config: Config, last: int, nodes: int = 2) -> None:
         super().__init__(config, nodes)
@@ -45,13 +45,13 @@ class StoppingGrid(Grid):
 
 
 def resumed(config: Config) -> Config:
-    """The same run, which goes on where it is."""
+    """Return the config that resumes a run."""
     return config | {"run.resume": config["run.dir"]}
 
 
 def stop(config: Config, last: int) -> Path:
     """Interrupt a run in its round `last`."""
-    make_process.cache_clear()  # another process has none
+    make_process.cache_clear()  # as in a new process
     with pytest.raises(InterruptionError):
         start(config, StoppingGrid(config, last))
     return Path(str(config["run.dir"]))
@@ -63,7 +63,7 @@ def go_on(config: Config, nodes: int = 2) -> Path:
 
 
 def without(figures: dict[str, Any], *others: str) -> dict[str, Any]:
-    """Leave out what depends on the clock, or on what processes still have."""
+    """Return figures without those that depend on the clock or on process state."""
     left_out = {"seconds", "took", "message_bytes", *others}
     left_out |= {"message_bytes_up", "message_bytes_down"}
     return {
@@ -74,7 +74,7 @@ def without(figures: dict[str, Any], *others: str) -> dict[str, Any]:
 
 
 def files(directory: Path) -> dict[str, Any]:
-    """Give what was exported."""
+    """Return the exported files."""
     found: dict[str, Any] = {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for folder in ("adapter", "model")
@@ -82,7 +82,7 @@ def files(directory: Path) -> dict[str, Any]:
     }
     if written := found.get("adapter/adapter_config.json"):
         read = json.loads(written)
-        # PEFT keeps modules in sets, whose order is another in another process.
+        # PEFT keeps modules in sets, whose order differs between processes.
         found["adapter/adapter_config.json"] = {
             name: sorted(value) if isinstance(value, list) else value
             for name, value in read.items()
@@ -91,7 +91,7 @@ def files(directory: Path) -> dict[str, Any]:
 
 
 def assert_same(directory: Path, expected: Path) -> None:
-    """Compare two run directories in all that is promised."""
+    """Check that two run directories agree in all that is promised."""
     names = {path.name for path in (expected / "checkpoints").iterdir()}
     assert {path.name for path in (directory / "checkpoints").iterdir()} == names
     for name in {"last", "best", "base", "best-base"} & {Path(n).stem for n in names}:

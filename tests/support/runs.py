@@ -88,7 +88,7 @@ def payloads(directory: Path) -> list[tuple[int, str, str, int, int]]:
 
 
 def elsewhere(config: Config, **changes: Value) -> Config:
-    """The same run in another directory."""
+    """Return the config of the same run in another directory."""
     return config | {"run.dir": f"{config['run.dir']}-other"} | changes
 
 

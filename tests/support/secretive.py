@@ -1,6 +1,6 @@
-"""Runs, with secrets in the environment, that test_secrets starts as one process.
+"""Runs with secrets in the environment, which test_secrets starts as one process.
 
-Arguments: the config of a run that ends well, as JSON, and a folder for others.
+Arguments: the config of a run that succeeds, as JSON, and a folder for the others.
 """
 
 import json
@@ -52,14 +52,14 @@ def main() -> None:
     address = "https://somebody:marker-config@example.org/model?key=marker-query"
     for i, key in enumerate(("model_name", "data_name", "data_test", "run_resume")):
         run(config, **{"run_dir": str(folder / f"3-{i}"), key: address})
-    # As in a study, where a log gets the traceback.
+    # As in a study, which logs the traceback.
     failing = config | {"model.name": "someone/studied"}
     _run_inline(StudyRun(failing | {"run.dir": str(folder / "4")}, folder / "4"))
     node.HANDLERS["query"] = lacks_its_model
     run(config, run_dir=str(folder / "5"))
     asked = "http://somebody:marker-log@example.org/model"
     hub_logging.get_logger("huggingface_hub.utils._http").warning("asked %s", asked)
-    # A password goes before the token, so that this is for an address without one.
+    # A password takes precedence over the token, so this address has none.
     plain = re.sub("//.*@", "//", constants.ENDPOINT)
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE
     template = template.replace(constants.ENDPOINT, plain)

@@ -39,7 +39,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def make_body(family: str) -> PreTrainedModel:
-    """Make a random body; 32 against 48 features, so that layers are not all square."""
+    """Return a random body; 32 and 48 features, so that not all layers are square."""
     # Larger weights than the usual 0.02, so that a wrong weight shows in the logits.
     shared: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -74,7 +74,7 @@ def make_body(family: str) -> PreTrainedModel:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer of whole words: the special tokens, then w5, w6, ..."""
+    """Return a tokenizer of whole words: the special tokens, then w5, w6, ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCAB))]
@@ -105,12 +105,12 @@ def _loaded(folder: Path, targets: str) -> Backbone:
 
 
 def load_tiny(folder: Path, targets: str = "all-linear") -> Backbone:
-    """Load a tiny backbone; copies of the first load, since loading takes longer."""
+    """Return a copy of a tiny backbone, which is loaded once since loading is slow."""
     return copy.deepcopy(_loaded(folder, targets))
 
 
 def make_examples(count: int = 24, seed: int = 0) -> Examples:
-    """Draw random tokens of unequal lengths; half of them tell the label."""
+    """Return random examples of unequal lengths; half of the tokens tell the label."""
     random = np.random.default_rng(seed)
     labels = random.integers(LABELS, size=count)
     lengths = random.integers(4, 17, size=count)
@@ -128,7 +128,7 @@ def make_examples(count: int = 24, seed: int = 0) -> Examples:
 
 
 def logits(model: nn.Module, examples: Examples) -> Tensor:
-    """Compute all examples' logits in one batch, without dropout."""
+    """Return all examples' logits, computed in one batch without dropout."""
     device = next(model.parameters()).device
     ids, mask, _ = examples.batch(np.arange(len(examples)))
     with torch.no_grad():
@@ -143,7 +143,7 @@ def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def perturb(state: dict[str, Tensor], scale: float, seed: int = 0) -> dict[str, Tensor]:
-    """Add noise to every tensor of a state."""
+    """Return a state with noise added to every tensor."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: tensor + scale * torch.randn(tensor.shape, generator=generator)
@@ -154,7 +154,7 @@ def perturb(state: dict[str, Tensor], scale: float, seed: int = 0) -> dict[str, 
 def hand_over(
     backbone: Backbone, sparse: SparseAdapter, state: State, config: LoraConfig
 ) -> Handoff:
-    """End a sparse phase with one mask, as a worker does."""
+    """Return the handoff from a sparse phase with one mask, as in a run."""
     positions, values = sparse.learned(state, rounds=0)
     sparse.detach()
     head = {name: state[name] for name in backbone.head}
@@ -162,7 +162,7 @@ def hand_over(
 
 
 def loss_of(backbone: Backbone, examples: Examples) -> Tensor:
-    """Mean cross-entropy over all examples, without dropout, for autograd."""
+    """Return the mean cross-entropy over all examples, without dropout."""
     ids, mask, labels = examples.batch(np.arange(len(examples)))
     device = backbone.device
     out = backbone.model.eval()(
