@@ -72,7 +72,14 @@ def slora(environment: dict[str, str], *arguments: str) -> subprocess.CompletedP
     )
 
 
-@pytest.mark.parametrize("changes", [{}, CODED], ids=["plain", "coded"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # What the coded one is sent as well, and by Ray too in test_cluster.py.
+        pytest.param({}, id="plain", marks=pytest.mark.sockets),
+        pytest.param(CODED, id="coded"),
+    ],
+)
 def test_a_simulation_gives_the_inline_engines_figures(
     flower: dict[str, str], tmp_path: Path, changes: dict[str, Any]
 ) -> None:

@@ -81,7 +81,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_were_not(
     draw = random.Random(0)
     deaths: list[str] = []
     for name in MORTAL:
-        config |= MORTAL[name] | {"rounds": 6, "sparse.rounds": 3}
+        config |= MORTAL[name]
         whole = Path(str(config["run.dir"]))
         begun = time.monotonic()
         assert nursery(interrupted.carry_out, config)[0] == 0
@@ -101,7 +101,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_were_not(
                     most = draw.uniform(0.1, 0.9) * seconds
                     code, _ = nursery(interrupted.carry_out, given, seconds=most)
                 else:
-                    steps = draw.randint(1, 120)
+                    steps = draw.randint(1, 80)
                     code, _ = nursery(interrupted.carry_out, given, steps)
                 if code != 0:
                     deaths.append(last_phase(directory))

@@ -1,7 +1,9 @@
 """Whole runs of every method: aggregators, controls, ranks, masks that change."""
 
 import csv
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from tests.support.runs import (
     events,
     facts,
     final,
+    make_config,
     payloads,
     start,
     summary,
@@ -86,10 +89,32 @@ RUNS: dict[str, Config] = {
 }
 
 
+# Makes the run of a name by one node, if no test has, and gives its config.
+Ran = Callable[[str], Config]
+
+
+@pytest.fixture(scope="module")
+def ran(
+    corpus: Path,
+    tiny_models: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Ran:
+    @functools.cache
+    def make(name: str) -> Config:
+        directory = tmp_path_factory.mktemp("ran") / "run"
+        config = make_config(corpus, tiny_models["bert"], directory)
+        # Not all clients in each round, so that some miss what changed.
+        config |= {**RUNS[name], "clients.per-round": 4, "rounds": 4}
+        start(config, RecordingGrid(config))
+        return config
+
+    return make
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_one_node_is_many_nodes(config: Config, name: str) -> None:
-    config |= RUNS[name]
-    one = start(config, RecordingGrid(config, nodes=1))
+def test_one_node_is_many_nodes(ran: Ran, name: str) -> None:
+    config = ran(name)
+    one = Path(str(config["run.dir"]))
     many = start(elsewhere(config), RecordingGrid(elsewhere(config), nodes=4))
     assert not differ(final(one), final(many))
     assert payloads(one) == payloads(many)
@@ -103,9 +128,9 @@ LOW_RANK = [n for n, c in RUNS.items() if make_schedule(parse(c))[-1].adapter ==
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
-def test_stock_peft_computes_what_the_run_evaluated(config: Config, name: str) -> None:
-    config |= RUNS[name]
-    directory = start(config, RecordingGrid(config))
+def test_stock_peft_computes_what_the_run_evaluated(ran: Ran, name: str) -> None:
+    config = ran(name)
+    directory = Path(str(config["run.dir"]))
     folder = directory / "adapter"
     model: Any = AutoModelForSequenceClassification.from_pretrained(
         str(config["model.name"]), num_labels=len(CLASSES)
@@ -436,11 +461,9 @@ def test_what_does_not_go_together(values: dict[str, Value], told: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_ledger_is_as_planned(config: Config, name: str) -> None:
+def test_the_ledger_is_as_planned(ran: Ran, name: str) -> None:
     """Formulas from the config against the shapes of what was sent."""
-    config |= {**RUNS[name], "clients.per-round": 4, "rounds": 4}
-    directory = start(config, RecordingGrid(config))
-    with (directory / "ledger.csv").open(newline="") as file:
+    with (Path(str(ran(name)["run.dir"])) / "ledger.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8
     for row in rows:

@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[2]
 PASS, ANY = 0o011, 0o077
 
 
-@pytest.fixture(params=[0o000, 0o022], ids=["umask-000", "umask-022"], autouse=True)
+@pytest.fixture(autouse=True)
 def umask(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = os.umask(request.param)
+    """Nothing is masked, unless a test asks for another."""
+    before = os.umask(getattr(request, "param", 0o000))
     yield
     os.umask(before)
 
@@ -98,6 +99,7 @@ def test_a_whole_model(config: Config) -> None:
         assert not mode(path), path
 
 
+@pytest.mark.parametrize("umask", [0o000, 0o022], indirect=True, ids="{:03o}".format)
 def test_a_run_in_its_usual_place(config: Config, home: Path) -> None:
     config |= {"run.dir": "", "rounds": 1}
     start(config, Grid(config))

@@ -5,17 +5,15 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.training.trainer import ClientError, ClientUpdate, Trainer
 from tests.support.deployment import Deployment, Run
-from tests.support.processes import LONG, wait_until
+from tests.support.processes import LONG, has_ended, wait_until
 from tests.support.resuming import assert_same, resumed, without
 from tests.support.runs import (
     CLIENTS,
@@ -70,12 +68,6 @@ def finish(deployment: Deployment, run: Run) -> None:
     """Wait for a run's good end."""
     run.stream.wait(LONG)
     assert deployment.status(run) == "finished:completed"
-
-
-def has_ended(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    return True
 
 
 def wait_until_it_takes_part(deployment: Deployment, run: Run, asked: int) -> None:

@@ -2,13 +2,12 @@
 
 import configparser
 import importlib
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +22,7 @@ from slora_flwr.backbone.load import Backbone
 from slora_flwr.config import parse
 from slora_flwr.config.methods import Method, PhaseRow
 from slora_flwr.config.schedule import make_schedule
+from tests.support.forks import Forks
 from tests.support.resuming import assert_same, resumed
 from tests.support.runs import (
     CLIENTS,
@@ -99,16 +99,15 @@ def install(site: Path, package: str, entry_points: str) -> None:
     (info / "entry_points.txt").write_text(entry_points)
 
 
-def call(site: Path, code: str, *arguments: str) -> Any:
-    """Run Python in a process that finds what is installed in `site`."""
-    path = filter(None, [str(site), os.environ.get("PYTHONPATH")])
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+# Runs Python in a process that finds what is installed in a folder.
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def call(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call]:
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks.call
+    forks.close()
 
 
 @pytest.fixture
@@ -132,7 +131,7 @@ def bert(tiny_models: dict[str, Path]) -> Backbone:
 
 
 def test_it_plans_trains_resumes_and_exports(
-    site: Path, config: Config, example: ModuleType, bert: Backbone
+    site: Path, call: Call, config: Config, example: ModuleType, bert: Backbone
 ) -> None:
     config |= {"method": "ia3"}
     values = VECTOR_VALUES + HEAD_VALUES
@@ -143,9 +142,9 @@ def test_it_plans_trains_resumes_and_exports(
     whole = Path(str(config["run.dir"]))
     rows = ledger(whole)
     assert len(rows) == 3 * 2
-    for row in rows:
-        assert row["payload_bytes"] == row["planned_payload_bytes"]
-        assert int(row["payload_bytes"]) == 4 * len(CLIENTS) * values
+    for sent in rows:
+        assert sent["payload_bytes"] == sent["planned_payload_bytes"]
+        assert int(sent["payload_bytes"]) == 4 * len(CLIENTS) * values
 
     # One that is killed goes on, and ends as the whole one did.
     killed = elsewhere(config)
@@ -297,7 +296,7 @@ OTHER = Method((PhaseRow("ia3"),), "an adapter of another package")
     ],
 )
 def test_an_entry_point_that_cannot_be_used(
-    site: Path, entry_points: str, message: str
+    site: Path, call: Call, entry_points: str, message: str
 ) -> None:
     if "slora-ia3" not in message:
         shutil.rmtree(site / "slora_ia3-0.1.0.dist-info")
@@ -308,7 +307,7 @@ def test_an_entry_point_that_cannot_be_used(
     assert done.stderr.splitlines() == [f"Error: {message}"]
 
 
-def test_what_is_not_used_is_not_loaded(site: Path) -> None:
+def test_what_is_not_used_is_not_loaded(site: Path, call: Call) -> None:
     install(site, "slora-odd", "[slora_flwr.methods]\nodd = slora_none:METHOD")
     page = (EXAMPLE.parents[1] / "docs" / "add-a-method.md").read_text()
     [documented] = set(re.findall(r'-c "(.+?)"', page))

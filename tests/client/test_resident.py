@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for thread in threading.enumerate():
         if thread.name == "resident":
             for socket_path in path.glob("*/*.sock"):
-                end(socket_path)
+                with suppress(ConnectionError, EOFError):  # it is ending
+                    end(socket_path)
             thread.join()
     for process in residents(path):
         process.kill()

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from flwr.clientapp.client_app import ClientAppException
@@ -24,7 +25,7 @@ from ray.exceptions import RayActorError
 from slora_flwr.common.code_digest import code_digest
 from slora_flwr.engines import ray_pool
 from slora_flwr.engines.ray_pool import TRIES, LastingPool
-from tests.support.processes import LONG, wait_until
+from tests.support.processes import LONG, has_ended, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -219,7 +220,9 @@ def test_a_machine_is_lost_and_comes_back(
         ]
         wait_until(lambda: all(log.exists() for log in logs))
         (second,) = cluster.worker_nodes
+        working = [psutil.Process(pid) for pid in before]
         cluster.remove_node(second, allow_graceful=False)
+        wait_until(lambda: any(map(has_ended, working)))
         (tmp_path / "go").touch()
         assert [job.result()[0] for job in jobs] == [0, 1]
     # One of them ran twice, on the worker that is left.

@@ -39,7 +39,7 @@ from slora_flwr.studies.study import (
     tune,
 )
 from slora_flwr.studies.sweep import sweep
-from tests.support.processes import LONG, wait_until
+from tests.support.processes import LONG, has_ended, wait_until
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SWEEP = [sys.executable, "-c", "from slora_flwr.cli import app; app()", "sweep"]
@@ -540,7 +540,7 @@ def test_no_worker_outlives_the_sweep(
     finally:
         process.kill()
         process.wait()
-    assert psutil.wait_procs(workers, timeout=LONG)[1] == []
+    wait_until(lambda: all(map(has_ended, workers)))
 
 
 def test_two_sweeps_do_not_share_a_folder(base: Config, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,13 @@ def residents(folder: Path) -> list[psutil.Process]:
         if "slora_flwr.client.resident" in command and str(folder) in " ".join(command):
             found.append(process)
     return found
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Tell a process that has ended, though its parent may not know yet."""
+    with suppress(psutil.NoSuchProcess):
+        return process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return True
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
