@@ -5,6 +5,7 @@ run and then forks a child for each further one.
 """
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import resource
@@ -41,6 +42,7 @@ def nursery(requests: Connection, config: Config, log: Path) -> None:
         os.dup2(file.fileno(), 2)
     run(InlineGrid(config, NODES), config, 1)
     context = multiprocessing.get_context("fork")
+    gc.freeze()  # what is not looked at is not copied
     while request := requests.recv():
         function, arguments, seconds = request
         here, there = context.Pipe(duplex=False)
