@@ -95,7 +95,7 @@ def train(message: Message, context: Context) -> Message:
     if not report.clients:
         reasons = "; ".join(f"client {c}: {r}" for c, r in report.failures.items())
         return Message(Error(0, reasons), reply_to=message)
-    if len(report.clients) > 1:  # one coded update is an eighth of its sums
+    if len(report.clients) > 1:  # a single update is smaller encoded
         report.update = fold.packed()
     return Message(report.content(), reply_to=message)
 

@@ -320,7 +320,7 @@ def test_lora_is_the_merged_weight(
 
 
 def attended(layer: Any, x: Tensor) -> Tensor:
-    """Give what a block's attention adds to x, before any bottleneck."""
+    """Return what a block's attention adds to x, before any bottleneck."""
     query, key, value = (
         getattr(layer.attention.self, name)(x).unflatten(-1, (4, -1)).transpose(1, 2)
         for name in ("query", "key", "value")

@@ -339,7 +339,7 @@ def undisturbed(
     tiny_models: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Give the directory of a coded run that nothing happens to."""
+    """Return the directory of a coded run that nothing happens to."""
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
     config = make(corpus, tiny_models, directory) | CODED
     return start(config, Grid(config))
@@ -396,7 +396,7 @@ def test_a_run_through_random_faults_ends_as_the_rules_say(
 
 
 def uploads(directory: Path) -> dict[str, tuple[str, str]]:
-    """Give the clients and bytes of each round's last attempt."""
+    """Return the clients and bytes of each round's last attempt."""
     return {
         row["round"]: (row["clients"], row["payload_bytes"])
         for row in ledger(directory)

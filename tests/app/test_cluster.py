@@ -70,7 +70,7 @@ class Machine:
             )
 
     def processes(self) -> dict[int, str]:
-        """Give the names of the processes by their ids."""
+        """Return the names of the processes by their ids."""
         found = {}
         for pid in map(int, ip("netns", "pids", self.name).split()):
             try:
@@ -80,7 +80,7 @@ class Machine:
         return found
 
     def busy(self) -> list[int]:
-        """Give the workers that are in the middle of a message."""
+        """Return the workers that are in the middle of a message."""
         wanted = "ray::ClientAppActor.run"
         return [pid for pid, name in self.processes().items() if name == wanted]
 
@@ -180,7 +180,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the run directory of the same run in one process."""
+    """Return the run directory of the same run in one process."""
     folder = tmp_path_factory.mktemp("inline")
     values = {**VALUES, "run.dir": str(folder)}
     run(InlineGrid(values, nodes=2), values, run_id=1)

@@ -44,7 +44,7 @@ CODED: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Give an environment with its own SuperLink, and end what was started in it."""
+    """Return an environment with its own SuperLink, and end what was started in it."""
     home = tmp_path_factory.mktemp("flower")
     environment = {
         **os.environ,

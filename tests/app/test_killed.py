@@ -113,7 +113,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_were_not(
 
 
 def last_phase(directory: Path) -> str:
-    """Give the phase of the last round that was written down."""
+    """Return the phase of the last round that was written down."""
     path = directory / "events.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     phases = [json.loads(line).get("phase") for line in lines]

@@ -33,7 +33,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tree(folder: Path) -> dict[Path, bytes]:
-    """Give all that is below a folder, with what files hold."""
+    """Return all that is below a folder, with what files hold."""
     return {p: p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
 
 

@@ -58,7 +58,7 @@ def whole(
     tiny_models: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Give the directory of a run that nothing happens to."""
+    """Return the directory of a run that nothing happens to."""
     directory = tmp_path_factory.mktemp("whole") / "run"
     finish(deployment, deployment.run(make(corpus, tiny_models, directory)))
     return directory

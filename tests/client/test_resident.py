@@ -37,7 +37,7 @@ NODE = 77
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Give an own temporary folder, short enough for the path of a Unix socket."""
+    """Return an own temporary folder, short enough for the path of a Unix socket."""
     path = Path(tempfile.mkdtemp(prefix="slora-"))
     monkeypatch.setattr(tempfile, "tempdir", str(path))
     monkeypatch.setenv("TMPDIR", str(path))
@@ -55,7 +55,7 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen]:
-    """Give a process that stands for the SuperExec."""
+    """Return a process that stands for the SuperExec."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     monkeypatch.setattr(os, "getppid", lambda: process.pid)
     yield process
@@ -65,7 +65,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen]:
 
 @pytest.fixture
 def task(tmp_path: Path, tiny_models: dict[str, Path]) -> dict[str, Any]:
-    """Give the config of a task that is soon loaded."""
+    """Return the config of a task that is soon loaded."""
     rows = [f"w{i} w{i + 1},{'odd' if i % 2 else 'even'}" for i in range(40)]
     data = tmp_path / "rows.csv"
     data.write_text("\n".join(["text,label", *rows]) + "\n")
@@ -95,7 +95,7 @@ def make_message(kind: str, content: RecordDict | None = None) -> Message:
 
 
 def facts(message: Message) -> bytes:
-    """Give all of a message but its times."""
+    """Return all of a message but its times."""
     proto = message_to_proto(message)
     proto.metadata.created_at = proto.metadata.ttl = 0
     for record in proto.content.items:
@@ -151,7 +151,7 @@ def serve(listener: socket.socket, path: Path) -> None:
 
 
 def resident_left(folder: Path) -> psutil.Process:
-    """Give the one that is there once all that it replaced have ended."""
+    """Return the one that is there once all that it replaced have ended."""
     wait_until(lambda: len(residents(folder)) == 1)
     (process,) = residents(folder)
     return process

@@ -49,7 +49,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def run_app() -> Callable[..., tuple[int, int]]:
-    """Give what stands for a ClientApp."""
+    """Return what stands for a ClientApp."""
 
     def app(message: dict[str, Any], context: Any) -> tuple[int, int]:
         log = Path(message.get("log", os.devnull))
@@ -99,7 +99,7 @@ def process(backend: raybackend.RayBackend, **message: Any) -> tuple[int, int]:
 
 
 def workers(backend: raybackend.RayBackend, wanted: int = 2) -> set[int]:
-    """Give the processes that take two messages at once, when they are so many."""
+    """Return the processes that take two messages at once, when they are so many."""
     found: set[int] = set()
 
     def look() -> bool:

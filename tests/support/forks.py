@@ -56,7 +56,7 @@ class Forks:
 
 
 def _run(code: str) -> int:
-    """Run a program; give the exit status that Python would."""
+    """Run a program; return the exit status that Python would."""
     try:
         exec(code, {"__name__": "__main__"})
     except SystemExit as end:
