@@ -8,8 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Batches are cut from windows of this many batches, each sorted by length. That needs
-# little more padding than a full sort, and batches still differ between epochs.
+# Batches are cut from windows of this many batches, nearly sorted by length.
 WINDOW = 8
 
 
@@ -71,18 +70,36 @@ class Examples:
     def shuffled(
         self, batch_size: int, stream: np.random.Philox
     ) -> Iterator[NDArray[np.int64]]:
-        """Yield one epoch's batches of rows of similar length, in random order."""
+        """Yield one epoch's batches of rows of similar length, in random order.
+
+        Sizes of batches differ by at most one row, so that no batch weighs much more
+        than another, and none exceeds `batch_size`.
+        """
+        if not len(self):
+            return
+        count = -(-len(self) // batch_size)
         order = np.argsort(stream.random_raw(len(self)), kind="stable")
-        lengths = self.lengths
         batches = []
-        for start in range(0, len(order), WINDOW * batch_size):
-            window = order[start : start + WINDOW * batch_size]
-            window = window[np.argsort(lengths[window], kind="stable")]
-            cuts = range(batch_size, len(window), batch_size)
-            batches += np.split(window, list(cuts))
-        turns = np.argsort(stream.random_raw(len(batches)), kind="stable")
+        for pieces in np.array_split(np.arange(count), -(-count // WINDOW)):
+            first, end = pieces[0], pieces[-1] + 1
+            window = order[first * len(self) // count : end * len(self) // count]
+            window = self._nearly_sorted(window, len(window) / len(pieces), stream)
+            batches += np.array_split(window, len(pieces))
+        turns = np.argsort(stream.random_raw(count), kind="stable")
         for turn in turns:
             yield batches[turn]
+
+    def _nearly_sorted(
+        self, rows: NDArray[np.int64], blur: float, stream: np.random.Philox
+    ) -> NDArray[np.int64]:
+        """Return rows sorted by length, each late by up to `blur` places.
+
+        Sorted exactly, a client of a single window would have the same batches in every
+        epoch.
+        """
+        rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+        late = stream.random_raw(len(rows)) / 2.0**64 * blur
+        return rows[np.argsort(np.arange(len(rows)) + late, kind="stable")]
 
     def in_order_of_length(self, batch_size: int) -> Iterator[NDArray[np.int64]]:
         """Yield batches of all rows with the least padding, for evaluation."""

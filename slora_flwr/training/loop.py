@@ -41,7 +41,7 @@ def train(
     Returns
     -------
     float
-        Mean loss over the batches, NaN without any.
+        Mean loss over the examples of all epochs, NaN without any.
     """
     stream = np.random.Philox(key=key("train", *rng_key))
     torch.manual_seed(int(stream.random_raw()) >> 1)
@@ -50,12 +50,14 @@ def train(
     sent = [p.detach().clone() for p in parameters] if recipe.prox else []
     model = backbone.model.train()
     losses: list[Tensor] = []
+    size = len(examples) / max(1, -(-len(examples) // recipe.batch_size))
     for _ in range(recipe.epochs):
         for rows in examples.shuffled(recipe.batch_size, stream):
             ids, mask, labels = (t.to(backbone.device) for t in examples.batch(rows))
             with precision_of(backbone, recipe.precision):
                 logits = model(input_ids=ids, attention_mask=mask).logits
-            loss = F.cross_entropy(logits.float(), labels)
+            # Not the batch's own mean: batches differ by a row, examples weigh the same.
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum") / size
             loss.backward()
             for parameter, origin in zip(parameters, sent, strict=False):
                 if parameter.grad is not None:  # None if the loss does not use it

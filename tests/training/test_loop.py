@@ -143,4 +143,4 @@ def test_training_order_covers_every_example_once() -> None:
     batches = list(examples.shuffled(8, np.random.Philox(key=1)))
     rows = np.concatenate(batches)
     assert sorted(rows.tolist()) == list(range(50))
-    assert sorted(len(batch) for batch in batches) == [2, 8, 8, 8, 8, 8, 8]
+    assert sorted(len(batch) for batch in batches) == [7, 7, 7, 7, 7, 7, 8]
