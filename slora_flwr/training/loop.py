@@ -56,7 +56,7 @@ def train(
             ids, mask, labels = (t.to(backbone.device) for t in examples.batch(rows))
             with precision_of(backbone, recipe.precision):
                 logits = model(input_ids=ids, attention_mask=mask).logits
-            # Not the batch's own mean: batches differ by a row, examples weigh the same.
+            # Over the mean size of batches: all examples weigh the same.
             loss = F.cross_entropy(logits.float(), labels, reduction="sum") / size
             loss.backward()
             for parameter, origin in zip(parameters, sent, strict=False):

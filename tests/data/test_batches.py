@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from slora_flwr.adapters import HeadAdapter
 from slora_flwr.backbone.load import Backbone
+from slora_flwr.common.tensors import State
 from slora_flwr.config import RecipeConfig
 from slora_flwr.data.examples import Examples
 from slora_flwr.training.loop import train
@@ -77,12 +78,13 @@ def test_each_example_weighs_the_same_in_an_epoch(backbone: Backbone) -> None:
     model = backbone.model.eval()
     model.train = lambda mode=True: model  # the same dropout for each: none
     try:
-        expected = {}
+        expected: State = {}
         for row in range(17):
             ids, mask, labels = examples.batch(np.array([row]))
             output = model(input_ids=ids, attention_mask=mask).logits
             torch.nn.functional.cross_entropy(output, labels).backward()
         for name, parameter in backbone.head.items():
+            assert parameter.grad is not None
             expected[name] = parameter.grad * (2 / 17)
             parameter.grad = None
         before = adapter.state()
