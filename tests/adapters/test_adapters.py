@@ -117,7 +117,7 @@ def test_training_learns(
 ) -> None:
     adapter.attach(backbone)
     before = evaluate(backbone, examples).loss
-    recipe = RecipeConfig(epochs=8, batch_size=8, lr=0.02)
+    recipe = RecipeConfig(epochs=16, batch_size=8, lr=0.01)
     during = train(backbone, adapter, examples, recipe, KEY)
     assert evaluate(backbone, examples).loss < 0.8 * before
     assert 0 < during < before
