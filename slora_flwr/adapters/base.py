@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slora_flwr.adapters.model_files import export_model
 from slora_flwr.backbone.base_weights import BaseWeights
+from slora_flwr.backbone.families import expert_weights
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError, RunConfig, refuse
@@ -424,9 +425,26 @@ def require_float32(config: RunConfig, why: str = "") -> None:
 
 
 def require_targets(config: RunConfig, backbone: Backbone) -> None:
-    """Raise ConfigError if the backbone has no target matrices."""
+    """Raise ConfigError if the backbone has no target matrices, or skips experts.
+
+    A mixture's experts are arrays of all experts' weights, which no adapter on target
+    matrices trains. Skipping them takes a `lora.targets` that names other layers.
+    """
     if not backbone.targets:
         raise ConfigError(
             f"model.name is {config.model.name!r}, whose blocks hold no linear layers; "
             f"allowed for {config.method}: a model that has some, or method fft or head"
         )
+    experts = expert_weights(backbone.model)
+    if experts and config.lora.targets == "all-linear":
+        raise ConfigError(
+            f"lora.targets is 'all-linear', and no adapter trains the experts of model "
+            f"{config.model.name!r} ({next(iter(experts))} and {len(experts) - 1} "
+            f"more); allowed for {config.method}: names of other layers, such as "
+            f"{_ends(backbone)}, or method fft, bitfit or head"
+        )
+
+
+def _ends(backbone: Backbone) -> str:
+    """Return how the names of target matrices end, with commas."""
+    return ",".join(dict.fromkeys(n.rsplit(".", 1)[-1] for n in backbone.targets))

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slora_flwr.backbone.base_weights import BaseWeights
+from slora_flwr.backbone.families import is_conv1d
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
 
@@ -66,9 +68,14 @@ def export_adapter(
     if base is not None:
         arrays: dict[str, Tensor] = {}
         for name, positions in base.positions.items():
+            if is_conv1d(backbone.targets[name]):
+                rows, columns = np.divmod(positions, backbone.targets[name].in_features)
+                positions = columns * backbone.targets[name].out_features + rows
             arrays[f"{name}.weight.positions"] = torch.from_numpy(positions)
             arrays[f"{name}.weight.values"] = base.values[name].contiguous()
         for name, weight in base.weights.items():
+            conv1d = is_conv1d(backbone.targets[name])
+            weight = weight.T.contiguous() if conv1d else weight
             arrays[f"{name}.weight.values"] = weight
         if arrays:
             save_file(arrays, folder / PATCH_FILE, {"base": backbone.digest})

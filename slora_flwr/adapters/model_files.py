@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from slora_flwr.backbone.families import checkpoint_state
 from slora_flwr.backbone.load import Backbone
 
 
@@ -12,7 +13,8 @@ def export_model(folder: Path, backbone: Backbone, classes: list[str]) -> None:
     config = backbone.model.config
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: i for i, name in enumerate(classes)}
-    backbone.model.save_pretrained(str(folder))
+    state = checkpoint_state(backbone.model)
+    backbone.model.save_pretrained(str(folder), state_dict=state)
     backbone.tokenizer.save_pretrained(str(folder))
 
 

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slora_flwr.backbone.families import is_conv1d
 from slora_flwr.backbone.load import Backbone
 
 
@@ -58,6 +59,8 @@ def write_peft(
         model = wrap(backbone.model, config)
         for name, tensor in values.items():
             model.get_parameter(f"base_model.model.{name}").copy_(tensor)
+    # PEFT's name for layers whose weights the checkpoint holds transposed.
+    config.fan_in_fan_out = any(map(is_conv1d, backbone.targets.values()))  # type: ignore[attr-defined]
     model.save_pretrained(str(folder))
 
 

@@ -10,6 +10,7 @@ With P the mean of the clients' products B_i·A_i, weighted by examples:
 """
 
 import torch
+from torch.nn import functional as F  # noqa: N812
 
 from slora_flwr.adapters.base import Adapter
 from slora_flwr.adapters.priming import prime
@@ -76,8 +77,12 @@ def residual(stack: Stack, sent: State, after: State, scaling: float) -> State:
     change: State = {}
     for name, svd in svds.items():
         root = (svd.s[:rank] * scaling) ** 0.5
-        change[f"{name}.b"] = torch.from_numpy(svd.u[:, :rank] * root).float()
-        change[f"{name}.a"] = torch.from_numpy(root[:, None] * svd.vt[:rank]).float()
+        b = torch.from_numpy(svd.u[:, :rank] * root).float()
+        a = torch.from_numpy(root[:, None] * svd.vt[:rank]).float()
+        # A smaller matrix has fewer singular values: zeros stand for the others.
+        missing = rank - len(root)
+        change[f"{name}.b"] = F.pad(b, (0, missing))
+        change[f"{name}.a"] = F.pad(a, (0, 0, 0, missing))
     return change
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slora_flwr.backbone.families import to_linear
 from slora_flwr.common.text import redact, redact_hub_logs
 from slora_flwr.config import ConfigError, ModelConfig
 
@@ -109,9 +110,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
             "would become unknown words"
         )
     if tokenizer.pad_token_id is None:
+        # As is usual for decoders. Padding is masked, so that its token never counts.
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
         raise ConfigError(
             f"model.name is {config.name!r}, whose tokenizer has no padding token; "
-            "allowed: a model whose tokenizer has one"
+            "allowed: a model whose tokenizer has one, or has an end token"
         )
     return tokenizer
 
@@ -161,6 +165,8 @@ def load_backbone(
         )
     except (OSError, ValueError) as error:
         raise _not_found(config, error) from None
+    model.config.pad_token_id = tokenizer.pad_token_id
+    to_linear(model)
     model.requires_grad_(False)
     model.to(best_device())
     # The key of a size mismatch is (name, found shape, expected shape).

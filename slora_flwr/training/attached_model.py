@@ -7,15 +7,15 @@ from statistics import fmean
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from slora_flwr.adapters.base import Adapter
 from slora_flwr.adapters.handoff import Handoff
 from slora_flwr.backbone.base_weights import BaseWeights
+from slora_flwr.backbone.families import most_positions
 from slora_flwr.backbone.load import Backbone, load_backbone
 from slora_flwr.common.svd import truncated_svd
 from slora_flwr.common.tensors import State
-from slora_flwr.config import ConfigError, RunConfig
+from slora_flwr.config import RunConfig, refuse
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.training.process_data import ProcessData
 
@@ -196,15 +196,9 @@ class AttachedModel:
 
 def _check_fit(config: RunConfig, backbone: Backbone) -> None:
     """Raise ConfigError for what this backbone cannot do, before any training."""
-    for name, module in backbone.model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa's positions start after the padding index.
-            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
-            most = module.num_embeddings - skipped
-            if config.data.max_length > most:
-                raise ConfigError(
-                    f"data.max-length is {config.data.max_length}; allowed: 4 to "
-                    f"{most}, the positions of model {config.model.name!r}"
-                )
+    most = most_positions(backbone.model)
+    if most is not None and config.data.max_length > most:
+        allowed = f"4 to {most}, the positions of model {config.model.name!r}"
+        raise refuse("data.max-length", config.data.max_length, allowed)
     for phase in make_schedule(config):
         phase.adapter_type.check_fit(config, backbone)

@@ -1,0 +1,185 @@
+"""Families of decoders as classifiers: padding, positions, layers of their own kind."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional as F  # noqa: N812
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2Model,
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    LlamaConfig,
+    LlamaModel,
+    MixtralConfig,
+    MixtralModel,
+    OPTConfig,
+    OPTModel,
+    PreTrainedModel,
+)
+
+from slora_flwr.adapters.export import PATCH_FILE, apply_base_patch
+from slora_flwr.backbone.load import load_backbone
+from slora_flwr.config import ConfigError, ModelConfig, Value, parse
+from slora_flwr.engines.inline import InlineGrid
+from slora_flwr.server.run import run
+from slora_flwr.training.trainer import Trainer
+from tests.support.tiny import (
+    LABELS,
+    VOCAB,
+    load_tiny,
+    logits,
+    make_examples,
+    save_checkpoint,
+)
+
+SHARED: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 40,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+GROUPED: dict[str, Any] = {**SHARED, "num_key_value_heads": 1}
+DECODERS = ("gpt2", "opt", "llama", "gpt-neox")
+
+
+def make_decoder(family: str) -> PreTrainedModel:
+    torch.manual_seed(5)
+    if family == "gpt2":
+        return GPT2Model(
+            GPT2Config(
+                vocab_size=VOCAB,
+                n_embd=32,
+                n_inner=48,
+                n_layer=2,
+                n_head=4,
+                n_positions=40,
+                initializer_range=0.2,
+                bos_token_id=2,
+                eos_token_id=3,
+            )
+        )
+    if family == "opt":
+        own = {k: v for k, v in SHARED.items() if k != "intermediate_size"}
+        sizes: dict[str, Any] = {"ffn_dim": 48, "word_embed_proj_dim": 32}
+        return OPTModel(OPTConfig(**own, **sizes, init_std=0.2, pad_token_id=1))
+    if family == "llama":
+        return LlamaModel(LlamaConfig(**GROUPED))
+    if family == "mixtral":
+        return MixtralModel(MixtralConfig(**GROUPED, num_local_experts=4))
+    return GPTNeoXModel(GPTNeoXConfig(**SHARED))
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        family: save_checkpoint(make_decoder(family), tmp_path_factory.mktemp(family))
+        for family in (*DECODERS, "mixtral")
+    }
+
+
+@pytest.fixture(params=DECODERS)
+def decoder(request: pytest.FixtureRequest, decoders: dict[str, Path]) -> Path:
+    return decoders[request.param]
+
+
+def make_config(folder: Path, corpus: Path, method: str = "slora") -> dict[str, Value]:
+    return {
+        "model.name": str(folder),
+        "data.name": str(corpus),
+        "data.max-length": 16,
+        "clients.count": 4,
+        "clients.per-round": 4,
+        "clients.partitioner": "iid",
+        "lora.rank": 4,
+        "rounds": 2,
+        "run.eval-every": 0,
+        "sparse.rounds": 1,
+        "sparse.density": 0.05,
+        "method": method,
+    }
+
+
+def test_padding_does_not_reach_a_decoders_logits(decoder: Path) -> None:
+    backbone = load_tiny(decoder)
+    examples = make_examples()
+    together = logits(backbone.model, examples)
+    for row in range(len(examples)):
+        alone = logits(backbone.model, examples.select(np.array([row])))
+        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-5)
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(
+    tmp_path: Path,
+) -> None:
+    save_checkpoint(make_decoder("gpt2"), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.pad_token = None
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(tmp_path)
+    backbone = load_backbone(ModelConfig(name=str(tmp_path)), LABELS, 0)
+    assert backbone.model.config.pad_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_longer_texts_than_positions_are_refused(
+    family: str, decoders: dict[str, Path], corpus: Path
+) -> None:
+    given = make_config(decoders[family], corpus) | {"data.max-length": 41}
+    with pytest.raises(ConfigError, match="is 41; allowed: 4 to 40, the positions"):
+        Trainer(parse(given)).model.backbone  # noqa: B018
+    Trainer(parse(given | {"data.max-length": 40})).model.backbone  # noqa: B018
+
+
+def test_texts_of_all_positions_can_be_read(decoder: Path) -> None:
+    backbone = load_tiny(decoder)
+    ids = torch.randint(5, VOCAB, (2, 40))
+    out = backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert out.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["lora", "sft", "slora", "fedex-lora"])
+def test_skipped_experts_are_named(
+    method: str, decoders: dict[str, Path], corpus: Path
+) -> None:
+    given = make_config(decoders["mixtral"], corpus, method)
+    with pytest.raises(ConfigError, match=r"experts of model .*gate_up_proj"):
+        Trainer(parse(given)).model.backbone  # noqa: B018
+    Trainer(parse(given | {"lora.targets": "q_proj,v_proj"})).model.backbone  # noqa: B018
+
+
+@pytest.mark.parametrize("method", ["slora", "fedex-lora", "sft", "fft"])
+def test_an_export_loads_in_stock_libraries(
+    method: str, decoder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """The file formats are the checkpoint's: GPT-2's weights are transposed there."""
+    given = make_config(decoder, corpus, method)
+    given |= {"run.dir": str(tmp_path / "run"), "rounds": 3}
+    summary = run(InlineGrid(given), given, 1)
+    found = tmp_path / "run"
+    if (found / "model").exists():
+        model = AutoModelForSequenceClassification.from_pretrained(found / "model")
+    else:
+        adapter = found / "adapter"
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            decoder, num_labels=LABELS
+        )
+        model.config.pad_token_id = 0
+        if (adapter / PATCH_FILE).exists():
+            apply_base_patch(model, adapter / PATCH_FILE)
+        model = PeftModel.from_pretrained(model, str(adapter))
+    test = Trainer(parse(given)).data.task.test
+    loss = F.cross_entropy(logits(model, test), torch.from_numpy(test.labels))
+    assert float(loss) == pytest.approx(summary["loss"], abs=1e-4)
