@@ -17,7 +17,6 @@ clients share one factor (`ffa`, `alternate`), entries of the other are comparab
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from slora_flwr.adapters.priming import prime
 from slora_flwr.aggregation.base import Aggregator, Step
 from slora_flwr.aggregation.mean import Mean
 from slora_flwr.aggregation.stack import Stack
-from slora_flwr.common.svd import truncated_svd
+from slora_flwr.common.svd import truncated_dense
 from slora_flwr.common.tensors import State
 from slora_flwr.config import ServerConfig
 
@@ -77,8 +76,7 @@ def combine(
         b = sent[f"{name}.lora_B"].double() + _stack(updates, f"{name}.lora_B")
         parts = [trimmed_mean(part @ a, cut) for part in b.split(_ROWS, dim=1)]
         product = torch.cat(parts).numpy()
-        at = np.arange(product.size)
-        svd = truncated_svd(at, product.reshape(-1), product.shape, a.shape[1])
+        svd = truncated_dense(product, a.shape[1])
         factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = prime(
             svd, 1.0, "balanced"
         )

@@ -1,6 +1,7 @@
-"""Truncated singular value decompositions of sparse and factored matrices."""
+"""Truncated singular value decompositions of sparse, dense and factored matrices."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,11 +63,32 @@ def truncated_svd(
         dense[at_row, at_column] = values
         u, s, vt = np.linalg.svd(dense, full_matrices=False)
     else:
-        u, s, vt = _lanczos(at_row, at_column, values, thin, rank)
+        from scipy import sparse
+
+        matrix = sparse.csr_array((values, (at_row, at_column)), shape=thin)
+        u, s, vt = _lanczos(matrix, rank)
     kept = min(rank, len(s))
     u = _spread(u[:, :kept], rows, shape[0], rank)
     vt = _spread(vt[:kept].T, columns, shape[1], rank).T
     return _finish(u, s, vt, total)
+
+
+def truncated_dense(matrix: NDArray[np.float64], rank: int) -> TruncatedSvd:
+    """Factor a dense matrix by Lanczos (ARPACK), or fully if it is small.
+
+    Parameters
+    ----------
+    matrix : NDArray[np.float64]
+        Shape (m, n).
+    rank : int
+        Number of singular triplets; at most min(m, n).
+    """
+    total = float(np.vdot(matrix, matrix))
+    if min(matrix.shape) <= DENSE_SIDE or 2 * rank >= min(matrix.shape) or not total:
+        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    else:
+        u, s, vt = _lanczos(matrix, rank)
+    return _finish(u[:, :rank], s, vt[:rank], total)
 
 
 def truncated_product(left: Tensor, right: Tensor, rank: int) -> TruncatedSvd:
@@ -110,18 +132,12 @@ def _finish(
 
 
 def _lanczos(
-    rows: NDArray[np.int64],
-    columns: NDArray[np.int64],
-    values: NDArray[np.float64],
-    shape: tuple[int, int],
-    rank: int,
+    matrix: Any, rank: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    from scipy import sparse
     from scipy.sparse.linalg import svds
 
-    matrix = sparse.csr_array((values, (rows, columns)), shape=shape)
     # A fixed start makes the factors reproducible; its direction does not matter.
-    start = np.random.Philox(key=rank).random_raw(min(shape)).astype(np.float64)
+    start = np.random.Philox(key=rank).random_raw(min(matrix.shape)).astype(np.float64)
     u, s, vt = svds(matrix, k=rank, v0=start / 2.0**63 - 1.0)
     return u[:, ::-1], s[::-1], vt[::-1]
 
