@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config, GPT2Model
+from transformers import BertConfig, BertModel
 
 from slora_flwr.common.files import cache_folder
 from slora_flwr.config import ConfigError, Value, methods, parse
@@ -38,10 +38,16 @@ def test_texts_longer_than_the_models_positions_are_refused(
 def test_a_model_without_linear_layers_is_refused(
     data: Path, tmp_path: Path, method: str
 ) -> None:
-    body = GPT2Model(
-        GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    body = BertModel(
+        BertConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_hidden_layers=0,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        )
     )
-    folder = save_checkpoint(body, tmp_path / "gpt2")
+    folder = save_checkpoint(body, tmp_path / "no-blocks")
     values = {"model.name": str(folder), "data.name": str(data), "method": method}
     with pytest.raises(ConfigError, match=f"no linear layers; allowed for {method}"):
         _ = Trainer(parse(values)).model.backbone
