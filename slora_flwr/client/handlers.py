@@ -67,7 +67,7 @@ def train(message: Message, context: Context) -> Message:
     state = process.prepare(instruction)
 
     trainer = process.trainer
-    phase = trainer.schedule[instruction.phase]
+    phase = trainer.schedule[instruction.phase].at(instruction.phase_round)
     head = trainer.model.backbone.head_size
     fold = make_aggregator(phase, trainer.config, head).make_fold()
     sender = Sender(trainer, context, instruction)

@@ -44,10 +44,12 @@ def check(config: RunConfig) -> None:
     for phase in phases:
         phase.adapter_type.check(config)
     _check_open_phase(config)
+    _check_rates(config, phases)
     _check_start(config, phases)
     _check_aggregator(config, phases)
     _check_factors(config, phases)
     _check_products(config, phases)
+    _check_average(config, phases)
     if config.server.robust != "none":
         _check_robust(config, phases)
     if config.privacy.is_on:
@@ -145,6 +147,21 @@ def _check_open_phase(config: RunConfig) -> None:
         raise refuse("sparse.rounds", 0, f"at least 1 for {config.method}")
 
 
+def _check_rates(config: RunConfig, phases: Sequence[Phase]) -> None:
+    train, shortest = config.train, min(phase.rounds for phase in phases)
+    if any(phase.is_open for phase in phases):
+        for key, given, off in (
+            ("train.schedule", train.schedule, "constant"),
+            ("train.warmup-rounds", train.warmup_rounds, 0),
+        ):
+            if given != off:
+                allowed = f"{off}, since sparse.rounds is 0: no phase has a set length"
+                raise refuse(key, given, allowed)
+    if train.warmup_rounds >= shortest:
+        allowed = f"0 to {shortest - 1}, fewer than the rounds of the shortest phase"
+        raise refuse("train.warmup-rounds", train.warmup_rounds, allowed)
+
+
 def _check_start(config: RunConfig, phases: Sequence[Phase]) -> None:
     last = phases[-1]
     if _is_low_rank(last) and last.primed and config.lora.start != "peft":
@@ -237,6 +254,18 @@ def _check_robust(config: RunConfig, phases: Sequence[Phase]) -> None:
                 f"server.byzantine is {server.byzantine}"
             )
             raise refuse(key, given, allowed)
+
+
+def _check_average(config: RunConfig, phases: Sequence[Phase]) -> None:
+    average = config.server.average
+    if config.clients.holdout and average != "none":
+        for phase in phases:
+            if phase.changes_base:
+                allowed = (
+                    "none, since clients.holdout has clients evaluate, and rounds of "
+                    f"{config.method} change the base, whose average is not sent"
+                )
+                raise refuse("server.average", average, allowed)
 
 
 def _check_privacy(config: RunConfig, phases: Sequence[Phase]) -> None:

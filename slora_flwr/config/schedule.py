@@ -50,6 +50,11 @@ class Phase:
     changes_base: bool = False
     renews: bool = False
 
+    def at(self, phase_round: int) -> "Phase":
+        """Return the phase with a round's learning rate, counted from 1."""
+        share = rate_share(self.recipe, phase_round, self.rounds)
+        return replace(self, recipe=replace(self.recipe, lr=share * self.recipe.lr))
+
     @property
     def adapter_type(self) -> Any:
         """The adapter's class, a `slora_flwr.adapters.base.Adapter`."""
@@ -94,6 +99,34 @@ def make_schedule(config: RunConfig) -> list[Phase]:
             )
         )
     return phases
+
+
+def rate_share(recipe: RecipeConfig, phase_round: int, rounds: int) -> float:
+    """Return a round's share of the learning rate.
+
+    It grows linearly over the warm-up and is 1 in its last round and in the round after
+    it. Then it decays as `train.schedule` says, and would be 0 in the round after the
+    phase's last.
+
+    Parameters
+    ----------
+    recipe : RecipeConfig
+        Local training.
+    phase_round : int
+        The round within the phase, from 1.
+    rounds : int
+        Number of rounds of the phase.
+    """
+    warm = recipe.warmup_rounds
+    if phase_round <= warm:
+        return phase_round / warm
+    done = (phase_round - 1 - warm) / (rounds - warm)
+    match recipe.schedule:
+        case "cosine":
+            return (1 + math.cos(math.pi * done)) / 2
+        case "linear":
+            return 1 - done
+    return 1.0
 
 
 def outside_files(config: RunConfig) -> tuple[Path, ...]:

@@ -194,6 +194,15 @@ class RecipeConfig:
     lr: NotNegative = Field(
         default=0.0, description="The learning rate; 0 for the adapter's default."
     )
+    schedule: Annotated[str, one_of("constant", "cosine", "linear")] = Field(
+        default="constant",
+        description="The learning rate's course over the rounds of each phase.",
+    )
+    warmup_rounds: Natural = Field(
+        default=0,
+        description="The number of rounds at the start of each phase over which the "
+        "learning rate grows to its full value.",
+    )
     weight_decay: NotNegative = Field(
         default=0.0, description="Weight decay, on trained values only."
     )
@@ -356,6 +365,16 @@ class ServerConfig:
         description="The learning rate of the server. With `fedadam` it is about the "
         "distance that a weight may move in a round: begin at 1e-3.",
     )
+    average: Annotated[str, one_of("none", "growing", "ema")] = Field(
+        default="growing",
+        description="The average of a phase's global states, which is evaluated and "
+        "exported; training goes on from the last state. `growing` averages over about "
+        "the last fifth of the phase's rounds so far, `ema` exponentially; `none` "
+        "evaluates and exports the last state.",
+    )
+    average_decay: Annotated[float, FROM_0_BELOW_1] = Field(
+        default=0.8, description="The decay of `server.average` `ema`."
+    )
     clip_norm: NotNegative = Field(
         default=0.0,
         description="The bound of the L2 norm of each client's update, which clients "
@@ -507,6 +526,11 @@ class OutputConfig:
     eval_every: Natural = Field(
         default=1,
         description="Rounds between evaluations; 0 for the end of each phase only.",
+    )
+    eval_plain: bool = Field(
+        default=False,
+        description="Whether the last state is evaluated too, beside the average of "
+        "`server.average`; its metrics begin with `plain_`.",
     )
     target: Annotated[float, FROM_0_TO_1] = Field(
         default=0.0,

@@ -166,6 +166,8 @@ def _curves(run: RecordedRun) -> Section:
     metrics = {"accuracy": "server's test data"}
     if any("client_accuracy" in done.metrics for done in run.evaluated):
         metrics["client_accuracy"] = "the clients' held-out examples"
+    if any("plain_accuracy" in done.metrics for done in run.evaluated):
+        metrics["plain_accuracy"] = "the last state, not averaged"
     found = looks(metrics.values(), metrics)
     majority = _majority(run)
     axes: dict[str, Callable[[RecordedRound], float]] = {

@@ -142,7 +142,9 @@ class RunDirectory:
     def save_state(self, name: str, state: State, **facts: str) -> None:
         """Write a state to checkpoints/ as safetensors.
 
-        Its name is `last`, `best`, `base` (of the last state) or `best-base`.
+        Its name is `last`, `averaged`, `best`, or `base`, `averaged-base`, `best-base`
+        for the base that it stands on; `base` is also that of `averaged` if there is no
+        `averaged-base`.
         """
         self._write(self._state(name), save(state, metadata=facts))
 

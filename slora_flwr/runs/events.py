@@ -66,8 +66,9 @@ class RecordedRound(Event):
     payload_bytes : int
         Bytes sent since the run's start, both directions.
     metrics : dict[str, float]
-        `accuracy`, `macro_f1`, … of the new state. If both sides evaluated it, names
-        of the clients' metrics begin with `client_`. Empty without an evaluation.
+        `accuracy`, `macro_f1`, … of the averaged state. If both sides evaluated it,
+        names of the clients' metrics begin with `client_`. Those of the last state, if
+        evaluated, begin with `plain_`. Empty without an evaluation.
     kept_energy : float or None
         In an open phase, the share of the learned delta that a handoff would keep now.
     epsilon : float or None
@@ -93,7 +94,12 @@ class RecordedRound(Event):
             int(client): ClientRecord(did["examples"], did["loss"], did["seconds"])
             for client, did in facts["clients"].items()
         }
-        names = [*METRICS, *(f"client_{name}" for name in METRICS)]
+        names = [
+            f"{p}{c}{n}"
+            for p in ("", "plain_")
+            for c in ("", "client_")
+            for n in METRICS
+        ]
         metrics = {n: facts[n] for n in names if facts.get(n) is not None}
         read = {"replied": len(clients), "clients": clients, "metrics": metrics}
         return super().read({**facts, **read})

@@ -11,18 +11,19 @@ from slora_flwr.training.trainer import Trainer
 
 
 def export(directory: Path, trainer: Trainer, phase: ActivePhase) -> None:
-    """Write the last state in a format that stock libraries load.
+    """Write the averaged state in a format that stock libraries load.
 
     Raises
     ------
     RunDirectoryError
         If it cannot be written.
     """
-    adapter, weights = phase.adapter, phase.weights()
-    base = BaseWeights(weights=weights) if weights else phase.base.start
+    adapter = phase.adapter
     folder, classes = directory / adapter.folder, trainer.data.classes
-    with writing(directory):
+    with writing(directory), phase.on_average() as state:
+        weights = phase.weights()
+        base = BaseWeights(weights=weights) if weights else phase.base.start
         make_folder(folder)
-        adapter.export(folder, phase.state, base, classes, trainer.model.detach)
+        adapter.export(folder, state, base, classes, trainer.model.detach)
         export_classes(folder, classes)
         make_private(folder)

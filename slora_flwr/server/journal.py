@@ -104,12 +104,14 @@ class Journal:
         done = replace(done, seconds=time.perf_counter() - self._started)
         self.history.append(replace(done, cohort=[], clients={}))
         self.directory.event(done)
-        self._save("last", done.round, phase)
+        self._save(done.round, phase)
         accuracy = done.metrics.get("accuracy", -1.0)
         if accuracy > self._best:
             self._best, self.best_round = accuracy, done.round
-            self._save("best", done.round, phase)
-            self.directory.copy_state("base", "best-base")
+            evaluated = "averaged" if phase.is_averaged else "last"
+            base = "averaged-base" if phase.averaged.weights else "base"
+            self.directory.copy_state(evaluated, "best")
+            self.directory.copy_state(base, "best-base")
         return done
 
     def snapshot(self) -> Snapshot:
@@ -126,11 +128,11 @@ class Journal:
         self.history = [RecordedRound(**done) for done in facts["history"]]
         self._started -= self.history[-1].seconds
         self._best, self.best_round = facts["best"]
-        self._save("last", server_round, phase)
+        self._save(server_round, phase)
         self.directory.drop_checkpoints(self.best_round)
 
-    def _save(self, name: str, server_round: int, phase: ActivePhase) -> None:
-        """Write a state, and its base if that is not on disk yet."""
+    def _save(self, server_round: int, phase: ActivePhase) -> None:
+        """Write the state and its average, and bases that are not on disk yet."""
         base = phase.base.digest
         if base != self._base:
             if state := phase.base_state():
@@ -139,4 +141,14 @@ class Journal:
                 self.directory.drop_state("base")
             self._base = base
         facts = {"round": str(server_round), "phase": phase.name, "base": base}
-        self.directory.save_state(name, phase.state, **facts)
+        save, averaged = self.directory.save_state, phase.averaged
+        save("last", phase.state, **facts)
+        if averaged.weights:
+            # No digest: this base is never sent.
+            facts["base"] = "averaged-base"
+            save("averaged-base", averaged.weights, round=str(server_round))
+        else:
+            self.directory.drop_state("averaged-base")
+        if phase.is_averaged:
+            with phase.on_average() as state:
+                save("averaged", state, **facts)

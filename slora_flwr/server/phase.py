@@ -1,11 +1,13 @@
 """The phase under way: its adapter, base and state, and how a round changes them."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from flwr.app import Array
 
+from slora_flwr.aggregation.averaged_state import AveragedState
 from slora_flwr.aggregation.choice import make_aggregator
 from slora_flwr.aggregation.mean import Mean
 from slora_flwr.aggregation.server_optimizer import ServerOptimizer
@@ -45,6 +47,8 @@ class ActivePhase:
         The round within the phase, from 1; 0 before the first.
     state : State
         The global state after the last round; before the first, the phase's start.
+    averaged : AveragedState
+        The average of the states since the phase's start.
     keeps_residuals : bool
         True if clients keep what the coding of their updates leaves out.
     fingerprint : str
@@ -75,6 +79,7 @@ class ActivePhase:
         download = Codec.of_download(config.download, head)
         self.versions = StateVersions(download, model.reference)
         self.optimizer = ServerOptimizer(config.server.optimizer, config.server.lr)
+        self.averaged = AveragedState(config.server)
         self.aggregator = make_aggregator(self.phase, config, head)
         # Without client ids, a node keeps the residual of its only client itself.
         self.keeps_residuals = (
@@ -88,6 +93,7 @@ class ActivePhase:
             self._primed_rank: int = primed.primed_rank(config)
         self.fingerprint, self.returned, self.largest = "", self.adapter.returned(), 0
         self._config, self._model, self._start = config, model, self.state
+        self._published = self.state
 
     @classmethod
     def begin(
@@ -140,6 +146,7 @@ class ActivePhase:
         active.state = {name: own.tensors[name] for name in active.adapter.shapes()}
         active.versions.restore(snapshot.part("versions"))
         active.optimizer.restore(active.state, snapshot.part("optimizer"))
+        active.averaged.restore(snapshot.part("averaged"), active.sent())
         return active
 
     def snapshot(self) -> Snapshot:
@@ -152,8 +159,20 @@ class ActivePhase:
                 "base": self.base.snapshot(),
                 "versions": self.versions.snapshot(),
                 "optimizer": self.optimizer.snapshot(),
+                "averaged": self.averaged.snapshot(),
             }
         )
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether the average differs from the state."""
+        return self._config.server.average != "none"
+
+    @contextmanager
+    def on_average(self) -> Iterator[State]:
+        """Put the adapter on the average of the bases; yield the averaged state."""
+        with self._model.exchanged(self.averaged.weights):
+            yield self.adapter.complete(self.averaged.state)
 
     def weights(self) -> State:
         """Return the base's target matrices if rounds change them, else nothing."""
@@ -168,9 +187,10 @@ class ActivePhase:
         """Return the part of the state that is sent to clients."""
         return {name: self.state[name] for name in self.adapter.sent()}
 
-    def publish(self) -> State:
-        """Publish the state for instructions; return it as clients decode it."""
-        return self.versions.publish(self.sent())
+    def publish(self, state: State) -> State:
+        """Publish a state for instructions; return it as clients decode it."""
+        self._published = state
+        return self.versions.publish(state)
 
     def begin_round(self) -> None:
         """Prepare the adapter for a round, and publish the state."""
@@ -180,7 +200,7 @@ class ActivePhase:
         values = sum(shape.numel() for shape in self.returned.values())
         self.largest = self.aggregator.codec.most(values)
         self.state = self.adapter.complete(self.sent())
-        self._start = self.state | self.publish()
+        self._start = self.state | self.publish(self.sent())
 
     def step(self, fold: Mean) -> None:
         """Update state and base with the aggregate of a round."""
@@ -194,6 +214,9 @@ class ActivePhase:
         if change is not None:
             self.base.change(write_change(change))
             self._model.change_base([change], self.phase_round, self.base.digest)
+        moves = self.is_averaged and self.phase.changes_base
+        weights = self._model.target_weights if moves else {}
+        self.averaged.add(self.sent(), weights)
 
     def kept_energy(self) -> float | None:
         """Return the share of the learned delta that a handoff would keep now.
@@ -236,7 +259,7 @@ class ActivePhase:
         rank_of = self.aggregator.rank_of
         if rank_of is None:
             return self.versions.encode_for(node, anew=anew)
-        return write_slices(self.sent(), max(map(rank_of, clients))), ""
+        return write_slices(self._published, max(map(rank_of, clients))), ""
 
     def bytes_due(self, clients: Iterable[int]) -> int:
         """Return the bytes to send to clients, each as if it were a separate node."""

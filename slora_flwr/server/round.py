@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from slora_flwr.aggregation.mean import FoldError, Mean
 from slora_flwr.common.random import sample_cohort
+from slora_flwr.common.tensors import State
 from slora_flwr.runs.events import ClientRecord, RecordedRound
 from slora_flwr.runs.ledger import Entry
 from slora_flwr.server.collect import collect, is_gone
@@ -219,8 +220,8 @@ class Round:
             self._counted |= dict.fromkeys(self.clients, number)
         return True
 
-    def evaluate(self, grid: Grid) -> Evaluation | None:
-        """Evaluate the state on clients' held-out examples; return None without any.
+    def evaluate(self, grid: Grid, state: State) -> Evaluation | None:
+        """Evaluate a state on clients' held-out examples; return None without any.
 
         If the server has test data, the clients that trained evaluate. Otherwise all
         clients online do, so that rounds can be compared.
@@ -237,7 +238,7 @@ class Round:
             asked = {node: clients for node, clients in trained.items() if clients}
         else:
             asked = fleet.assign(fleet.clients)
-        phase.publish()
+        phase.publish(state)
         if not asked:
             return None
         instructions = Instructions(

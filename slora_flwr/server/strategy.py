@@ -5,6 +5,7 @@ from logging import INFO, WARNING
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from slora_flwr.common.tensors import State
 from slora_flwr.config import flatten
 from slora_flwr.planning.rounds import plan_rounds
 from slora_flwr.reports.progress import progress_line
@@ -119,7 +120,12 @@ class PhasedStrategy:
             is_last = phase.phase_round == most or phase.phase.is_open
             metrics = {}
             if is_last or (every > 0 and self._server_round % every == 0):
-                metrics = self._evaluate(held, grid)
+                with phase.on_average() as state:
+                    average = phase.averaged.state
+                    metrics = self._evaluate(held, grid, state, average)
+                if self._config.run.eval_plain:
+                    plain = self._evaluate(held, grid, phase.state, phase.sent())
+                    metrics |= {f"plain_{name}": x for name, x in plain.items()}
             self._write(held, metrics)
         self.lengths[index] = phase.phase_round
 
@@ -153,10 +159,15 @@ class PhasedStrategy:
             "rounds before it, from which run.resume continues"
         )
 
-    def _evaluate(self, held: Round, grid: Grid) -> dict[str, float]:
-        """Return the metrics of the new state on the clients and on the server."""
-        clients = held.evaluate(grid)
-        server = self._trainer.evaluate_test(self.phase.state)
+    def _evaluate(
+        self, held: Round, grid: Grid, state: State, sent: State
+    ) -> dict[str, float]:
+        """Return the metrics of a state on the clients and on the server.
+
+        `sent` is the part of it that is sent to clients.
+        """
+        clients = held.evaluate(grid, sent)
+        server = self._trainer.evaluate_test(state)
         # Without test data on the server, the clients' metrics are the run's.
         own = "client_" if len(self._trainer.data.task.test) else ""
         return _metrics(clients, own) | _metrics(server)
@@ -211,6 +222,13 @@ class PhasedStrategy:
                 recipe.optimizer,
                 recipe.lr,
                 recipe.batch_size,
+            )
+        average = self._config.server.average
+        if average != "none":
+            log(
+                INFO,
+                "evaluated and exported: the %s average of a phase's states",
+                average,
             )
         if self._privacy is not None:
             log(

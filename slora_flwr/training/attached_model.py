@@ -1,12 +1,14 @@
 """A process's resident backbone, with a phase's adapter attached over its base."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from statistics import fmean
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from slora_flwr.adapters.base import Adapter
 from slora_flwr.adapters.handoff import Handoff
@@ -124,9 +126,43 @@ class AttachedModel:
         self.adapter.attach(self.backbone)
         self._attached = (phase, digest)
 
+    @contextmanager
+    def exchanged(self, weights: State) -> Iterator[None]:
+        """Exchange the base under the attached adapter for other target matrices.
+
+        Parameters
+        ----------
+        weights : State
+            The target matrices, float32; empty to keep the base. Meanwhile it holds
+            those of the base. The adapter may be detached meanwhile, for good.
+        """
+        if not weights:
+            yield
+            return
+        self._exchange(weights)
+        try:
+            yield
+        finally:
+            if self._adapter is not None:
+                self._exchange(weights)
+
+    def _exchange(self, weights: State) -> None:
+        self.adapter.detach()
+        with torch.no_grad():
+            for name, weight in self.target_weights.items():
+                before = weight.to("cpu", copy=True)
+                weight.copy_(weights[name])
+                weights[name] = before
+        self.adapter.attach(self.backbone)
+
     def change_shapes(self, values: int) -> dict[str, torch.Size]:
         """Return the layout of a base change with a given number of values."""
         return self.adapter.change_shapes(self.backbone, values)
+
+    @property
+    def target_weights(self) -> dict[str, Tensor]:
+        """The base's target matrices, resident."""
+        return {n: m.weight.detach() for n, m in self.backbone.targets.items()}
 
     @property
     def target_shapes(self) -> dict[str, torch.Size]:

@@ -1,0 +1,114 @@
+"""The running average of a phase's global states."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from slora_flwr.adapters.priming import prime
+from slora_flwr.common.svd import truncated_product
+from slora_flwr.common.tensors import State
+from slora_flwr.config import ServerConfig
+from slora_flwr.runs.snapshot import Snapshot
+
+# A round weighs about its number to this power, the exponent that Shamir and Zhang use.
+POWER = 3
+
+
+def share_of(server: ServerConfig) -> Callable[[int], float]:
+    """Return the rule of `server.average`: the share of state n in average n.
+
+    - `none`: 1. The average is the state itself.
+    - `growing`: 4 / (n + 3), polynomial-decay averaging (Shamir and Zhang, arXiv
+      1212.1824). Its window grows with the phase, so that early averages do not lag.
+    - `ema`: 1 - `server.average-decay`, an exponential moving average. It is 1 / n
+      while that is larger, so that the first states weigh the same.
+
+    Averages of iterates: Polyak and Juditsky (SIAM J. Control Optim. 30, 1992), SWA
+    (arXiv 1803.05407). Here each round is an iterate.
+    """
+    match server.average:
+        case "growing":
+            return lambda n: (POWER + 1) / (n + POWER)
+        case "ema":
+            return lambda n: max(1 / n, 1 - server.average_decay)
+    return lambda n: 1.0
+
+
+def mix(average: State, state: State, share: float) -> State:
+    """Return (1 - share) · average + share · state.
+
+    Of LoRA's factors, the products B·A are mixed, and the result is the best factors of
+    their rank. Factors alone have no mean where a round computes them anew, since their
+    basis then differs from round to round.
+    """
+    mixed = {n: torch.lerp(average[n], tensor, share) for n, tensor in state.items()}
+    for a in [name for name in state if name.endswith(".lora_A")]:
+        b = f"{a.removesuffix('A')}B"
+        if b in state:
+            old, new = average[b].double() * (1 - share), state[b].double() * share
+            right = torch.cat([average[a], state[a]]).double()
+            svd = truncated_product(torch.cat([old, new], 1), right, len(state[a]))
+            mixed[a], mixed[b] = prime(svd, 1.0, "balanced")
+    return mixed
+
+
+class AveragedState:
+    """The running average of the states with which a phase's rounds end.
+
+    It is evaluated and exported. Training goes on from the states themselves.
+
+    Parameters
+    ----------
+    server : ServerConfig
+        Config with the rule.
+
+    Attributes
+    ----------
+    state : State
+        The average; empty before the first round.
+    weights : State
+        The average of the base's target matrices, float32 on the CPU. Empty if rounds
+        do not change the base, or the average is the last state itself.
+    """
+
+    def __init__(self, server: ServerConfig) -> None:
+        self.state: State = {}
+        self.weights: State = {}
+        self._share, self._rounds = share_of(server), 0
+
+    def add(self, state: State, weights: Mapping[str, Tensor]) -> None:
+        """Add the state after a round.
+
+        Parameters
+        ----------
+        state : State
+            The state; it must not change afterwards.
+        weights : Mapping[str, Tensor]
+            The base's target matrices if rounds change the base, else empty.
+        """
+        self._rounds += 1
+        share = self._share(self._rounds)
+        self.state = mix(self.state, state, share) if share < 1 else state
+        for name, weight in weights.items():
+            new = weight.detach().to("cpu", torch.float32, copy=True)
+            if share < 1:
+                new = self.weights[name].lerp_(new, share)
+            self.weights[name] = new
+
+    def snapshot(self) -> Snapshot:
+        """Return a snapshot for `restore`."""
+        # The file must not hold the last state twice.
+        is_last = self._rounds == 0 or self._share(self._rounds) == 1
+        parts = {
+            "rounds": Snapshot({"rounds": self._rounds}),
+            "state": Snapshot(tensors={} if is_last else self.state),
+            "weights": Snapshot(tensors=self.weights),
+        }
+        return Snapshot.join(parts)
+
+    def restore(self, snapshot: Snapshot, last: State) -> None:
+        """Restore a snapshot that was taken after the state `last` was added."""
+        self._rounds = snapshot.part("rounds").facts["rounds"]
+        self.state = snapshot.part("state").tensors or last
+        self.weights = snapshot.part("weights").tensors
