@@ -144,9 +144,8 @@ class Journal:
         save, averaged = self.directory.save_state, phase.averaged
         save("last", phase.state, **facts)
         if averaged.weights:
-            # No digest: this base is never sent.
-            facts["base"] = "averaged-base"
-            save("averaged-base", averaged.weights, round=str(server_round))
+            facts["base"] = f"averaged-{server_round}"
+            save("averaged-base", averaged.weights, digest=facts["base"])
         else:
             self.directory.drop_state("averaged-base")
         if phase.is_averaged:

@@ -392,7 +392,8 @@ def test_an_open_phase_ends_by_its_rule(config: Config) -> None:
 def test_the_best_state_has_its_base(config: Config) -> None:
     config |= {"method": "fedex-lora", "rounds": 4}
     directory = start(config, RecordingGrid(config))
-    for name, base in (("last", "base"), ("best", "best-base")):
+    bases = {"last": "base", "averaged": "averaged-base", "best": "best-base"}
+    for name, base in bases.items():
         assert facts(directory, name)["base"] == facts(directory, base)["digest"]
 
 

@@ -82,7 +82,7 @@ def test_a_run_writes_what_it_was_and_what_came_of_it(two_phases: Config) -> Non
     assert all(0 < energy <= 1 for energy in handoff["energies"].values())
 
 
-def test_checkpoints_hold_the_last_and_the_best_state(config: Config) -> None:
+def test_checkpoints_hold_the_averaged_and_the_best_state(config: Config) -> None:
     config |= {"lora.lr": 0.02}
     directory = start(config, RecordingGrid(config))
     accuracies = [event["accuracy"] for event in events(directory, "round")]
@@ -91,7 +91,8 @@ def test_checkpoints_hold_the_last_and_the_best_state(config: Config) -> None:
     assert facts(directory, "best") == {"round": str(best), "phase": "lora", "base": ""}
     trainer = Trainer(parse(config))
     trainer.model.attach(trainer.schedule[0])
-    found = [trainer.evaluate_test(final(directory, name)) for name in ("last", "best")]
+    names = ("averaged", "best")
+    found = [trainer.evaluate_test(final(directory, name)) for name in names]
     assert found[0] is not None
     assert found[1] is not None
     assert found[0].accuracy == pytest.approx(accuracies[-1])

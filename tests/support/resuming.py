@@ -94,7 +94,15 @@ def assert_same(directory: Path, expected: Path) -> None:
     """Check that two run directories agree in all that is promised."""
     names = {path.name for path in (expected / "checkpoints").iterdir()}
     assert {path.name for path in (directory / "checkpoints").iterdir()} == names
-    for name in {"last", "best", "base", "best-base"} & {Path(n).stem for n in names}:
+    stems = {Path(name).stem for name in names}
+    for name in {
+        "last",
+        "averaged",
+        "averaged-base",
+        "best",
+        "base",
+        "best-base",
+    } & stems:
         assert facts(directory, name) == facts(expected, name)
         one, other = final(directory, name), final(expected, name)
         assert one.keys() == other.keys()

@@ -1,0 +1,105 @@
+"""The running average of states, against averages worked out by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from slora_flwr.aggregation.averaged_state import AveragedState, mix
+from slora_flwr.common.tensors import State
+from slora_flwr.config import ServerConfig
+
+
+def average(states: list[State], **server: object) -> AveragedState:
+    averaged = AveragedState(ServerConfig(**server))  # type: ignore[arg-type]
+    for state in states:
+        averaged.add(state, {})
+    return averaged
+
+
+def numbers(*values: float) -> list[State]:
+    return [{"head": torch.tensor([value])} for value in values]
+
+
+# Polynomial-decay averaging with exponent 3: of four states the k-th weighs as the
+# k-th tetrahedral number, 1, 4, 10, 20, over their sum.
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([7.0], 7.0),
+        ([7.0, 2.0], (7 + 4 * 2) / 5),
+        ([7.0, 2.0, -3.0, 5.0], (7 + 4 * 2 - 10 * 3 + 20 * 5) / 35),
+    ],
+)
+def test_the_growing_average(values: list[float], expected: float) -> None:
+    found = average(numbers(*values)).state["head"]
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_exponential_average_begins_as_a_mean() -> None:
+    """With decay 0.75: the mean of the first four, then a quarter of each new one."""
+    states = numbers(4.0, 8.0, 0.0, 20.0, 16.0)
+    found = [
+        average(states[:n], average="ema", average_decay=0.75).state["head"].item()
+        for n in range(1, 6)
+    ]
+    expected = [4.0, 6.0, 4.0, 8.0, 0.75 * 8.0 + 0.25 * 16.0]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_an_average_it_is_the_last_state() -> None:
+    states = numbers(4.0, 8.0)
+    assert average(states, average="none").state is states[-1]
+
+
+def factors(a: torch.Tensor, b: torch.Tensor) -> State:
+    return {"layer.lora_A": a, "layer.lora_B": b, "head": torch.zeros(2)}
+
+
+def product(state: State) -> torch.Tensor:
+    return state["layer.lora_B"].double() @ state["layer.lora_A"].double()
+
+
+def test_products_are_averaged_where_factors_cancel() -> None:
+    """(-B)(-A) = BA, while the mean of A and -A is zero."""
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 5), torch.randn(3, 2)
+    mixed = mix(factors(a, b), factors(-a, -b), 0.5)
+    torch.testing.assert_close(product(mixed), (b.double() @ a.double()))
+
+
+def test_the_average_of_products_is_the_best_of_their_rank() -> None:
+    torch.manual_seed(1)
+    one = factors(torch.randn(2, 7), torch.randn(4, 2))
+    other = factors(torch.randn(2, 7), torch.randn(4, 2))
+    mixed = product(mix(one, other, 0.25)).numpy()
+    dense = (0.75 * product(one) + 0.25 * product(other)).numpy()
+    u, s, vt = np.linalg.svd(dense)
+    np.testing.assert_allclose(mixed, (u[:, :2] * s[:2]) @ vt[:2], atol=1e-6)
+    assert s[2] > 0.1  # so that the rank cuts something
+
+
+def test_a_factor_alone_is_averaged_by_entry() -> None:
+    one, other = torch.randn(3, 2), torch.randn(3, 2)
+    mixed = mix({"layer.lora_B": one}, {"layer.lora_B": other}, 0.25)
+    torch.testing.assert_close(mixed["layer.lora_B"], 0.75 * one + 0.25 * other)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_restored_average_goes_on_bit_for_bit(rounds: int) -> None:
+    torch.manual_seed(2)
+    states = [factors(torch.randn(2, 5), torch.randn(3, 2)) for _ in range(5)]
+    bases = [{"layer": torch.randn(3, 5)} for _ in range(5)]
+    whole, first, second = (AveragedState(ServerConfig()) for _ in range(3))
+    for state, base in zip(states, bases, strict=True):
+        whole.add(state, base)
+    for state, base in zip(states[:rounds], bases[:rounds], strict=True):
+        first.add(state, base)
+    second.restore(first.snapshot(), states[rounds - 1])
+    for state, base in zip(states[rounds:], bases[rounds:], strict=True):
+        second.add(state, base)
+    for found, expected in (
+        (second.state, whole.state),
+        (second.weights, whole.weights),
+    ):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
