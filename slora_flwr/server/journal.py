@@ -109,7 +109,7 @@ class Journal:
         if accuracy > self._best:
             self._best, self.best_round = accuracy, done.round
             self._save("best", done.round, phase)
-            self.directory.copy_state("base", "best-base")
+            self.directory.release.copy_state("base", "best-base")
         return done
 
     def snapshot(self) -> Snapshot:
@@ -134,9 +134,9 @@ class Journal:
         base = phase.base.digest
         if base != self._base:
             if state := phase.base_state():
-                self.directory.save_state("base", state, digest=base)
+                self.directory.release.save_state("base", state, digest=base)
             else:
-                self.directory.drop_state("base")
+                self.directory.release.drop_state("base")
             self._base = base
         facts = {"round": str(server_round), "phase": phase.name, "base": base}
-        self.directory.save_state(name, phase.state, **facts)
+        self.directory.release.save_state(name, phase.state, **facts)
