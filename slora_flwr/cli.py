@@ -226,7 +226,7 @@ def _run_inline(values: dict[str, Any], nodes: int) -> None:
     # Imported here, since torch and transformers take seconds.
     from slora_flwr.adapters.priming import HandoffError
     from slora_flwr.engines.inline import run_inline
-    from slora_flwr.runs.directory import RunDirectoryError
+    from slora_flwr.runs.writing import RunDirectoryError
     from slora_flwr.server.fleet import FleetError
     from slora_flwr.server.strategy import TooFewRepliesError
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import get_type_hints
 
 import click
@@ -13,6 +13,7 @@ from sphinx.environment import BuildEnvironment
 from slora_flwr.cli import app as command_line
 from slora_flwr.config import list_keys
 from slora_flwr.config.methods import ADAPTERS, find_adapter, list_methods
+from slora_flwr.runs.release import KEPT, RELEASED
 
 MARK = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)
 
@@ -75,11 +76,30 @@ def write_commands() -> Iterator[str]:
                 yield ""
 
 
+def write_released() -> Iterator[str]:
+    """Yield a table of the files that may leave the server with privacy."""
+    yield from _write_files(RELEASED)
+
+
+def write_kept() -> Iterator[str]:
+    """Yield a table of the files that stay with the server with privacy."""
+    yield from _write_files(KEPT)
+
+
+def _write_files(files: Mapping[str, str]) -> Iterator[str]:
+    yield "| file | holds |"
+    yield "|---|---|"
+    for name, content in files.items():
+        yield f"| `{name}` | {content} |"
+
+
 GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "commands": write_commands,
+    "kept": write_kept,
     "keys": write_keys,
     "methods": write_methods,
     "rates": write_rates,
+    "released": write_released,
 }
 
 

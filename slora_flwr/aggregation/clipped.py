@@ -8,9 +8,12 @@ from flwr.app import Array
 from torch import Tensor
 
 from slora_flwr.aggregation.base import Aggregator
-from slora_flwr.aggregation.mean import PLAIN, SCALE, Mean
-from slora_flwr.wire.clipping import clip
+from slora_flwr.aggregation.mean import PLAIN, SCALE, FoldError, Mean
+from slora_flwr.wire.clipping import clip, norm
 from slora_flwr.wire.codec import Codec
+
+# Allowance for the arithmetic of a norm: float64 over any number of values.
+_SLACK = 1e-9
 
 
 class ClippedMean(Mean):
@@ -81,6 +84,19 @@ class ClippedMean(Mean):
             for name, shape in shapes.items()
         }
         self.merge({n: torch.from_numpy(t).long() for n, t in noise.items()}, 0)
+
+    def _check_norm(self, update: Mapping[str, Tensor], unit: float) -> None:
+        """Check that a node's sum is no longer than its clients' bounds together.
+
+        The update of a node's only client is clipped instead, when it is added.
+        """
+        clients = round(unit / SCALE)  # 0 for an update that is no sum
+        most = clients * self._bound
+        if clients and (found := norm(update) / SCALE) > most * (1 + _SLACK):
+            raise FoldError(
+                f"its sum has norm {found:.6g}; allowed: up to {most:.6g}, {clients} "
+                f"times the bound of {self._bound:g} that privacy sets"
+            )
 
     def _divisor(self, name: str, sums: Tensor) -> Tensor | int:
         return self._clients

@@ -20,6 +20,9 @@ from slora_flwr.config.sections import OWN_DATA, DownloadConfig, LoraConfig, Run
 # Robust statistics of single entries. Entries of LoRA's factors are not comparable if
 # clients train both, so the statistic is then that of the products, which are weights.
 _BY_ENTRY = ("median", "trimmed-mean")
+# Of privacy, whatever the population: a run publishes a client's data with at most this
+# probability.
+_LARGEST_DELTA = 0.01
 
 
 def check(config: RunConfig) -> None:
@@ -295,6 +298,19 @@ def _check_privacy(config: RunConfig, phases: Sequence[Phase]) -> None:
             if row.aggregator:
                 raise refuse("method", config.method, allowed)
             raise refuse("lora.aggregator", config.lora.aggregator, allowed)
+    _check_delta(config)
+
+
+def _check_delta(config: RunConfig) -> None:
+    """Refuse a delta at which a run may publish the data of one of its clients."""
+    count, given = config.clients.count, config.privacy.delta
+    delta, most = config.privacy.delta_of(count), min(_LARGEST_DELTA, 1 / count)
+    if delta > most:
+        allowed = f"above 0 up to {most}, the smaller of {_LARGEST_DELTA} and 1 / "
+        allowed += f"clients.count, which is {count}"
+        if not given:
+            allowed += f"; 0 stands for {count} ** -1.1 = {delta:.3g}"
+        raise refuse("privacy.delta", given, allowed)
 
 
 def _is_low_rank(phase: Phase) -> bool:

@@ -476,8 +476,8 @@ class PrivacyConfig:
     )
     delta: Annotated[float, at_least(0), FROM_0_BELOW_1] = Field(
         default=0.0,
-        description="The delta of the guarantee; 0 for `clients.count` to the power "
-        "-1.1.",
+        description="The delta of the guarantee, up to 0.01 and 1 / `clients.count`; "
+        "0 for `clients.count` to the power -1.1.",
     )
     clip_norm: NotNegative = Field(
         default=0.0,
@@ -497,6 +497,10 @@ class PrivacyConfig:
     def is_on(self) -> bool:
         """Whether updates are clipped and noise is added to their sum."""
         return bool(self.noise_multiplier or self.epsilon)
+
+    def delta_of(self, clients: int) -> float:
+        """Return the delta of the guarantee in a population of clients."""
+        return self.delta or clients**-1.1
 
     def bound(self, section: str) -> float:
         """Return the bound of an update's norm in a phase with a config section."""

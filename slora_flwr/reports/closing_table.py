@@ -11,22 +11,45 @@ from slora_flwr.config.methods import REFERENCES
 def closing_table(summary: dict[str, Any]) -> Table:
     """Return a table of a run's metrics, and of its bytes compared with FFT and LoRA.
 
+    With privacy it has no bytes and seconds, which depend on who was drawn.
+
     Parameters
     ----------
     summary : dict
         The content of summary.json.
     """
-    figures = "not evaluated"
-    if summary["accuracy"] is not None:
-        figures = (
-            f"accuracy {summary['accuracy']:.1%} "
-            f"(majority class {summary['majority_accuracy']:.1%}), "
-            f"macro-F1 {summary['macro_f1']:.3f}, loss {summary['loss']:.3f}"
-        )
-    title = f"{summary['method']}: {figures}, {summary['seconds']:.0f} s"
+    privacy = summary.get("privacy")
+    seconds = "" if privacy else f", {summary['seconds']:.0f} s"
+    title = f"{summary['method']}: {_figures(summary)}{seconds}"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
-    for name in ("rounds", "MB up", "MB down", "MB in all", "share of FFT", "seconds"):
+    table.add_column("rounds", justify="right")
+    if privacy:
+        for name, phase in summary["phases"].items():
+            table.add_row(f"{name} phase", str(phase["rounds"]))
+        table.add_section()
+        table.add_row(summary["method"], str(summary["rounds"]))
+        table.caption = _guarantee(privacy)
+    else:
+        _add_traffic(table, summary)
+    return table
+
+
+def _figures(summary: Mapping[str, Any]) -> str:
+    if summary["accuracy"] is None:
+        return "not evaluated"
+    # None if it overflowed.
+    loss = "-" if summary["loss"] is None else f"{summary['loss']:.3f}"
+    return (
+        f"accuracy {summary['accuracy']:.1%} "
+        f"(majority class {summary['majority_accuracy']:.1%}), "
+        f"macro-F1 {summary['macro_f1']:.3f}, loss {loss}"
+    )
+
+
+def _add_traffic(table: Table, summary: Mapping[str, Any]) -> None:
+    """Add rows with the bytes and seconds of the phases, and those of other methods."""
+    for name in ("MB up", "MB down", "MB in all", "share of FFT", "seconds"):
         table.add_column(name, justify="right")
     fft = summary["same_rounds"][REFERENCES[0]]
 
@@ -63,9 +86,6 @@ def closing_table(summary: dict[str, Any]) -> Table:
         "payload: bytes of the tensors, counting each client as if it were a separate "
         "node; ledger.csv also has the message bytes"
     )
-    if privacy := summary.get("privacy"):
-        table.caption += f"\n{_guarantee(privacy)}"
-    return table
 
 
 def _guarantee(privacy: Mapping[str, float]) -> str:

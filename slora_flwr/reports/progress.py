@@ -6,6 +6,9 @@ from slora_flwr.runs.events import RecordedRound
 def progress_line(rounds: int, done: RecordedRound) -> str:
     """Return the progress line of a round.
 
+    With privacy it has only what was computed from noised sums: counts of clients,
+    losses, bytes and seconds depend on who was drawn.
+
     Parameters
     ----------
     rounds : int
@@ -15,13 +18,13 @@ def progress_line(rounds: int, done: RecordedRound) -> str:
     """
     metrics = done.metrics
     accuracy = f"{metrics['accuracy']:6.1%}" if "accuracy" in metrics else "     -"
-    spent = "" if done.epsilon is None else f"epsilon {done.epsilon:.2f}  "
+    head = f"round {done.round:>{len(str(rounds))}}/{rounds} {done.phase:<6} "
+    if done.epsilon is not None:
+        return f"{head}accuracy {accuracy}  epsilon {done.epsilon:.2f}"
     left = done.seconds / done.round * (rounds - done.round)
     return (
-        f"round {done.round:>{len(str(rounds))}}/{rounds} {done.phase:<6} "
-        f"clients {done.replied}/{len(done.cohort)}  loss {done.train_loss:.3f}  "
-        f"accuracy {accuracy}  {done.payload_bytes / 1e6:.2f} MB  "
-        f"{spent}{clock(left)} left"
+        f"{head}clients {done.replied}/{len(done.cohort)}  loss {done.train_loss:.3f}  "
+        f"accuracy {accuracy}  {done.payload_bytes / 1e6:.2f} MB  {clock(left)} left"
     )
 
 

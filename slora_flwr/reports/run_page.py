@@ -27,7 +27,7 @@ def report(run: RecordedRun) -> Page:
         sections.append(_curves(run))
     if run.energies:
         sections.append(_handoff(run))
-    if run.rounds:
+    if any(done.clients for done in run.rounds):
         sections.append(_clients(run))
     if run.failures:
         sections.append(_failures(run))
@@ -320,12 +320,14 @@ def _clients(run: RecordedRun) -> Section:
 def _losses(run: RecordedRun) -> tuple[Chart, list[Chart]]:
     names = ("mean by examples; band: all clients", "median; band: middle half")
     found = looks(names, names)
-    rounds = [done.round for done in run.rounds]
-    losses = [[did.loss for did in done.clients.values()] for done in run.rounds]
+    # With privacy a cohort may be empty.
+    trained = [done for done in run.rounds if done.clients]
+    rounds = [done.round for done in trained]
+    losses = [[did.loss for did in done.clients.values()] for done in trained]
     low, first, median, third, high = np.transpose(
         [np.quantile(values, (0, 0.25, 0.5, 0.75, 1)) for values in losses]
     ).tolist()
-    mean = [done.train_loss for done in run.rounds]
+    mean = [done.train_loss for done in trained if done.train_loss is not None]
     chart = line_chart(
         "Training loss of each round's clients, each on its own examples.",
         [

@@ -44,7 +44,9 @@ class DamagedError(ValueError):
 def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
     """Write a checkpoint to the disk, atomically."""
     # safetensors does not keep the order of tensors.
-    facts = json.dumps({"facts": snapshot.facts, "tensors": list(snapshot.tensors)})
+    facts = json.dumps(
+        {"facts": snapshot.facts, "tensors": list(snapshot.tensors)}, allow_nan=False
+    )
     tensors = {
         name: t.detach().cpu().contiguous() for name, t in snapshot.tensors.items()
     }

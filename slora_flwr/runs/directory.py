@@ -2,18 +2,12 @@
 
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import tomli_w
-from safetensors import SafetensorError
-from safetensors.torch import save
 
 from slora_flwr.common.files import (
     PART,
@@ -23,8 +17,7 @@ from slora_flwr.common.files import (
     sync,
     write_atomically,
 )
-from slora_flwr.common.tensors import State
-from slora_flwr.config import ConfigError, RunConfig, flatten
+from slora_flwr.config import ConfigError, RunConfig
 from slora_flwr.runs.checkpoint import (
     GROWING,
     checkpoint_path,
@@ -35,13 +28,9 @@ from slora_flwr.runs.checkpoint import (
 from slora_flwr.runs.events import EVENTS, Event, to_line
 from slora_flwr.runs.ledger import Entry, Ledger
 from slora_flwr.runs.lock import sole_use
+from slora_flwr.runs.release import Release
 from slora_flwr.runs.snapshot import Snapshot
-
-PACKAGES = ("slora-flwr", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
-
-
-class RunDirectoryError(RuntimeError):
-    """The run directory cannot be written: the disk is full, or it is read-only."""
+from slora_flwr.runs.writing import writing
 
 
 class RunDirectory:
@@ -63,16 +52,26 @@ class RunDirectory:
         If the folder is not empty or cannot be made.
     RunDirectoryError
         If the folder of a resumed run cannot be written.
+
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    lineage : int
+        Names the run across interruptions: the id of its first start.
+    elapsed : float
+        Seconds that the run took before it was resumed.
+    ledger : Ledger
+        The run's ledger.
+    release : Release
+        Writes the files that may leave the server with privacy.
     """
 
     def __init__(
         self, config: RunConfig, run_id: int, checkpoint: Snapshot | None = None
     ) -> None:
         self._keep = config.run.keep
-        # Names the run across interruptions: the id of its first start.
-        self.lineage = run_id
-        # Seconds that the run took before it was resumed.
-        self.elapsed = 0.0
+        self.lineage, self.elapsed = run_id, 0.0
         if checkpoint is None:
             self.path = _make(config, run_id)
             with writing(self.path):
@@ -84,19 +83,8 @@ class RunDirectory:
             self.elapsed = checkpoint.facts["seconds"]
             with writing(self.path):
                 self._cut_back(checkpoint)
+        self.release = Release(self.path)
         self._started = time.perf_counter() - self.elapsed
-
-    def write_config(self, config: RunConfig, resolved: dict[str, Any]) -> None:
-        """Write the config with versions and resolved values."""
-        nested: dict[str, Any] = {}
-        for name, value in flatten(config).items():
-            *section, last = name.split(".")
-            owner = nested.setdefault(section[0], {}) if section else nested
-            owner[last] = value
-        versions = {name: version(name) for name in PACKAGES}
-        versions["python"] = platform.python_version()
-        nested |= {"versions": versions, "resolved": resolved}
-        self._write(self.path / "config.toml", tomli_w.dumps(nested).encode())
 
     def event(self, event: Event) -> None:
         """Append an event to events.jsonl, with the seconds since the run's start."""
@@ -139,43 +127,15 @@ class RunDirectory:
                 if number_of(path) != best:
                     path.unlink()
 
-    def save_state(self, name: str, state: State, **facts: str) -> None:
-        """Write a state to checkpoints/ as safetensors.
-
-        Its name is `last`, `averaged`, `best`, or `base`, `averaged-base`, `best-base`
-        for the base that it stands on; `base` is also that of `averaged` if there is no
-        `averaged-base`.
-        """
-        self._write(self._state(name), save(state, metadata=facts))
-
-    def copy_state(self, name: str, other: str) -> None:
-        """Copy a state to another name; delete the copy if there is no such state."""
-        path = self._state(name)
-        if path.is_file():
-            self._write(self._state(other), path.read_bytes())
-        else:
-            self.drop_state(other)
-
-    def drop_state(self, name: str) -> None:
-        """Delete a state, if there is one of that name."""
-        with writing(self.path):
-            self._state(name).unlink(missing_ok=True)
-
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
-        text = json.dumps(summary, indent=2) + "\n"
-        self._write(self.path / "summary.json", text.encode())
-
-    def _write(self, path: Path, data: bytes) -> None:
+        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
         with writing(self.path):
-            write_atomically(path, data, durably=True)
+            write_atomically(self.path / "summary.json", text.encode(), durably=True)
 
     @property
     def _seconds(self) -> float:
         return time.perf_counter() - self._started
-
-    def _state(self, name: str) -> Path:
-        return self.path / "checkpoints" / f"{name}.safetensors"
 
     def _cut_back(self, checkpoint: Snapshot) -> None:
         sizes, number = checkpoint.facts["sizes"], checkpoint.facts["round"]
@@ -208,24 +168,6 @@ def in_use(path: Path) -> Iterator[None]:
             # Unlike others, this file is never replaced, which would lose the lock.
             held.enter_context(sole_use(path / EVENTS, refusal))
         yield
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Name the run directory in errors about writing to it.
-
-    Raises
-    ------
-    RunDirectoryError
-        In place of what the operating system or safetensors raises.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise RunDirectoryError(
-            f"the run directory {path} cannot be written ({error}); once it can, "
-            "run.resume continues from its last checkpoint"
-        ) from error
 
 
 def _make(config: RunConfig, run_id: int) -> Path:

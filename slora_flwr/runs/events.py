@@ -61,14 +61,15 @@ class RecordedRound(Event):
         The round's number, from 1.
     replied : int
         Number of `clients`.
-    train_loss : float
-        Mean loss over clients, weighted by examples.
+    train_loss : float or None
+        Mean loss over clients, weighted by examples; None without any.
     payload_bytes : int
         Bytes sent since the run's start, both directions.
     metrics : dict[str, float]
         `accuracy`, `macro_f1`, … of the averaged state. If both sides evaluated it,
         names of the clients' metrics begin with `client_`. Those of the last state, if
-        evaluated, begin with `plain_`. Empty without an evaluation.
+        evaluated, begin with `plain_`. Empty without an evaluation. Metrics that are
+        not finite are left out.
     kept_energy : float or None
         In an open phase, the share of the learned delta that a handoff would keep now.
     epsilon : float or None
@@ -81,7 +82,7 @@ class RecordedRound(Event):
     clients: dict[int, ClientRecord]
     round: int
     replied: int
-    train_loss: float
+    train_loss: float | None = None
     payload_bytes: int
     metrics: dict[str, float] = field(default_factory=dict)
     kept_energy: float | None = None
@@ -212,7 +213,7 @@ def to_line(event: Event) -> str:
             facts |= value
         elif value is not None:
             facts[name] = value
-    return json.dumps(facts) + "\n"
+    return json.dumps(facts, allow_nan=False) + "\n"
 
 
 def read_events(path: Path) -> list[Event]:
@@ -225,7 +226,15 @@ def read_events(path: Path) -> list[Event]:
     """
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     # A run that was killed or is still going may have written half a line.
-    told = [json.loads(line) for line in lines if line.endswith("\n")]
+    told = [
+        json.loads(line, parse_constant=_no_figure)
+        for line in lines
+        if line.endswith("\n")
+    ]
     return [
         _KINDS[facts["event"]].read(facts) for facts in told if facts["event"] in _KINDS
     ]
+
+
+def _no_figure(constant: str) -> None:
+    """Return None for the NaN or infinity of an older version, which is no JSON."""

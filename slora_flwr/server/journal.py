@@ -110,8 +110,8 @@ class Journal:
             self._best, self.best_round = accuracy, done.round
             evaluated = "averaged" if phase.is_averaged else "last"
             base = "averaged-base" if phase.averaged.weights else "base"
-            self.directory.copy_state(evaluated, "best")
-            self.directory.copy_state(base, "best-base")
+            self.directory.release.copy_state(evaluated, "best")
+            self.directory.release.copy_state(base, "best-base")
         return done
 
     def snapshot(self) -> Snapshot:
@@ -136,18 +136,18 @@ class Journal:
         base = phase.base.digest
         if base != self._base:
             if state := phase.base_state():
-                self.directory.save_state("base", state, digest=base)
+                self.directory.release.save_state("base", state, digest=base)
             else:
-                self.directory.drop_state("base")
+                self.directory.release.drop_state("base")
             self._base = base
         facts = {"round": str(server_round), "phase": phase.name, "base": base}
-        save, averaged = self.directory.save_state, phase.averaged
+        save, averaged = self.directory.release.save_state, phase.averaged
         save("last", phase.state, **facts)
         if averaged.weights:
             facts["base"] = f"averaged-{server_round}"
             save("averaged-base", averaged.weights, digest=facts["base"])
         else:
-            self.directory.drop_state("averaged-base")
+            self.directory.release.drop_state("averaged-base")
         if phase.is_averaged:
             with phase.on_average() as state:
                 save("averaged", state, **facts)

@@ -46,7 +46,7 @@ class Privacy:
         privacy, clients = config.privacy, config.clients
         self._population = clients.count
         self._rate = clients.per_round / clients.count
-        self.delta = privacy.delta or clients.count**-1.1
+        self.delta = privacy.delta_of(clients.count)
         self.noise_multiplier = privacy.noise_multiplier
         if privacy.epsilon:
             self.noise_multiplier = self._calibrate(privacy.epsilon, config.rounds)

@@ -1,6 +1,5 @@
 """One round: its cohort, its checks of replies, its result."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -279,7 +278,7 @@ class Round:
             Metrics of the new state.
         """
         records, ledger = self.clients.values(), self._journal.directory.ledger
-        loss, epsilon = math.nan, None
+        loss = epsilon = None
         if records:
             weights = [did.examples for did in records]
             loss = fmean([did.loss for did in records], weights)

@@ -22,9 +22,10 @@ from slora_flwr.config import ConfigError, RunConfig, Value, parse
 from slora_flwr.config.schedule import outside_files
 from slora_flwr.reports.closing_table import closing_table
 from slora_flwr.runs.checkpoint import check_identity, find_checkpoint
-from slora_flwr.runs.directory import RunDirectory, RunDirectoryError, in_use
+from slora_flwr.runs.directory import RunDirectory, in_use
 from slora_flwr.runs.events import EVENTS, Resumed, Stopped
 from slora_flwr.runs.snapshot import Snapshot
+from slora_flwr.runs.writing import RunDirectoryError
 from slora_flwr.server.export import export
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.own_data_fleet import OwnDataFleet
@@ -116,10 +117,10 @@ def _run(
         held.enter_context(in_use(directory.path))
     started -= directory.elapsed
     log(INFO, "slora-flwr %s, run directory %s", version("slora-flwr"), directory.path)
-    if moved:
+    if moved and privacy is None:
         log(INFO, "%d examples were moved so that no client is empty", moved)
     if checkpoint is None:
-        directory.write_config(config, {})
+        directory.release.write_config(config, {})
     else:
         number = checkpoint.facts["round"]
         directory.event(Resumed(round=number, run=str(run_id)))
@@ -132,7 +133,7 @@ def _run(
         if privacy is not None:
             resolved["privacy"] = privacy.facts(config.rounds)
         if checkpoint is None:
-            directory.write_config(config, resolved)
+            directory.release.write_config(config, resolved)
         strategy = PhasedStrategy(trainer, directory, fleet, checkpoint, privacy)
         strategy.run(grid)
     except Exception as error:
@@ -144,7 +145,7 @@ def _run(
     if privacy is not None:
         summary["privacy"] = privacy.facts(config.rounds)
     directory.write_summary(summary)
-    export(directory.path, trainer, strategy.phase)
+    export(directory.release, trainer, strategy.phase)
     # Residuals of simulated clients are no longer needed.
     shutil.rmtree(residuals_folder(directory.lineage), ignore_errors=True)
     Console(width=100).print(closing_table(summary))

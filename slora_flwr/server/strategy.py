@@ -1,5 +1,6 @@
 """The strategy: a schedule of phases, round by round, over Flower's grid."""
 
+import math
 from logging import INFO, WARNING
 
 from flwr.common.logger import log
@@ -153,10 +154,11 @@ class PhasedStrategy:
                 least,
                 another,
             )
+        goes_on = ", from which run.resume continues" if self._privacy is None else ""
         raise TooFewRepliesError(
             f"round {number} got {good} good replies twice; clients.min-replies is "
             f"{least}. The run directory {self.journal.directory.path} holds the "
-            "rounds before it, from which run.resume continues"
+            f"rounds before it{goes_on}"
         )
 
     def _evaluate(
@@ -175,10 +177,11 @@ class PhasedStrategy:
     def _write(self, held: Round, metrics: dict[str, float]) -> None:
         """Record a round with its state and checkpoint, and log the progress."""
         done = self.journal.record_round(held.recorded(metrics), self.phase)
-        # After the state, so that a checkpoint never refers to a missing one.
-        self.journal.directory.save_checkpoint(
-            self._server_round, self.journal.best_round, self._snapshot()
-        )
+        if self._privacy is None:  # Otherwise it would hold secrets, for no resuming.
+            # After the state, so that a checkpoint never refers to a missing one.
+            self.journal.directory.save_checkpoint(
+                self._server_round, self.journal.best_round, self._snapshot()
+            )
         log(INFO, progress_line(self._config.rounds, done))
 
     def _snapshot(self) -> Snapshot:
@@ -242,4 +245,6 @@ class PhasedStrategy:
 def _metrics(found: Evaluation | None, prefix: str = "") -> dict[str, float]:
     if found is None:
         return {}
-    return {f"{prefix}{name}": float(getattr(found, name)) for name in METRICS}
+    metrics = {f"{prefix}{name}": float(getattr(found, name)) for name in METRICS}
+    # JSON has no figure for a loss that overflowed.
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -121,7 +121,9 @@ class Score:
     def of(cls, evaluations: list[dict[str, float]]) -> "Score":
         """Return the mean of the last three evaluations."""
         last = evaluations[-3:]
-        return cls(fmean(e["accuracy"] for e in last), fmean(e["loss"] for e in last))
+        # A loss that is not finite is not recorded.
+        losses = [e.get("loss", math.inf) for e in last]
+        return cls(fmean(e["accuracy"] for e in last), fmean(losses))
 
 
 def read_study(path: Path) -> Study:

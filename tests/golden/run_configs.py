@@ -73,7 +73,11 @@ INT8: Config = {"upload.dtype": "int8", "download.dtype": "int8"}
 LOSSLESS: Config = {"upload.lossless": True, "download.lossless": True}
 CODED: Config = INT8 | LOSSLESS | {"upload.top-k": 0.25, "upload.feedback": True}
 PER_ROUND: Config = {"sparse.schedule": "per-round"}
-PRIVATE: Config = {"privacy.noise-multiplier": 1.0, "privacy.clip-norm": 0.05}
+PRIVATE: Config = {
+    "privacy.noise-multiplier": 1.0,
+    "privacy.clip-norm": 0.05,
+    "privacy.delta": 0.01,
+}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a run writes down, and which directory it takes."""
 
+import json
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any
 import pytest
 
 from slora_flwr.config import ConfigError, flatten, parse
+from slora_flwr.reports.page import render
+from slora_flwr.reports.run_page import report
+from slora_flwr.runs.reader import read_run
 from slora_flwr.server.run import run
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.messages import Report
@@ -80,6 +84,30 @@ def test_a_run_writes_what_it_was_and_what_came_of_it(two_phases: Config) -> Non
     assert handoff["base"] == "residual"
     assert len(handoff["energies"]) == 6 * LAYERS
     assert all(0 < energy <= 1 for energy in handoff["energies"].values())
+
+
+def test_a_loss_that_overflows_is_no_figure(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All files stay JSON, which has no infinity."""
+    config |= {"method": "head", "rounds": 1, "train.lr": 1.0, "server.lr": 3e38}
+    directory = start(config, RecordingGrid(config))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    written = (directory / "summary.json").read_text()
+    told = json.loads(written, parse_constant=refuse)
+    assert told["loss"] is told["phases"]["head"]["loss"] is None
+    for line in (directory / "events.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    last = events(directory, "round")[-1]
+    assert "accuracy" in last
+    assert "loss" not in last
+    checkpoint = facts(directory, "round-0001")["facts"]
+    json.loads(checkpoint, parse_constant=refuse)
+    assert "loss -" in capsys.readouterr().out
+    assert render(report(read_run(directory)))
 
 
 def test_checkpoints_hold_the_averaged_and_the_best_state(config: Config) -> None:

@@ -1,5 +1,8 @@
 """The lines of events.jsonl: what is written, and what is read of it."""
 
+import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,23 @@ def test_lines_of_other_versions_and_half_lines_are_read_as_far_as_they_are_know
     new = to_line(Stopped(reason="no")).replace("}", ', "new_fact": 1}')
     path.write_text('{"event": "new_kind", "seconds": 1}\n' + new + '{"event": "rou')
     assert read_events(path) == [Stopped(reason="no")]
+
+
+def test_a_round_of_nobody_has_no_loss(tmp_path: Path) -> None:
+    nobody = replace(ROUND, cohort=[], clients={}, replied=0, train_loss=None)
+    line = to_line(nobody)
+    assert "train_loss" not in json.loads(line)
+    path = tmp_path / "events.jsonl"
+    # An older version wrote what is not JSON.
+    old = line.replace('"payload', '"train_loss": NaN, "loss": Infinity, "payload')
+    old = old.replace(', "loss": 1.0', "")
+    path.write_text(line + old)
+    found, other = read_events(path)
+    assert found == nobody
+    metrics = {n: v for n, v in nobody.metrics.items() if n != "loss"}
+    assert other == replace(nobody, metrics=metrics)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_line(replace(nobody, train_loss=math.nan))
 
 
 def test_a_line_that_lacks_a_fact_is_refused(tmp_path: Path) -> None:

@@ -1,23 +1,29 @@
 """Client-level differential privacy: bounds, noise, cohorts, what it has cost."""
 
+import logging
 import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message, MessageType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slora_flwr.aggregation.clipped import ClippedMean
-from slora_flwr.aggregation.mean import SCALE, FoldError
+from slora_flwr.aggregation.mean import SCALE, FoldError, Mean
+from slora_flwr.client.process import make_process
 from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError, parse
 from slora_flwr.engines.inline import InlineGrid
+from slora_flwr.reports.page import render
 from slora_flwr.reports.run_page import report
 from slora_flwr.runs.reader import read_run
+from slora_flwr.runs.release import KEPT, RELEASED
 from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.run import run
 from slora_flwr.server.strategy import TooFewRepliesError
@@ -31,6 +37,7 @@ from tests.support.runs import (
     differ,
     elsewhere,
     events,
+    facts,
     final,
     make_config,
     summary,
@@ -44,6 +51,8 @@ PRIVATE: Config = {
     "privacy.noise-multiplier": 1.0,
     "privacy.clip-norm": BOUND,
     "privacy.sparse-clip-norm": SPARSE_BOUND,
+    # Six clients are too few for the default.
+    "privacy.delta": 0.01,
 }
 
 
@@ -151,6 +160,7 @@ def test_the_accountant_leaves_logging_alone() -> None:
         from slora_flwr.config import parse
         from slora_flwr.server.privacy import Privacy
         keys = {"privacy.epsilon": 200.0, "privacy.clip-norm": 1.0}
+        keys["privacy.delta"] = 0.01
         print(Privacy(parse(keys)).epsilon(12))
         assert logging.getLogger().handlers == []
     """
@@ -167,11 +177,11 @@ def test_a_run_ends_at_its_target(config: Config) -> None:
     told = [event["epsilon"] for event in events(directory, "round")]
     assert told == sorted(told)
     assert 3.99 < told[-1] <= 4.0
-    facts = summary(directory)["privacy"]
-    assert facts["epsilon"] == told[-1]
-    assert facts["delta"] == 6**-1.1
+    guarantee = summary(directory)["privacy"]
+    assert guarantee["epsilon"] == told[-1]
+    assert guarantee["delta"] == 0.01
     page = dict(report(read_run(directory)).figures)
-    assert page["epsilon, at delta 0.14"] == "4.00"
+    assert page["epsilon, at delta 0.01"] == "4.00"
 
 
 # The bound
@@ -286,6 +296,47 @@ def test_the_server_clips_what_a_node_of_one_client_did_not(config: Config) -> N
         found.append(final(start(config, grid)))
     error = [(found[0][n] - t).double().norm() ** 2 for n, t in found[1].items()]
     assert math.sqrt(sum(error)) < 1e-6
+
+
+@pytest.mark.parametrize("share", [1.0, 1.0001])
+def test_a_sum_is_as_long_as_its_clients_bounds_at_most(share: float) -> None:
+    clients, bound = [3, 4, 8], 0.5
+    sums = torch.tensor([0.6, 0.8], dtype=torch.float64) * (share * 1.5 * SCALE)
+    node = Mean()
+    node.merge({"x": sums.trunc().long()}, len(clients))
+    fold = ClippedMean(bound, expected=4)
+    fold.add({"x": torch.tensor([0.5, 0.5])}, weight=1)
+    before = fold.result()["x"]
+    # Weights are numbers of examples, by which nobody may reach further.
+    taken = (node.packed(), {"x": (2,)}, clients, [50, 60, 70])
+    if share == 1.0:
+        fold.take(*taken)
+        assert fold.weight == 4
+        return
+    with pytest.raises(FoldError) as caught:
+        fold.take(*taken)
+    assert str(caught.value) == (
+        "its sum has norm 1.50015; allowed: up to 1.5, 3 times the bound of 0.5 that "
+        "privacy sets"
+    )
+    assert torch.equal(fold.result()["x"], before)
+    assert fold.weight == 1
+
+
+def ten_times(report: Report) -> None:
+    report.update.data = (values(report) * 10).numpy().tobytes()
+
+
+def test_a_node_of_several_clients_that_does_not_clip_is_left_out(
+    config: Config,
+) -> None:
+    config |= {"clients.per-round": 6, "clients.min-replies": 1}
+    directory = start(config, Grid(config, nodes=2, tampers={2: ten_times}))
+    (failure,) = events(directory, "failure")
+    assert failure["round"] == 2
+    assert len(failure["clients"]) == 3
+    assert f"3 times the bound of {BOUND:g} that privacy sets" in failure["reason"]
+    assert [event["replied"] for event in events(directory, "round")] == [6, 3, 6]
 
 
 def test_clients_weigh_one(config: Config) -> None:
@@ -408,9 +459,13 @@ def test_the_seed_tells_neither_cohorts_nor_noise() -> None:
 def test_a_round_of_nobody_is_a_round(config: Config) -> None:
     config |= {"clients.per-round": 1, "rounds": 6, "sparse.rounds": 3}
     directory = start(config, InlineGrid(config))
-    cohorts = [event["cohort"] for event in events(directory, "round")]
+    rounds = events(directory, "round")
+    cohorts = [event["cohort"] for event in rounds]
     assert [] in cohorts
     assert len(cohorts) == 6
+    # Nobody's mean loss is not a number, and so not in the line.
+    assert all(("train_loss" in event) == (event["cohort"] != []) for event in rounds)
+    assert render(report(read_run(directory)))
     assert all(bool(t.isfinite().all()) for t in final(directory).values())
 
 
@@ -422,6 +477,108 @@ def test_a_round_that_is_held_again_has_the_same_cohort(config: Config) -> None:
     assert [asked.server_round for asked in grid.asked] == [1, 1, 1, 1]
     cohorts = [asked.clients for asked in grid.asked]
     assert cohorts[:2] == cohorts[2:]
+
+
+# What may leave the server
+
+
+class Cohorts(np.random.Generator):
+    """The same noise each time, and cohorts by a seed."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(np.random.PCG64(0))
+        self._cohorts = np.random.default_rng(seed)
+
+    def bytes(self, length: int) -> bytes:
+        return self._cohorts.bytes(length)
+
+
+class Blank(Grid):
+    """Nodes whose updates are zero whoever trains, so that states are noise alone."""
+
+    def __init__(self, config: Config, loss: float, tampers: dict[int, Tamper]) -> None:
+        super().__init__(config, 2, tampers)
+        self._loss = loss
+
+    def _answer(self, message: Message) -> Message:
+        reply = super()._answer(message)
+        if message.metadata.message_type == MessageType.TRAIN:
+            found = Report.read(reply.content)
+            found.update.data = bytes(len(found.update.data))
+            found.losses = [self._loss for _ in found.losses]
+            found.seconds = [self._loss for _ in found.seconds]
+            reply.content = found.content()
+        return reply
+
+
+def released(directory: Path) -> dict[str, Any]:
+    """Return the content of the files that may leave the server, by name."""
+    content: dict[str, Any] = {}
+    for name in RELEASED:
+        path = directory / name
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            content[file.relative_to(directory).as_posix()] = file.read_bytes()
+    for name in content:
+        if name.endswith(".safetensors"):
+            # Its metadata have no order.
+            stem = f"../{name.removesuffix('.safetensors')}"
+            state = final(directory, stem)
+            tensors = {n: t.numpy().tobytes() for n, t in state.items()}
+            content[name] = tensors, facts(directory, stem)
+    return content
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "bitfit"},
+        {"lora.aggregator": "ffa", "sparse.schedule": "per-round"},
+        {"download.dtype": "int8", "download.lossless": True},
+        {"sparse.rounds": 0, "server.optimizer": "fedadam", "server.lr": 0.1},
+    ],
+    ids=["slora", "bitfit", "ffa", "coded", "open"],
+)
+def test_nothing_released_depends_on_who_was_drawn_or_on_figures_without_noise(
+    config: Config,
+    changes: Config,
+    corpus: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two runs have other data, cohorts, losses and failures, and the same states."""
+    texts, directory = tmp_path / "texts.csv", Path(str(config["run.dir"]))
+    config |= {"data.name": str(texts), "data.test": str(corpus)}
+    config |= {"rounds": 6, "sparse.rounds": 3, "clients.per-round": 2} | changes
+    rows = corpus.read_text().splitlines(keepends=True)
+    caplog.set_level(logging.INFO, "flwr")
+    public, secret = [], []
+    for name, size, seed, loss in (("one", 161, 1, 0.5), ("other", 101, 5, 12.5)):
+        texts.write_text("".join(rows[:size]))
+        make_process.cache_clear()  # as in a new process
+        tampers: dict[int, Tamper] = {} if seed == 1 else {5: set_to(phase=9)}
+        run(Blank(config, loss, tampers), config, 1, Cohorts(seed))
+        lines = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+        printed = capsys.readouterr().out
+        caplog.clear()
+        public.append(released(directory) | {"log": lines, "printed": printed})
+        secret.append(events(directory, "round"))
+        (directory / "report.html").write_text(render(report(read_run(directory))))
+        top = {path.name + "/" * path.is_dir() for path in directory.iterdir()}
+        assert top <= {*RELEASED, *KEPT}
+        directory.rename(tmp_path / name)
+    one, other = public
+    assert one.keys() == other.keys()
+    assert [name for name, content in one.items() if content != other[name]] == []
+    # As much is there, and as much differs, as there could be.
+    assert "checkpoints/last.safetensors" in one
+    assert any(name.startswith(("adapter/", "model/")) for name in one)
+    assert sum("epsilon" in line for line in one["log"]) == 7
+    for figure in ("cohort", "replied", "train_loss", "payload_bytes"):
+        assert [e.get(figure) for e in secret[0]] != [e.get(figure) for e in secret[1]]
+    assert [e["accuracy"] for e in secret[0]] == [e["accuracy"] for e in secret[1]]
+    assert events(tmp_path / "other", "failure")
 
 
 # What cannot be
@@ -449,11 +606,33 @@ def test_a_round_that_is_held_again_has_the_same_cohort(config: Config) -> None:
             {"lora.aggregator": "flexlora"},
             "lora.aggregator is 'flexlora'; allowed: aggregator fedavg, ffa, altern",
         ),
+        (
+            {"privacy.delta": 0.0},
+            "privacy.delta is 0.0; allowed: above 0 up to 0.01, the smaller of 0.01 "
+            "and 1 / clients.count, which is 20; 0 stands for 20 ** -1.1 = 0.0371",
+        ),
+        (
+            {"clients.count": 65, "privacy.delta": 0.0},
+            "privacy.delta is 0.0; allowed: above 0 up to 0.01, the smaller of 0.01 "
+            "and 1 / clients.count, which is 65; 0 stands for 65 ** -1.1 = 0.0101",
+        ),
+        (
+            {"clients.count": 500, "privacy.delta": 0.0021},
+            "privacy.delta is 0.0021; allowed: above 0 up to 0.002, the smaller of",
+        ),
     ],
 )
 def test_what_has_no_guarantee_is_refused(changes: Config, message: str) -> None:
     good: Config = {"privacy.noise-multiplier": 1.0, "privacy.clip-norm": 1.0}
+    good["privacy.delta"] = 0.01
     parse(good)
     with pytest.raises(ConfigError) as caught:
         parse(good | changes)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(("count", "delta"), [(66, 0.0), (500, 0.002), (20, 0.01)])
+def test_a_delta_within_both_limits_is_taken(count: int, delta: float) -> None:
+    keys: Config = {"clients.count": count, "clients.per-round": 10}
+    found = privacy(keys | {"privacy.delta": delta})
+    assert found.delta == (delta or count**-1.1)

@@ -1,0 +1,104 @@
+"""The release of a run: the files that may leave the server where privacy is on.
+
+They hold what was computed from noised sums, and what was known before the first round.
+Whatever depends on who was drawn, or on figures without noise, is in the other files,
+which stay with the server. Of the log, lines of level INFO and what is printed at the
+end may leave it too.
+"""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from safetensors.torch import save
+
+from slora_flwr.common.files import make_folder, make_private, write_atomically
+from slora_flwr.common.tensors import State
+from slora_flwr.config import RunConfig, flatten
+from slora_flwr.runs.writing import writing
+
+# The files of a run directory, and folders with all that is in them: what they hold.
+RELEASED = {
+    "config.toml": "the config, versions, the backbone's digest, the guarantee",
+    "checkpoints/": "the global states, and the bases on which they stand",
+    "adapter/": "the exported adapter",
+    "model/": "the exported model",
+}
+KEPT = {
+    "events.jsonl": "cohorts, losses and seconds of clients, failures",
+    "ledger.csv": "bytes, which count who took part",
+    "summary.json": "bytes and seconds, which count who took part",
+    "report.html": "the content of these files",
+}
+PACKAGES = ("slora-flwr", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
+# What a config resolves to that is counted over the data of all clients.
+_COUNTED = ("train_examples", "moved_examples")
+
+
+class Release:
+    """The one writer of a run's `RELEASED` files.
+
+    Parameters
+    ----------
+    path : Path
+        The run directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write_config(self, config: RunConfig, resolved: dict[str, Any]) -> None:
+        """Write the config with versions and resolved values."""
+        nested: dict[str, Any] = {}
+        for name, value in flatten(config).items():
+            *section, last = name.split(".")
+            owner = nested.setdefault(section[0], {}) if section else nested
+            owner[last] = value
+        versions = {name: version(name) for name in PACKAGES}
+        versions["python"] = platform.python_version()
+        if config.privacy.is_on:
+            resolved = {n: v for n, v in resolved.items() if n not in _COUNTED}
+        nested |= {"versions": versions, "resolved": resolved}
+        self._write(self._path / "config.toml", tomli_w.dumps(nested).encode())
+
+    def save_state(self, name: str, state: State, **facts: str) -> None:
+        """Write a state to checkpoints/ as safetensors.
+
+        Its name is `last`, `averaged`, `best`, or `base`, `averaged-base`, `best-base`
+        for the base that it stands on; `base` is also that of `averaged` if there is no
+        `averaged-base`.
+        """
+        self._write(self._state(name), save(state, metadata=facts))
+
+    def copy_state(self, name: str, other: str) -> None:
+        """Copy a state to another name; delete the copy if there is no such state."""
+        path = self._state(name)
+        if path.is_file():
+            self._write(self._state(other), path.read_bytes())
+        else:
+            self.drop_state(other)
+
+    def drop_state(self, name: str) -> None:
+        """Delete a state, if there is one of that name."""
+        with writing(self._path):
+            self._state(name).unlink(missing_ok=True)
+
+    @contextmanager
+    def export(self, name: str) -> Iterator[Path]:
+        """Yield a new folder for an export; close it to others once it is written."""
+        folder = self._path / name
+        with writing(self._path):
+            make_folder(folder)
+            yield folder
+            make_private(folder)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        with writing(self._path):
+            write_atomically(path, data, durably=True)
+
+    def _state(self, name: str) -> Path:
+        return self._path / "checkpoints" / f"{name}.safetensors"
