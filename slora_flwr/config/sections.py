@@ -195,7 +195,10 @@ class RecipeConfig:
         default=0.0, description="The learning rate; 0 for the adapter's default."
     )
     weight_decay: NotNegative = Field(
-        default=0.0, description="Weight decay, on trained values only."
+        default=0.0,
+        description="Weight decay, on trained values only: of sparse values towards "
+        "the pretrained ones, of factors whose start the base subtracts (`residual`, "
+        "`federa`) towards that start, and of all others towards 0.",
     )
     momentum: NotNegative = Field(default=0.0, description="The momentum of `sgd`.")
     prox: NotNegative = Field(default=0.0, description="FedProx's mu; 0 for none.")

@@ -598,6 +598,20 @@ DTYPE = "model.dtype is 'bfloat16'; allowed: float32"
             "lora.ranks is '1,2'; allowed: empty, since lora.start is federa",
         ),
         (
+            {"lora.aggregator": "exact", "train.weight-decay": 0.5},
+            "train.weight-decay is 0.5; allowed: 0, since lora.base is residual and "
+            "the aggregator is exact",
+        ),
+        (
+            {
+                "method": "fedex-lora",
+                "lora.start": "federa",
+                "train.weight-decay": 0.5,
+            },
+            "train.weight-decay is 0.5; allowed: 0, since lora.start is federa and "
+            "the aggregator is exact",
+        ),
+        (
             RANKS | {"download.lossless": True},
             "lora.ranks is '1,2'; allowed: empty, or download.dtype float32 without "
             "download.lossless",
