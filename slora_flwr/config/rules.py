@@ -217,7 +217,7 @@ def _check_products(config: RunConfig, phases: Sequence[Phase]) -> None:
             # The result is a weight, which a step towards mean factors cannot give.
             for key, given, plain in (
                 ("server.optimizer", server.optimizer, "none"),
-                ("server.lr", server.lr, 1.0),
+                ("server.lr", server.lr or 1.0, 1.0),
             ):
                 if given != plain:
                     raise refuse(key, given, f"{plain}, since {by}")

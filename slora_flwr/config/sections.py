@@ -354,10 +354,11 @@ class ServerConfig:
         description="What is done with the mean update; `none` adds `server.lr` times "
         "it. The optimiser starts anew with each phase.",
     )
-    lr: Positive = Field(
-        default=1.0,
-        description="The learning rate of the server. With `fedadam` it is about the "
-        "distance that a weight may move in a round: begin at 1e-3.",
+    lr: NotNegative = Field(
+        default=0.0,
+        description="The learning rate of the server; 0 for the optimiser's default: "
+        "1.0 for `none`, 1.0 for `fedavgm`, 0.01 for `fedadam`, where it is about the "
+        "distance that a weight moves in a round.",
     )
     clip_norm: NotNegative = Field(
         default=0.0,

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slora_flwr.aggregation.mean import FoldError, Mean
-from slora_flwr.aggregation.server_optimizer import ServerOptimizer
+from slora_flwr.aggregation.server_optimizer import DEFAULT_RATES, ServerOptimizer
+from slora_flwr.config import list_keys
 
 Updates = list[tuple[list[float], int]]
 
@@ -210,6 +211,14 @@ def run(name: str, lr: float, updates: list[float], start: float = 1.0) -> list[
 
 def test_none_adds_the_mean() -> None:
     assert run("none", 1.0, [0.5, -2.0]) == [1.5, -0.5]
+
+
+@pytest.mark.parametrize("name", ["none", "fedavgm", "fedadam"])
+def test_rate_0_is_the_optimizers_own(name: str) -> None:
+    rate = DEFAULT_RATES[name]
+    assert run(name, 0.0, [0.5, -2.0]) == run(name, rate, [0.5, -2.0])
+    [told] = [key.help for key in list_keys() if key.name == "server.lr"]
+    assert f"{rate} for `{name}`" in told
 
 
 def test_none_adds_lr_times_the_mean() -> None:
