@@ -70,6 +70,7 @@ class Adapter:
         # Names in the state that this round does not train.
         self._idle: set[str] = set()
         self._head_before: State = {}
+        self._base: BaseWeights | None = None
 
     @classmethod
     def from_config(
@@ -244,9 +245,17 @@ class Adapter:
     def restore(self, backbone: Backbone) -> None:
         """Remove what `make` inserted, and restore the backbone bit for bit."""
 
-    def attach(self, backbone: Backbone) -> None:
-        """Add the trained parameters to a resident backbone, without copying it."""
-        self.backbone = backbone
+    def attach(self, backbone: Backbone, base: BaseWeights | None = None) -> None:
+        """Add the trained parameters to a resident backbone, without copying it.
+
+        Parameters
+        ----------
+        backbone : Backbone
+            The backbone with the base's weights.
+        base : BaseWeights or None
+            The base applied to it; None for W_0.
+        """
+        self.backbone, self._base = backbone, base
         self._head_before = {n: p.detach().clone() for n, p in backbone.head.items()}
         # The head comes last, so that a state reads adapter first in every phase.
         self._trained = {**self.make(backbone), **backbone.head}
@@ -262,7 +271,7 @@ class Adapter:
         with torch.no_grad():
             for name, parameter in self.backbone.head.items():
                 parameter.copy_(self._head_before[name])
-        self._trained, self._head_before = {}, {}
+        self._trained, self._head_before, self._base = {}, {}, None
 
     def begin(self, phase_round: int) -> None:
         """Prepare for a round of the phase, counted from 1."""
@@ -270,6 +279,13 @@ class Adapter:
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimiser trains, in the order of `state`."""
         return [p for name, p in self._trained.items() if name not in self._idle]
+
+    def anchors(self) -> dict[str, Tensor]:
+        """Return the values towards which weight decay pulls, by names of the state.
+
+        Values with other names decay towards 0, as in torch's optimisers.
+        """
+        return {}
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the layout of a state: names and shapes in a stable order."""

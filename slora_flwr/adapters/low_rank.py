@@ -83,6 +83,16 @@ class LowRankAdapter(Adapter):
         for name, parameter in self._trained.items():
             parameter.requires_grad_(name not in self._idle)
 
+    def anchors(self) -> dict[str, Tensor]:
+        """Return A_0 and B_0 if the base subtracts their product, else nothing.
+
+        The trained thing is then s·(B·A - B_0·A_0), and decay towards 0 would take
+        away what the factors started from.
+        """
+        if self._base is None or not self._base.b:
+            return {}
+        return self._base.factors()
+
     def whole(self, state: State) -> State:
         """Return a state completed by A, if A is frozen."""
         frozen = {f"{n}.lora_A": a.float().cpu() for n, a in self._factors.items()}

@@ -41,7 +41,9 @@ class SparseAdapter(Adapter):
     (`<module>.values`, shape (k,)), not their difference from W_0: writing them into
     the weight then loses no bits. While attached, each target module computes with its
     own resident weight, of which `commit` updates k entries. The optimiser sees only
-    these k values: it keeps no moments for the others and does not decay them.
+    these k values: it keeps no moments for the others and does not decay them. Weight
+    decay pulls values towards W_0, since the trained thing is the difference from W_0
+    (so does the regulariser of sparse fine-tuning, arXiv 2110.07560).
 
     Parameters
     ----------
@@ -172,6 +174,17 @@ class SparseAdapter(Adapter):
             self.restore(self.backbone)
             self._number = phase_round
             self._trained |= self.make(self.backbone)
+
+    def anchors(self) -> dict[str, Tensor]:
+        """Return W_0's values at the mask."""
+        # Earlier rounds' masks have changed the weights that this round started from.
+        first = self._base.before if self._base is not None and self._redrawn else {}
+        return {
+            f"{name}.values": _gather(first[name], lines, self._structure)
+            if name in first
+            else self._before[name]
+            for name, lines in self._lines.items()
+        }
 
     def sent(self) -> dict[str, torch.Size]:
         """Return the layout without the values that the base already holds."""

@@ -20,6 +20,8 @@ from slora_flwr.wire.state_channel import (
 # float32's resolution at an update of 1e-2, and it leaves room for sums up to 2^32.
 SCALE = 2.0**30
 LARGEST = 2**62
+# Values that are converted at once, so that they stay in a core's cache.
+_BLOCK = 2**15
 
 PLAIN = Codec()
 
@@ -58,6 +60,7 @@ class Mean:
         self._codec = codec
         self._clip_norm = clip_norm
         self._expected = 0
+        self._reach: dict[str, int] = {}  # bounds of the sums' magnitudes
         self._weights: dict[int, int] = {}  # by rank, if clients have ranks
 
     @classmethod
@@ -98,10 +101,21 @@ class Mean:
         FoldError
             If a value is not finite, or exceeds 2^32 when multiplied by the weight.
         """
-        scaled = {name: t.double() * (weight * SCALE) for name, t in update.items()}
-        for name, tensor in scaled.items():
-            _check_range(name, tensor)
-        self.merge({name: t.round_().long() for name, t in scaled.items()}, weight)
+        scale = weight * SCALE
+        most = {}
+        for name, tensor in update.items():
+            largest = _largest(tensor) * scale
+            if not largest < LARGEST:  # also if it is NaN
+                raise _out_of_range(name)
+            most[name] = round(largest)
+        self._admit(most, weight, lambda name: _whole(update[name], scale))
+        for name, tensor in update.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros(tensor.shape, dtype=torch.int64)
+            sums = self.sums[name].view(-1).split(_BLOCK)
+            blocks = tensor.reshape(-1).split(_BLOCK)
+            for own, block in zip(sums, blocks, strict=True):
+                own.add_(_whole(block, scale))
         self._count(client, weight)
 
     def packed(self) -> Array:
@@ -151,21 +165,52 @@ class Mean:
         FoldError
             If a sum leaves the range.
         """
-        after = {}
-        share = weight / self._expected if self._expected else 1.0
+        most = {name: int(_largest(tensor)) for name, tensor in sums.items()}
+        self._admit(most, weight, sums.__getitem__)
         for name, tensor in sums.items():
-            # Two terms below 2^62 cannot overflow.
-            _check_range(name, tensor, share)
-            after[name] = tensor + self.sums.get(name, 0)
-            _check_range(name, after[name])
-        self.sums, self.weight = after, self.weight + weight
+            if name in self.sums:
+                self.sums[name].add_(tensor)
+            else:
+                self.sums[name] = tensor.clone()
 
     def result(self) -> dict[str, Tensor]:
         """Return the mean so far, float32."""
         return {
-            name: (sums.double() / (self._divisor(name, sums) * SCALE)).float()
+            name: sums.double().div_(self._divisor(name, sums) * SCALE).float()
             for name, sums in self.sums.items()
         }
+
+    def _admit(
+        self, most: Mapping[str, int], weight: int, terms: Callable[[str], Tensor]
+    ) -> None:
+        """Check that terms can be added, and count their weight.
+
+        Parameters
+        ----------
+        most : Mapping[str, int]
+            The largest magnitude in each tensor of terms.
+        weight : int
+            The weight that they stand for.
+        terms : Callable
+            Returns a tensor of terms, int64, by name.
+
+        Raises
+        ------
+        FoldError
+            If terms exceed the share of their weight, or a sum would leave the range.
+        """
+        share = min(1.0, weight / self._expected) if self._expected else 1.0
+        reach = {}
+        for name, largest in most.items():
+            if largest >= int(LARGEST * share):
+                raise _out_of_range(name)
+            reach[name] = self._reach.get(name, 0) + largest
+            if reach[name] >= LARGEST:
+                # The bound is too coarse. Two terms below 2^62 cannot overflow.
+                reach[name] = int(_largest(self.sums[name] + terms(name)))
+                if reach[name] >= LARGEST:
+                    raise _out_of_range(name)
+        self._reach, self.weight = reach, self.weight + weight
 
     def _check_norm(self, update: Mapping[str, Tensor], unit: float) -> None:
         if not self._clip_norm:
@@ -195,8 +240,18 @@ class Mean:
         return torch.tensor(held).clamp(min=1).view(shape)
 
 
-def _check_range(name: str, tensor: Tensor, share: float = 1.0) -> None:
-    most = int(LARGEST * share)
-    # Both comparisons are false for NaN.
-    if not bool(((tensor > -most) & (tensor < most)).all()):
-        raise FoldError(f"the update of {name} is not finite or too large")
+def _largest(tensor: Tensor) -> float:
+    """Return the largest magnitude in a tensor, NaN if it holds NaN; 0 if empty."""
+    if not tensor.numel():
+        return 0
+    low, high = tensor.aminmax()
+    return max(-low.item(), high.item())
+
+
+def _whole(tensor: Tensor, scale: float) -> Tensor:
+    """Return the nearest whole numbers to scaled values, int64."""
+    return tensor.to(torch.float64, copy=True).mul_(scale).round_().long()
+
+
+def _out_of_range(name: str) -> FoldError:
+    return FoldError(f"the update of {name} is not finite or too large")

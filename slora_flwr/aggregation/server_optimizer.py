@@ -7,6 +7,9 @@ from torch import Tensor
 
 from slora_flwr.runs.snapshot import Snapshot
 
+# What `server.lr` 0 stands for: measured, see "Rates of the server" in docs/results.md.
+DEFAULT_RATES = {"none": 1.0, "fedavgm": 1.0, "fedadam": 0.01}
+
 
 class ServerOptimizer:
     """An optimiser whose gradient is the negative mean update.
@@ -21,11 +24,11 @@ class ServerOptimizer:
     name : str
         `none`, `fedavgm` or `fedadam`.
     lr : float
-        The server's learning rate.
+        The server's learning rate; 0 for the optimiser's default.
     """
 
     def __init__(self, name: str, lr: float) -> None:
-        self._name, self._lr = name, lr
+        self._name, self._lr = name, lr or DEFAULT_RATES[name]
         self._optimizer: torch.optim.Optimizer | None = None
         self._parameters: dict[str, torch.nn.Parameter] = {}
 

@@ -186,16 +186,27 @@ def _check_aggregator(config: RunConfig, phases: Sequence[Phase]) -> None:
             able = " or ".join(_aggregators("takes_ranks"))
             allowed = f"empty, since the aggregator is {phase.aggregator}; or {able}"
             raise refuse("lora.ranks", lora.ranks, allowed)
-    kept = last.primed and lora.base == "residual"
-    if lora.ranks and (kept or lora.start == "federa"):
+    given_up = _given_up(config, last)
+    if lora.ranks and given_up:
         # A client of a smaller rank would miss what the base gave up.
-        key = "lora.base is residual" if kept else "lora.start is federa"
-        raise refuse("lora.ranks", lora.ranks, f"empty, since {key}")
+        raise refuse("lora.ranks", lora.ranks, f"empty, since {given_up}")
+    changes = _is_low_rank(last) and last.aggregator_type.changes_base
+    if config.train.weight_decay and changes and given_up:
+        # A node that is sent a changed base whole does not know what it gave up.
+        allowed = f"0, since {given_up} and the aggregator is {used}"
+        raise refuse("train.weight-decay", config.train.weight_decay, allowed)
     if lora.ranks and config.download != DownloadConfig():
         # Each rank's slices are coded by themselves, so a client's start would depend
         # on the other clients of its node.
         allowed = "empty, or download.dtype float32 without download.lossless"
         raise refuse("lora.ranks", lora.ranks, allowed)
+
+
+def _given_up(config: RunConfig, last: Phase) -> str:
+    """Return the setting by which the base gives up the start; empty if none does."""
+    if last.primed and config.lora.base == "residual":
+        return "lora.base is residual"
+    return "lora.start is federa" if config.lora.start == "federa" else ""
 
 
 def _check_factors(config: RunConfig, phases: Sequence[Phase]) -> None:
@@ -226,7 +237,7 @@ def _check_products(config: RunConfig, phases: Sequence[Phase]) -> None:
             # The result is a weight, which a step towards mean factors cannot give.
             for key, given, plain in (
                 ("server.optimizer", server.optimizer, "none"),
-                ("server.lr", server.lr, 1.0),
+                ("server.lr", server.lr or 1.0, 1.0),
             ):
                 if given != plain:
                     raise refuse(key, given, f"{plain}, since {by}")

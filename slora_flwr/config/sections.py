@@ -204,7 +204,10 @@ class RecipeConfig:
         "learning rate grows to its full value.",
     )
     weight_decay: NotNegative = Field(
-        default=0.0, description="Weight decay, on trained values only."
+        default=0.0,
+        description="Weight decay, on trained values only: of sparse values towards "
+        "the pretrained ones, of factors whose start the base subtracts (`residual`, "
+        "`federa`) towards that start, and of all others towards 0.",
     )
     momentum: NotNegative = Field(default=0.0, description="The momentum of `sgd`.")
     prox: NotNegative = Field(default=0.0, description="FedProx's mu; 0 for none.")
@@ -360,10 +363,11 @@ class ServerConfig:
         description="What is done with the mean update; `none` adds `server.lr` times "
         "it. The optimiser starts anew with each phase.",
     )
-    lr: Positive = Field(
-        default=1.0,
-        description="The learning rate of the server. With `fedadam` it is about the "
-        "distance that a weight may move in a round: begin at 1e-3.",
+    lr: NotNegative = Field(
+        default=0.0,
+        description="The learning rate of the server; 0 for the optimiser's default: "
+        "1.0 for `none`, 1.0 for `fedavgm`, 0.01 for `fedadam`, where it is about the "
+        "distance that a weight moves in a round.",
     )
     average: Annotated[str, one_of("none", "growing", "ema")] = Field(
         default="growing",

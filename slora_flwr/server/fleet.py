@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from heapq import heapreplace
 from logging import INFO, WARNING
 from typing import Any, cast
 
@@ -55,6 +56,7 @@ class Fleet:
         self._deadline = deadline
         self._tell: Callable[[Event], None] = lambda event: None
         self._hosted: dict[int, frozenset[int]] = {}
+        self._sets: dict[frozenset[int], frozenset[int]] = {}
         self._present: set[int] = set()
         # When each queried node came online, and the queries without an answer yet.
         self._asked: dict[int, str] = {}
@@ -160,13 +162,20 @@ class Fleet:
         Clients are assigned in descending order of size, each to the node with the
         fewest examples so far, so that nodes finish at about the same time.
         """
-        online = self._online
-        loads = dict.fromkeys(online, 0)
+        cohort = set(cohort)
+        # Nodes that host the same clients differ only in their loads: one queue each.
+        queues: dict[int, list[tuple[int, int]]] = {}
+        for node in self._online:
+            queues.setdefault(id(self._hosted[node]), []).append((0, node))
+        hosts: dict[int, list[list[tuple[int, int]]]] = {c: [] for c in cohort}
+        for queue in queues.values():  # sorted by node, and so a heap
+            for client in self._hosted[queue[0][1]] & cohort:
+                hosts[client].append(queue)
         dealt: dict[int, list[int]] = {}
         for client in sorted(cohort, key=lambda c: (-self.sizes[c], c)):
-            hosts = [n for n in online if client in self._hosted[n]]
-            node = min(hosts, key=lambda n: (loads[n], n))
-            loads[node] += self.sizes[client]
+            queue = min(hosts[client], key=lambda queue: queue[0])
+            load, node = queue[0]
+            heapreplace(queue, (load + self.sizes[client], node))
             dealt.setdefault(node, []).append(client)
         return dealt
 
@@ -270,10 +279,9 @@ class Fleet:
                     f"its client {client} has {size} examples; allowed: "
                     + (f"up to {MOST_EXAMPLES}" if right == size else f"{right}")
                 )
-        hosted = frozenset(clients)
         # Nodes of a simulation host the same clients: one set serves them all.
-        same = next((h for h in self._hosted.values() if h == hosted), hosted)
-        self._host(node, same, sizes)
+        hosted = frozenset(clients)
+        self._host(node, self._sets.setdefault(hosted, hosted), sizes)
 
     def _host(self, node: int, clients: frozenset[int], sizes: dict[int, int]) -> None:
         self._hosted[node] = clients

@@ -87,7 +87,7 @@ class AttachedModel:
             self._adapter = phase.adapter_type.from_config(
                 self._config, phase.aggregator_type.trains, frozen
             )
-            self._adapter.attach(self.backbone)
+            self._adapter.attach(self.backbone, base)
             self._attached = (phase, digest)
             self.reference = {}
             if self._config.download.dtype != "float32":
@@ -123,7 +123,7 @@ class AttachedModel:
         self.adapter.detach()
         for number, change in enumerate(changes, start=first):
             self.adapter.change(self.backbone, change, number)
-        self.adapter.attach(self.backbone)
+        self.adapter.attach(self.backbone, self._base)
         self._attached = (phase, digest)
 
     @contextmanager
@@ -211,7 +211,7 @@ class AttachedModel:
         positions, values = sparse.learned(state, rounds)
         sparse.detach()
         first = self.base_weights() if self._base is None else self._base.before
-        sparse.attach(self.backbone)
+        sparse.attach(self.backbone, self._base)
         energies = []
         for name, weight in first.items():
             at = torch.from_numpy(positions[name])

@@ -1,6 +1,8 @@
 """One client's local training, and evaluation."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +36,8 @@ def train(
         One client's examples.
     recipe : RecipeConfig
         Local training. FedProx (arXiv 1812.06127): `prox` adds mu/2 ‖w - w_sent‖² to
-        the loss.
+        the loss. `weight_decay` pulls values towards the adapter's anchors, others
+        towards 0: decoupled with AdamW (arXiv 1711.05101), in the gradient with SGD.
     rng_key : tuple
         Keys the order of the batches and dropout: (seed, round, client).
 
@@ -46,7 +49,8 @@ def train(
     stream = np.random.Philox(key=key("train", *rng_key))
     torch.manual_seed(int(stream.random_raw()) >> 1)
     parameters = adapter.parameters()
-    optimizer = make_optimizer(parameters, recipe)
+    anchored = _anchored(adapter) if recipe.weight_decay else []
+    optimizer = make_optimizer(parameters, recipe, [p for p, _ in anchored])
     sent = [p.detach().clone() for p in parameters] if recipe.prox else []
     model = backbone.model.train()
     losses: list[Tensor] = []
@@ -64,6 +68,7 @@ def train(
                     parameter.grad.add_(parameter.detach() - origin, alpha=recipe.prox)
             if recipe.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+            _decay(anchored, recipe)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             adapter.commit()
@@ -93,20 +98,58 @@ def evaluate(
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter], recipe: RecipeConfig
+    parameters: list[nn.Parameter],
+    recipe: RecipeConfig,
+    anchored: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """Return the local optimiser of the parameters that an adapter trains."""
+    """Return the local optimiser of the parameters that an adapter trains.
+
+    Parameters
+    ----------
+    parameters : list[nn.Parameter]
+        The parameters.
+    recipe : RecipeConfig
+        Local training.
+    anchored : Sequence[nn.Parameter]
+        Those that do not decay towards 0.
+    """
+    apart = {id(parameter) for parameter in anchored}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if id(p) not in apart]},
+        {"params": list(anchored), "weight_decay": 0.0},
+    ]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters,
+            groups,
             lr=recipe.lr,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
         )
     # Fused: one pass over each parameter, where the default makes several.
     return torch.optim.AdamW(
-        parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+        groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
     )
+
+
+def _anchored(adapter: Adapter) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the parameters that decay towards an anchor, each with its anchor."""
+    anchors = adapter.anchors()
+    named = zip(adapter.returned(), adapter.parameters(), strict=True)
+    return [(p, anchors[name].to(p)) for name, p in named if name in anchors]
+
+
+@torch.no_grad()
+def _decay(
+    anchored: Sequence[tuple[nn.Parameter, Tensor]], recipe: RecipeConfig
+) -> None:
+    """Pull parameters towards their anchors, as torch's optimisers do towards 0."""
+    for parameter, anchor in anchored:
+        if parameter.grad is None:  # the loss does not use it
+            continue
+        if recipe.optimizer == "sgd":
+            parameter.grad.add_(parameter - anchor, alpha=recipe.weight_decay)
+        else:
+            parameter.lerp_(anchor, recipe.lr * recipe.weight_decay)
 
 
 def precision_of(backbone: Backbone, precision: str) -> AbstractContextManager[object]:

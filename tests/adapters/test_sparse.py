@@ -62,6 +62,9 @@ class TargetsAdapter(FullAdapter):
         body = super().make(backbone)
         return {f"{name}.weight": body[f"{name}.weight"] for name in backbone.targets}
 
+    def anchors(self) -> dict[str, Tensor]:
+        return {n: t for n, t in self._before.items() if n in self._trained}
+
 
 @pytest.mark.parametrize("structure", ["unstructured", "rows", "columns"])
 def test_full_density_is_dense_training(

@@ -3,15 +3,18 @@
 import math
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slora_flwr.aggregation.mean import FoldError, Mean
-from slora_flwr.aggregation.server_optimizer import ServerOptimizer
+from slora_flwr.aggregation.server_optimizer import DEFAULT_RATES, ServerOptimizer
+from slora_flwr.config import list_keys
 
 Updates = list[tuple[list[float], int]]
 
@@ -47,6 +50,42 @@ def test_weights_count_as_examples() -> None:
     assert result["x"].dtype == torch.float32
 
 
+class Passes(TorchDispatchMode):
+    """Counts the values that all operations write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        # A view writes nothing.
+        if isinstance(found, torch.Tensor) and not func.is_view:
+            self.values += found.numel()
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_folding_passes_over_the_values_a_few_times(dtype: torch.dtype) -> None:
+    size = 100_000
+    update = {"x": torch.linspace(-1, 1, size, dtype=dtype)}
+    node, server = Mean(), Mean()
+    node.add(update, 3)
+    server.merge(node.sums, node.weight)
+    kept = node.sums["x"].data_ptr(), server.sums["x"].data_ptr()
+    with Passes() as adding:
+        node.add(update, 5)
+    with Passes() as merging:
+        server.merge(node.sums, node.weight)
+    # To float64, scaled, rounded, to int64, added; and two values for the range.
+    assert adding.values <= 5 * size + 2
+    assert merging.values <= size + 2
+    assert (node.sums["x"].data_ptr(), server.sums["x"].data_ptr()) == kept
+    assert server.sums["x"][-1].item() == (3 + 8) * 2**30
+
+
 def test_an_update_is_not_changed_by_folding_it() -> None:
     update = state(1.0, 2.0)
     mean = Mean()
@@ -55,6 +94,9 @@ def test_an_update_is_not_changed_by_folding_it() -> None:
     mean.result()["x"].zero_()
     assert update["x"].tolist() == [1.0, 2.0]
     assert mean.result()["x"].tolist() == [1.0, 1.5]
+    wide = {"x": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    Mean().add(wide, 2)
+    assert wide["x"].tolist() == [1.0, 2.0]
 
 
 def test_sums_that_were_merged_are_not_changed() -> None:
@@ -124,8 +166,39 @@ def test_sums_that_would_overflow_are_refused() -> None:
     with pytest.raises(FoldError):
         mean.merge(half, 1)
     with pytest.raises(FoldError):
+        mean.add(state(2.0**31), 1)
+    with pytest.raises(FoldError):
         mean.merge({"x": torch.tensor([-(2**63)])}, 1)
     assert (mean.weight, mean.sums["x"].tolist()) == (1, [2**61])
+
+
+def test_sums_that_cancel_are_not_refused() -> None:
+    mean = Mean()
+    for sign in (1, -1, 1, -1, -1):
+        mean.merge({"x": torch.tensor([sign * (2**62 - 1)])}, 1)
+    assert mean.sums["x"].tolist() == [1 - 2**62]
+    with pytest.raises(FoldError):
+        mean.add(state(-(2.0**-30)), 1)
+    mean.add(state(2.0**-30), 1)
+    assert (mean.weight, mean.sums["x"].tolist()) == (6, [2 - 2**62])
+
+
+def test_a_refused_tensor_leaves_the_others_as_they_were() -> None:
+    mean = Mean()
+    mean.add({"x": torch.tensor(1.0), "y": torch.tensor(2.0)}, 1)
+    with pytest.raises(FoldError, match="the update of y is not finite or too large"):
+        mean.add({"x": torch.tensor(1.0), "y": torch.tensor(math.nan)}, 1)
+    with pytest.raises(FoldError, match="the update of y is not finite or too large"):
+        mean.merge({"x": torch.tensor(1), "y": torch.tensor(2**62)}, 1)
+    assert [int(t) for t in mean.sums.values()] == [2**30, 2**31]
+    assert mean.weight == 1
+
+
+def test_tensors_may_be_empty() -> None:
+    mean = Mean()
+    mean.add({"x": torch.zeros(0, 3)}, 1)
+    mean.merge(mean.sums, 1)
+    assert mean.result()["x"].shape == (0, 3)
 
 
 def run(name: str, lr: float, updates: list[float], start: float = 1.0) -> list[float]:
@@ -138,6 +211,14 @@ def run(name: str, lr: float, updates: list[float], start: float = 1.0) -> list[
 
 def test_none_adds_the_mean() -> None:
     assert run("none", 1.0, [0.5, -2.0]) == [1.5, -0.5]
+
+
+@pytest.mark.parametrize("name", ["none", "fedavgm", "fedadam"])
+def test_rate_0_is_the_optimizers_own(name: str) -> None:
+    rate = DEFAULT_RATES[name]
+    assert run(name, 0.0, [0.5, -2.0]) == run(name, rate, [0.5, -2.0])
+    [told] = [key.help for key in list_keys() if key.name == "server.lr"]
+    assert f"{rate} for `{name}`" in told
 
 
 def test_none_adds_lr_times_the_mean() -> None:

@@ -101,7 +101,7 @@ CHANGED: dict[str, Value] = {
     "lora.base": "warm-start",
     "lora.factors": "b",
     "server.optimizer": "none",
-    "server.lr": 1.0,
+    "server.lr": 0.0,
     "server.clip-norm": 2.0,
     "server.robust": "none",
     "server.byzantine": 0,
@@ -218,7 +218,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("lora.base", "w1", "residual, w0, warm-start"),
     ("lora.factors", "a", "auto, balanced, b"),
     ("server.optimizer", "adam", "none, fedavgm, fedadam"),
-    ("server.lr", 0.0, "a number above 0"),
+    ("server.lr", -1.0, "a number of at least 0"),
     ("server.clip-norm", -0.1, "a number of at least 0"),
     ("server.robust", "bulyan", "none, median, trimmed-mean, krum, multi-krum"),
     ("server.byzantine", -1, "a number of at least 0"),
@@ -596,6 +596,20 @@ DTYPE = "model.dtype is 'bfloat16'; allowed: float32"
         (
             RANKS | {"lora.start": "federa"},
             "lora.ranks is '1,2'; allowed: empty, since lora.start is federa",
+        ),
+        (
+            {"lora.aggregator": "exact", "train.weight-decay": 0.5},
+            "train.weight-decay is 0.5; allowed: 0, since lora.base is residual and "
+            "the aggregator is exact",
+        ),
+        (
+            {
+                "method": "fedex-lora",
+                "lora.start": "federa",
+                "train.weight-decay": 0.5,
+            },
+            "train.weight-decay is 0.5; allowed: 0, since lora.start is federa and "
+            "the aggregator is exact",
         ),
         (
             RANKS | {"download.lossless": True},

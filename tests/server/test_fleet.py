@@ -112,6 +112,59 @@ def test_a_client_goes_only_where_it_is_hosted(data: st.DataObject) -> None:
         assert set(clients) <= set(grid.hosts[node])
 
 
+def plain_rule(
+    cohort: Iterable[int], hosted: dict[int, list[int]]
+) -> dict[int, list[int]]:
+    """Look at every node for every client."""
+    loads = dict.fromkeys(sorted(hosted), 0)
+    dealt: dict[int, list[int]] = {}
+    for client in sorted(cohort, key=lambda c: (-SIZES[c], c)):
+        able = [node for node in loads if client in hosted[node]]
+        node = min(able, key=lambda n: (loads[n], n))
+        loads[node] += SIZES[client]
+        dealt.setdefault(node, []).append(client)
+    return dealt
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_the_assignment_is_that_of_the_plain_rule(data: st.DataObject) -> None:
+    ids = data.draw(st.lists(st.integers(1, 99), min_size=1, max_size=8, unique=True))
+    grid = FakeGrid(ids)
+    kinds = st.sampled_from([list(SIZES), [0, 1, 2], [2, 3], [5]])
+    for node in ids:
+        grid.hosts[node] = data.draw(kinds)
+    known = gathered(grid)
+    cohort = data.draw(st.sets(st.sampled_from(known.clients)))
+    expected = plain_rule(cohort, grid.hosts)
+    found = known.assign(cohort)
+    assert (found, list(found)) == (expected, list(expected))
+
+
+class Counted(frozenset[int]):
+    """A set that counts how often it is asked for a client."""
+
+    asked = 0
+
+    def __contains__(self, client: object) -> bool:
+        Counted.asked += 1
+        return super().__contains__(client)
+
+
+@pytest.mark.parametrize("kinds", [1, 3])
+def test_an_assignment_does_not_ask_every_node_about_every_client(
+    kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "frozenset", Counted, raising=False)
+    grid = FakeGrid(range(1, 201))
+    everyone = list(SIZES)
+    grid.hosts = {n: everyone[: len(everyone) - n % kinds] for n in grid.online}
+    known = gathered(grid)
+    Counted.asked = 0
+    known.assign(SIZES)
+    assert Counted.asked <= len(grid.online) + len(SIZES) * kinds
+
+
 def test_clients_hosted_everywhere_fill_up_the_less_loaded_node() -> None:
     grid = FakeGrid([1, 2])
     grid.hosts = {1: [0, 1, 2, 3], 2: [1, 2, 3]}
