@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from slora_flwr.adapters.base import Adapter
 from slora_flwr.adapters.handoff import Handoff
-from slora_flwr.backbone.base_weights import BaseWeights
+from slora_flwr.backbone.base_weights import BaseWeights, take_entries
 from slora_flwr.backbone.families import most_positions
 from slora_flwr.backbone.load import Backbone, load_backbone
 from slora_flwr.common.svd import truncated_svd
@@ -78,10 +78,10 @@ class AttachedModel:
             self.detach()
             if base is None and phase.changes_base:
                 base = BaseWeights()  # keeps W_0 aside
+            frozen: State = {}
             if base is not None:
-                base.apply(self.backbone)
+                frozen = base.apply(self.backbone, changes=phase.changes_base)
                 self._base = base
-            frozen = base.a if base is not None and base.a else None
             self._adapter = phase.adapter_type.from_config(
                 self._config, phase.aggregator_type.trains, frozen
             )
@@ -146,10 +146,10 @@ class AttachedModel:
         No adapter is attached afterwards.
         """
         self.detach()
+        targets = self.backbone.targets
         return {
-            f"{name}.values": weight.reshape(-1)[torch.from_numpy(positions[name])]
-            for name, weight in self.base_weights().items()
-            if name in positions
+            f"{name}.values": take_entries(targets[name].weight, at)
+            for name, at in positions.items()
         }
 
     def hand_over(self, state: State, rounds: int, phase: Phase) -> Handoff:
@@ -173,15 +173,18 @@ class AttachedModel:
         """
         sparse = self.adapter
         positions, values = sparse.learned(state, rounds)
+        before = {} if self._base is None else self._base.before
         sparse.detach()
-        first = self.base_weights() if self._base is None else self._base.before
+        first = {
+            name: take_entries(before.get(name, module.weight), positions[name])
+            for name, module in self.backbone.targets.items()
+        }
         sparse.attach(self.backbone)
         energies = []
-        for name, weight in first.items():
-            at = torch.from_numpy(positions[name])
-            delta = (values[name] - weight.reshape(-1).cpu()[at]).double().numpy()
-            m, n = weight.shape
-            energies.append(truncated_svd(positions[name], delta, (m, n), rank).energy)
+        for name, module in self.backbone.targets.items():
+            delta = (values[name] - first[name]).double().numpy()
+            shape = (module.out_features, module.in_features)
+            energies.append(truncated_svd(positions[name], delta, shape, rank).energy)
         return fmean(energies)
 
     def _known(self, phase: Phase, base: BaseWeights | None) -> State:
