@@ -55,6 +55,10 @@ def prime(svd: TruncatedSvd, scaling: float, factors: str) -> tuple[Tensor, Tens
     )
 
 
+# Rows of a matrix that are checked at a time.
+ROWS = 256
+
+
 class HandoffError(RuntimeError):
     """The result of a handoff is not what its base and factors intend."""
 
@@ -81,16 +85,20 @@ def check_primed(
         If the two differ by more than float32 rounding, or B is zero although the delta
         is not.
     """
-    kept = torch.from_numpy(svd.u * svd.s).float() @ torch.from_numpy(svd.vt).float()
-    check_equal((scaling * b) @ a, kept, base, name, rounding=1e-5)
+    left, vt = torch.from_numpy(svd.u * svd.s).float(), torch.from_numpy(svd.vt).float()
+    largest, error = 0.0, 0.0
+    # A few rows at a time: a dense product would be as large as the weight.
+    for rows, kept_rows in zip(b.split(ROWS), left.split(ROWS), strict=True):
+        kept = kept_rows @ vt
+        largest = max(largest, _largest(kept))
+        error = max(error, _error((scaling * rows) @ a, kept))
+    _refuse(error, largest, 1e-5 * max(largest, 1e-3), base, name)
     if svd.s.any() and not bool(b.any()):
         raise HandoffError(f"after the handoff B of {name} is zero: nothing was primed")
 
 
-def check_equal(
-    found: Tensor, intended: Tensor, base: str, name: str, rounding: float = 0.0
-) -> None:
-    """Check that a handoff has made one tensor as intended.
+def check_equal(found: Tensor, intended: Tensor, base: str, name: str) -> None:
+    """Check that a handoff has made one tensor as intended, bit for bit.
 
     Parameters
     ----------
@@ -98,25 +106,32 @@ def check_equal(
         What the low-rank phase starts with, and what it should.
     base, name : str
         The base and the matrix, for the message.
-    rounding : float
-        Largest error of an entry, relative to the largest entry.
 
     Raises
     ------
     HandoffError
-        If the two differ by more.
+        If the two differ.
     """
-    scale = _largest(intended)
-    error = math.nan
-    if found.shape == intended.shape:
-        error = _largest(found - intended)
-    if not error <= rounding * max(scale, 1e-3):
+    _refuse(_error(found, intended), _largest(intended), 0.0, base, name)
+
+
+def _refuse(error: float, largest: float, within: float, base: str, name: str) -> None:
+    """Raise HandoffError if an error is too large."""
+    if error > within:
         raise HandoffError(
             f"after the handoff {name} is off by {error:.3g} from what base {base} "
-            f"intends, whose largest entry is {scale:.3g}"
+            f"intends, whose largest entry is {largest:.3g}"
         )
 
 
+def _error(found: Tensor, intended: Tensor) -> float:
+    """Return the largest difference; infinity for NaN or another shape."""
+    if found.shape != intended.shape:
+        return math.inf
+    error = _largest(found - intended)
+    return math.inf if math.isnan(error) else error
+
+
 def _largest(tensor: Tensor) -> float:
-    """Return the largest magnitude in a tensor; NaN if there is any."""
+    """Return the largest magnitude in a tensor, or NaN."""
     return float(torch.linalg.vector_norm(tensor, math.inf)) if tensor.numel() else 0.0

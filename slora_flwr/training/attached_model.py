@@ -1,6 +1,7 @@
 """A process's resident backbone, with a phase's adapter attached over its base."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from statistics import fmean
 
@@ -40,6 +41,7 @@ class AttachedModel:
         self._config, self._data = config, data
         self._adapter: Adapter | None = None
         self._base: BaseWeights | None = None
+        self._changes = False  # whether rounds change the base
         self._attached: tuple[Phase, str] | None = None
         self.reference: State = {}
 
@@ -53,6 +55,13 @@ class AttachedModel:
         )
         _check_fit(config, backbone)
         return backbone
+
+    @property
+    def digest(self) -> str:
+        """W_0's digest, for which any adapter is detached the first time."""
+        if "digest" not in vars(self.backbone):
+            self.detach()
+        return self.backbone.digest
 
     @property
     def adapter(self) -> Adapter:
@@ -81,7 +90,7 @@ class AttachedModel:
             frozen: State = {}
             if base is not None:
                 frozen = base.apply(self.backbone, changes=phase.changes_base)
-                self._base = base
+                self._base, self._changes = base, phase.changes_base
             self._adapter = phase.adapter_type.from_config(
                 self._config, phase.aggregator_type.trains, frozen
             )
@@ -135,22 +144,37 @@ class AttachedModel:
 
     def base_weights(self) -> State:
         """Return a copy of the base's target matrices, float32 on the CPU."""
-        return {
-            name: module.weight.detach().to("cpu", torch.float32, copy=True)
-            for name, module in self.backbone.targets.items()
-        }
+        with self._without_adapter():
+            return {
+                name: module.weight.detach().to("cpu", torch.float32, copy=True)
+                for name, module in self.backbone.targets.items()
+            }
 
-    def known_values(self, positions: Mapping[str, NDArray[np.int64]]) -> State:
-        """Return W_0's values at positions of target matrices, named as in a base.
+    def first_values(self, positions: Mapping[str, NDArray[np.int64]]) -> State:
+        """Return W_0's values at positions of target matrices, by matrix."""
+        with self._without_adapter():
+            base, whole = self._base, {}
+            if base is not None and self._changes:
+                whole = base.before
+            elif base is not None:
+                base.remove(self.backbone)
+            targets = self.backbone.targets
+            found = {
+                name: take_entries(whole.get(name, targets[name].weight), at)
+                for name, at in positions.items()
+            }
+            if base is not None and not whole:
+                base.apply(self.backbone)
+        return found
 
-        No adapter is attached afterwards.
-        """
-        self.detach()
-        targets = self.backbone.targets
-        return {
-            f"{name}.values": take_entries(targets[name].weight, at)
-            for name, at in positions.items()
-        }
+    @contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        """Detach the adapter for a while. What it has loaded is lost."""
+        if self._adapter is not None:
+            self._adapter.detach()
+        yield
+        if self._adapter is not None:
+            self._adapter.attach(self.backbone)
 
     def hand_over(self, state: State, rounds: int, phase: Phase) -> Handoff:
         """Return the handoff from the attached sparse phase after `rounds` rounds.
@@ -171,15 +195,8 @@ class AttachedModel:
 
         It is the mean over the target matrices, as the handoff reports it.
         """
-        sparse = self.adapter
-        positions, values = sparse.learned(state, rounds)
-        before = {} if self._base is None else self._base.before
-        sparse.detach()
-        first = {
-            name: take_entries(before.get(name, module.weight), positions[name])
-            for name, module in self.backbone.targets.items()
-        }
-        sparse.attach(self.backbone)
+        positions, values = self.adapter.learned(state, rounds)
+        first = self.first_values(positions)
         energies = []
         for name, module in self.backbone.targets.items():
             delta = (values[name] - first[name]).double().numpy()
