@@ -86,6 +86,8 @@ def check_primed(
         is not.
     """
     left, vt = torch.from_numpy(svd.u * svd.s).float(), torch.from_numpy(svd.vt).float()
+    if (b.shape, a.shape) != (left.shape, vt.shape):
+        _refuse(math.inf, _largest(left), 0.0, base, name)
     largest, error = 0.0, 0.0
     # A few rows at a time: a dense product would be as large as the weight.
     for rows, kept_rows in zip(b.split(ROWS), left.split(ROWS), strict=True):

@@ -1,17 +1,22 @@
 """The handoff: truncated SVD, priming, the three bases, and what is refused."""
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from slora_flwr.adapters import LowRankAdapter, SparseAdapter, handoff
-from slora_flwr.adapters.handoff import Handoff
+from slora_flwr.adapters.handoff import Handoff, prime_low_rank
 from slora_flwr.adapters.masks import make_mask
 from slora_flwr.adapters.priming import (
+    ROWS,
     HandoffError,
     check_equal,
     check_primed,
@@ -372,6 +377,51 @@ def test_bf16_backbone_is_handed_over(
         )
 
 
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of all tensors made inside and not yet freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return found
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        at, size = storage.data_ptr(), storage.nbytes()
+        if at not in self._seen:
+            self._seen.add(at)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(tensor, self._free, at, size)
+
+    def _free(self, at: int, size: int) -> None:
+        self._seen.discard(at)
+        self.now -= size
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_no_copy_of_the_matrices_is_made(bert: Backbone, base: str) -> None:
+    sparse = SparseAdapter(0.02, "unstructured", 5)
+    sparse.attach(bert)
+    state = perturb(sparse.state(), 1e-2)
+    positions, values = sparse.learned(state, rounds=0)
+    sparse.detach()
+    head = {name: state[name] for name in bert.head}
+    config = LoraConfig(rank=1, base=base)
+    with LiveBytes() as live:
+        prime_low_rank(bert, positions, values, head, config)
+    assert 0 < live.peak < 4 * bert.target_size / 2
+
+
 # --- what is refused
 
 
@@ -394,6 +444,18 @@ def test_wrong_factors_are_refused(base: str) -> None:
     ):
         with pytest.raises(HandoffError, match=f"layer is off by .* base {base}"):
             check_primed(wrong_a, wrong_b, 3.0, svd, base, "layer")
+
+
+def test_factors_are_checked_to_the_last_row() -> None:
+    """More rows than are checked at a time; and of a wide matrix, transposed."""
+    shape = (ROWS + 44, 40)
+    positions, values, _ = sparse_matrix(shape, 400)
+    svd = truncated_svd(positions, values, shape, 5)
+    a, b = prime(svd, 3.0, "balanced")
+    check_primed(a, b, 3.0, svd, "w0", "layer")
+    for wrong_a, wrong_b in ((b.T, a.T), (a, torch.cat([b[:-1], b[-1:] + 0.1]))):
+        with pytest.raises(HandoffError, match="layer is off by"):
+            check_primed(wrong_a, wrong_b, 3.0, svd, "w0", "layer")
 
 
 def test_zero_b_is_refused_however_small_the_delta() -> None:
