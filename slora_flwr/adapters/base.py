@@ -85,7 +85,7 @@ class Adapter:
         trains : str
             Which factors the phase's aggregator has clients train; see `Aggregator`.
         frozen : State or None
-            Frozen factors by target matrix, if the phase's base supplies them.
+            Frozen factors of the phase's base, named as in a low-rank state.
         """
         return cls()
 

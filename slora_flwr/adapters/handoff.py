@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from slora_flwr.adapters.low_rank import LowRankAdapter
-from slora_flwr.adapters.priming import check_handoff, prime
+from slora_flwr.adapters.priming import check_equal, check_primed, prime
 from slora_flwr.adapters.sparse import SparseAdapter
-from slora_flwr.backbone.base_weights import BaseWeights
+from slora_flwr.backbone.base_weights import BaseWeights, take_entries
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.svd import TruncatedSvd, truncated_svd
 from slora_flwr.common.tensors import State
@@ -84,27 +83,27 @@ def prime_low_rank(
     factors = _resolve(config, trains)
     a: State = {}
     b: State = {}
-    delta: State = {}
-    svds: dict[str, TruncatedSvd] = {}
+    energies = {}
     for name, module in backbone.targets.items():
         shape = (module.out_features, module.in_features)
-        before = module.weight.detach().reshape(-1).float().cpu()
-        delta[name] = values[name] - before[torch.from_numpy(positions[name])]
-        learned = delta[name].numpy().astype(np.float64)
-        svds[name] = truncated_svd(positions[name], learned, shape, config.rank)
+        before = take_entries(module.weight, positions[name])
+        delta = (values[name] - before).double().numpy()
+        svd = truncated_svd(positions[name], delta, shape, config.rank)
+        energies[name] = svd.energy
         if config.base != "warm-start":
-            a[name], b[name] = prime(svds[name], lora.scaling, factors)
+            a[name], b[name] = prime(svd, lora.scaling, factors)
+            check_primed(a[name], b[name], lora.scaling, svd, config.base, name)
             start[f"{name}.lora_A"], start[f"{name}.lora_B"] = a[name], b[name]
 
     patch = None
     if config.base != "w0":
         patch = BaseWeights(positions, values, a, b, lora.scaling)
+        _check(backbone, patch, start, config.base)
     elif frozen:
         patch = BaseWeights(a=a)
-    _check(backbone, lora.scaling, config.base, positions, delta, svds, start, patch)
     if frozen:
         start = {n: t for n, t in start.items() if not n.endswith(".lora_A")}
-    return Handoff(start, patch, {name: svd.energy for name, svd in svds.items()})
+    return Handoff(start, patch, energies)
 
 
 def _resolve(config: LoraConfig, trains: str) -> str:
@@ -172,38 +171,20 @@ def base_layout(
     return shapes, positions, scaling
 
 
-def _check(
-    backbone: Backbone,
-    scaling: float,
-    base: str,
-    positions: dict[str, NDArray[np.int64]],
-    delta: State,
-    svds: dict[str, TruncatedSvd],
-    start: State,
-    patch: BaseWeights | None,
-) -> None:
-    """Check the weights that a node would compute with, one matrix at a time."""
-    before = {n: m.weight.detach().float().cpu() for n, m in backbone.targets.items()}
-    before = {name: weight.clone() for name, weight in before.items()}
-    if patch is not None:
-        patch.apply(backbone)
-    for name, module in backbone.targets.items():
-        b = start[f"{name}.lora_B"]
-        product = scaling * (b @ start[f"{name}.lora_A"])
-        effective = module.weight.detach().float().cpu() - before[name] + product
-        if base != "warm-start":
-            # Base `residual` subtracts the factors whatever they are, so only this
-            # check finds wrong ones.
-            svd = svds[name]
-            kept = torch.from_numpy((svd.u * svd.s) @ svd.vt).float()
-            check_handoff(product, kept, b, base, name)
-        if base != "w0":
-            intended = torch.zeros(effective.numel())
-            intended[torch.from_numpy(positions[name])] = delta[name]
-            intended = intended.view_as(effective)
-            weight = module.weight.detach()
-            largest = max(float(before[name].abs().max()), float(weight.abs().max()))
-            rounding = 2 * torch.finfo(weight.dtype).eps * largest
-            check_handoff(effective, intended, b, base, name, rounding)
-    if patch is not None:
+def _check(backbone: Backbone, patch: BaseWeights, start: State, base: str) -> None:
+    """Check what a node would compute with, exactly.
+
+    The weights hold the sparse values, rounded to their type, and the factors that the
+    base subtracts are those that the phase starts from. Its function is then that of
+    the sparse phase.
+    """
+    frozen = patch.apply(backbone)
+    try:
+        for name, module in backbone.targets.items():
+            stored = patch.values[name].to(module.weight.dtype).float()
+            found = take_entries(module.weight, patch.positions[name])
+            check_equal(found, stored, base, name)
+    finally:
         patch.remove(backbone)
+    for name, factor in frozen.items():
+        check_equal(factor, start[name], base, name)

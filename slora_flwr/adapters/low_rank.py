@@ -3,10 +3,12 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from slora_flwr.adapters.base import Adapter
 from slora_flwr.backbone.load import Backbone
@@ -22,6 +24,9 @@ class LowRankAdapter(Adapter):
 
     The state holds `<module>.lora_A`, shape (rank, in), and `<module>.lora_B`, shape
     (out, rank). PEFT initialises A at random and B with zeros. LoRA: arXiv 2106.09685.
+
+    If the base subtracts s·B_0·A_0, the layers compute s·[B, -B_0]·[A; A_0], as the
+    export does: one product, in whose sums equal factors cancel.
 
     Parameters
     ----------
@@ -41,7 +46,8 @@ class LowRankAdapter(Adapter):
     orthonormal : bool
         Initialise A with orthonormal rows.
     frozen : State or None
-        The frozen A by target matrix, if it does not follow from the seed.
+        Factors of the base, named as in the state: A_0 and B_0, or the frozen A alone
+        if it does not follow from the seed.
     """
 
     is_low_rank = True
@@ -61,7 +67,7 @@ class LowRankAdapter(Adapter):
         self.rank = rank
         self.scaling = alpha / (rank if scaling == "rank" else math.sqrt(rank))
         self._seed, self._trains = seed, trains
-        self._orthonormal, self._frozen = orthonormal, frozen
+        self._orthonormal, self._frozen = orthonormal, frozen or {}
         self._factors: State = {}
 
     def peft_config(self, backbone: Backbone) -> "LoraConfig":
@@ -142,16 +148,21 @@ class LowRankAdapter(Adapter):
             for name in backbone.targets:
                 layer = backbone.model.get_submodule(name)
                 a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                first_a = self._frozen.get(f"{name}.lora_A")
+                first_b = self._frozen.get(f"{name}.lora_B")
                 if self._orthonormal:
                     nn.init.orthogonal_(a)
                 if self._trains == "b":
-                    if self._frozen is not None:
-                        a.data.copy_(self._frozen[name])
+                    if first_a is not None:
+                        a.data.copy_(first_a)
                     a.requires_grad_(False)
                     self._factors[name] = a.data
                 else:
                     trained[f"{name}.lora_A"] = a
                 trained[f"{name}.lora_B"] = b
+                if first_a is not None and first_b is not None:
+                    _extend(layer.lora_A["default"], first_a, dim=0)
+                    _extend(layer.lora_B["default"], -first_b, dim=1)
         return trained
 
     def restore(self, backbone: Backbone) -> None:
@@ -159,6 +170,16 @@ class LowRankAdapter(Adapter):
         self._model.unload()
         self._factors = {}
         del self._model
+
+
+def _extend(linear: nn.Linear, frozen: Tensor, dim: int) -> None:
+    """Have a layer compute with more rows or columns than those that it trains."""
+    frozen = frozen.to(linear.weight)
+    linear.forward = partial(_forward, linear.weight, frozen, dim)  # type: ignore[method-assign]
+
+
+def _forward(weight: Tensor, frozen: Tensor, dim: int, x: Tensor) -> Tensor:
+    return F.linear(x, torch.cat([weight, frozen], dim))
 
 
 def cut_ranks(state: State, rank: int) -> State:

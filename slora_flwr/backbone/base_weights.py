@@ -1,4 +1,4 @@
-"""The base of a low-rank phase: what a handoff changes in the backbone."""
+"""The base of a phase: the frozen weights that its adapter stands on."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,10 @@ from slora_flwr.backbone.load import Backbone
 class BaseWeights:
     """W_base = W_0 with the sparse phase's values, minus s·B·A of the start.
 
-    All parts may be empty. The base is then W_0, which can be changed and restored.
+    All parts may be empty; the base is then W_0. The values are written into the
+    resident weights, rounded to these weights' type as the sparse phase computed with
+    them. The factors stay factors, whose product the low-rank adapter subtracts: W_0
+    minus a dense product would round all of the weights.
 
     Attributes
     ----------
@@ -31,7 +34,8 @@ class BaseWeights:
     weights : dict[str, Tensor]
         The base itself, (out, in), instead of all of the above.
     before : dict[str, Tensor]
-        W_0's target matrices while the base is applied.
+        What restores W_0 while the base is applied: its entries at the positions, or
+        its target matrices if rounds change the base.
     """
 
     positions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -42,34 +46,60 @@ class BaseWeights:
     weights: dict[str, Tensor] = field(default_factory=dict)
     before: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def apply(self, backbone: Backbone) -> None:
-        """Change the resident W_0 to the base; no adapter may be attached."""
+    def apply(self, backbone: Backbone, *, changes: bool = False) -> dict[str, Tensor]:
+        """Change the resident W_0 to the base; no adapter may be attached.
+
+        Parameters
+        ----------
+        backbone : Backbone
+            The backbone with W_0.
+        changes : bool
+            True if rounds change the base. The weights then hold all of it, minus
+            s·B·A too, and W_0's target matrices are kept aside.
+
+        Returns
+        -------
+        dict[str, Tensor]
+            The frozen factors that the adapter is to use, as `factors` names them.
+        """
         assert not self.before, "the base is applied already"
         with torch.no_grad():
             for name, module in backbone.targets.items():
                 weight = module.weight
-                self.before[name] = weight.detach().clone()
+                if changes:
+                    self.before[name] = weight.detach().clone()
                 if name in self.weights:
                     weight.copy_(self.weights[name])
                 if name in self.values:
                     at = torch.from_numpy(self.positions[name]).to(weight.device)
+                    if not changes:
+                        self.before[name] = weight.view(-1)[at]
                     values = self.values[name].to(weight.device, weight.dtype)
                     weight.view(-1).index_copy_(0, at, values)
-                if name in self.b:
+                if changes and name in self.b:
                     product = (self.b[name] @ self.a[name]) * self.scaling
                     weight.sub_(product.to(weight.device, weight.dtype))
+        return self.factors("a" if changes else "ab")
 
     def remove(self, backbone: Backbone) -> None:
         """Restore W_0, bit for bit, even if rounds have changed the base."""
         with torch.no_grad():
             for name, before in self.before.items():
-                backbone.targets[name].weight.copy_(before)
+                weight = backbone.targets[name].weight
+                if before.shape == weight.shape:
+                    weight.copy_(before)
+                else:
+                    at = torch.from_numpy(self.positions[name]).to(weight.device)
+                    weight.view(-1).index_copy_(0, at, before)
         self.before = {}
 
-    def factors(self) -> dict[str, Tensor]:
-        """Return `a` and `b` by their names in a low-rank adapter's state."""
-        named = {f"{name}.lora_A": tensor for name, tensor in self.a.items()}
-        return named | {f"{name}.lora_B": tensor for name, tensor in self.b.items()}
+    def factors(self, which: str = "ab") -> dict[str, Tensor]:
+        """Return the named factors by their names in a low-rank adapter's state."""
+        return {
+            f"{name}.lora_{factor.upper()}": tensor
+            for factor in which
+            for name, tensor in (self.a if factor == "a" else self.b).items()
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Return what is sent to a node that has only W_0 and the mask's seed."""
@@ -111,3 +141,9 @@ class BaseWeights:
             name, part = key.rsplit(".", 1)
             parts[part][name] = tensor
         return cls(positions, parts["values"], parts["a"], parts["b"], scaling)
+
+
+def take_entries(weight: Tensor, positions: NDArray[np.int64]) -> Tensor:
+    """Return a weight's entries at row-major positions, float32 on the CPU."""
+    at = torch.from_numpy(positions).to(weight.device)
+    return weight.detach().reshape(-1)[at].float().cpu()

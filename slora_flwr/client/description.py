@@ -34,8 +34,7 @@ def _add_partition(
     config: RunConfig, context: Context, described: ConfigRecord
 ) -> MetricRecord:
     trainer = get_process(context).trainer
-    trainer.model.detach()  # the digest is W_0's
-    described["backbone"] = trainer.model.backbone.digest
+    described["backbone"] = trainer.model.digest
     described["partition"] = trainer.data.partition_digest
     described["classes"] = trainer.data.classes
     sizes = trainer.data.partition.sizes

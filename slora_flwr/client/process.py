@@ -10,6 +10,7 @@ from slora_flwr.client.errors import MismatchError, MissingStateError
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig, flatten, parse
 from slora_flwr.data.node_files import OwnData
+from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.messages import Instruction
@@ -23,17 +24,36 @@ from slora_flwr.wire.state_channel import (
 )
 
 
+class SharedContext(Context):
+    """The context of a node that lives in the server's process.
+
+    Attributes
+    ----------
+    model : AttachedModel or None
+        The server's model, which this node uses too; None for one of its own.
+    """
+
+    model: AttachedModel | None = None
+
+
 class ClientProcess:
-    """A run's trainer, and the last two versions of the state that it received.
+    """A run's trainer, and the versions of base and state that it received.
 
     Parameters
     ----------
-    config, classes
+    config, classes, model
         As in `Trainer`.
     """
 
-    def __init__(self, config: RunConfig, classes: tuple[str, ...]) -> None:
-        self.trainer = Trainer(config, classes)
+    def __init__(
+        self,
+        config: RunConfig,
+        classes: tuple[str, ...],
+        model: AttachedModel | None = None,
+    ) -> None:
+        self.trainer = Trainer(config, classes, model)
+        # The phase and the base received last, and the last two states.
+        self._base: tuple[int, str] | None = None
         self._versions: dict[str, bytes] = {}
 
     def prepare(self, instruction: Instruction) -> State:
@@ -47,9 +67,9 @@ class ClientProcess:
             If the adapter's fingerprint is not the server's.
         """
         model, phase = self.trainer.model, self.trainer.schedule[instruction.phase]
-        if not model.is_attached(phase, instruction.base):
+        if not self._has(instruction, instruction.base):
             self._attach_base(instruction)
-        adapter = model.attach(phase, None, instruction.base)
+        adapter = model.adapter
         adapter.begin(instruction.phase_round)
         if adapter.fingerprint() != instruction.fingerprint:
             raise MismatchError(
@@ -59,6 +79,16 @@ class ClientProcess:
             )
         return adapter.complete(self._read_state(instruction))
 
+    def _has(self, instruction: Instruction, digest: str) -> bool:
+        """Return whether this node has received a base, and it is attached.
+
+        A model that is the server's too has the instruction's base attached already.
+        """
+        model, index = self.trainer.model, instruction.phase
+        phase = self.trainer.schedule[index]
+        attached = (model.is_attached(phase, d) for d in (digest, instruction.base))
+        return self._base == (index, digest) and any(attached)
+
     def _attach_base(self, instruction: Instruction) -> None:
         """Attach the base: all of it, or a version this node has, then the changes."""
         model, delta = self.trainer.model, instruction.base_delta
@@ -66,13 +96,16 @@ class ClientProcess:
         if delta.weights is not None:
             base = read_weights(delta.weights, model.target_shapes)
             model.attach(phase, base, instruction.base)
-            return
-        if not model.is_attached(phase, delta.known):
-            start = self._read_base(instruction) if delta.known else None
-            model.attach(phase, start, delta.known)
-        if delta.changes:
+        else:
+            start = None
+            if delta.known and not self._has(instruction, delta.known):
+                start = self._read_base(instruction)
+            if not model.is_attached(phase, instruction.base):
+                model.attach(phase, start, delta.known)
             changes = [read_change(c, model.change_shapes) for c in delta.changes]
-            model.change_base(changes, delta.version + 1, instruction.base)
+            if not model.is_attached(phase, instruction.base):
+                model.change_base(changes, delta.version + 1, instruction.base)
+        self._base = (instruction.phase, instruction.base)
 
     def _read_base(self, instruction: Instruction) -> BaseWeights:
         config, model = self.trainer.config, self.trainer.model
@@ -83,7 +116,10 @@ class ClientProcess:
             phase, config, model.backbone, rounds_before
         )
         codec = Codec.of_download(config.download, head=0)
-        reference = {} if codec.is_exact else model.known_values(positions)
+        reference: State = {}
+        if not codec.is_exact:
+            first = model.first_values(positions)
+            reference = {f"{name}.values": values for name, values in first.items()}
         return read_base(data, shapes, positions, scaling, codec, reference)
 
     def _read_state(self, instruction: Instruction) -> State:
@@ -128,7 +164,9 @@ def get_process(
     config = parse(context.run_config)
     if config.clients.count == 0 and not config.data.is_own:
         config = _one_client_per_node(config, context)
-    process = make_process(config, tuple(instruction.classes) if instruction else ())
+    classes = tuple(instruction.classes) if instruction else ()
+    model = context.model if isinstance(context, SharedContext) else None
+    process = make_process(config, classes, model)
     if instruction and config.data.is_own:
         source = OwnData.of(context.node_config, config.data)
         for client in instruction.clients:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Mapping
 from logging import ERROR
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.common.logger import log
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid
@@ -13,8 +13,10 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from slora_flwr.client import handlers as node
+from slora_flwr.client.process import SharedContext, make_process
 from slora_flwr.config import Value
 from slora_flwr.server.run import run as run_on
+from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.wire.messages import release
 
 
@@ -29,7 +31,8 @@ def run_inline(run_config: Mapping[str, Value], nodes: int = 1) -> None:
         Number of nodes.
     """
     run_id = time.time_ns()
-    run_on(InlineGrid(run_config, nodes, run_id), run_config, run_id)
+    grid = InlineGrid(run_config, nodes, run_id)
+    run_on(grid, run_config, run_id, share=grid.share)
 
 
 class InlineGrid(Grid):
@@ -54,7 +57,7 @@ class InlineGrid(Grid):
         self._ids = itertools.count(1)
         self._sent: dict[str, Message] = {}
         self._contexts = {
-            node_id: Context(
+            node_id: SharedContext(
                 run_id=run_id,
                 node_id=node_id,
                 node_config={"partition-id": node_id - 1, "num-partitions": nodes},
@@ -63,6 +66,12 @@ class InlineGrid(Grid):
             )
             for node_id in range(1, nodes + 1)
         }
+
+    def share(self, model: AttachedModel) -> None:
+        """Have all nodes use the server's model, so that the process holds only one."""
+        make_process.cache_clear()  # which may hold an earlier run's model
+        for context in self._contexts.values():
+            context.model = model
 
     def set_run(self, run: Run) -> None:
         """Set the run's metadata."""

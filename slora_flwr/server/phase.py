@@ -288,7 +288,8 @@ def make_base(trainer: Trainer, start: BaseWeights | None) -> BaseVersions:
     codec = Codec.of_download(trainer.config.download, model.backbone.head_size)
     known: State = {}
     if start is not None and not codec.is_exact:
-        known = model.known_values(start.positions)
+        first = model.first_values(start.positions)
+        known = {f"{name}.values": values for name, values in first.items()}
     return BaseVersions(
         start,
         4 * model.backbone.target_size,

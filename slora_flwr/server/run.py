@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from logging import INFO
@@ -32,6 +32,7 @@ from slora_flwr.server.own_data_fleet import OwnDataFleet
 from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.strategy import PhasedStrategy
 from slora_flwr.server.summary import resolve, summarise
+from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.trainer import Trainer
 
 
@@ -40,6 +41,7 @@ def run(
     run_config: Mapping[str, Value],
     run_id: int,
     generator: np.random.Generator | None = None,
+    share: Callable[[AttachedModel], None] | None = None,
 ) -> dict[str, Any]:
     """Run a method as its config says.
 
@@ -53,6 +55,8 @@ def run(
         Names the run directory.
     generator : numpy.random.Generator or None
         Randomness for `slora_flwr.server.privacy`; None except in tests.
+    share : Callable or None
+        Gives the server's model to nodes that live in this process.
 
     Returns
     -------
@@ -72,7 +76,7 @@ def run(
     config = parse(run_config)
     with ExitStack() as held:
         checkpoint = _claim(config, held) if config.run.resume else None
-        return _run(grid, config, run_id, generator, checkpoint, held)
+        return _run(grid, config, run_id, generator, share, checkpoint, held)
 
 
 def _claim(config: RunConfig, held: ExitStack) -> Snapshot:
@@ -95,13 +99,16 @@ def _run(
     config: RunConfig,
     run_id: int,
     generator: np.random.Generator | None,
+    share: Callable[[AttachedModel], None] | None,
     checkpoint: Snapshot | None,
     held: ExitStack,
 ) -> dict[str, Any]:
     """Run from the start or a checkpoint; `held` keeps the directory's lock."""
     started = time.perf_counter()
     privacy = Privacy(config, generator) if config.privacy.is_on else None
+    share = share or (lambda model: None)
     trainer = Trainer(config)
+    share(trainer.model)
     moved = 0
     if config.clients.count:
         # Made now, so that an impossible partition fails before any message.
@@ -129,6 +136,7 @@ def _run(
         fleet.gather(grid, directory.event)
         if isinstance(fleet, OwnDataFleet):
             trainer = Trainer(config, fleet.classes)
+            share(trainer.model)
         resolved = resolve(trainer, moved)
         if privacy is not None:
             resolved["privacy"] = privacy.facts(config.rounds)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slora_flwr.adapters.base import Adapter
 from slora_flwr.adapters.handoff import Handoff
-from slora_flwr.backbone.base_weights import BaseWeights
+from slora_flwr.backbone.base_weights import BaseWeights, take_entries
 from slora_flwr.backbone.families import most_positions
 from slora_flwr.backbone.load import Backbone, load_backbone
 from slora_flwr.common.svd import truncated_svd
@@ -42,6 +42,7 @@ class AttachedModel:
         self._config, self._data = config, data
         self._adapter: Adapter | None = None
         self._base: BaseWeights | None = None
+        self._changes = False  # whether rounds change the base
         self._attached: tuple[Phase, str] | None = None
         self.reference: State = {}
 
@@ -55,6 +56,13 @@ class AttachedModel:
         )
         _check_fit(config, backbone)
         return backbone
+
+    @property
+    def digest(self) -> str:
+        """W_0's digest, for which any adapter is detached the first time."""
+        if "digest" not in vars(self.backbone):
+            self.detach()
+        return self.backbone.digest
 
     @property
     def adapter(self) -> Adapter:
@@ -80,14 +88,14 @@ class AttachedModel:
             self.detach()
             if base is None and phase.changes_base:
                 base = BaseWeights()  # keeps W_0 aside
+            frozen: State = {}
             if base is not None:
-                base.apply(self.backbone)
-                self._base = base
-            frozen = base.a if base is not None and base.a else None
+                frozen = base.apply(self.backbone, changes=phase.changes_base)
+                self._base, self._changes = base, phase.changes_base
             self._adapter = phase.adapter_type.from_config(
                 self._config, phase.aggregator_type.trains, frozen
             )
-            self._adapter.attach(self.backbone, base)
+            self._adapter.attach(self.backbone, self._base)
             self._attached = (phase, digest)
             self.reference = {}
             if self._config.download.dtype != "float32":
@@ -153,7 +161,7 @@ class AttachedModel:
                 before = weight.to("cpu", copy=True)
                 weight.copy_(weights[name])
                 weights[name] = before
-        self.adapter.attach(self.backbone)
+        self.adapter.attach(self.backbone, self._base)
 
     def change_shapes(self, values: int) -> dict[str, torch.Size]:
         """Return the layout of a base change with a given number of values."""
@@ -171,22 +179,37 @@ class AttachedModel:
 
     def base_weights(self) -> State:
         """Return a copy of the base's target matrices, float32 on the CPU."""
-        return {
-            name: module.weight.detach().to("cpu", torch.float32, copy=True)
-            for name, module in self.backbone.targets.items()
-        }
+        with self._without_adapter():
+            return {
+                name: module.weight.detach().to("cpu", torch.float32, copy=True)
+                for name, module in self.backbone.targets.items()
+            }
 
-    def known_values(self, positions: Mapping[str, NDArray[np.int64]]) -> State:
-        """Return W_0's values at positions of target matrices, named as in a base.
+    def first_values(self, positions: Mapping[str, NDArray[np.int64]]) -> State:
+        """Return W_0's values at positions of target matrices, by matrix."""
+        with self._without_adapter():
+            base, whole = self._base, {}
+            if base is not None and self._changes:
+                whole = base.before
+            elif base is not None:
+                base.remove(self.backbone)
+            targets = self.backbone.targets
+            found = {
+                name: take_entries(whole.get(name, targets[name].weight), at)
+                for name, at in positions.items()
+            }
+            if base is not None and not whole:
+                base.apply(self.backbone)
+        return found
 
-        No adapter is attached afterwards.
-        """
-        self.detach()
-        return {
-            f"{name}.values": weight.reshape(-1)[torch.from_numpy(positions[name])]
-            for name, weight in self.base_weights().items()
-            if name in positions
-        }
+    @contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        """Detach the adapter for a while. What it has loaded is lost."""
+        if self._adapter is not None:
+            self._adapter.detach()
+        yield
+        if self._adapter is not None:
+            self._adapter.attach(self.backbone, self._base)
 
     def hand_over(self, state: State, rounds: int, phase: Phase) -> Handoff:
         """Return the handoff from the attached sparse phase after `rounds` rounds.
@@ -207,17 +230,13 @@ class AttachedModel:
 
         It is the mean over the target matrices, as the handoff reports it.
         """
-        sparse = self.adapter
-        positions, values = sparse.learned(state, rounds)
-        sparse.detach()
-        first = self.base_weights() if self._base is None else self._base.before
-        sparse.attach(self.backbone, self._base)
+        positions, values = self.adapter.learned(state, rounds)
+        first = self.first_values(positions)
         energies = []
-        for name, weight in first.items():
-            at = torch.from_numpy(positions[name])
-            delta = (values[name] - weight.reshape(-1).cpu()[at]).double().numpy()
-            m, n = weight.shape
-            energies.append(truncated_svd(positions[name], delta, (m, n), rank).energy)
+        for name, module in self.backbone.targets.items():
+            delta = (values[name] - first[name]).double().numpy()
+            shape = (module.out_features, module.in_features)
+            energies.append(truncated_svd(positions[name], delta, shape, rank).energy)
         return fmean(energies)
 
     def _known(self, phase: Phase, base: BaseWeights | None) -> State:

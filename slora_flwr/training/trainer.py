@@ -33,13 +33,20 @@ class Trainer:
     ----------
     config, classes
         As in `ProcessData`.
+    model : AttachedModel or None
+        The model of the run's server, if this process is the server's too.
     """
 
-    def __init__(self, config: RunConfig, classes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        classes: Sequence[str] = (),
+        model: AttachedModel | None = None,
+    ) -> None:
         self.config = config
         self.schedule = make_schedule(config)
         self.data = ProcessData(config, classes)
-        self.model = AttachedModel(config, self.data)
+        self.model = model or AttachedModel(config, self.data)
 
     def train_client(
         self, client: int, state: State, phase: Phase, server_round: int

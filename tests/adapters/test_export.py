@@ -63,9 +63,8 @@ def run_and_export(
     learned = sparse.state()
     config = LoraConfig(rank=RANK, alpha=ALPHA, base=base)
     done = hand_over(backbone, sparse, learned, config)
-    if done.base is not None:
-        done.base.apply(backbone)
-    lora = LowRankAdapter(RANK, ALPHA)
+    frozen = done.base.apply(backbone) if done.base is not None else {}
+    lora = LowRankAdapter(RANK, ALPHA, frozen=frozen)
     lora.attach(backbone)
     lora.load(done.state)
     train(backbone, lora, examples, RECIPE, (0, 2, 0))

@@ -1,20 +1,31 @@
 """The handoff: truncated SVD, priming, the three bases, and what is refused."""
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from slora_flwr.adapters import LowRankAdapter, SparseAdapter, handoff
-from slora_flwr.adapters.handoff import Handoff
+from slora_flwr.adapters.handoff import Handoff, prime_low_rank
 from slora_flwr.adapters.masks import make_mask
-from slora_flwr.adapters.priming import HandoffError, check_handoff, prime
+from slora_flwr.adapters.priming import (
+    ROWS,
+    HandoffError,
+    check_equal,
+    check_primed,
+    prime,
+)
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone, load_backbone
 from slora_flwr.common.svd import DENSE_SIDE, TruncatedSvd, truncated_svd
+from slora_flwr.common.tensors import State
 from slora_flwr.config import LoraConfig, ModelConfig, RecipeConfig
 from slora_flwr.data.examples import Examples
 from slora_flwr.training.loop import evaluate, train
@@ -210,9 +221,8 @@ def config_of(base: str, factors: str = "balanced") -> LoraConfig:
 
 def enter(backbone: Backbone, done: Handoff) -> LowRankAdapter:
     """Start the low-rank phase as a node does."""
-    if done.base is not None:
-        done.base.apply(backbone)
-    lora = LowRankAdapter(RANK, ALPHA)
+    frozen = done.base.apply(backbone) if done.base is not None else {}
+    lora = LowRankAdapter(RANK, ALPHA, frozen=frozen)
     lora.attach(backbone)
     lora.load(done.state)
     return lora
@@ -367,41 +377,141 @@ def test_bf16_backbone_is_handed_over(
         )
 
 
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of all tensors made inside and not yet freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return found
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        at, size = storage.data_ptr(), storage.nbytes()
+        if at not in self._seen:
+            self._seen.add(at)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(tensor, self._free, at, size)
+
+    def _free(self, at: int, size: int) -> None:
+        self._seen.discard(at)
+        self.now -= size
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_no_copy_of_the_matrices_is_made(bert: Backbone, base: str) -> None:
+    sparse = SparseAdapter(0.02, "unstructured", 5)
+    sparse.attach(bert)
+    state = perturb(sparse.state(), 1e-2)
+    positions, values = sparse.learned(state, rounds=0)
+    sparse.detach()
+    head = {name: state[name] for name in bert.head}
+    config = LoraConfig(rank=1, base=base)
+    with LiveBytes() as live:
+        prime_low_rank(bert, positions, values, head, config)
+    assert 0 < live.peak < 4 * bert.target_size / 2
+
+
 # --- what is refused
 
 
-def delta_and_factors() -> tuple[Tensor, Tensor, Tensor]:
-    positions, values, dense = sparse_matrix((12, 12), 20)
-    a, b = prime(truncated_svd(positions, values, (12, 12), 12), 3.0, "balanced")
-    return torch.from_numpy(dense).float(), a, b
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_right_handoff_passes(base: str) -> None:
-    delta, a, b = delta_and_factors()
-    check_handoff(3.0 * b @ a, delta, b, base, "layer")
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_wrong_effective_weights_are_refused(base: str) -> None:
-    delta, a, b = delta_and_factors()
-    for wrong in (
-        b @ a,  # s left out
-        9.0 * b @ a,  # s twice
-        3.0 * (b @ a).T,  # transposed: square, so that only the values tell
-        torch.zeros_like(delta),
-        torch.full_like(delta, float("nan")),
-    ):
-        with pytest.raises(HandoffError, match=f"layer is off by .* base {base}"):
-            check_handoff(wrong, delta, b, base, "layer")
+def svd_and_factors(size: float = 1.0) -> tuple[TruncatedSvd, Tensor, Tensor]:
+    positions, values, _ = sparse_matrix((12, 12), 20)
+    svd = truncated_svd(positions, size * values, (12, 12), 12)
+    return svd, *prime(svd, 3.0, "balanced")
 
 
 @pytest.mark.parametrize("base", ["residual", "w0"])
-def test_zero_b_is_refused(base: str) -> None:
-    delta, _, b = delta_and_factors()
+def test_wrong_factors_are_refused(base: str) -> None:
+    svd, a, b = svd_and_factors()
+    check_primed(a, b, 3.0, svd, base, "layer")
+    for wrong_a, wrong_b in (
+        (a, b / 3.0),  # s left out
+        (a, b * 3.0),  # s twice
+        (b.T, a.T),  # transposed: square, so that only the values tell
+        (a, b * 0.0),
+        (a, b * float("nan")),
+    ):
+        with pytest.raises(HandoffError, match=f"layer is off by .* base {base}"):
+            check_primed(wrong_a, wrong_b, 3.0, svd, base, "layer")
+
+
+def test_factors_are_checked_to_the_last_row() -> None:
+    """More rows than are checked at a time; and of a wide matrix, transposed."""
+    shape = (ROWS + 44, 40)
+    positions, values, _ = sparse_matrix(shape, 400)
+    svd = truncated_svd(positions, values, shape, 5)
+    a, b = prime(svd, 3.0, "balanced")
+    check_primed(a, b, 3.0, svd, "w0", "layer")
+    for wrong_a, wrong_b in ((b.T, a.T), (a, torch.cat([b[:-1], b[-1:] + 0.1]))):
+        with pytest.raises(HandoffError, match="layer is off by"):
+            check_primed(wrong_a, wrong_b, 3.0, svd, "w0", "layer")
+
+
+def test_zero_b_is_refused_however_small_the_delta() -> None:
+    svd, a, b = svd_and_factors(1e-10)
+    check_primed(a, b, 3.0, svd, "residual", "layer")
     with pytest.raises(HandoffError, match="B of layer is zero"):
-        check_handoff(delta, delta, torch.zeros_like(b), base, "layer")
-    check_handoff(delta, delta, torch.zeros_like(b), "warm-start", "layer")
+        check_primed(a, b * 0.0, 3.0, svd, "residual", "layer")
+    nothing, a, b = svd_and_factors(0.0)
+    check_primed(a, b, 3.0, nothing, "residual", "layer")
+
+
+def test_equal_means_every_bit() -> None:
+    stored = torch.tensor([0.5, -2.0])
+    check_equal(stored.clone(), stored, "residual", "layer")
+    for wrong in (
+        stored.nextafter(torch.zeros(2)),
+        torch.tensor([0.5, float("nan")]),
+        stored[:1],
+    ):
+        with pytest.raises(HandoffError, match="layer is off by"):
+            check_equal(wrong, stored, "residual", "layer")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", ["values left out", "moved", "other factors"])
+def test_wrong_base_is_refused(
+    tiny_models: dict[str, Path],
+    examples: Examples,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    fault: str,
+) -> None:
+    """Deltas below the rounding of the largest weights in bf16."""
+
+    class Wrong(BaseWeights):
+        def apply(self, backbone: Backbone, *, changes: bool = False) -> State:
+            if fault == "other factors":
+                self.b = {n: t * 1.001 for n, t in self.b.items()}
+                return super().apply(backbone, changes=changes)
+            right, self.values = self.values, {}
+            if fault == "moved":
+                self.values = {n: t.roll(1) for n, t in right.items()}
+            frozen = super().apply(backbone, changes=changes)
+            self.values = right
+            return frozen
+
+    model = ModelConfig(name=str(tiny_models["bert"]), dtype=dtype)
+    backbone = load_backbone(model, 3, 0)
+    sparse, _ = learn(backbone, examples)
+    with torch.no_grad():
+        for module in backbone.targets.values():
+            module.weight[0, 0] = 8.0
+    state = perturb(sparse.state(), 1e-2)
+    monkeypatch.setattr(handoff, "BaseWeights", Wrong)
+    with pytest.raises(HandoffError, match=r"bert\.encoder\.layer"):
+        hand_over(backbone, sparse, state, config_of("residual"))
 
 
 @pytest.mark.parametrize("fault", ["scaled", "transposed", "zero"])
@@ -446,22 +556,95 @@ def random_patch(backbone: Backbone, rank: int) -> BaseWeights:
     return BaseWeights(positions, values, a, b, 0.75)
 
 
+def load_as(folder: Path, dtype: str) -> Backbone:
+    return load_backbone(ModelConfig(name=str(folder), dtype=dtype), 3, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_patch_makes_the_base_and_takes_it_back(backbone: Backbone, rank: int) -> None:
+def test_base_is_w0_but_for_the_sparse_values(
+    folder: Path, dtype: str, rank: int
+) -> None:
+    """Bit for bit, and so is W_0 afterwards; only masked entries are kept aside."""
+    backbone = load_as(folder, dtype)
     before = copy_parameters(backbone.model)
     patch = random_patch(backbone, rank)
-    patch.apply(backbone)
+    frozen = patch.apply(backbone)
+    assert frozen == patch.factors()
+    assert len(frozen) == (2 * len(backbone.targets) if rank else 0)
+    for name, module in backbone.targets.items():
+        expected = before[f"{name}.weight"].clone()
+        at = torch.from_numpy(patch.positions[name])
+        expected.view(-1)[at] = patch.values[name].to(expected.dtype)
+        assert torch.equal(module.weight, expected)
+        assert patch.before[name].shape == patch.values[name].shape
+    patch.remove(backbone)
+    after = dict(backbone.model.named_parameters())
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_base_that_rounds_change_is_in_the_weights(backbone: Backbone) -> None:
+    before = copy_parameters(backbone.model)
+    patch = random_patch(backbone, 3)
+    frozen = patch.apply(backbone, changes=True)
+    assert set(frozen) == {f"{name}.lora_A" for name in backbone.targets}
     for name, module in backbone.targets.items():
         expected = before[f"{name}.weight"].double().cpu().numpy().copy()
         flat = expected.reshape(-1)
         flat[patch.positions[name]] = patch.values[name].numpy()
-        if rank:
-            expected -= 0.75 * (patch.b[name].double() @ patch.a[name].double()).numpy()
+        expected -= 0.75 * (patch.b[name].double() @ patch.a[name].double()).numpy()
         got = module.weight.numpy(force=True)
         np.testing.assert_allclose(got, expected, atol=1e-5)
+        with torch.no_grad():
+            module.weight.mul_(2.0)  # as a round would
     patch.remove(backbone)
     after = dict(backbone.model.named_parameters())
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("trains", ["both", "b"])
+def test_frozen_factors_are_subtracted(backbone: Backbone, trains: str) -> None:
+    """W_0 - s·B_0·A_0 + s·B·A, by a dense matrix; gradients of B and A alone."""
+    patch = random_patch(backbone, 3)
+    lora = LowRankAdapter(3, 2.25, trains=trains, frozen=patch.apply(backbone))
+    lora.attach(backbone)
+    state = perturb(lora.state(), 0.1)
+    lora.load(state)
+    whole = lora.whole(state)
+    assert len(lora.parameters()) == len(lora.shapes())
+    for name, module in backbone.targets.items():
+        layer = backbone.model.get_submodule(name)
+        a, b = whole[f"{name}.lora_A"], whole[f"{name}.lora_B"]
+        dense = module.weight.double().cpu() + 0.75 * (
+            b.double() @ a.double() - patch.b[name].double() @ patch.a[name].double()
+        )
+        x = torch.randn(5, module.in_features, generator=torch.Generator())
+        expected = x.double() @ dense.T
+        if module.bias is not None:
+            expected += module.bias.double().cpu()
+        found = layer(x.to(backbone.device)).double().cpu()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        layer(x.to(backbone.device)).square().sum().backward()
+        gradient = layer.lora_B["default"].weight.grad
+        assert gradient is not None
+        assert gradient.shape == b.shape
+    lora.detach()
+
+
+def test_equal_factors_cancel_in_bf16(tiny_models: dict[str, Path]) -> None:
+    """However large they are; two separate products would each be rounded."""
+    backbone = load_as(tiny_models["bert"], "bfloat16")
+    examples = make_examples()
+    patch = random_patch(backbone, 3)
+    sparse_alone = BaseWeights(patch.positions, patch.values)
+    sparse_alone.apply(backbone)
+    expected = evaluate(backbone, examples, "bf16").loss
+    sparse_alone.remove(backbone)
+    lora = LowRankAdapter(3, 2.25, frozen=patch.apply(backbone))
+    lora.attach(backbone)
+    lora.load(lora.state() | patch.factors())
+    found = evaluate(backbone, examples, "bf16").loss
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("rank", [0, 3])

@@ -18,11 +18,15 @@ from transformers import AutoModelForSequenceClassification
 from slora_flwr.adapters.export import PATCH_FILE, apply_base_patch
 from slora_flwr.adapters.masks import make_mask
 from slora_flwr.backbone.base_weights import BaseWeights
+from slora_flwr.backbone.load import Backbone, load_backbone
+from slora_flwr.client.process import make_process
 from slora_flwr.common.tensors import State
 from slora_flwr.config import Value, parse
 from slora_flwr.config.methods import METHODS, find_adapter
 from slora_flwr.config.schedule import make_schedule
 from slora_flwr.planning.version_bytes import VersionBytes
+from slora_flwr.server.run import run
+from slora_flwr.training import attached_model
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.messages import Instruction, Report
 from slora_flwr.wire.packing import pack, unpack
@@ -31,6 +35,7 @@ from tests.support.runs import (
     HEAD_VALUES,
     HIDDEN,
     INNER,
+    INT8,
     LAYERS,
     LORA_VALUES,
     RANK,
@@ -41,6 +46,7 @@ from tests.support.runs import (
     events,
     facts,
     final,
+    ledger,
     make_config,
     payloads,
     start,
@@ -86,6 +92,12 @@ RUNS: dict[str, Config] = {
     "ranks": {"method": "lora", "lora.ranks": "1,2,4"},
     "ranks-flexlora": {"method": "flexlora", "lora.ranks": "1,2,4"},
     "root-rank": {"method": "lora", "lora.scaling": "root-rank"},
+    "slora-bf16": {"method": "slora", "model.dtype": "bfloat16"},
+    "federa-bf16": {
+        "method": "lora",
+        "lora.start": "federa",
+        "model.dtype": "bfloat16",
+    },
 }
 
 
@@ -124,6 +136,41 @@ def test_one_node_is_many_nodes(ran: Ran, name: str) -> None:
     assert not moved or not differ(final(one, "base"), final(many, "base"))
 
 
+SHARED = ["slora", "slora-exact", "slora-bf16", "per-round-slora", "fft", "houlsby"]
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+@pytest.mark.parametrize("name", SHARED)
+def test_nodes_that_share_the_servers_model_change_nothing(
+    config: Config, monkeypatch: pytest.MonkeyPatch, name: str, lossy: bool
+) -> None:
+    """Two nodes with a backbone of their own, and two that use the server's."""
+    loaded: list[Backbone] = []
+
+    def load(*given: Any) -> Backbone:
+        loaded.append(load_backbone(*given))
+        return loaded[-1]
+
+    monkeypatch.setattr(attached_model, "load_backbone", load)
+    config |= {**RUNS[name], **(INT8 if lossy else {}), "rounds": 4}
+    config |= {"clients.per-round": 4}
+    directories = []
+    for share in (False, True):
+        given = elsewhere(config, **{"run.dir": f"{config['run.dir']}-{share}"})
+        grid = RecordingGrid(given, nodes=2)
+        make_process.cache_clear()
+        loaded.clear()
+        run(grid, given, 1, share=grid.share if share else None)
+        assert len(loaded) == (1 if share else 2)
+        directories.append(Path(str(given["run.dir"])))
+    apart, shared = directories
+    for state in (apart / "checkpoints").glob("*.safetensors"):
+        assert not differ(final(apart, state.stem), final(shared, state.stem))
+    assert payloads(apart) == payloads(shared)
+    assert ledger(apart) == ledger(shared)
+    assert summary(apart)["loss"] == summary(shared)["loss"]
+
+
 LOW_RANK = [n for n, c in RUNS.items() if make_schedule(parse(c))[-1].adapter == "lora"]
 
 
@@ -132,14 +179,17 @@ def test_stock_peft_computes_what_the_run_evaluated(ran: Ran, name: str) -> None
     config = ran(name)
     directory = Path(str(config["run.dir"]))
     folder = directory / "adapter"
+    dtype = str(config.get("model.dtype", "float32"))
     model: Any = AutoModelForSequenceClassification.from_pretrained(
-        str(config["model.name"]), num_labels=len(CLASSES)
+        str(config["model.name"]), num_labels=len(CLASSES), dtype=dtype
     )
     if (folder / PATCH_FILE).exists():
         apply_base_patch(model, folder / PATCH_FILE)
     model = PeftModel.from_pretrained(model, folder)
     test = Trainer(parse(config)).data.task.test
-    loss = F.cross_entropy(logits(model, test), torch.from_numpy(test.labels))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        found = logits(model, test)
+    loss = F.cross_entropy(found, torch.from_numpy(test.labels))
     assert float(loss) == pytest.approx(summary(directory)["loss"], abs=1e-4)
 
 
@@ -294,7 +344,6 @@ def test_a_node_that_lost_a_moved_base_gets_it_anew(
     config: Config, changes: Config
 ) -> None:
     """A worker that begins in round 3 ends as one that was there from the first."""
-    from slora_flwr.client.process import make_process
 
     class Forgetful(RecordingGrid):
         def before(self, asked: Instruction) -> None:
@@ -339,7 +388,10 @@ def test_a_mask_of_its_own_for_each_round(config: Config) -> None:
 
 
 def test_a_redrawn_phase_is_handed_over_whole(config: Config) -> None:
-    """Base `residual` after the handoff: W_base + s·B·A is what rounds learned."""
+    """Base `residual` after the handoff: its weights are what rounds learned.
+
+    Its factors are those that the low-rank phase starts from.
+    """
     config |= {
         **RUNS["per-round-slora"],
         "rounds": 4,
@@ -364,9 +416,9 @@ def test_a_redrawn_phase_is_handed_over_whole(config: Config) -> None:
     lora.attach(backbone)
     state = unpack(first.state, lora.shapes())
     for name, module in backbone.targets.items():
-        product = state[f"{name}.lora_B"] @ state[f"{name}.lora_A"] * (16 / RANK)
         assert state[f"{name}.lora_B"].any()
-        assert torch.allclose(module.weight + product, learned[name], atol=1e-6)
+        assert torch.equal(module.weight.cpu(), learned[name])
+    assert not differ(patch.factors(), state)
 
 
 def test_an_open_phase_ends_by_its_rule(config: Config) -> None:

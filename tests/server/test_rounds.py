@@ -4,14 +4,15 @@ import gc
 import tomllib
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from flwr.app import Array, Message, MessageType, RecordDict
 
-from slora_flwr.client.process import make_process
-from slora_flwr.config import parse
+from slora_flwr.client.process import get_process
 from slora_flwr.engines.inline import InlineGrid
+from slora_flwr.server.run import run
 from slora_flwr.wire.messages import Report
 from tests.support.grids import RecordingGrid, ShufflingGrid
 from tests.support.runs import (
@@ -147,13 +148,17 @@ def test_a_process_that_has_trained_describes_the_untrained_backbone(
     two_phases: Config,
 ) -> None:
     grid = RecordingGrid(two_phases)
-    resolved = tomllib.loads((start(two_phases, grid) / "config.toml").read_text())
-    make_process(parse(two_phases), ()).trainer.model.backbone.__dict__.pop("digest")
+    run(grid, two_phases, run_id=1)
+    written = Path(str(two_phases["run.dir"]), "config.toml").read_text()
+    trainer = get_process(grid._contexts[1]).trainer
+    assert trainer.model.adapter.shapes()
+    del trainer.model.backbone.digest
     query = Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
     [number] = grid.push_messages([query])
     [reply] = grid.pull_messages([number])
     described = reply.content.config_records["config"]
-    assert described["backbone"] == resolved["resolved"]["backbone_digest"]
+    resolved = tomllib.loads(written)["resolved"]
+    assert described["backbone"] == resolved["backbone_digest"]
 
 
 def test_count_zero_is_one_client_for_each_node(config: Config) -> None:

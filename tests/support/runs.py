@@ -46,7 +46,7 @@ def make_config(corpus: Path, model: Path, directory: Path) -> Config:
 
 
 def start(config: Config, grid: InlineGrid) -> Path:
-    run(grid, config, grid.run.run_id)
+    run(grid, config, grid.run.run_id, share=grid.share)
     return Path(str(config["run.dir"]))
 
 
