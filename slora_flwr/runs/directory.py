@@ -4,16 +4,18 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import tomli_w
 from safetensors import SafetensorError
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from slora_flwr.common.files import (
     PART,
@@ -144,13 +146,13 @@ class RunDirectory:
 
         Its name is `last`, `best`, `base` (of the last state) or `best-base`.
         """
-        self._write(self._state(name), save(state, metadata=facts))
+        self._write(self._state(name), partial(save_file, state, metadata=facts))
 
     def copy_state(self, name: str, other: str) -> None:
         """Copy a state to another name; delete the copy if there is no such state."""
         path = self._state(name)
         if path.is_file():
-            self._write(self._state(other), path.read_bytes())
+            self._write(self._state(other), partial(copyfile, path))
         else:
             self.drop_state(other)
 
@@ -164,7 +166,7 @@ class RunDirectory:
         text = json.dumps(summary, indent=2) + "\n"
         self._write(self.path / "summary.json", text.encode())
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path, data: bytes | Callable[[Path], object]) -> None:
         with writing(self.path):
             write_atomically(path, data, durably=True)
 
