@@ -8,7 +8,7 @@ from torch import Tensor
 from slora_flwr.runs.snapshot import Snapshot
 
 # What `server.lr` 0 stands for: measured, see "Rates of the server" in docs/results.md.
-DEFAULT_RATES = {"none": 1.0, "fedavgm": 1.0, "fedadam": 0.01}
+DEFAULT_RATES = {"none": 1.0, "fedavgm": 0.3, "fedadam": 0.01}
 
 
 class ServerOptimizer:

@@ -366,7 +366,7 @@ class ServerConfig:
     lr: NotNegative = Field(
         default=0.0,
         description="The learning rate of the server; 0 for the optimiser's default: "
-        "1.0 for `none`, 1.0 for `fedavgm`, 0.01 for `fedadam`, where it is about the "
+        "1.0 for `none`, 0.3 for `fedavgm`, 0.01 for `fedadam`, where it is about the "
         "distance that a weight moves in a round.",
     )
     average: Annotated[str, one_of("none", "growing", "ema")] = Field(
