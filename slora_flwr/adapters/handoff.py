@@ -28,11 +28,14 @@ class Handoff:
         The base; None for W_0.
     energies : dict[str, float]
         Share of each delta's squared norm that the rank keeps, by target matrix.
+    continues : bool
+        True if the low-rank phase starts from the sparse phase's function.
     """
 
     state: State
     base: BaseWeights | None
     energies: dict[str, float]
+    continues: bool = True
 
 
 def prime_low_rank(
@@ -103,7 +106,7 @@ def prime_low_rank(
         patch = BaseWeights(a=a)
     if frozen:
         start = {n: t for n, t in start.items() if not n.endswith(".lora_A")}
-    return Handoff(start, patch, energies)
+    return Handoff(start, patch, energies, continues=config.base != "w0")
 
 
 def _resolve(config: LoraConfig, trains: str) -> str:

@@ -70,12 +70,29 @@ class AveragedState:
     weights : State
         The average of the base's target matrices, float32 on the CPU. Empty if rounds
         do not change the base, or the average is the last state itself.
+    rounds : int
+        Number of states in the average.
     """
 
     def __init__(self, server: ServerConfig) -> None:
         self.state: State = {}
         self.weights: State = {}
-        self._share, self._rounds = share_of(server), 0
+        self.rounds = 0
+        self._share = share_of(server)
+
+    def begin(self, state: State, weights: Mapping[str, Tensor], rounds: int) -> None:
+        """Begin with a state that computes what the average of some rounds did.
+
+        Parameters
+        ----------
+        state, weights
+            As for `add`.
+        rounds : int
+            Number of states that it stands for.
+        """
+        self.rounds = rounds
+        self.state = state
+        self.weights = {name: _copy(weight) for name, weight in weights.items()}
 
     def add(self, state: State, weights: Mapping[str, Tensor]) -> None:
         """Add the state after a round.
@@ -87,21 +104,21 @@ class AveragedState:
         weights : Mapping[str, Tensor]
             The base's target matrices if rounds change the base, else empty.
         """
-        self._rounds += 1
-        share = self._share(self._rounds)
+        self.rounds += 1
+        share = self._share(self.rounds)
         self.state = mix(self.state, state, share) if share < 1 else state
         for name, weight in weights.items():
-            new = weight.detach().to("cpu", torch.float32, copy=True)
-            if share < 1:
-                new = self.weights[name].lerp_(new, share)
-            self.weights[name] = new
+            new = _copy(weight)
+            self.weights[name] = (
+                self.weights[name].lerp_(new, share) if share < 1 else new
+            )
 
     def snapshot(self) -> Snapshot:
         """Return a snapshot for `restore`."""
         # The file must not hold the last state twice.
-        is_last = self._rounds == 0 or self._share(self._rounds) == 1
+        is_last = self.rounds == 0 or self._share(self.rounds) == 1
         parts = {
-            "rounds": Snapshot({"rounds": self._rounds}),
+            "rounds": Snapshot({"rounds": self.rounds}),
             "state": Snapshot(tensors={} if is_last else self.state),
             "weights": Snapshot(tensors=self.weights),
         }
@@ -109,6 +126,10 @@ class AveragedState:
 
     def restore(self, snapshot: Snapshot, last: State) -> None:
         """Restore a snapshot that was taken after the state `last` was added."""
-        self._rounds = snapshot.part("rounds").facts["rounds"]
+        self.rounds = snapshot.part("rounds").facts["rounds"]
         self.state = snapshot.part("state").tensors or last
         self.weights = snapshot.part("weights").tensors
+
+
+def _copy(weight: Tensor) -> Tensor:
+    return weight.detach().to("cpu", torch.float32, copy=True)

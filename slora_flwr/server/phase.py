@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 from flwr.app import Array
@@ -48,7 +48,7 @@ class ActivePhase:
     state : State
         The global state after the last round; before the first, the phase's start.
     averaged : AveragedState
-        The average of the states since the phase's start.
+        The average of the states. A phase starts from that of the phase before it.
     keeps_residuals : bool
         True if clients keep what the coding of their updates leaves out.
     fingerprint : str
@@ -109,28 +109,36 @@ class ActivePhase:
         index = 0 if before is None else before.index + 1
         config, phase = trainer.config, trainer.schedule[index]
         model = trainer.model
-        told = None
-        if before is not None and phase.primed:
-            begun = time.perf_counter()
-            handoff = model.hand_over(before.state, before.phase_round, phase)
-            start, weights = handoff.state, handoff.base
-            took = round(time.perf_counter() - begun, 3)
-            told = HandedOff(
-                base=config.lora.base, energies=handoff.energies, took=took
-            )
-        else:
-            model.detach()
-            start, weights = phase.adapter_type.start(phase, config, model.backbone)
+        told, continues = None, True
+        on_average: AbstractContextManager[State] = nullcontext({})
+        if before is not None:
+            on_average = before.on_average()
+        with on_average as average:
+            if before is not None and phase.primed:
+                begun = time.perf_counter()
+                handoff = model.hand_over(average, before.phase_round, phase)
+                start, weights = handoff.state, handoff.base
+                continues = handoff.continues
+                took = round(time.perf_counter() - begun, 3)
+                told = HandedOff(
+                    base=config.lora.base, energies=handoff.energies, took=took
+                )
+            else:
+                model.detach()
+                start, weights = phase.adapter_type.start(phase, config, model.backbone)
         base = make_base(trainer, weights)
         active = cls(trainer, index, base, base.start)
         active.handoff = told
         if before is not None:
-            active.state |= {name: before.state[name] for name in model.backbone.head}
+            active.state |= {name: average[name] for name in model.backbone.head}
         active.state |= start
         if base.start is not None:
             # Factors start from the decoded values that the base gave up.
             factors = base.start.factors()
             active.state |= {n: t for n, t in factors.items() if n in start}
+        if before is not None and continues:
+            state, rounds = active.sent(), before.averaged.rounds
+            active.averaged.begin(state, active._moving_weights(), rounds)
         return active
 
     @classmethod
@@ -174,6 +182,12 @@ class ActivePhase:
         with self._model.exchanged(self.averaged.weights):
             yield self.adapter.complete(self.averaged.state)
 
+    def _moving_weights(self) -> State:
+        """Return the base's target matrices, resident, if their average is kept."""
+        if self.is_averaged and self.phase.changes_base:
+            return self._model.target_weights
+        return {}
+
     def weights(self) -> State:
         """Return the base's target matrices if rounds change them, else nothing."""
         return self._model.base_weights() if self.phase.changes_base else {}
@@ -214,9 +228,7 @@ class ActivePhase:
         if change is not None:
             self.base.change(write_change(change))
             self._model.change_base([change], self.phase_round, self.base.digest)
-        moves = self.is_averaged and self.phase.changes_base
-        weights = self._model.target_weights if moves else {}
-        self.averaged.add(self.sent(), weights)
+        self.averaged.add(self.sent(), self._moving_weights())
 
     def kept_energy(self) -> float | None:
         """Return the share of the learned delta that a handoff would keep now.
@@ -225,7 +237,8 @@ class ActivePhase:
         """
         if not self.phase.is_open:
             return None
-        return self._model.kept_energy(self.state, self.phase_round, self._primed_rank)
+        with self.on_average() as state:
+            return self._model.kept_energy(state, self.phase_round, self._primed_rank)
 
     def has_ended(self, history: Sequence[RecordedRound]) -> bool:
         """Return whether the phase is open and has stopped gaining.
