@@ -1,6 +1,7 @@
 """Private, atomically written files below `$SLORA_HOME` (default `~/.slora`)."""
 
 import os
+from collections.abc import Callable
 from logging import WARNING
 from pathlib import Path
 from uuid import uuid4
@@ -43,22 +44,27 @@ def make_private(folder: Path) -> None:
         log(WARNING, "%s may be open to others (%s)", folder, error)
 
 
-def write_atomically(path: Path, data: bytes, *, durably: bool = False) -> None:
+def write_atomically(
+    path: Path, data: bytes | Callable[[Path], object], *, durably: bool = False
+) -> None:
     """Write a file so that readers, and a crash, find all of it or nothing.
 
     Parameters
     ----------
     path : Path
         The file.
-    data : bytes
-        Its content.
+    data : bytes or Callable
+        Its content, or a function that writes it to a path.
     durably : bool
         Wait until the file is on the disk and survives a crash of the machine.
     """
     part = path.with_name(f"{path.name}.{uuid4().hex}{PART}")
     try:
         part.touch(mode=0o600)  # content derived from private text is private
-        part.write_bytes(data)
+        if callable(data):
+            data(part)
+        else:
+            part.write_bytes(data)
         if durably:
             sync(part)
         part.replace(path)

@@ -1,14 +1,15 @@
 """The memory that a training step needs, measured by one forward pass."""
 
+import math
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.config import RecipeConfig, RunConfig
-from slora_flwr.config.schedule import Phase
-from slora_flwr.planning.rounds import start_size
+from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.training.loop import precision_of
 
 
@@ -26,7 +27,8 @@ class Memory:
     activations : int
         What a forward pass of one full batch keeps for the backward pass.
     aside : int
-        Copies of the weights of W_0 that the phase changes, for restoring them.
+        What the phase's base holds beside the weights, and the weights of W_0 that the
+        phase changes, for restoring them.
     """
 
     weights: int
@@ -68,12 +70,30 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
     kept = _activation_bytes(backbone, phase.recipe, config.data.max_length)
     adapter.detach()
     weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
-    aside = 0
+    aside = _base_bytes(phase, config, backbone)
     if adapter.copies_weights:
-        aside = weights
-    elif phase.changes_base or start_size(phase, config, backbone, 1):
-        aside = 4 * backbone.target_size
+        aside += weights
+    elif phase.changes_base:
+        aside += 4 * backbone.target_size
     return Memory(weights, 4 * (beside + (1 + moments) * trained), kept, aside)
+
+
+def _base_bytes(phase: Phase, config: RunConfig, backbone: Backbone) -> int:
+    """Return the bytes of the base from which a phase starts, 0 for W_0.
+
+    It holds sparse values with their positions and the weights that they replace, and
+    frozen factors.
+    """
+    earlier = takewhile(lambda other: other != phase, make_schedule(config))
+    rounds_before = sum(other.rounds for other in earlier)
+    shapes, positions, _ = phase.adapter_type.base_layout(
+        phase, config, backbone, rounds_before
+    )
+    replaced = sum(
+        len(at) * (at.itemsize + backbone.targets[name].weight.element_size())
+        for name, at in positions.items()
+    )
+    return 4 * sum(math.prod(shape) for shape in shapes.values()) + replaced
 
 
 def _activation_bytes(backbone: Backbone, recipe: RecipeConfig, length: int) -> int:

@@ -7,6 +7,7 @@ which reveals damage that the format would not.
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from hashlib import blake2b
 from logging import WARNING
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from flwr.common.logger import log
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from slora_flwr.common.files import write_atomically
 from slora_flwr.common.tensors import State
@@ -52,7 +53,8 @@ def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
     }
     digest = _digest(facts, tensors)
     metadata = {"format": FORMAT, "facts": facts, "digest": digest}
-    write_atomically(path, save(tensors, metadata), durably=True)
+    write = partial(save_file, tensors, metadata=metadata)
+    write_atomically(path, write, durably=True)
 
 
 def read_checkpoint(path: Path) -> Snapshot:

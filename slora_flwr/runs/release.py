@@ -7,14 +7,16 @@ end may leave it too.
 """
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import tomli_w
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from slora_flwr.common.files import make_folder, make_private, write_atomically
 from slora_flwr.common.tensors import State
@@ -72,13 +74,13 @@ class Release:
         for the base that it stands on; `base` is also that of `averaged` if there is no
         `averaged-base`.
         """
-        self._write(self._state(name), save(state, metadata=facts))
+        self._write(self._state(name), partial(save_file, state, metadata=facts))
 
     def copy_state(self, name: str, other: str) -> None:
         """Copy a state to another name; delete the copy if there is no such state."""
         path = self._state(name)
         if path.is_file():
-            self._write(self._state(other), path.read_bytes())
+            self._write(self._state(other), partial(copyfile, path))
         else:
             self.drop_state(other)
 
@@ -96,7 +98,7 @@ class Release:
             yield folder
             make_private(folder)
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path, data: bytes | Callable[[Path], object]) -> None:
         with writing(self._path):
             write_atomically(path, data, durably=True)
 

@@ -6,6 +6,7 @@ from logging import INFO, WARNING
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from slora_flwr.common.memory import return_freed
 from slora_flwr.common.tensors import State
 from slora_flwr.config import flatten
 from slora_flwr.planning.rounds import plan_rounds
@@ -183,6 +184,7 @@ class PhasedStrategy:
                 self._server_round, self.journal.best_round, self._snapshot()
             )
         log(INFO, progress_line(self._config.rounds, done))
+        return_freed()
 
     def _snapshot(self) -> Snapshot:
         """Return a snapshot for `_restore`."""

@@ -15,6 +15,7 @@ from slora_flwr.adapters.handoff import Handoff
 from slora_flwr.backbone.base_weights import BaseWeights, take_entries
 from slora_flwr.backbone.families import most_positions
 from slora_flwr.backbone.load import Backbone, load_backbone
+from slora_flwr.common.memory import return_freed
 from slora_flwr.common.svd import truncated_svd
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig, refuse
@@ -113,6 +114,7 @@ class AttachedModel:
         if self._base is not None:
             self._base.remove(self.backbone)
         self._adapter, self._base, self._attached = None, None, None
+        return_freed()
 
     def change_base(self, changes: Sequence[State], first: int, digest: str) -> None:
         """Change the base under the attached adapter.

@@ -72,6 +72,10 @@ def test_memory_by_hand(config: Config, bert: Backbone) -> None:
     assert plain.trained == 4 * bert.size
     assert full.total == full.weights + full.trained + full.activations + full.aside
     assert (full.aside, lora.aside) == (weights, 0)  # to give W_0 back
+    second = make_schedule(parse(config | {"method": "slora"}))[1]
+    slora = plan_memory(second, parse(config | {"method": "slora"}), bert)
+    # Values, their int64 positions and what they replace; A and B of the start.
+    assert slora.aside == (4 + 8 + 4) * SPARSE_VALUES + 4 * LORA_VALUES
     exact = memory(config, bert, method="fedex-lora")
     assert exact.aside == 4 * LAYERS * (4 * 32 * 32 + 2 * 32 * 48)
 
