@@ -52,7 +52,8 @@ def test_the_last_and_the_best_checkpoints_are_kept(config: Config) -> None:
 
 
 def test_a_checkpoint_is_no_pickle_and_private(config: Config) -> None:
-    directory = start(config | {"rounds": 1}, Grid(config))
+    config |= {"rounds": 1}
+    directory = start(config, Grid(config))
     path = checkpoint_path(directory, 1)
     assert path.stat().st_mode & 0o077 == 0
     assert not differ(
