@@ -20,6 +20,7 @@ measure step-32 step.py --length 32 --model minilm-l6
 measure masked-gradient masked_gradient.py
 measure workers workers.py
 measure handoff handoff.py
+measure memory memory.py
 measure aggregation aggregation.py
 measure codec codec.py
 measure rounds-embedded rounds.py
