@@ -11,16 +11,15 @@ from slora_flwr.common.tensors import State
 from slora_flwr.config import ServerConfig
 from slora_flwr.runs.snapshot import Snapshot
 
-# A round weighs about its number to this power, the exponent that Shamir and Zhang use.
-POWER = 3
-
 
 def share_of(server: ServerConfig) -> Callable[[int], float]:
     """Return the rule of `server.average`: the share of state n in average n.
 
     - `none`: 1. The average is the state itself.
-    - `growing`: 4 / (n + 3), polynomial-decay averaging (Shamir and Zhang, arXiv
-      1212.1824). Its window grows with the phase, so that early averages do not lag.
+    - `growing`: 2 / (n + 1), so that a state weighs as its number (Lacoste-Julien,
+      Schmidt and Bach, arXiv 1212.2002). The window grows, so that the average lags
+      behind neither early, as a mean of all states would late in a run, nor is it
+      noisy late.
     - `ema`: 1 - `server.average-decay`, an exponential moving average. It is 1 / n
       while that is larger, so that the first states weigh the same.
 
@@ -29,7 +28,7 @@ def share_of(server: ServerConfig) -> Callable[[int], float]:
     """
     match server.average:
         case "growing":
-            return lambda n: (POWER + 1) / (n + POWER)
+            return lambda n: 2 / (n + 1)
         case "ema":
             return lambda n: max(1 / n, 1 - server.average_decay)
     return lambda n: 1.0

@@ -372,9 +372,9 @@ class ServerConfig:
     average: Annotated[str, one_of("none", "growing", "ema")] = Field(
         default="growing",
         description="The average of a phase's global states, which is evaluated and "
-        "exported; training goes on from the last state. `growing` averages over about "
-        "the last fifth of the phase's rounds so far, `ema` exponentially; `none` "
-        "evaluates and exports the last state.",
+        "exported, and from which the next phase starts; within a phase, training goes "
+        "on from the last state. With `growing` a state weighs as its round's number, "
+        "with `ema` exponentially more the newer it is; `none` uses the last state.",
     )
     average_decay: Annotated[float, FROM_0_BELOW_1] = Field(
         default=0.8, description="The decay of `server.average` `ema`."

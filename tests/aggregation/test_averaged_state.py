@@ -20,14 +20,13 @@ def numbers(*values: float) -> list[State]:
     return [{"head": torch.tensor([value])} for value in values]
 
 
-# Polynomial-decay averaging with exponent 3: of four states the k-th weighs as the
-# k-th tetrahedral number, 1, 4, 10, 20, over their sum.
+# Of four states the k-th weighs k / 10.
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
         ([7.0], 7.0),
-        ([7.0, 2.0], (7 + 4 * 2) / 5),
-        ([7.0, 2.0, -3.0, 5.0], (7 + 4 * 2 - 10 * 3 + 20 * 5) / 35),
+        ([7.0, 2.0], (7 + 2 * 2) / 3),
+        ([7.0, 2.0, -3.0, 5.0], (7 + 2 * 2 - 3 * 3 + 4 * 5) / 10),
     ],
 )
 def test_the_growing_average(values: list[float], expected: float) -> None:
@@ -44,6 +43,19 @@ def test_the_exponential_average_begins_as_a_mean() -> None:
     ]
     expected = [4.0, 6.0, 4.0, 8.0, 0.75 * 8.0 + 0.25 * 16.0]
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_average_goes_on_from_one_that_a_phase_starts_with() -> None:
+    """A state that stands for two weighs 1 + 2, the next ones 3 and 4."""
+    averaged = AveragedState(ServerConfig())
+    averaged.begin({"head": torch.tensor([6.0])}, {"layer": torch.ones(1)}, 2)
+    for value in (8.0, -1.0):
+        tensor = torch.tensor([value])
+        averaged.add({"head": tensor}, {"layer": tensor})
+    expected = (3 * 6 + 3 * 8 - 4 * 1) / 10
+    assert averaged.state["head"].item() == pytest.approx(expected, rel=1e-6)
+    expected = (3 * 1 + 3 * 8 - 4 * 1) / 10
+    assert averaged.weights["layer"].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_an_average_it_is_the_last_state() -> None:

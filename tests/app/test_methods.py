@@ -375,7 +375,8 @@ def test_frozen_factors_stay(config: Config) -> None:
 
 def test_a_mask_of_its_own_for_each_round(config: Config) -> None:
     """The trained weights differ from W_0 under the union of the rounds' masks."""
-    config |= RUNS["per-round"]
+    # With one step of Adam, clients' changes of the same size could cancel.
+    config |= RUNS["per-round"] | {"train.epochs": 2}
     base, before = base_of(start(config, RecordingGrid(config))), weights_of(config)
     for name, weight in before.items():
         shape = (weight.shape[0], weight.shape[1])

@@ -46,7 +46,10 @@ CASES: dict[str, Config] = {
     "slora": SLORA,
     "per-round": SLORA | INT8 | LOSSLESS | {"sparse.schedule": "per-round"},
     "fedex-lora": {"method": "fedex-lora", "rounds": 3},
-    "exact": SLORA | INT8 | {"lora.aggregator": "exact", "clients.holdout": 0.2},
+    "exact": SLORA | INT8 | {"lora.aggregator": "exact"},
+    "exact-holdout": SLORA
+    | INT8
+    | {"lora.aggregator": "exact", "clients.holdout": 0.2, "server.average": "none"},
     "flexlora": {"method": "flexlora", "lora.ranks": "4, 2", "rounds": 3},
     "fedadam": SLORA
     | {"server.optimizer": "fedadam", "server.lr": 0.01, "lora.base": "w0"},
