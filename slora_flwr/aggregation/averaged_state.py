@@ -8,29 +8,26 @@ from torch import Tensor
 from slora_flwr.adapters.priming import prime
 from slora_flwr.common.svd import truncated_product
 from slora_flwr.common.tensors import State
-from slora_flwr.config import ServerConfig
 from slora_flwr.runs.snapshot import Snapshot
 
 
-def share_of(server: ServerConfig) -> Callable[[int], float]:
-    """Return the rule of `server.average`: the share of state n in average n.
+def share_of(rule: str, decay: float) -> Callable[[int], float]:
+    """Return a rule of `server.average`: the share of state n in average n.
 
     - `none`: 1. The average is the state itself.
     - `growing`: 2 / (n + 1), so that a state weighs as its number (Lacoste-Julien,
-      Schmidt and Bach, arXiv 1212.2002). The window grows, so that the average lags
-      behind neither early, as a mean of all states would late in a run, nor is it
-      noisy late.
-    - `ema`: 1 - `server.average-decay`, an exponential moving average. It is 1 / n
-      while that is larger, so that the first states weigh the same.
+      Schmidt and Bach, arXiv 1212.2002). The window grows with the run.
+    - `ema`: 1 - `decay`, an exponential moving average. It is 1 / n while that is
+      larger, so that the first states weigh the same.
 
     Averages of iterates: Polyak and Juditsky (SIAM J. Control Optim. 30, 1992), SWA
     (arXiv 1803.05407). Here each round is an iterate.
     """
-    match server.average:
+    match rule:
         case "growing":
             return lambda n: 2 / (n + 1)
         case "ema":
-            return lambda n: max(1 / n, 1 - server.average_decay)
+            return lambda n: max(1 / n, 1 - decay)
     return lambda n: 1.0
 
 
@@ -41,26 +38,29 @@ def mix(average: State, state: State, share: float) -> State:
     their rank. Factors alone have no mean where a round computes them anew, since their
     basis then differs from round to round.
     """
-    mixed = {n: torch.lerp(average[n], tensor, share) for n, tensor in state.items()}
-    for a in [name for name in state if name.endswith(".lora_A")]:
-        b = f"{a.removesuffix('A')}B"
+    pairs = {}
+    for name in [n.removesuffix(".lora_A") for n in state if n.endswith(".lora_A")]:
+        a, b = f"{name}.lora_A", f"{name}.lora_B"
         if b in state:
             old, new = average[b].double() * (1 - share), state[b].double() * share
             right = torch.cat([average[a], state[a]]).double()
             svd = truncated_product(torch.cat([old, new], 1), right, len(state[a]))
-            mixed[a], mixed[b] = prime(svd, 1.0, "balanced")
-    return mixed
+            pairs[a], pairs[b] = prime(svd, 1.0, "balanced")
+    return {
+        name: pairs[name] if name in pairs else torch.lerp(average[name], tensor, share)
+        for name, tensor in state.items()
+    }
 
 
 class AveragedState:
-    """The running average of the states with which a phase's rounds end.
+    """The running average of the states with which rounds end.
 
     It is evaluated and exported. Training goes on from the states themselves.
 
     Parameters
     ----------
-    server : ServerConfig
-        Config with the rule.
+    rule, decay
+        As for `share_of`.
 
     Attributes
     ----------
@@ -73,11 +73,11 @@ class AveragedState:
         Number of states in the average.
     """
 
-    def __init__(self, server: ServerConfig) -> None:
+    def __init__(self, rule: str, decay: float) -> None:
         self.state: State = {}
         self.weights: State = {}
         self.rounds = 0
-        self._share = share_of(server)
+        self._share = share_of(rule, decay)
 
     def begin(self, state: State, weights: Mapping[str, Tensor], rounds: int) -> None:
         """Begin with a state that computes what the average of some rounds did.
@@ -93,8 +93,13 @@ class AveragedState:
         self.state = state
         self.weights = {name: _copy(weight) for name, weight in weights.items()}
 
-    def add(self, state: State, weights: Mapping[str, Tensor]) -> None:
+    def add(
+        self, state: State, weights: Mapping[str, Tensor], scaling: float = 1.0
+    ) -> None:
         """Add the state after a round.
+
+        What the rank of LoRA's factors cuts off their average goes into the average of
+        the weights, if there is one. The two are then the exact average.
 
         Parameters
         ----------
@@ -102,15 +107,20 @@ class AveragedState:
             The state; it must not change afterwards.
         weights : Mapping[str, Tensor]
             The base's target matrices if rounds change the base, else empty.
+        scaling : float
+            LoRA's s.
         """
         self.rounds += 1
-        share = self._share(self.rounds)
-        self.state = mix(self.state, state, share) if share < 1 else state
+        share, before = self._share(self.rounds), self.state
+        if share == 1:
+            self.begin(state, weights, self.rounds)
+            return
+        self.state = mix(before, state, share)
         for name, weight in weights.items():
-            new = _copy(weight)
-            self.weights[name] = (
-                self.weights[name].lerp_(new, share) if share < 1 else new
-            )
+            average = self.weights[name].lerp_(_copy(weight), share)
+            if f"{name}.lora_A" in state and f"{name}.lora_B" in state:
+                cut = (1 - share) * _product(before, name) - _product(self.state, name)
+                average.add_(cut + share * _product(state, name), alpha=scaling)
 
     def snapshot(self) -> Snapshot:
         """Return a snapshot for `restore`."""
@@ -128,6 +138,10 @@ class AveragedState:
         self.rounds = snapshot.part("rounds").facts["rounds"]
         self.state = snapshot.part("state").tensors or last
         self.weights = snapshot.part("weights").tensors
+
+
+def _product(state: State, name: str) -> Tensor:
+    return state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]
 
 
 def _copy(weight: Tensor) -> Tensor:

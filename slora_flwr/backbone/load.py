@@ -110,7 +110,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
             "would become unknown words"
         )
     if tokenizer.pad_token_id is None:
-        # As is usual for decoders. Padding is masked, so that its token never counts.
+        # As is usual for decoders. The attention mask hides padding, and a decoder
+        # reads its class at the last other token.
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise ConfigError(

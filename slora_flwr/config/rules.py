@@ -161,7 +161,8 @@ def _check_rates(config: RunConfig, phases: Sequence[Phase]) -> None:
                 allowed = f"{off}, since sparse.rounds is 0: no phase has a set length"
                 raise refuse(key, given, allowed)
     if train.warmup_rounds >= shortest:
-        allowed = f"0 to {shortest - 1}, fewer than the rounds of the shortest phase"
+        most = f"0 to {shortest - 1}" if shortest > 1 else "0"
+        allowed = f"{most}, fewer than the rounds of the shortest phase"
         raise refuse("train.warmup-rounds", train.warmup_rounds, allowed)
 
 
@@ -272,12 +273,13 @@ def _check_robust(config: RunConfig, phases: Sequence[Phase]) -> None:
 
 def _check_average(config: RunConfig, phases: Sequence[Phase]) -> None:
     average = config.server.average
-    if config.clients.holdout and average != "none":
+    if config.clients.holdout:
         for phase in phases:
-            if phase.changes_base:
+            if phase.changes_base and phase.average != "none":
                 allowed = (
-                    "none, since clients.holdout has clients evaluate, and rounds of "
-                    f"{config.method} change the base, whose average is not sent"
+                    "auto, none, since clients.holdout has clients evaluate, and "
+                    f"rounds of {config.method} change the base, whose average is not "
+                    "sent"
                 )
                 raise refuse("server.average", average, allowed)
 

@@ -36,6 +36,8 @@ class Phase:
         True if the phase ends once it has stopped gaining.
     changes_base : bool
         True if each round changes the weights under the adapter.
+    average : str
+        The rule of the average of states, see `server.average`.
     renews : bool
         True if one round's values do not apply to the next, so residuals of their
         coding are dropped.
@@ -48,6 +50,7 @@ class Phase:
     primed: bool = False
     is_open: bool = False
     changes_base: bool = False
+    average: str = "none"
     renews: bool = False
 
     def at(self, phase_round: int) -> "Phase":
@@ -78,7 +81,7 @@ def make_schedule(config: RunConfig) -> list[Phase]:
             rounds = first if i == 0 else config.rounds - first
         name = row.aggregator or config.lora.aggregator
         adapter, aggregator = find_adapter(row.adapter), find_aggregator(name)
-        redraws = adapter.changes_base(config)
+        changes = adapter.changes_base(config) or aggregator.changes_base
         primed = i > 0 and find_adapter(rows[i - 1].adapter).learns_delta
         if primed and not adapter.takes_delta:
             raise ConfigError(
@@ -94,8 +97,9 @@ def make_schedule(config: RunConfig) -> list[Phase]:
                 name,
                 primed=primed,
                 is_open=is_open,
-                changes_base=redraws or aggregator.changes_base,
-                renews=redraws or aggregator.renews,
+                changes_base=changes,
+                average=_average(config, changes),
+                renews=adapter.changes_base(config) or aggregator.renews,
             )
         )
     return phases
@@ -163,6 +167,15 @@ def _rounds_without_gain(series: Sequence[float]) -> int:
         since = 0 if value > best + LEAST_GAIN else since + 1
         best = value if since == 0 else best
     return since
+
+
+def _average(config: RunConfig, changes_base: bool) -> str:
+    """Return the rule of a phase's average; see `server.average`."""
+    rule = config.server.average
+    if rule != "auto":
+        return rule
+    # All of an averaged base would have to be sent to the clients that evaluate.
+    return "none" if changes_base and config.clients.holdout else "growing"
 
 
 def _recipe(config: RunConfig, adapter: Any) -> RecipeConfig:

@@ -79,7 +79,7 @@ class ActivePhase:
         download = Codec.of_download(config.download, head)
         self.versions = StateVersions(download, model.reference)
         self.optimizer = ServerOptimizer(config.server.optimizer, config.server.lr)
-        self.averaged = AveragedState(config.server)
+        self.averaged = AveragedState(self.phase.average, config.server.average_decay)
         self.aggregator = make_aggregator(self.phase, config, head)
         # Without client ids, a node keeps the residual of its only client itself.
         self.keeps_residuals = (
@@ -109,7 +109,7 @@ class ActivePhase:
         index = 0 if before is None else before.index + 1
         config, phase = trainer.config, trainer.schedule[index]
         model = trainer.model
-        told, continues = None, True
+        told, continues = None, False
         on_average: AbstractContextManager[State] = nullcontext({})
         if before is not None:
             on_average = before.on_average()
@@ -124,6 +124,9 @@ class ActivePhase:
                     base=config.lora.base, energies=handoff.energies, took=took
                 )
             else:
+                # The head goes on, so the function does if nothing else was trained.
+                head = model.backbone.head
+                continues = before is not None and before.state.keys() <= head.keys()
                 model.detach()
                 start, weights = phase.adapter_type.start(phase, config, model.backbone)
         base = make_base(trainer, weights)
@@ -174,7 +177,7 @@ class ActivePhase:
     @property
     def is_averaged(self) -> bool:
         """Whether the average differs from the state."""
-        return self._config.server.average != "none"
+        return self.phase.average != "none"
 
     @contextmanager
     def on_average(self) -> Iterator[State]:
@@ -228,7 +231,7 @@ class ActivePhase:
         if change is not None:
             self.base.change(write_change(change))
             self._model.change_base([change], self.phase_round, self.base.digest)
-        self.averaged.add(self.sent(), self._moving_weights())
+        self.averaged.add(self.sent(), self._moving_weights(), self.adapter.scaling)
 
     def kept_energy(self) -> float | None:
         """Return the share of the learned delta that a handoff would keep now.

@@ -228,13 +228,10 @@ class PhasedStrategy:
                 recipe.lr,
                 recipe.batch_size,
             )
-        average = self._config.server.average
-        if average != "none":
-            log(
-                INFO,
-                "evaluated and exported: the %s average of a phase's states",
-                average,
-            )
+        for phase in self._trainer.schedule:
+            if phase.average != "none":
+                told = "%s: the %s average of the states is evaluated"
+                log(INFO, told, phase.adapter, phase.average)
         if self._privacy is not None:
             log(
                 INFO,

@@ -257,5 +257,14 @@ def _check_fit(config: RunConfig, backbone: Backbone) -> None:
     if most is not None and config.data.max_length > most:
         allowed = f"4 to {most}, the positions of model {config.model.name!r}"
         raise refuse("data.max-length", config.data.max_length, allowed)
+    token = int(backbone.tokenizer.pad_token_id == 0)  # any but padding
+    ids = torch.full((1, config.data.max_length), token, device=backbone.device)
+    try:  # Other tables of positions show only when they are read.
+        with torch.inference_mode():
+            backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (IndexError, RuntimeError) as error:
+        allowed = f"the length of texts that model {config.model.name!r} reads"
+        given = config.data.max_length
+        raise refuse("data.max-length", given, f"{allowed} ({error})") from error
     for phase in make_schedule(config):
         phase.adapter_type.check_fit(config, backbone)

@@ -6,11 +6,12 @@ import torch
 
 from slora_flwr.aggregation.averaged_state import AveragedState, mix
 from slora_flwr.common.tensors import State
-from slora_flwr.config import ServerConfig
 
 
-def average(states: list[State], **server: object) -> AveragedState:
-    averaged = AveragedState(ServerConfig(**server))  # type: ignore[arg-type]
+def average(
+    states: list[State], rule: str = "growing", decay: float = 0.8
+) -> AveragedState:
+    averaged = AveragedState(rule, decay)
     for state in states:
         averaged.add(state, {})
     return averaged
@@ -37,17 +38,14 @@ def test_the_growing_average(values: list[float], expected: float) -> None:
 def test_the_exponential_average_begins_as_a_mean() -> None:
     """With decay 0.75: the mean of the first four, then a quarter of each new one."""
     states = numbers(4.0, 8.0, 0.0, 20.0, 16.0)
-    found = [
-        average(states[:n], average="ema", average_decay=0.75).state["head"].item()
-        for n in range(1, 6)
-    ]
+    found = [average(states[:n], "ema", 0.75).state["head"].item() for n in range(1, 6)]
     expected = [4.0, 6.0, 4.0, 8.0, 0.75 * 8.0 + 0.25 * 16.0]
     assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_average_goes_on_from_one_that_a_phase_starts_with() -> None:
     """A state that stands for two weighs 1 + 2, the next ones 3 and 4."""
-    averaged = AveragedState(ServerConfig())
+    averaged = AveragedState("growing", 0.8)
     averaged.begin({"head": torch.tensor([6.0])}, {"layer": torch.ones(1)}, 2)
     for value in (8.0, -1.0):
         tensor = torch.tensor([value])
@@ -60,7 +58,7 @@ def test_an_average_goes_on_from_one_that_a_phase_starts_with() -> None:
 
 def test_without_an_average_it_is_the_last_state() -> None:
     states = numbers(4.0, 8.0)
-    assert average(states, average="none").state is states[-1]
+    assert average(states, "none").state is states[-1]
 
 
 def factors(a: torch.Tensor, b: torch.Tensor) -> State:
@@ -96,12 +94,28 @@ def test_a_factor_alone_is_averaged_by_entry() -> None:
     torch.testing.assert_close(mixed["layer.lora_B"], 0.75 * one + 0.25 * other)
 
 
+def test_what_the_rank_cuts_off_goes_into_the_averaged_base() -> None:
+    """Base and factors together are the exact mean of W + s·B·A, by weights 1, 2, 3."""
+    torch.manual_seed(3)
+    states = [factors(torch.randn(2, 7), torch.randn(4, 2)) for _ in range(3)]
+    bases = [torch.randn(4, 7) for _ in states]
+    averaged = AveragedState("growing", 0.8)
+    for state, base in zip(states, bases, strict=True):
+        averaged.add(state, {"layer": base}, scaling=0.5)
+    found = averaged.weights["layer"] + 0.5 * product(averaged.state)
+    expected = sum(
+        share * (base + 0.5 * product(state)) / 6
+        for share, state, base in zip((1, 2, 3), states, bases, strict=True)
+    )
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_a_restored_average_goes_on_bit_for_bit(rounds: int) -> None:
     torch.manual_seed(2)
     states = [factors(torch.randn(2, 5), torch.randn(3, 2)) for _ in range(5)]
     bases = [{"layer": torch.randn(3, 5)} for _ in range(5)]
-    whole, first, second = (AveragedState(ServerConfig()) for _ in range(3))
+    whole, first, second = (AveragedState("growing", 0.8) for _ in range(3))
     for state, base in zip(states, bases, strict=True):
         whole.add(state, base)
     for state, base in zip(states[:rounds], bases[:rounds], strict=True):

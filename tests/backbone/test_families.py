@@ -11,6 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    CTRLConfig,
+    CTRLModel,
     GPT2Config,
     GPT2Model,
     GPTNeoXConfig,
@@ -140,6 +142,21 @@ def test_longer_texts_than_positions_are_refused(
     with pytest.raises(ConfigError, match="is 41; allowed: 4 to 40, the positions"):
         Trainer(parse(given)).model.backbone  # noqa: B018
     Trainer(parse(given | {"data.max-length": 40})).model.backbone  # noqa: B018
+
+
+def test_tables_of_positions_of_any_name_are_found_by_reading(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """CTRL's table is a plain tensor; reading a text that is too long shows it."""
+    body = CTRLModel(
+        CTRLConfig(
+            vocab_size=VOCAB, n_positions=16, n_embd=32, n_layer=1, n_head=2, dff=48
+        )
+    )
+    given = make_config(save_checkpoint(body, tmp_path), corpus)
+    with pytest.raises(ConfigError, match="is 20; allowed: the length of texts that"):
+        Trainer(parse(given | {"data.max-length": 20})).model.backbone  # noqa: B018
+    Trainer(parse(given | {"data.max-length": 16})).model.backbone  # noqa: B018
 
 
 def test_texts_of_all_positions_can_be_read(decoder: Path) -> None:

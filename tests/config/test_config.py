@@ -226,7 +226,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("lora.factors", "a", "auto, balanced, b"),
     ("server.optimizer", "adam", "none, fedavgm, fedadam"),
     ("server.lr", -1.0, "a number of at least 0"),
-    ("server.average", "mean", "none, growing, ema"),
+    ("server.average", "mean", "auto, none, growing, ema"),
     ("server.average-decay", 1.0, "a number from 0 below 1"),
     ("server.clip-norm", -0.1, "a number of at least 0"),
     ("server.robust", "bulyan", "none, median, trimmed-mean, krum, multi-krum"),

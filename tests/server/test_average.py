@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError, parse
+from slora_flwr.config.schedule import make_schedule
 from slora_flwr.runs.checkpoint import list_checkpoints, read_checkpoint
 from slora_flwr.training.trainer import Trainer
 from tests.support.grids import RecordingGrid
@@ -111,13 +112,21 @@ def test_the_average_of_a_phase_is_kept_and_evaluated(
         elif name != "per-round" or not entry.endswith(".values"):
             expected = combine([state[entry] for state in states])
             np.testing.assert_allclose(doubles(tensor), expected, atol=1e-6)
+    scaling = parse(config).lora.alpha / parse(config).lora.rank
     changes = name in ("slora-exact", "fedex-lora", "per-round")
     assert changes == bool(bases[-1])
     if changes:
         averaged = final(directory, "averaged-base")
         for matrix in bases[-1]:
             expected = combine([base[matrix] for base in bases])
-            np.testing.assert_allclose(doubles(averaged[matrix]), expected, atol=1e-6)
+            given = doubles(averaged[matrix])
+            if f"{matrix}.lora_A" in found:
+                # What the rank cuts off the factors' average is in the base's.
+                pairs = [(s[f"{matrix}.lora_B"], s[f"{matrix}.lora_A"]) for s in states]
+                expected = expected + scaling * combine([b @ a for b, a in pairs])
+                b, a = found[f"{matrix}.lora_B"], found[f"{matrix}.lora_A"]
+                given = given + scaling * (doubles(b) @ doubles(a))
+            np.testing.assert_allclose(given, expected, atol=2e-6)
 
     # What was evaluated is what the files hold; stock libraries load the exports in
     # tests/adapters/test_export.py and compare their loss with the summary's.
@@ -189,6 +198,11 @@ def test_clients_evaluate_the_average(config: Config) -> None:
 
 def test_clients_cannot_evaluate_an_averaged_base(config: Config) -> None:
     config |= {"method": "fedex-lora", "clients.holdout": 0.25}
-    with pytest.raises(ConfigError, match=r"server\.average is 'growing'; allowed: no"):
-        parse(config)
-    parse({**config, "server.average": "none"})
+    given = {**config, "server.average": "growing"}
+    with pytest.raises(ConfigError, match=r"server\.average is 'growing'; allowed: au"):
+        parse(given)
+    directory = start(config, RecordingGrid(config))
+    assert not (directory / "checkpoints" / "averaged.safetensors").exists()
+    slora = {**config, "method": "slora", "rounds": 4, "lora.aggregator": "exact"}
+    phases = make_schedule(parse(slora))
+    assert [phase.average for phase in phases] == ["growing", "none"]
