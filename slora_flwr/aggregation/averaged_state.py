@@ -15,8 +15,9 @@ def share_of(rule: str, decay: float) -> Callable[[int], float]:
     """Return a rule of `server.average`: the share of state n in average n.
 
     - `none`: 1. The average is the state itself.
-    - `growing`: 2 / (n + 1), so that a state weighs as its number (Lacoste-Julien,
-      Schmidt and Bach, arXiv 1212.2002). The window grows with the run.
+    - `growing`: 3 / (n + 2), polynomial-decay averaging (Shamir and Zhang, arXiv
+      1212.1824) with exponent 2: state n weighs n · (n + 1). The window grows with the
+      run, so that the average neither lags early nor is noisy late.
     - `ema`: 1 - `decay`, an exponential moving average. It is 1 / n while that is
       larger, so that the first states weigh the same.
 
@@ -25,7 +26,7 @@ def share_of(rule: str, decay: float) -> Callable[[int], float]:
     """
     match rule:
         case "growing":
-            return lambda n: 2 / (n + 1)
+            return lambda n: 3 / (n + 2)
         case "ema":
             return lambda n: max(1 / n, 1 - decay)
     return lambda n: 1.0

@@ -373,8 +373,8 @@ class ServerConfig:
         default="auto",
         description="The average of the global states, which is evaluated and "
         "exported, and from which the next phase starts; within a phase, training goes "
-        "on from the last state. With `growing` a state weighs as its round's number, "
-        "with `ema` exponentially more the newer it is; `none` uses the last state. "
+        "on from the last state. With `growing` the n-th state weighs n·(n + 1), with "
+        "`ema` exponentially more the newer it is; `none` uses the last state. "
         "`auto` is `growing`, but `none` in phases whose rounds change the base if "
         "clients evaluate.",
     )

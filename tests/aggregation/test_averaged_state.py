@@ -21,13 +21,13 @@ def numbers(*values: float) -> list[State]:
     return [{"head": torch.tensor([value])} for value in values]
 
 
-# Of four states the k-th weighs k / 10.
+# States weigh as the triangular numbers, 1, 3, 6, 10.
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
         ([7.0], 7.0),
-        ([7.0, 2.0], (7 + 2 * 2) / 3),
-        ([7.0, 2.0, -3.0, 5.0], (7 + 2 * 2 - 3 * 3 + 4 * 5) / 10),
+        ([7.0, 2.0], (7 + 3 * 2) / 4),
+        ([7.0, 2.0, -3.0, 5.0], (7 + 3 * 2 - 6 * 3 + 10 * 5) / 20),
     ],
 )
 def test_the_growing_average(values: list[float], expected: float) -> None:
@@ -44,15 +44,15 @@ def test_the_exponential_average_begins_as_a_mean() -> None:
 
 
 def test_an_average_goes_on_from_one_that_a_phase_starts_with() -> None:
-    """A state that stands for two weighs 1 + 2, the next ones 3 and 4."""
+    """A state that stands for two weighs 1 + 3, the next ones 6 and 10."""
     averaged = AveragedState("growing", 0.8)
     averaged.begin({"head": torch.tensor([6.0])}, {"layer": torch.ones(1)}, 2)
     for value in (8.0, -1.0):
         tensor = torch.tensor([value])
         averaged.add({"head": tensor}, {"layer": tensor})
-    expected = (3 * 6 + 3 * 8 - 4 * 1) / 10
+    expected = (4 * 6 + 6 * 8 - 10 * 1) / 20
     assert averaged.state["head"].item() == pytest.approx(expected, rel=1e-6)
-    expected = (3 * 1 + 3 * 8 - 4 * 1) / 10
+    expected = (4 * 1 + 6 * 8 - 10 * 1) / 20
     assert averaged.weights["layer"].item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -95,7 +95,7 @@ def test_a_factor_alone_is_averaged_by_entry() -> None:
 
 
 def test_what_the_rank_cuts_off_goes_into_the_averaged_base() -> None:
-    """Base and factors together are the exact mean of W + s·B·A, by weights 1, 2, 3."""
+    """Base and factors together are the exact mean of W + s·B·A, by weights 1, 3, 6."""
     torch.manual_seed(3)
     states = [factors(torch.randn(2, 7), torch.randn(4, 2)) for _ in range(3)]
     bases = [torch.randn(4, 7) for _ in states]
@@ -104,8 +104,8 @@ def test_what_the_rank_cuts_off_goes_into_the_averaged_base() -> None:
         averaged.add(state, {"layer": base}, scaling=0.5)
     found = averaged.weights["layer"] + 0.5 * product(averaged.state)
     expected = sum(
-        share * (base + 0.5 * product(state)) / 6
-        for share, state, base in zip((1, 2, 3), states, bases, strict=True)
+        share * (base + 0.5 * product(state)) / 10
+        for share, state, base in zip((1, 3, 6), states, bases, strict=True)
     )
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 

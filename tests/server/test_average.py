@@ -25,9 +25,9 @@ from tests.support.runs import (
     summary,
 )
 
-# A state weighs as its number, see tests/aggregation/test_averaged_state.py. After one
-# sparse round, what the low-rank phase starts from is the first of five.
-SHARES = {4: np.arange(1, 5) / 10, 5: np.arange(1, 6) / 15}
+# States weigh as triangular numbers, see tests/aggregation/test_averaged_state.py.
+# After one sparse round, what the low-rank phase starts from is the first of five.
+SHARES = {4: np.array([1, 3, 6, 10]) / 20, 5: np.array([1, 3, 6, 10, 15]) / 35}
 
 RUNS: dict[str, Config] = {
     "fft": {"method": "fft"},
@@ -59,7 +59,7 @@ def products(states: list[State], name: str, rank: int) -> NDArray[np.float64]:
     """The average of dense products, cut to the rank after each round."""
     average: NDArray[np.float64] = np.zeros(())
     for number, state in enumerate(states, start=1):
-        share = 2 / (number + 1)
+        share = 3 / (number + 2)
         b, a = doubles(state[f"{name}.lora_B"]), doubles(state[f"{name}.lora_A"])
         u, s, vt = np.linalg.svd((1 - share) * average + share * (b @ a))
         average = (u[:, :rank] * s[:rank]) @ vt[:rank]
