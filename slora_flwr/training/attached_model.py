@@ -20,6 +20,7 @@ from slora_flwr.common.svd import truncated_svd
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig, refuse
 from slora_flwr.config.schedule import Phase, make_schedule
+from slora_flwr.training.loop import precision_of
 from slora_flwr.training.process_data import ProcessData
 
 
@@ -260,7 +261,7 @@ def _check_fit(config: RunConfig, backbone: Backbone) -> None:
     token = int(backbone.tokenizer.pad_token_id == 0)  # any but padding
     ids = torch.full((1, config.data.max_length), token, device=backbone.device)
     try:  # Other tables of positions show only when they are read.
-        with torch.inference_mode():
+        with torch.inference_mode(), precision_of(backbone, config.train.precision):
             backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids))
     except (IndexError, RuntimeError) as error:
         allowed = f"the length of texts that model {config.model.name!r} reads"
