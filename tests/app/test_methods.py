@@ -389,7 +389,7 @@ def test_a_mask_of_its_own_for_each_round(config: Config) -> None:
 
 
 def test_a_redrawn_phase_is_handed_over_whole(config: Config) -> None:
-    """Base `residual` after the handoff: its weights are what rounds learned.
+    """Base `residual` after the handoff: its weights are what rounds learned on average.
 
     Its factors are those that the low-rank phase starts from.
     """
@@ -399,7 +399,7 @@ def test_a_redrawn_phase_is_handed_over_whole(config: Config) -> None:
         "sparse.rounds": 3,
     }
     sparse = elsewhere(config, method="sft", rounds=3)
-    learned = base_of(start(sparse, RecordingGrid(sparse)))
+    learned = final(start(sparse, RecordingGrid(sparse)), "averaged-base")
     grid = RecordingGrid(config)
     start(config, grid)
     [first] = [i for i in grid.asked if i.server_round == 4]
@@ -471,7 +471,7 @@ def test_a_head_first_keeps_its_head(config: Config) -> None:
     grid = RecordingGrid(config)
     directory = start(config, grid)
     only = elsewhere(config, method="head", rounds=2)
-    head = final(start(only, RecordingGrid(only)))
+    head = final(start(only, RecordingGrid(only)), "averaged")
     [third] = [i for i in grid.asked if i.server_round == 3]
     lora = find_adapter("lora").from_config(parse(config))
     lora.attach(load_tiny(Path(str(config["model.name"]))))
