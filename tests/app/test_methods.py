@@ -389,7 +389,7 @@ def test_a_mask_of_its_own_for_each_round(config: Config) -> None:
 
 
 def test_a_redrawn_phase_is_handed_over_whole(config: Config) -> None:
-    """Base `residual` after the handoff: its weights are what rounds learned on average.
+    """Base `residual` after the handoff: its weights are what rounds learned, averaged.
 
     Its factors are those that the low-rank phase starts from.
     """
