@@ -384,7 +384,7 @@ def test_a_run_through_random_faults_ends_as_the_rules_say(
         whole = make_whole(elsewhere(config), chaos.lost, monkeypatch)
         assert any(len(e["clients"]) < len(e["cohort"]) for e in events(whole, "round"))
         assert changes != CODED or differ(final(whole), final(undisturbed))
-    for name in ("last", "base", "best"):
+    for name in ("last", "averaged", "base", "best"):
         assert not differ(final(directory, name), final(whole, name)), name
     assert files(directory) == files(whole)
     of_rounds = [

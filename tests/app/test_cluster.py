@@ -243,7 +243,7 @@ def test_losses_in_mid_round_change_no_bit(
     assert worked == {cluster.first.address, cluster.second.address}
     assert output.count("A Ray worker is lost") == 2, output[-5000:]
     assert not [event for event in events(folder) if event["event"] == "failure"]
-    for name in ("last", "best", "base"):
+    for name in ("last", "averaged", "best", "base"):
         state, wanted = (
             load_file(path / "checkpoints" / f"{name}.safetensors")
             for path in (folder, expected)

@@ -96,7 +96,7 @@ def test_a_simulation_gives_the_inline_engines_figures(
     read = tomllib.loads(written.replace(" ", "\n"))
     values = flatten_dict(read) | {"run.dir": str(tmp_path / "inline")}
     run(InlineGrid(values, run_id=2), values, run_id=2)
-    for name in ("last", "best"):
+    for name in ("last", "averaged", "best"):
         states = [
             load_file(tmp_path / engine / "checkpoints" / f"{name}.safetensors")
             for engine in ("ray", "inline")

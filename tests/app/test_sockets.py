@@ -105,7 +105,7 @@ def replay(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def assert_same_end(run: Run, expected: Path) -> None:
     """Compare what is promised of runs in which clients failed."""
-    for name in ("last", "best", "base"):
+    for name in ("last", "averaged", "best", "base"):
         one, other = final(run.directory, name), final(expected, name)
         assert one.keys() == other.keys()
         assert not differ(one, other), name

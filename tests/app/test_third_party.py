@@ -164,7 +164,7 @@ def test_it_plans_trains_resumes_and_exports(
     assert_same(Path(str(killed["run.dir"])), whole)
 
     # Stock PEFT computes what the adapter does, which is not what W_0 does.
-    examples, state = make_examples(), final(whole)
+    examples, state = make_examples(), final(whole, "averaged")
     model: Any = AutoModelForSequenceClassification.from_pretrained(
         str(config["model.name"]), num_labels=len(CLASSES)
     )
