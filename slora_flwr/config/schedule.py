@@ -175,7 +175,7 @@ def _average(config: RunConfig, changes_base: bool) -> str:
     if rule != "auto":
         return rule
     # All of an averaged base would have to be sent to the clients that evaluate.
-    return "none" if changes_base and config.clients.holdout else "growing"
+    return "none" if changes_base and config.clients.holdout else "ema"
 
 
 def _recipe(config: RunConfig, adapter: Any) -> RecipeConfig:

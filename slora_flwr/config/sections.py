@@ -369,14 +369,13 @@ class ServerConfig:
         "1.0 for `none`, 0.3 for `fedavgm`, 0.01 for `fedadam`, where it is about the "
         "distance that a weight moves in a round.",
     )
-    average: Annotated[str, one_of("auto", "none", "growing", "ema")] = Field(
+    average: Annotated[str, one_of("auto", "none", "ema", "growing")] = Field(
         default="auto",
         description="The average of the global states, which is evaluated and "
         "exported, and from which the next phase starts; within a phase, training goes "
-        "on from the last state. With `growing` the n-th state weighs n·(n + 1), with "
-        "`ema` exponentially more the newer it is; `none` uses the last state. "
-        "`auto` is `growing`, but `none` in phases whose rounds change the base if "
-        "clients evaluate.",
+        "on from the last state. `ema` is an exponential moving average; with `growing` "
+        "the n-th state weighs n·(n + 1); `none` uses the last state. `auto` is `ema`, "
+        "but `none` in phases whose rounds change the base if clients evaluate.",
     )
     average_decay: Annotated[float, FROM_0_BELOW_1] = Field(
         default=0.8, description="The decay of `server.average` `ema`."

@@ -89,7 +89,7 @@ def primed(config: Config, directory: Path) -> tuple[State, State]:
 def test_the_average_of_a_phase_is_kept_and_evaluated(
     config: Config, name: str
 ) -> None:
-    config |= {"run.keep": 9, **RUNS[name]}
+    config |= {"run.keep": 9, "server.average": "growing", **RUNS[name]}
     rounds = 5 if "sparse.rounds" in RUNS[name] else 4
     config |= {"rounds": rounds, "train.lr": 0.01}
     directory = start(config, RecordingGrid(config))
@@ -205,4 +205,4 @@ def test_clients_cannot_evaluate_an_averaged_base(config: Config) -> None:
     assert not (directory / "checkpoints" / "averaged.safetensors").exists()
     slora = {**config, "method": "slora", "rounds": 4, "lora.aggregator": "exact"}
     phases = make_schedule(parse(slora))
-    assert [phase.average for phase in phases] == ["growing", "none"]
+    assert [phase.average for phase in phases] == ["ema", "none"]
