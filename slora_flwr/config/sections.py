@@ -373,7 +373,7 @@ class ServerConfig:
         default="auto",
         description="The average of the global states, which is evaluated and "
         "exported, and from which the next phase starts; within a phase, training goes "
-        "on from the last state. `ema` is an exponential moving average; with `growing` "
+        "on from the last state. `ema` is an exponential moving average; of `growing` "
         "the n-th state weighs n·(n + 1); `none` uses the last state. `auto` is `ema`, "
         "but `none` in phases whose rounds change the base if clients evaluate.",
     )
