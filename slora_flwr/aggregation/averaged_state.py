@@ -1,4 +1,4 @@
-"""The running average of a phase's global states."""
+"""The running average of the global states."""
 
 from collections.abc import Callable, Mapping
 

@@ -48,7 +48,7 @@ class ActivePhase:
     state : State
         The global state after the last round; before the first, the phase's start.
     averaged : AveragedState
-        The average of the states. A phase starts from that of the phase before it.
+        The average of the states. The next phase starts from it.
     keeps_residuals : bool
         True if clients keep what the coding of their updates leaves out.
     fingerprint : str
