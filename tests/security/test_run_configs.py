@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slora_flwr.backbone.load import load_backbone
-from slora_flwr.config import ConfigError, DataConfig, ModelConfig
+from slora_flwr.config import ConfigError, DataConfig, ModelConfig, Value, parse
 from slora_flwr.data.texts import load_texts
 
 
@@ -74,3 +74,24 @@ def test_a_models_code_is_refused_without_a_question(
     with pytest.raises(ConfigError, match=r"model\.name is "):
         load_backbone(ModelConfig(name=str(folder)), 2, 0)
     assert (questions, marker.exists()) == ([], False)
+
+
+@pytest.mark.parametrize(
+    ("key", "most", "others"),
+    [
+        ("rounds", 10**6, {}),
+        ("clients.count", 10**7, {}),
+        ("train.epochs", 1000, {}),
+        ("sparse.epochs", 1000, {}),
+        ("lora.epochs", 1000, {}),
+        ("bottleneck.epochs", 1000, {"method": "houlsby"}),
+    ],
+)
+def test_work_without_end_is_refused(
+    key: str, most: int, others: dict[str, Value]
+) -> None:
+    parse({key: most, **others})
+    for given in (most + 1, 2 * 10**9):
+        allowed = rf"{key} is {given}; allowed: a number from [01] up to {most}"
+        with pytest.raises(ConfigError, match=allowed):
+            parse({key: given, **others})
