@@ -31,7 +31,7 @@ STRICT = ConfigDict(strict=True)
 # Clients that each robust statistic needs beyond twice the hostile ones.
 LEAST_COHORTS = {"median": 1, "trimmed-mean": 1, "krum": 3, "multi-krum": 3}
 PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual")
-# `data.name` for data that never leaves its node: each trains on its own.
+# `data.name` where each node trains on data of its own.
 OWN_DATA = "node"
 
 # Beyond what any run needs, and within what a node can be asked to hold or wait for.

@@ -1,4 +1,4 @@
-"""A node's own data: files that its operator names and that never leave the node.
+"""A node's own data: files that its operator names.
 
 The node's config (`flower-supernode --node-config`) says where they are:
 
