@@ -8,7 +8,8 @@ The node's config (`flower-supernode --node-config`) says where they are:
 ``data-label``   label column
 ``data-labels``  labels that the server may learn, comma-separated; default: all
 ``min-examples`` fewest examples to train on; default 10
-``min-of-label`` fewest examples of a label that the server may learn; default 5
+``min-of-label`` fewest examples of a label that the server may learn, and to
+                 evaluate on; default 5
 ``name``         the node's name in the server's output
 ``partition-id`` id of the node's client; by default the server numbers nodes
 ================ ==============================================================
@@ -59,7 +60,8 @@ class OwnData:
     labels : tuple[str, ...]
         The labels that may leave the node; empty for all.
     min_examples, min_of_label : int
-        The fewest examples to train on, and of a label that may leave the node.
+        The fewest examples to train on; the fewest of a label that may leave the node,
+        and to evaluate on.
     """
 
     path: str
@@ -199,6 +201,14 @@ class OwnData:
             raise OwnDataError(
                 f"{count} examples are left to train on, and min-examples is "
                 f"{self.min_examples}; skipped: {rows or 'none'}"
+            )
+
+    def check_held(self, count: int) -> None:
+        """Raise OwnDataError if metrics would be those of very few examples."""
+        if 0 < count < self.min_of_label:
+            raise OwnDataError(
+                f"{count} examples are held out, and min-of-label is "
+                f"{self.min_of_label}; allowed: none, or as many"
             )
 
     def _check_labels(self, texts: Texts) -> None:

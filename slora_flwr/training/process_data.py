@@ -100,7 +100,7 @@ class ProcessData:
         Raises
         ------
         OwnDataError
-            If too few would be left to train on.
+            If too few would be left to train on, or to evaluate on.
         """
         if client in self._own and self._own[client][0] == source:
             return
@@ -108,7 +108,9 @@ class ProcessData:
         known = set(self.classes)
         texts = texts.select(np.array([label in known for label in texts.labels]))
         count = len(texts.texts)
-        source.check_count(count - round(count * self._config.clients.holdout))
+        held = round(count * self._config.clients.holdout)
+        source.check_count(count - held)
+        source.check_held(held)
         examples = tokenise(self._config.data, self.tokenizer, self.classes, texts)
         self._own[client] = (source, examples)
 

@@ -161,6 +161,18 @@ def test_a_node_trains_on_no_fewer_examples_than_it_says(
         get_process(node, instruct("a", "b"))
 
 
+def test_a_node_evaluates_on_no_single_example(config: Config, tmp_path: Path) -> None:
+    rows = [("w1 w2", "a"), ("w3 w4", "b")] * 25
+    node = a_node(config, **columns(write(tmp_path / "a.csv", rows)))
+    for share in (0.0, 0.1):
+        node.run_config["clients.holdout"] = share
+        node.run_config["data.test"] = "test.csv"
+        get_process(node, instruct("a", "b"))
+    node.run_config["clients.holdout"] = 0.02
+    with pytest.raises(OwnDataError, match="1 examples are held out"):
+        get_process(node, instruct("a", "b"))
+
+
 def test_few_examples_are_not_described(config: Config, tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [("w1 w2", "a"), ("w3 w4", "b")] * 12)
     assert not ask("query", a_node(config, **columns(path))).has_error()
