@@ -126,7 +126,7 @@ END
     docker/certs.sh ca
     docker/certs.sh server localhost "$@"
     docker/certs.sh node 0 1 2
-    for i in 0 1 2; do echo "partition-id=$i" > "$SLORA_NODES/$i/config"; done
+    for i in 0 1 2; do echo "partition-id=$i data-text=\"text\" data-label=\"label\"" > "$SLORA_NODES/$i/config"; done
 }
 
 common='model.name="embedded" data.name="node" data.max-length=32 clients.count=0 clients.per-round=3 clients.min-nodes=3'
@@ -321,7 +321,7 @@ network() {
     pass "network: the command line at the gate: $(grep -o "Client error [^f]*" "$work/gate.log")"
     for node in 0 1; do
         SLORA_NODE=$node SLORA_DATA=$SLORA_NODES/$node/data SLORA_CA=$SLORA_CERTS/ca.crt \
-            SLORA_NODE_CONFIG="partition-id=$node" SLORA_SUPERLINK=10.99.$node.1:8443 \
+            SLORA_NODE_CONFIG="partition-id=$node" SLORA_TEXT=text SLORA_LABEL=label SLORA_SUPERLINK=10.99.$node.1:8443 \
             "${compose_command[@]}" -p "$project-$node" -f docker/compose.client.yml up --detach > /dev/null 2>&1
         "$python" docker/link.py "$(pid "$project" gate)" "10.99.$node.1" "$(pid "$project-$node" supernode)" "10.99.$node.2" \
             --mbit 100 --ms 25 > "$work/link$node.log" 2>&1 &

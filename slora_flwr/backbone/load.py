@@ -99,7 +99,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
     _quiet_transformers()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**_source(config))
+        tokenizer = AutoTokenizer.from_pretrained(
+            trust_remote_code=False,  # left out, transformers would ask on a terminal
+            **_source(config),
+        )
     except (OSError, ValueError) as error:
         # From None, since a traceback would show what is redacted in the message.
         raise _not_found(config, error) from None
@@ -162,6 +165,7 @@ def load_backbone(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             use_safetensors=True,  # a pickled checkpoint could run code
+            trust_remote_code=False,
             **_source(config),
         )
     except (OSError, ValueError) as error:

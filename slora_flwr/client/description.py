@@ -1,20 +1,22 @@
 """A node's description of itself: its code, its backbone, its clients' sizes."""
 
+from collections import Counter
+
 import numpy as np
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 
 import slora_flwr
 from slora_flwr.backbone.load import digest_of
-from slora_flwr.client.process import get_process
+from slora_flwr.client.permits import masked
+from slora_flwr.client.process import get_process, read_config, read_source
 from slora_flwr.common.code_digest import code_digest
-from slora_flwr.config import RunConfig, parse
+from slora_flwr.config import RunConfig
 from slora_flwr.config.schedule import outside_files
-from slora_flwr.data.node_files import OwnData, OwnDataError
 
 
 def describe(context: Context) -> RecordDict:
     """Return this node's answer to the server's query."""
-    config = parse(context.run_config)
+    config = read_config(context)
     code = code_digest(outside_files(config))
     described = ConfigRecord({"version": slora_flwr.__version__, "code": code})
     # Number of nodes in a simulation, for which the server waits.
@@ -36,7 +38,7 @@ def _add_partition(
     trainer = get_process(context).trainer
     described["backbone"] = trainer.model.digest
     described["partition"] = trainer.data.partition_digest
-    described["classes"] = trainer.data.classes
+    described["classes"] = trainer.data.classes_digest
     sizes = trainer.data.partition.sizes
     hosted = np.arange(len(sizes))
     if config.clients.count == 0:
@@ -50,13 +52,10 @@ def _add_own_data(
     config: RunConfig, context: Context, described: ConfigRecord
 ) -> MetricRecord:
     """Add counts and label names; nothing else about the data leaves the node."""
-    source = OwnData.of(context.node_config, config.data)
-    texts, skipped = source.load()
-    labels = source.labels(texts)
-    if not labels:
-        rows = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
-        raise OwnDataError(f"no usable row; skipped: {rows or 'none'}")
-    described["backbone"] = digest_of(config.model)
+    texts, skipped = read_source(context, config).usable()
+    labels = dict(sorted(Counter(texts.labels).items()))
+    with masked():
+        described["backbone"] = digest_of(config.model)
     described["name"] = node_name(context)
     described["labels"] = list(labels)
     if "partition-id" in context.node_config:

@@ -60,7 +60,12 @@ def query(message: Message, context: Context) -> Message:
 
 @_with_known_errors
 def train(message: Message, context: Context) -> Message:
-    """Train clients one after another and fold their updates."""
+    """Train clients one after another and fold their updates.
+
+    Nobody waits for a reply after the message's time to live, so no batch is begun
+    then. It is counted from here, since other machines' clocks may differ.
+    """
+    until = time.monotonic() + message.metadata.ttl
     instruction = Instruction.read(message.content)
     release(message)
     process = get_process(context, instruction)
@@ -80,7 +85,8 @@ def train(message: Message, context: Context) -> Message:
     for client in instruction.clients:
         started = time.perf_counter()
         try:
-            turn = trainer.train_client(client, state, phase, instruction.server_round)
+            number = instruction.server_round
+            turn = trainer.train_client(client, state, phase, number, until)
             upload = sender.code(client, turn.update, state)
             fold.add(upload.update, turn.examples, client)
         except (ClientError, FoldError) as error:

@@ -1,5 +1,6 @@
 """What a node's process keeps between the messages of a run."""
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 from flwr.app import Context
@@ -7,9 +8,11 @@ from flwr.app import Context
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.client.base_cache import cached_base
 from slora_flwr.client.errors import MismatchError, MissingStateError
+from slora_flwr.client.permits import check_data, check_paths, masked
+from slora_flwr.client.resident import in_simulation
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig, flatten, parse
-from slora_flwr.data.node_files import OwnData
+from slora_flwr.data.node_files import OwnData, OwnDataError
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.codec import Codec
@@ -157,21 +160,75 @@ class ClientProcess:
 make_process = lru_cache(maxsize=1)(ClientProcess)
 
 
+def is_simulated(context: Context) -> bool:
+    """Return whether a node is simulated on the machine of whoever runs it."""
+    return isinstance(context, SharedContext) or in_simulation()
+
+
+def read_config(context: Context) -> RunConfig:
+    """Return the run config, if this node may open what it names.
+
+    Raises
+    ------
+    OwnDataError
+        If the node has data of its own and the run names other data, or if the run
+        names a path that the node's config does not allow. All paths are allowed to a
+        simulated node.
+    """
+    config = parse(context.run_config)
+    check_data(config, context)
+    if not is_simulated(context):
+        with masked():
+            check_paths(config, context)
+    return config
+
+
 def get_process(
     context: Context, instruction: Instruction | None = None
 ) -> ClientProcess:
-    """Return the run's process state; a simulation's processes reuse it."""
-    config = parse(context.run_config)
+    """Return the run's process state; a simulation's processes reuse it.
+
+    Raises
+    ------
+    OwnDataError
+        If this node's data or model cannot be loaded, or the run may not have them.
+    """
+    config = read_config(context)
     if config.clients.count == 0 and not config.data.is_own:
         config = _one_client_per_node(config, context)
+    with nullcontext() if is_simulated(context) else masked():
+        return _load(config, context, instruction)
+
+
+def _load(
+    config: RunConfig, context: Context, instruction: Instruction | None
+) -> ClientProcess:
+    """Return the process state with all data loaded that the instruction needs."""
     classes = tuple(instruction.classes) if instruction else ()
+    if config.data.is_own and not classes:
+        # Without them, they would be those of a file that the run names.
+        raise OwnDataError("the instruction has no classes; allowed: those agreed")
     model = context.model if isinstance(context, SharedContext) else None
     process = make_process(config, classes, model)
-    if instruction and config.data.is_own:
-        source = OwnData.of(context.node_config, config.data)
+    if not config.data.is_own:
+        _ = process.trainer.data.partition
+    elif instruction:
+        source = read_source(context, config)
         for client in instruction.clients:
             process.trainer.data.host(client, source)
     return process
+
+
+def read_source(context: Context, config: RunConfig) -> OwnData:
+    """Return the location of this node's own data.
+
+    Raises
+    ------
+    OwnDataError
+        If the node's config does not say where it is.
+    """
+    train = config.data.train if is_simulated(context) else ""
+    return OwnData.of(context.node_config, config.data, train)
 
 
 def _one_client_per_node(config: RunConfig, context: Context) -> RunConfig:

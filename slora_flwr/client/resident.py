@@ -68,7 +68,7 @@ def handle(message: Message, context: Context) -> Message:
         If two workers in succession end in the middle of the message.
     """
     seconds = _seconds(context)
-    if not seconds or _in_simulation() or not hasattr(socket, "AF_UNIX"):
+    if not seconds or in_simulation() or not hasattr(socket, "AF_UNIX"):
         return _handle_here(message, context)
     for _ in range(2):
         try:
@@ -102,7 +102,8 @@ def _seconds(context: Context) -> float:
     return seconds
 
 
-def _in_simulation() -> bool:
+def in_simulation() -> bool:
+    """Return whether this process is one of Flower's simulation."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 

@@ -47,6 +47,11 @@ def at_least(low: int) -> Allowed:
     return allow(f"a number of at least {low}", lambda x: low <= x < math.inf)
 
 
+def between(low: int, high: int) -> Allowed:
+    """Return a constraint to numbers from `low` up to `high`."""
+    return allow(f"a number from {low} up to {high}", lambda x: low <= x <= high)
+
+
 def one_of(*names: str) -> Allowed:
     """Return a constraint to some names."""
     return allow(", ".join(names), names.__contains__)

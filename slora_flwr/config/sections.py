@@ -18,6 +18,7 @@ from slora_flwr.config.allowed import (
     POSITIVE,
     allow,
     at_least,
+    between,
     listed_by,
     one_of,
 )
@@ -30,8 +31,11 @@ STRICT = ConfigDict(strict=True)
 # Clients that each robust statistic needs beyond twice the hostile ones.
 LEAST_COHORTS = {"median": 1, "trimmed-mean": 1, "krum": 3, "multi-krum": 3}
 PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual")
-# `data.name` for data that never leaves its node: each trains on its own.
+# `data.name` where each node trains on data of its own.
 OWN_DATA = "node"
+
+# Beyond what any run needs, and within what a node can be asked to hold or wait for.
+_MOST_CLIENTS, _MOST_ROUNDS, _MOST_EPOCHS = 10**7, 10**6, 1000
 
 _DTYPES = ("float32", "float16", "bfloat16", "int8")
 _SEEDS = "a whole number from 0 to 2^63 - 1"
@@ -129,7 +133,7 @@ class DataConfig:
 class ClientsConfig:
     """The client population, how data is dealt to it, and what closes a round."""
 
-    count: Natural = Field(
+    count: Annotated[int, between(0, _MOST_CLIENTS)] = Field(
         default=20, description="The client population; 0 for one client per node."
     )
     per_round: Count = Field(
@@ -182,7 +186,7 @@ class ClientsConfig:
 class RecipeConfig:
     """Local training, in every phase that does not override it."""
 
-    epochs: Count = Field(
+    epochs: Annotated[int, between(1, _MOST_EPOCHS)] = Field(
         default=1, description="Local passes over a client's examples."
     )
     batch_size: Count = Field(
@@ -225,7 +229,7 @@ class RecipeConfig:
 class PhaseRecipeConfig:
     """One phase's overrides of `train`; 0 and "" keep its values."""
 
-    epochs: Natural = Field(
+    epochs: Annotated[int, between(0, _MOST_EPOCHS)] = Field(
         default=0,
         description="Overrides `train.epochs` in this phase; 0 keeps it.",
     )
@@ -555,7 +559,9 @@ class RunConfig:
     method: Annotated[str, listed_by(list_methods)] = Field(
         default="slora", description="The method: what is trained, in which phases."
     )
-    rounds: Count = Field(default=12, description="The number of rounds of all phases.")
+    rounds: Annotated[int, between(1, _MOST_ROUNDS)] = Field(
+        default=12, description="The number of rounds of all phases."
+    )
     seed: Annotated[int, allow(_SEEDS, lambda seed: 0 <= seed < 2**63)] = Field(
         default=0,
         description="The seed of masks, cohorts, partitions, batches and the head's "

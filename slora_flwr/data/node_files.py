@@ -1,17 +1,21 @@
-"""A node's own data: files that its operator names and that never leave the node.
+"""A node's own data: files that its operator names.
 
 The node's config (`flower-supernode --node-config`) says where they are:
 
 ================ ==============================================================
 ``data-path``    a csv, jsonl or parquet file, or a folder of such files
-``data-text``    text column, or several, comma-separated; default `data.text`
-``data-label``   label column; default `data.label`
+``data-text``    text column, or several, comma-separated
+``data-label``   label column
+``data-labels``  labels that the server may learn, comma-separated; default: all
+``min-examples`` fewest examples to train on; default 10
+``min-of-label`` fewest examples of a label that the server may learn, and to
+                 evaluate on; default 5
 ``name``         the node's name in the server's output
 ``partition-id`` id of the node's client; by default the server numbers nodes
 ================ ==============================================================
 
-Unusable rows are skipped and counted. An unreadable file or a missing column is an
-error.
+A run config has no say in any of these. Unusable rows are skipped and counted. An
+unreadable file or a missing column is an error.
 """
 
 import csv
@@ -23,10 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from slora_flwr.config import OWN_DATA, ConfigError, DataConfig
 from slora_flwr.data.texts import Texts, at_most
 
 BROKEN, NO_TEXT, NO_LABEL = "broken", "no text", "no label"
+OTHER_LABEL, RARE_LABEL = "other label", "rare label"
 # Yields a file's rows by column, None for a broken row; returns the file's columns.
 Rows = Generator[dict[str, Any] | None, None, list[str]]
 
@@ -44,35 +52,71 @@ class OwnDataError(ConfigError):
 class OwnData:
     """The location of a node's own data.
 
-    `text` may name several columns, separated by commas.
+    Attributes
+    ----------
+    path, text, label : str
+        The file or folder, and its columns; `text` may name several, separated by
+        commas.
+    labels : tuple[str, ...]
+        The labels that may leave the node; empty for all.
+    min_examples, min_of_label : int
+        The fewest examples to train on; the fewest of a label that may leave the node,
+        and to evaluate on.
     """
 
     path: str
     text: str
     label: str
+    labels: tuple[str, ...] = ()
+    min_examples: int = 10
+    min_of_label: int = 5
 
     @classmethod
-    def of(cls, node_config: Mapping[str, Any], config: DataConfig) -> "OwnData":
-        """Return the location from a node's config, with defaults from the run's.
+    def of(
+        cls, node_config: Mapping[str, Any], config: DataConfig, train: str = ""
+    ) -> "OwnData":
+        """Return the location from a node's config.
+
+        Parameters
+        ----------
+        node_config : Mapping[str, Any]
+            The node's config.
+        config : DataConfig
+            The columns of a simulated node.
+        train : str
+            Path of simulated nodes' data, with {} for the node's number; empty for a
+            node that is not simulated.
 
         Raises
         ------
         OwnDataError
-            If neither says where the data is.
+            If a key is missing or its value is not allowed.
         """
+        limits = [
+            _natural(node_config, key, default)
+            for key, default in (("min-examples", 10), ("min-of-label", 5))
+        ]
+        names = str(node_config.get("data-labels", "")).split(",")
+        labels = tuple(name.strip() for name in names if name.strip())
         path = str(node_config.get("data-path", ""))
-        if not path and config.train and "num-partitions" in node_config:
+        if not path and train:
             # A simulated node's config has only a partition id.
-            path = config.train.replace("{}", str(node_config.get("partition-id")))
+            path = train.replace("{}", str(node_config.get("partition-id")))
+            text, label = config.text or "text", config.label or "label"
+            return cls(path, text, label, labels, *limits)
         if not path:
             raise OwnDataError(
                 f"data.name is {OWN_DATA!r}, and this node's config has no data-path; "
                 "allowed: --node-config 'data-path=\"/file/or/folder\"', or, in a "
                 "simulation, data.train with {} in place of the node's number"
             )
-        text = node_config.get("data-text") or config.text or "text"
-        label = node_config.get("data-label") or config.label or "label"
-        return cls(path, str(text), str(label))
+        text, label = (
+            str(node_config.get(key, "")) for key in ("data-text", "data-label")
+        )
+        for key, given in (("data-text", text), ("data-label", label)):
+            if not given.strip():
+                raise OwnDataError(f"{key} is {given!r}; allowed: the name of a column")
+        return cls(path, text, label, labels, *limits)
 
     def load(self) -> tuple[Texts, dict[str, int]]:
         """Read the files.
@@ -119,25 +163,74 @@ class OwnData:
                     labels.append(label)
         return Texts(texts, labels), dict(skipped)
 
-    def labels(self, texts: Texts) -> dict[str, int]:
-        """Return the number of rows with each label, for the server.
+    def usable(self) -> tuple[Texts, dict[str, int]]:
+        """Read the files and leave out the rows whose labels may not leave the node.
+
+        Returns
+        -------
+        tuple
+            As `load`. Rows of labels that `labels` lacks, or that have fewer than
+            `min_of_label` rows, are among the skipped ones.
 
         Raises
         ------
         OwnDataError
-            If the column seems to hold texts, which must not leave the node.
+            As `load`; if the column seems to hold something else than labels; and if
+            fewer than `min_examples` rows are usable.
         """
+        texts, skipped = self.load()
+        self._check_labels(texts)
+        if self.labels:
+            known = np.array([label in self.labels for label in texts.labels], bool)
+            texts = _keep(texts, known, OTHER_LABEL, skipped)
+        of_label = Counter(texts.labels)
+        common = [of_label[label] >= self.min_of_label for label in texts.labels]
+        texts = _keep(texts, np.array(common, bool), RARE_LABEL, skipped)
+        if len({*texts.labels}) == 1 and not self.labels:
+            raise OwnDataError(
+                f"column {self.label!r} has one usable value; allowed: two or more, "
+                "or data-labels, which lists what the server may learn"
+            )
+        self.check_count(len(texts.texts), skipped)
+        return texts, skipped
+
+    def check_count(self, count: int, skipped: Mapping[str, int] | None = None) -> None:
+        """Raise OwnDataError if so few examples should not be trained on."""
+        if count < self.min_examples:
+            rows = ", ".join(f"{n} {reason}" for reason, n in (skipped or {}).items())
+            raise OwnDataError(
+                f"{count} examples are left to train on, and min-examples is "
+                f"{self.min_examples}; skipped: {rows or 'none'}"
+            )
+
+    def check_held(self, count: int) -> None:
+        """Raise OwnDataError if metrics would be those of very few examples."""
+        if 0 < count < self.min_of_label:
+            raise OwnDataError(
+                f"{count} examples are held out, and min-of-label is "
+                f"{self.min_of_label}; allowed: none, or as many"
+            )
+
+    def _check_labels(self, texts: Texts) -> None:
+        """Raise OwnDataError if the column seems to hold texts or names."""
         found = Counter(texts.labels)
         named = [name.strip() for name in self.text.split(",")]
         longest = max(map(len, found), default=0)
-        if self.label in named or len(found) > MOST_LABELS or longest > LONGEST_LABEL:
+        rare = sum(n for n in found.values() if n < self.min_of_label)
+        if (
+            self.label in named
+            or len(found) > MOST_LABELS
+            or longest > LONGEST_LABEL
+            or rare > len(texts.labels) / 2
+        ):
             raise OwnDataError(
                 f"column {self.label!r} does not look like labels: it has {len(found)} "
-                f"different values of up to {longest} characters; allowed: a column "
-                f"other than the text's, with up to {MOST_LABELS} values of up to "
-                f"{LONGEST_LABEL} characters"
+                f"different values of up to {longest} characters, and {rare} rows have "
+                f"one of fewer than {self.min_of_label} rows; allowed: a column other "
+                f"than the text's, with up to {MOST_LABELS} values of up to "
+                f"{LONGEST_LABEL} characters, and at most half of the rows with rare "
+                "ones"
             )
-        return dict(sorted(found.items()))
 
     def _files(self) -> list[Path]:
         path = Path(self.path).expanduser()
@@ -221,6 +314,22 @@ _READERS: dict[str, Callable[[Path, list[str]], Rows]] = {
     ".jsonl": _jsonl,
     ".parquet": _parquet,
 }
+
+
+def _natural(node_config: Mapping[str, Any], key: str, default: int) -> int:
+    given = node_config.get(key, default)
+    if type(given) is not int or given < 1:
+        raise OwnDataError(f"{key} is {given!r}; allowed: a whole number above 0")
+    return given
+
+
+def _keep(
+    texts: Texts, chosen: NDArray[np.bool_], reason: str, skipped: dict[str, int]
+) -> Texts:
+    """Return the chosen rows; count the others as skipped."""
+    if others := int((~chosen).sum()):
+        skipped[reason] = others
+    return texts.select(chosen)
 
 
 def _string(value: Any) -> str:

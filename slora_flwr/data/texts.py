@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from slora_flwr.data.examples import Examples
 
 # Share set aside for testing in a data set without a test split.
 TEST_SHARE = 0.2
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -220,18 +222,24 @@ def _find(config: DataConfig, preset: Preset) -> Callable[[str], Any]:
                     f"{split!r}; allowed: {split} with one of {', '.join(FORMATS)}"
                 )
             return _read_file(found[0])
+        # A name without an owner may be a loader's: `pandas` unpickles what it finds.
+        if not _HUB_ID.fullmatch(preset.hub):
+            raise _not_found(config.name, "no file or folder, nor OWNER/NAME")
         try:
             return datasets.load_dataset(preset.hub, split=split)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise ConfigError(
-                f"data.name is {config.name!r}; allowed: stdlib-docs, "
-                f"{', '.join(PRESETS)}, a file or folder that is there (absolute, "
-                "since a run does not start in your folder), a name below "
-                "$SLORA_ASSETS/data, or a Hub id that can be reached "
-                f"({redact(error)})"
-            ) from None  # a traceback would show what is redacted here
+            # From None, since a traceback would show what is redacted in the message.
+            raise _not_found(config.name, redact(error)) from None
 
     return load
+
+
+def _not_found(name: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"data.name is {name!r}; allowed: stdlib-docs, {', '.join(PRESETS)}, a file or "
+        "folder that is there (absolute, since a run does not start in your folder), a "
+        f"name below $SLORA_ASSETS/data, or a Hub id that can be reached ({why})"
+    )
 
 
 def _folder(assets: Path, name: str) -> Path | None:

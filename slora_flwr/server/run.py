@@ -164,7 +164,7 @@ def _run(
 def _shared_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
     expected |= {
         "backbone": trainer.model.backbone.digest,
-        "classes": trainer.data.classes,
+        "classes": trainer.data.classes_digest,
     }
     clients = trainer.config.clients
     sizes = None

@@ -1,5 +1,7 @@
 """One client's local training, and evaluation."""
 
+import math
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,12 +19,17 @@ from slora_flwr.data.examples import Examples
 from slora_flwr.training.metrics import Evaluation, count
 
 
+class DeadlineError(RuntimeError):
+    """A client's training did not end in time."""
+
+
 def train(
     backbone: Backbone,
     adapter: Adapter,
     examples: Examples,
     recipe: RecipeConfig,
     rng_key: tuple[object, ...],
+    until: float = math.inf,
 ) -> float:
     """Train an attached adapter from the state it has loaded.
 
@@ -40,11 +47,18 @@ def train(
         towards 0: decoupled with AdamW (arXiv 1711.05101), in the gradient with SGD.
     rng_key : tuple
         Keys the order of the batches and dropout: (seed, round, client).
+    until : float
+        Time by the monotonic clock after which no batch is begun.
 
     Returns
     -------
     float
         Mean loss over the examples of all epochs, NaN without any.
+
+    Raises
+    ------
+    DeadlineError
+        If batches are left at that time.
     """
     stream = np.random.Philox(key=key("train", *rng_key))
     torch.manual_seed(int(stream.random_raw()) >> 1)
@@ -57,6 +71,8 @@ def train(
     size = len(examples) / max(1, -(-len(examples) // recipe.batch_size))
     for _ in range(recipe.epochs):
         for rows in examples.shuffled(recipe.batch_size, stream):
+            if time.monotonic() >= until:
+                raise DeadlineError("the round's deadline passed as it trained")
             ids, mask, labels = (t.to(backbone.device) for t in examples.batch(rows))
             with precision_of(backbone, recipe.precision):
                 logits = model(input_ids=ids, attention_mask=mask).logits

@@ -50,6 +50,12 @@ class ProcessData:
         """The label names; class id i is the i-th."""
         return self._agreed or list_classes(self._texts)
 
+    @property
+    def classes_digest(self) -> str:
+        """BLAKE2b of the label names, 32 hex digits; the names need not be sent."""
+        named = "\x1f".join(self.classes).encode()
+        return blake2b(named, digest_size=16).hexdigest()
+
     @cached_property
     def tokenizer(self) -> Any:
         """The backbone's tokeniser."""
@@ -89,12 +95,22 @@ class ProcessData:
         return digest.hexdigest()
 
     def host(self, client: int, source: OwnData) -> None:
-        """Assign a node's own data to a client; leave out rows with other labels."""
+        """Assign a node's own data to a client; leave out rows with other labels.
+
+        Raises
+        ------
+        OwnDataError
+            If too few would be left to train on, or to evaluate on.
+        """
         if client in self._own and self._own[client][0] == source:
             return
-        texts, _ = source.load()
+        texts, _ = source.usable()
         known = set(self.classes)
         texts = texts.select(np.array([label in known for label in texts.labels]))
+        count = len(texts.texts)
+        held = round(count * self._config.clients.holdout)
+        source.check_count(count - held)
+        source.check_held(held)
         examples = tokenise(self._config.data, self.tokenizer, self.classes, texts)
         self._own[client] = (source, examples)
 

@@ -1,5 +1,6 @@
 """A run's data and model in one process, for training clients and evaluating."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from slora_flwr.config import RunConfig
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.attack import spoil_examples, spoil_update
-from slora_flwr.training.loop import evaluate, train
+from slora_flwr.training.loop import DeadlineError, evaluate, train
 from slora_flwr.training.metrics import Evaluation
 from slora_flwr.training.process_data import ProcessData
 
@@ -49,14 +50,20 @@ class Trainer:
         self.model = model or AttachedModel(config, self.data)
 
     def train_client(
-        self, client: int, state: State, phase: Phase, server_round: int
+        self,
+        client: int,
+        state: State,
+        phase: Phase,
+        server_round: int,
+        until: float = math.inf,
     ) -> ClientUpdate:
         """Train one client from a state, with the phase's adapter attached.
 
         Raises
         ------
         ClientError
-            If the client has no examples or its update is not finite.
+            If the client has no examples, its update is not finite, or it has not ended
+            by the time `until` of the monotonic clock.
         """
         adapter = self.model.adapter
         examples, _ = self.data.examples(client)
@@ -67,7 +74,11 @@ class Trainer:
         state = self._own_ranks(client, state)
         adapter.load(state)
         rng_key = (self.config.seed, server_round, client)
-        loss = train(self.model.backbone, adapter, examples, phase.recipe, rng_key)
+        backbone, recipe = self.model.backbone, phase.recipe
+        try:
+            loss = train(backbone, adapter, examples, recipe, rng_key, until)
+        except DeadlineError as error:
+            raise ClientError(str(error)) from error
         after = adapter.state()
         update = {n: after[n].sub_(state[n]) for n in adapter.returned()}
         update = spoil_update(self.config, client, update)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
+from tests.support.own_data import KINDS, texts, write
 from tests.support.processes import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +112,22 @@ def test_a_simulation_gives_the_inline_engines_figures(
     figures = ("accuracy", "macro_f1", "loss", "payload_bytes_up", "payload_bytes_down")
     for key in figures:
         assert summaries[0][key] == pytest.approx(summaries[1][key], abs=1e-6)
+
+
+def test_a_simulated_node_opens_the_files_that_a_run_names(
+    flower: dict[str, str], tmp_path: Path
+) -> None:
+    for node in range(2):
+        write(tmp_path / f"node-{node}.csv", texts(node, 40, KINDS))
+    given: dict[str, Any] = {"data.name": "'node'"}
+    given |= {"data.train": f"'{tmp_path}/node-{{}}.csv'"}
+    given |= {"clients.count": 0, "clients.per-round": 2, "clients.holdout": 0.2}
+    given |= {"method": "'lora'", "rounds": 1, "run.dir": f"'{tmp_path}/run'"}
+    written = " ".join(f"{key}={value}" for key, value in given.items())
+    done = slora(flower, "--nodes", "2", "-c", written)
+    assert done.returncode == 0, done.stdout + done.stderr
+    classes = (tmp_path / "run" / "adapter" / "classes.json").read_text()
+    assert json.loads(classes) == KINDS
 
 
 def test_a_failed_run_has_a_failed_exit_status(flower: dict[str, str]) -> None:

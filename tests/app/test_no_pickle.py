@@ -33,8 +33,12 @@ def find_unsafe(source: str) -> list[str]:
         called = ast.unparse(at.func)
         if called in UNSAFE_CALLS or called in ("torch.load", "yaml.load"):
             found.append(called)
-        flags = {"allow_pickle", "trust_remote_code"}
-        found += [k.arg for k in at.keywords if k.arg in flags and k.arg]
+        given = {k.arg: ast.unparse(k.value) for k in at.keywords if k.arg}
+        found += ["allow_pickle"] if "allow_pickle" in given else []
+        trusted = given.get("trust_remote_code", "unset")
+        # On a terminal, transformers asks whether to trust where nobody says so.
+        if called.endswith(".from_pretrained") and trusted != "False":
+            found.append(f"trust_remote_code {trusted}")
         if called in ("np.load", "numpy.load"):
             found.append(called)
     return found
@@ -49,6 +53,8 @@ eval(text)
 model.eval()
 np.load(path, allow_pickle=True)
 AutoModel.from_pretrained(name, trust_remote_code=True)
+AutoModel.from_pretrained(name)
+AutoModel.from_pretrained(name, trust_remote_code=False)
 """
     assert sorted(find_unsafe(source)) == sorted(
         [
@@ -58,7 +64,8 @@ AutoModel.from_pretrained(name, trust_remote_code=True)
             "eval",
             "allow_pickle",
             "np.load",
-            "trust_remote_code",
+            "trust_remote_code True",
+            "trust_remote_code unset",
         ]
     )
 

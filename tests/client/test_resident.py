@@ -81,7 +81,11 @@ def make_context(run_config: dict[str, Any] | None = None, run_id: int = 5) -> C
     return Context(
         run_id=run_id,
         node_id=NODE,
-        node_config={"partition-id": 0, "num-partitions": 2},
+        node_config={
+            "partition-id": 0,
+            "num-partitions": 2,
+            "allowed-folders": "/",
+        },
         state=RecordDict(),
         run_config={"clients.count": 0, **(run_config or {})},
     )

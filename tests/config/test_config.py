@@ -157,7 +157,7 @@ OPTIMIZERS = "adamw, sgd"
 BAD: list[tuple[str, Value, str]] = [
     ("method", "fedavg", "slora, sft, lora, fft, bitfit, houlsby, pfeiffer, head"),
     ("method", "fedex", "ffa-lora, alternate-lora, fedex-lora, flexlora, head-lora"),
-    ("rounds", 0, "a number of at least 1"),
+    ("rounds", 0, "a number from 1 up to 1000000"),
     ("seed", -1, "a whole number from 0 to 2^63 - 1"),
     ("seed", 2**63, "a whole number from 0 to 2^63 - 1"),
     ("model.name", "", "embedded, a folder or a Hub id"),
@@ -168,7 +168,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("data.validation", 1.0, "a number from 0 below 1"),
     ("data.validation", -0.1, "a number from 0 below 1"),
     ("data.max-test", -1, "a number of at least 0"),
-    ("clients.count", -1, "a number of at least 0"),
+    ("clients.count", -1, "a number from 0 up to 10000000"),
     ("clients.per-round", 0, "a number of at least 1"),
     ("clients.per-round", 21, "1 to clients.count, which is 20"),
     ("clients.partitioner", "zipf", "iid, dirichlet, pathological, virtual"),
@@ -181,7 +181,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("clients.min-replies", 6, "1 to clients.per-round, which is 5"),
     ("clients.deadline", 0.0, "a number above 0"),
     ("clients.holdout", 1.0, "a number from 0 below 1"),
-    ("train.epochs", 0, "a number of at least 1"),
+    ("train.epochs", 0, "a number from 1 up to 1000"),
     ("train.batch-size", 0, "a number of at least 1"),
     ("train.optimizer", "", OPTIMIZERS),
     ("train.lr", -0.1, "a number of at least 0"),
@@ -192,7 +192,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("train.prox", -0.1, "a number of at least 0"),
     ("train.clip-norm", -0.1, "a number of at least 0"),
     ("train.precision", "fp16", "float32, bf16"),
-    ("sparse.epochs", -1, "a number of at least 0"),
+    ("sparse.epochs", -1, "a number from 0 up to 1000"),
     ("sparse.batch-size", -1, "a number of at least 0"),
     ("sparse.optimizer", "adam", OPTIMIZERS),
     ("sparse.lr", -0.1, "a number of at least 0"),
@@ -203,8 +203,8 @@ BAD: list[tuple[str, Value, str]] = [
     ("sparse.mask", "diagonal", "unstructured, rows, columns"),
     ("sparse.schedule", "never", "fixed, per-round"),
     ("sparse.budget", "global", "uniform, erdos-renyi, equal"),
-    ("lora.epochs", -1, "a number of at least 0"),
-    ("bottleneck.epochs", -1, "a number of at least 0"),
+    ("lora.epochs", -1, "a number from 0 up to 1000"),
+    ("bottleneck.epochs", -1, "a number from 0 up to 1000"),
     ("lora.batch-size", -1, "a number of at least 0"),
     ("bottleneck.batch-size", -1, "a number of at least 0"),
     ("lora.optimizer", "adam", OPTIMIZERS),
@@ -750,7 +750,7 @@ def test_the_printed_file_is_a_run_config(
 def test_what_cannot_be_is_not_printed() -> None:
     done = CliRunner().invoke(app, ["config", "-c", "rounds=0"])
     assert done.exit_code == 2
-    assert done.stderr == "Error: rounds is 0; allowed: a number of at least 1\n"
+    assert done.stderr == "Error: rounds is 0; allowed: a number from 1 up to 1000000\n"
     assert not done.stdout
 
 

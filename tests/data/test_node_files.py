@@ -114,18 +114,20 @@ def test_labels_are_as_they_are_written(tmp_path: Path) -> None:
     assert load_test_texts(DataConfig(name="node", test=str(path))).labels == labels
 
 
-def test_a_column_of_texts_is_not_told_as_labels(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv")
-    for source in (OwnData(str(path), "label", "label"), OwnData(str(path), "x", "y")):
-        texts = Texts(["t"] * 1001, [str(i) for i in range(1001)])
-        with pytest.raises(OwnDataError, match="does not look like labels"):
-            source.labels(texts)
-    with pytest.raises(OwnDataError, match="of up to 201 characters"):
-        OwnData("", "x", "y").labels(Texts(["t"], ["a" * 201]))
-    assert OwnData("", "x", "y").labels(Texts(["t"] * 3, ["b", "a", "b"])) == {
-        "a": 1,
-        "b": 2,
-    }
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("label", ["a"] * 10 + ["b"] * 10),
+        ("text", [str(i) for i in range(1001) for _ in range(5)]),
+        ("text", ["a" * 201] * 10 + ["b"] * 10),
+    ],
+)
+def test_a_column_of_texts_is_not_told_as_labels(
+    tmp_path: Path, text: str, labels: list[str]
+) -> None:
+    path = write(tmp_path / "a.jsonl", [("t", label) for label in labels])
+    with pytest.raises(OwnDataError, match="does not look like labels"):
+        OwnData(str(path), text, "label").usable()
 
 
 def test_columns_are_joined(tmp_path: Path) -> None:
@@ -172,13 +174,31 @@ def test_any_bytes_give_rows_or_an_error(
         assert label.encode()
 
 
-def test_the_nodes_config_goes_before_the_runs() -> None:
-    config = DataConfig(name="node", train="/sim/{}.csv", text="t", label="l")
+def test_a_simulated_nodes_data_is_the_runs() -> None:
+    config = DataConfig(name="node", text="t", label="l")
     node_config = {"partition-id": 3, "num-partitions": 9}
-    assert OwnData.of(node_config, config) == OwnData("/sim/3.csv", "t", "l")
-    own = {"data-path": "/d", "data-text": "a,b", "data-label": "c", **node_config}
-    assert OwnData.of(own, config) == OwnData("/d", "a,b", "c")
+    found = OwnData.of(node_config, config, "/sim/{}.csv")
+    assert found == OwnData("/sim/3.csv", "t", "l")
     with pytest.raises(OwnDataError, match="has no data-path"):
-        OwnData.of({"name": "real"}, config)
-    with pytest.raises(OwnDataError, match="has no data-path"):
-        OwnData.of(node_config, DataConfig(name="node"))
+        OwnData.of(node_config, config)
+
+
+def test_a_nodes_own_config_goes_before_the_runs() -> None:
+    config = DataConfig(name="node", text="t", label="l")
+    own: dict[str, str | int] = {
+        "data-path": "/d",
+        "data-text": "a,b",
+        "data-label": "c",
+    }
+    for train in ("", "/sim/{}.csv"):
+        assert OwnData.of(own, config, train) == OwnData("/d", "a,b", "c")
+    own |= {"data-labels": "x, y,", "min-examples": 30, "min-of-label": 7}
+    expected = OwnData("/d", "a,b", "c", ("x", "y"), 30, 7)
+    assert OwnData.of(own, config) == expected
+
+
+@pytest.mark.parametrize("key", ["min-examples", "min-of-label"])
+@pytest.mark.parametrize("given", [0, -1, "9", 1.5, True])
+def test_a_limit_is_a_whole_number(key: str, given: object) -> None:
+    with pytest.raises(OwnDataError, match=f"{key} is .*; allowed: a whole number"):
+        OwnData.of({"data-path": "/d", key: given}, DataConfig(name="node"))

@@ -119,6 +119,11 @@ def make_own_data_config(tmp_path: Path, model: Path) -> Config:
     }
 
 
+def columns_of(path: Path) -> dict[str, str]:
+    """Return the node config of a file with columns `text` and `label`."""
+    return {"data-path": str(path), "data-text": "text", "data-label": "label"}
+
+
 class NodesGrid(InlineGrid):
     """Nodes with configs as their operators would write them."""
 
@@ -128,7 +133,7 @@ class NodesGrid(InlineGrid):
         for context, (name, path) in zip(
             self._contexts.values(), nodes.items(), strict=True
         ):
-            context.node_config = {"name": name, "data-path": str(path)}
+            context.node_config = {"name": name, **columns_of(path)}
 
     def _answer(self, message: Message) -> Message:
         reply = super()._answer(message)
