@@ -219,6 +219,18 @@ class ActivePhase:
         self.state = self.adapter.complete(self.sent())
         self._start = self.state | self.publish(self.sent())
 
+    def most_bytes(self, clients: int) -> int:
+        """Return the size of the largest possible reply of a node to a round, in bytes.
+
+        Parameters
+        ----------
+        clients : int
+            Number of clients that it trains; it may answer with an update of each, or
+            with their sum in 64 bits.
+        """
+        values = sum(shape.numel() for shape in self.returned.values())
+        return max(self.largest, 8 * values * clients)
+
     def step(self, fold: Mean) -> None:
         """Update state and base with the aggregate of a round."""
         before = self.state

@@ -197,8 +197,12 @@ class Round:
         fold = phase.aggregator.make_fold()
         fold.expect(sum(fleet.sizes[client] for client in drawn))
         received = 0
-        for reply in collect(grid, messages, config.clients.deadline, again):
-            received += message_bytes(reply)
+        most = max(len(clients) for clients in self.cohort.values()) if messages else 0
+        replies = collect(
+            grid, messages, config.clients.deadline, again, phase.most_bytes(most)
+        )
+        for reply, reply_size in replies:
+            received += reply_size
             self._take(reply, asked, fold)
         self._fail_silent()
         done, size, up = len(self.clients), self._payload, self._wire.get("up")
@@ -247,8 +251,10 @@ class Round:
         every = [client for clients in asked.values() for client in clients]
         size, received, silent = phase.bytes_due(every), 0, dict(asked)
         found: list[Evaluation] = []
-        for reply in collect(grid, messages, trainer.config.clients.deadline, again):
-            received += message_bytes(reply)
+        for reply, reply_size in collect(
+            grid, messages, trainer.config.clients.deadline, again
+        ):
+            received += reply_size
             node = reply.metadata.src_node_id
             clients = silent.pop(node)
             try:
@@ -261,6 +267,7 @@ class Round:
                     found.append(figures)
             except MessageError as error:
                 self._fail(node, clients, error)
+                fleet.count_unreadable(reply)
         record, sent = self._journal.directory.record, sum(map(message_bytes, messages))
         record(Entry(number, phase.name, "down", len(every), size, sent))
         record(Entry(number, phase.name, "up", len(every), 0, received))
@@ -310,6 +317,7 @@ class Round:
             if isinstance(error, ChangedDataError):
                 self._fleet.forget(node)
             self._fail(node, self.cohort[node], error)
+            self._fleet.count_unreadable(reply)
             return
         for client, reason in report.failures.items():
             self._fail(node, [client], reason)

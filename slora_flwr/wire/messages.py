@@ -23,6 +23,8 @@ from slora_flwr.wire.packing import pack
 # Error codes of a node that lacks the base that an instruction names, or the state that
 # the instruction's is a difference from.
 MISSING_BASE, MISSING_STATE = 2404, 2405
+# Error code of the server itself, in place of a reply that cannot be read.
+UNREADABLE = 2406
 
 
 class MessageError(ValueError):
@@ -345,6 +347,28 @@ def read_evaluation(content: RecordDict, classes: int) -> Evaluation | None:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MessageError(f"its figures are off: {error!r}") from error
     return found
+
+
+def check_form(received: object, asked: str) -> Message:
+    """Return what was received if it is a message, which Flower does not check.
+
+    Parameters
+    ----------
+    received : object
+        What Flower inflated.
+    asked : str
+        Id of the message that it should reply to.
+
+    Raises
+    ------
+    MessageError
+        If it is no message, or replies to another.
+    """
+    if not isinstance(received, Message):
+        raise MessageError(f"it is of kind {type(received).__name__}, not Message")
+    if received.metadata.reply_to_message_id != asked:
+        raise MessageError("it replies to another message")
+    return received
 
 
 def release(message: Message) -> None:
