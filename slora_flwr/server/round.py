@@ -140,6 +140,8 @@ class Round:
         The clients drawn, by node.
     clients : dict[int, ClientRecord]
         The clients whose updates are in the aggregate.
+    failure : str
+        Why the round failed; empty if it did not.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class Round:
         self.number = number
         self.cohort: dict[int, list[int]] = {}
         self.clients: dict[int, ClientRecord] = {}
+        self.failure = ""
         self._trainer, self._phase, self._fleet = trainer, phase, fleet
         self._journal, self._privacy, self._counted = journal, privacy, counted
         self._failed: set[int] = set()
@@ -165,7 +168,7 @@ class Round:
         """Train a cohort and update the state.
 
         Each reply is checked, folded and freed as it arrives. Return False, and leave
-        the state unchanged, if too few clients are in the aggregate.
+        the state unchanged, if too few clients are in the aggregate, or it has no mean.
         """
         config, phase, fleet = self._trainer.config, self._phase, self._fleet
         journal, number, privacy = self._journal, self.number, self._privacy
@@ -215,10 +218,15 @@ class Round:
         if privacy is not None:
             wanted = min(wanted, len(drawn))  # a draw may be smaller, even empty
         if done < wanted:
+            self.failure = f"got {done} good replies"
             return False
-        if privacy is not None:
-            privacy.perturb(fold, phase.returned)
-        phase.step(fold)
+        try:
+            if privacy is not None:
+                privacy.perturb(fold, phase.returned)
+            phase.step(fold)
+        except FoldError as error:
+            self.failure = f"ended without a state: {error}"
+            return False
         if self._counted is not None:
             self._counted |= dict.fromkeys(self.clients, number)
         return True
