@@ -1,5 +1,6 @@
 """One round: its cohort, its checks of replies, its result."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -161,6 +162,8 @@ class Round:
         self._trainer, self._phase, self._fleet = trainer, phase, fleet
         self._journal, self._privacy, self._counted = journal, privacy, counted
         self._failed: set[int] = set()
+        # The size of each node's update.
+        self._sizes: dict[int, float] = {}
         # Bytes of the updates, and on the nodes' interfaces by direction.
         self._payload, self._wire = 0, Counter[str]()
 
@@ -199,6 +202,8 @@ class Round:
         asked = Asked(number, phase.index, phase.fingerprint, sizes, phase.largest)
         fold = phase.aggregator.make_fold()
         fold.expect(sum(fleet.sizes[client] for client in drawn))
+        if self._is_bounded:
+            fold.limit = phase.sizes.bound
         received = 0
         most = max(len(clients) for clients in self.cohort.values()) if messages else 0
         replies = collect(
@@ -217,6 +222,9 @@ class Round:
         wanted = config.clients.min_replies
         if privacy is not None:
             wanted = min(wanted, len(drawn))  # a draw may be smaller, even empty
+        if self._is_bounded and self._refuse_outliers(fold.limit):
+            self.failure = "had updates far beyond the others"
+            return False
         if done < wanted:
             self.failure = f"got {done} good replies"
             return False
@@ -327,6 +335,7 @@ class Round:
             self._fail(node, self.cohort[node], error)
             self._fleet.count_unreadable(reply)
             return
+        self._sizes[node] = fold.sizes[-1]
         for client, reason in report.failures.items():
             self._fail(node, [client], reason)
         for client, examples, loss, seconds in zip(
@@ -337,6 +346,33 @@ class Round:
         self._payload += len(report.update.data) if alone else sum(report.payloads)
         self._wire.update(self._journal.wire_bytes(node, report.wire))
         phase.versions.received(node, report.clients)
+
+    @property
+    def _is_bounded(self) -> bool:
+        """Whether updates far beyond the others are refused.
+
+        An attack that the config asks for is meant to be seen, and privacy has a bound
+        of its own.
+        """
+        return self._trainer.config.attack.kind == "none" and self._privacy is None
+
+    def _refuse_outliers(self, limit: float) -> bool:
+        """Note the sizes of the updates; return whether some are far beyond the others.
+
+        They were refused on arrival unless the phase had no updates yet. Then the round
+        fails, and is repeated with the limit that its updates give.
+        """
+        sizes = self._phase.sizes
+        sizes.add(self._sizes.values())
+        if limit < math.inf:
+            return False
+        far = {n: size for n, size in self._sizes.items() if size > sizes.bound}
+        for node, size in far.items():
+            reason = (
+                f"its largest value is {size:.4g}; allowed: up to {sizes.bound:.4g}"
+            )
+            self._fail(node, self.cohort[node], reason)
+        return bool(far)
 
     def _fail_silent(self) -> None:
         """Record as failed the clients that no reply mentions."""
