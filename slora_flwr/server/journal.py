@@ -11,9 +11,15 @@ from flwr.common.logger import log
 from slora_flwr.common.text import printable
 from slora_flwr.planning.rounds import PlannedRound
 from slora_flwr.runs.directory import RunDirectory
-from slora_flwr.runs.events import ClientsFailed, HandedOff, RecordedRound
+from slora_flwr.runs.events import (
+    ClientsFailed,
+    HandedOff,
+    NodeEvaluated,
+    RecordedRound,
+)
 from slora_flwr.runs.snapshot import Snapshot
 from slora_flwr.server.phase import ActivePhase
+from slora_flwr.training.metrics import Evaluation
 
 
 class Journal:
@@ -59,6 +65,20 @@ class Journal:
         )
         self.directory.event(
             ClientsFailed(round=server_round, node=node, clients=clients, reason=reason)
+        )
+
+    def record_evaluation(
+        self, server_round: int, node: int, found: Evaluation
+    ) -> None:
+        """Record what a node says of the state on its held-out examples."""
+        self.directory.event(
+            NodeEvaluated(
+                round=server_round,
+                node=node,
+                examples=found.examples,
+                loss=found.loss,
+                accuracy=found.accuracy,
+            )
         )
 
     def wire_bytes(self, node: int, totals: Sequence[int]) -> dict[str, int]:

@@ -21,6 +21,7 @@ from slora_flwr.server.journal import Journal
 from slora_flwr.server.phase import ActivePhase
 from slora_flwr.server.privacy import Privacy
 from slora_flwr.training.metrics import Evaluation, pool
+from slora_flwr.training.process_data import held_out
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.messages import (
     MessageError,
@@ -279,8 +280,11 @@ class Round:
                 figures = read_evaluation(reply.content, len(trainer.data.classes))
                 phase.versions.received(node, clients)
                 if figures is not None:
-                    _check_examples(figures, sum(fleet.sizes[c] for c in clients))
+                    share = trainer.config.clients.holdout
+                    most = sum(held_out(fleet.sizes[c], share) for c in clients)
+                    _check_examples(figures, most)
                     found.append(figures)
+                    self._journal.record_evaluation(number, node, figures)
             except MessageError as error:
                 self._fail(node, clients, error)
                 fleet.count_unreadable(reply)
@@ -394,5 +398,5 @@ class Round:
 def _check_examples(figures: Evaluation, most: int) -> None:
     if figures.examples > most:
         raise MessageError(
-            f"it evaluates on {figures.examples} examples, and has {most}"
+            f"it evaluates on {figures.examples} examples, and holds out {most}"
         )
