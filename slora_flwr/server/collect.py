@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from slora_flwr.wire.inflation import bounded
-from slora_flwr.wire.messages import UNREADABLE, check_form, message_bytes, release
+from slora_flwr.wire.messages import UNREADABLE, find_reply, message_bytes, release
 
 # Pause between polls; Flower's own `send_and_receive` sleeps three seconds.
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.01, 0.2
@@ -108,11 +108,10 @@ def pull(
     for asked, node in list(pending.items()):
         try:
             with bounded(most):
-                # A second one is a duplicate.
-                found = list(grid.pull_messages([asked]))[:1]
-            if not found:
+                received = list(grid.pull_messages([asked]))
+            if not received:
                 continue
-            reply = check_form(found[0], asked)
+            reply = find_reply(received, asked)
             size = message_bytes(reply)
         except _READING as error:
             reply = _unreadable(grid, asked, error)

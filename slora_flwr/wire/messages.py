@@ -1,7 +1,7 @@
 """The contents of messages between server and nodes, as Flower records."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -349,26 +349,29 @@ def read_evaluation(content: RecordDict, classes: int) -> Evaluation | None:
     return found
 
 
-def check_form(received: object, asked: str) -> Message:
-    """Return what was received if it is a message, which Flower does not check.
+def find_reply(received: Sequence[object], asked: str) -> Message:
+    """Return the reply to a message among what was received for it.
 
     Parameters
     ----------
-    received : object
-        What Flower inflated.
+    received : Sequence[object]
+        What Flower inflated, one or more objects, whose kinds it does not check.
     asked : str
-        Id of the message that it should reply to.
+        Id of the message.
 
     Raises
     ------
     MessageError
-        If it is no message, or replies to another.
+        If none is a message, or all reply to others.
     """
-    if not isinstance(received, Message):
-        raise MessageError(f"it is of kind {type(received).__name__}, not Message")
-    if received.metadata.reply_to_message_id != asked:
-        raise MessageError("it replies to another message")
-    return received
+    messages = [given for given in received if isinstance(given, Message)]
+    if not messages:
+        kind = type(received[0]).__name__
+        raise MessageError(f"it is of kind {kind}, not Message")
+    for message in messages:
+        if message.metadata.reply_to_message_id == asked:
+            return message
+    raise MessageError("it replies to another message")
 
 
 def release(message: Message) -> None:
