@@ -1,5 +1,6 @@
 """The weighted mean of updates, a fold whose order and grouping do not matter."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
@@ -46,6 +47,17 @@ class Mean:
         Encoding of the update if a node has only one client.
     clip_norm : float
         Bound on the norm of each client's update, 0 for none.
+
+    Attributes
+    ----------
+    sums : dict[str, Tensor]
+        The sums so far, int64.
+    weight : int
+        The weight that they stand for.
+    limit : float
+        Limit on the magnitude of an update's values, or of the mean of several.
+    sizes : list[float]
+        The largest magnitude in each update or mean that was added, in their order.
     """
 
     def __init__(
@@ -56,6 +68,8 @@ class Mean:
     ) -> None:
         self.sums: dict[str, Tensor] = {}
         self.weight = 0
+        self.limit = math.inf
+        self.sizes: list[float] = []
         self._rank_of = rank_of
         self._codec = codec
         self._clip_norm = clip_norm
@@ -197,7 +211,8 @@ class Mean:
         Raises
         ------
         FoldError
-            If terms exceed the share of their weight, or a sum would leave the range.
+            If terms exceed the share of their weight or the limit, or a sum would leave
+            the range.
         """
         share = min(1.0, weight / self._expected) if self._expected else 1.0
         reach = {}
@@ -210,6 +225,14 @@ class Mean:
                 reach[name] = int(_largest(self.sums[name] + terms(name)))
                 if reach[name] >= LARGEST:
                     raise _out_of_range(name)
+        if weight:  # noise has none
+            size = max(most.values(), default=0) / (weight * SCALE)
+            if size > self.limit:
+                raise FoldError(
+                    f"its largest value is {size:.4g}; allowed: up to {self.limit:.4g}"
+                    ", far beyond what other updates of the phase hold"
+                )
+            self.sizes.append(size)
         self._reach, self.weight = reach, self.weight + weight
 
     def _check_norm(self, update: Mapping[str, Tensor], unit: float) -> None:

@@ -104,7 +104,7 @@ def _check_noise(config: RunConfig) -> None:
 
 def _check_folders(config: RunConfig) -> None:
     run = config.run
-    if run.resume and run.dir and Path(run.dir) != Path(run.resume):
+    if run.resume and run.dir and Path(run.dir).expanduser() != run.resumed:
         allowed = f"empty, or run.resume, which is {run.resume!r}"
         raise refuse("run.dir", run.dir, allowed)
 

@@ -528,8 +528,8 @@ class OutputConfig:
     )
     resume: AbsolutePath = Field(
         default="",
-        description="The directory of an interrupted run, which goes on there; empty "
-        "for a new run.",
+        description="The directory of an interrupted run, which goes on there; or one "
+        "of its checkpoints, from whose round it goes on; empty for a new run.",
     )
     keep: Count = Field(
         default=2,
@@ -550,6 +550,12 @@ class OutputConfig:
         description="A test accuracy whose first round and bytes the summary names; 0 "
         "for none.",
     )
+
+    @property
+    def resumed(self) -> Path:
+        """The directory of the run that `resume` names."""
+        path = Path(self.resume).expanduser()
+        return path.parent.parent if path.suffix == ".safetensors" else path
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -88,16 +88,20 @@ def read_checkpoint(path: Path) -> Snapshot:
 
 
 def find_checkpoint(config: RunConfig) -> Snapshot:
-    """Return the newest whole checkpoint in the run directory `run.resume`.
+    """Return the newest whole checkpoint that `run.resume` names.
 
     Raises
     ------
     ConfigError
         If there is none, or it belongs to a run with another config.
     """
-    directory = Path(config.run.resume).expanduser()
+    directory = config.run.resumed
     given = f"run.resume is {config.run.resume!r}"
-    for path in reversed(list_checkpoints(directory)):
+    named = Path(config.run.resume).expanduser()
+    paths = list_checkpoints(directory)
+    if named != directory:
+        paths = [path for path in paths if path == named]
+    for path in reversed(paths):
         try:
             checkpoint = read_checkpoint(path)
             _check_sizes(directory, checkpoint)
@@ -108,7 +112,7 @@ def find_checkpoint(config: RunConfig) -> Snapshot:
         return checkpoint
     raise ConfigError(
         f"{given}, which holds no whole checkpoint; allowed: the directory of a run "
-        "that finished at least one round, or empty"
+        "that finished at least one round, one of its checkpoints, or empty"
     )
 
 

@@ -78,7 +78,7 @@ class RunDirectory:
                 append(self.path / EVENTS, "")
                 self.ledger = Ledger(self.path / "ledger.csv")
         else:
-            self.path = Path(config.run.resume).expanduser().absolute()
+            self.path = config.run.resumed.absolute()
             self.lineage = checkpoint.facts["lineage"]
             self.elapsed = checkpoint.facts["seconds"]
             with writing(self.path):

@@ -138,6 +138,18 @@ class ClientsFailed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodeEvaluated(Event):
+    """What a node says of a round's state on its held-out examples."""
+
+    kind = "evaluation"
+    round: int
+    node: int
+    examples: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeLeftOut(Event):
     """A node was left out until it answers another query."""
 
@@ -197,6 +209,7 @@ _KINDS: dict[str, type[Event]] = {
         RecordedRound,
         HandedOff,
         ClientsFailed,
+        NodeEvaluated,
         NodeLeftOut,
         NodeJoined,
         Resumed,

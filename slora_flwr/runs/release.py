@@ -16,6 +16,7 @@ from shutil import copyfile
 from typing import Any
 
 import tomli_w
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from slora_flwr.common.files import make_folder, make_private, write_atomically
@@ -83,6 +84,14 @@ class Release:
             self._write(self._state(other), partial(copyfile, path))
         else:
             self.drop_state(other)
+
+    def round_of(self, name: str) -> int:
+        """Return the round of a state on the disk; 0 if there is none."""
+        path = self._state(name)
+        if not path.is_file():
+            return 0
+        with safe_open(path, framework="pt") as file:
+            return int(file.metadata()["round"])
 
     def drop_state(self, name: str) -> None:
         """Delete a state, if there is one of that name."""

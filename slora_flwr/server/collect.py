@@ -3,16 +3,30 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from flwr.app import Message
+from flwr.app import Error, Message, MessageType, Metadata
+from flwr.app.message.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from slora_flwr.wire.messages import release
+from slora_flwr.wire.inflation import bounded
+from slora_flwr.wire.messages import UNREADABLE, find_reply, message_bytes, release
 
 # Pause between polls; Flower's own `send_and_receive` sleeps three seconds.
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.01, 0.2
-# Flower loads all replies of one pull into memory, so a pull asks for only a few.
-PULLED_AT_ONCE = 8
+
+# What reading a malformed message raises, in Flower's code and in ours. A failing
+# connection raises other errors, which end the run.
+_READING = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+    DecodeError,
+)
 
 # Errors that the SuperLink sends in place of a node that is gone or late.
 _GONE = frozenset(
@@ -29,8 +43,9 @@ def collect(
     messages: Iterable[Message],
     deadline: float,
     again: Callable[[Message], Message | None] = lambda reply: None,
-) -> Iterator[Message]:
-    """Send messages and yield each reply once, as it arrives.
+    most: int = 0,
+) -> Iterator[tuple[Message, int]]:
+    """Send messages; yield each reply once, as it arrives, with its bytes.
 
     A reply's arrays are freed when the next reply is requested.
 
@@ -44,6 +59,8 @@ def collect(
         Seconds to wait for replies.
     again : Callable
         Returns another message to send because of a reply; None to yield the reply.
+    most : int
+        Limit on the bytes of a reply's arrays.
     """
     until = time.monotonic() + deadline
     pending = push(grid, list(messages))
@@ -52,10 +69,10 @@ def collect(
         # Checked before the pull, so that replies present at the deadline count.
         late = time.monotonic() >= until
         before, begun = len(pending), time.monotonic()
-        for reply in pull(grid, pending):
+        for reply, size in pull(grid, pending, most):
             instead = again(reply)
             if instead is None:
-                yield reply
+                yield reply, size
                 release(reply)
             else:
                 pending |= push(grid, [instead])
@@ -77,22 +94,56 @@ def push(grid: Grid, messages: list[Message]) -> dict[str, int]:
     return {m.message_id: m.dst_node_id for m in sent if m.message_id in taken}
 
 
-def pull(grid: Grid, pending: dict[str, int]) -> Iterator[Message]:
-    """Yield the replies that have arrived, and remove their messages from `pending`.
+def pull(
+    grid: Grid, pending: dict[str, int], most: int = 0
+) -> Iterator[tuple[Message, int]]:
+    """Yield the replies that have arrived, each with its bytes.
+
+    Their messages are removed from `pending`. Replies are pulled and read one by one:
+    Flower loads all that a pull asks for into memory, and one that cannot be read would
+    take the others along. In its place comes an error of code `UNREADABLE`.
 
     A reply's source is the node that was asked, even if the SuperLink answered for it.
     """
-    asked = list(pending)
-    for start in range(0, len(asked), PULLED_AT_ONCE):
-        for reply in grid.pull_messages(asked[start : start + PULLED_AT_ONCE]):
-            node = pending.pop(reply.metadata.reply_to_message_id, None)
-            if node is None:
-                continue  # a duplicate
-            # The SuperLink answers for a missing node under its own id.
-            reply.metadata.__dict__["_src_node_id"] = node
-            yield reply
+    for asked, node in list(pending.items()):
+        try:
+            with bounded(most):
+                received = list(grid.pull_messages([asked]))
+            if not received:
+                continue
+            reply = find_reply(received, asked)
+            size = message_bytes(reply)
+        except _READING as error:
+            reply = _unreadable(grid, asked, error)
+            size = 0
+        del pending[asked]
+        # The SuperLink answers for a missing node under its own id.
+        reply.metadata.__dict__["_src_node_id"] = node
+        yield reply, size
+
+
+def _unreadable(grid: Grid, asked: str, error: Exception) -> Message:
+    """Return an error in place of a reply that cannot be read."""
+    reason = f"its reply cannot be read: {type(error).__name__}: {error}"
+    metadata = Metadata(
+        run_id=grid.run.run_id,
+        message_id="",
+        src_node_id=0,
+        dst_node_id=0,
+        reply_to_message_id=asked,
+        group_id="",
+        created_at=0.0,
+        ttl=0.0,
+        message_type=MessageType.QUERY,
+    )
+    return make_message(metadata, error=Error(UNREADABLE, reason))
 
 
 def is_gone(reply: Message) -> bool:
     """Return whether the SuperLink answered in place of the node."""
     return reply.has_error() and reply.error.code in _GONE
+
+
+def is_unreadable(reply: Message) -> bool:
+    """Return whether the error stands in place of a reply that cannot be read."""
+    return reply.has_error() and reply.error.code == UNREADABLE

@@ -1,6 +1,7 @@
 """The nodes of a run, the clients they host, and who trains in which round."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from heapq import heapreplace
 from logging import INFO, WARNING
@@ -12,12 +13,20 @@ from flwr.serverapp import Grid
 
 from slora_flwr.common.text import printable
 from slora_flwr.runs.events import Event, NodeLeftOut
-from slora_flwr.server.collect import LAST_POLL_SECONDS, is_gone, pull, push
+from slora_flwr.server.collect import (
+    LAST_POLL_SECONDS,
+    is_gone,
+    is_unreadable,
+    pull,
+    push,
+)
 
 # Seconds to wait for nodes to come online.
 REGISTRATION_SECONDS = 120.0
 # Limit per client; larger sums would leave no room for others.
 MOST_EXAMPLES = 10**7
+# A node of which so many replies could not be read is left out for the rest of the run.
+MOST_UNREADABLE = 3
 
 
 class FleetError(RuntimeError):
@@ -61,6 +70,7 @@ class Fleet:
         # When each queried node came online, and the queries without an answer yet.
         self._asked: dict[int, str] = {}
         self._pending: dict[str, int] = {}
+        self._unreadable = Counter[int]()
         # Number of nodes in a simulation, once one has reported it.
         self._told = 0
 
@@ -156,6 +166,20 @@ class Fleet:
         self._hosted.pop(node, None)
         self._asked.pop(node, None)
 
+    def count_unreadable(self, reply: Message) -> None:
+        """Count a reply that cannot be read; leave its node out if it is one too many.
+
+        An accident in the network does not make a reply unreadable, so a node that
+        sends several is broken or hostile.
+        """
+        node = reply.metadata.src_node_id
+        if is_unreadable(reply):
+            self._unreadable[node] += 1
+        if self._unreadable[node] == MOST_UNREADABLE:
+            self.forget(node)
+            reason = f"{MOST_UNREADABLE} of its replies could not be read"
+            self._leave_out(node, f"{reason}; it is not asked again in this run")
+
     def assign(self, cohort: Iterable[int]) -> dict[int, list[int]]:
         """Return the clients of a cohort that each node online trains.
 
@@ -180,7 +204,11 @@ class Fleet:
         return dealt
 
     def _refresh(self, grid: Grid) -> None:
-        since = {n.node_id: n.last_activated_at for n in grid.get_nodes()}
+        since = {
+            n.node_id: n.last_activated_at
+            for n in grid.get_nodes()
+            if self._unreadable[n.node_id] < MOST_UNREADABLE
+        }
         self._present = set(since)
         new = {n: at for n, at in since.items() if self._asked.get(n) != at}
         for node in new:
@@ -216,7 +244,7 @@ class Fleet:
             self._hear(grid)
 
     def _hear(self, grid: Grid) -> None:
-        for reply in pull(grid, self._pending):
+        for reply, _ in pull(grid, self._pending):
             node = reply.metadata.src_node_id
             self.left_out.pop(node, None)
             if is_gone(reply):
@@ -226,6 +254,7 @@ class Fleet:
                 self._admit(node, *self._read(reply))
             except ValueError as error:
                 self._leave_out(node, str(error))
+                self.count_unreadable(reply)
 
     def _read(self, reply: Message) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Return the records of a description that matches this run.

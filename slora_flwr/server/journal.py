@@ -11,9 +11,15 @@ from flwr.common.logger import log
 from slora_flwr.common.text import printable
 from slora_flwr.planning.rounds import PlannedRound
 from slora_flwr.runs.directory import RunDirectory
-from slora_flwr.runs.events import ClientsFailed, HandedOff, RecordedRound
+from slora_flwr.runs.events import (
+    ClientsFailed,
+    HandedOff,
+    NodeEvaluated,
+    RecordedRound,
+)
 from slora_flwr.runs.snapshot import Snapshot
 from slora_flwr.server.phase import ActivePhase
+from slora_flwr.training.metrics import Evaluation
 
 
 class Journal:
@@ -61,6 +67,20 @@ class Journal:
             ClientsFailed(round=server_round, node=node, clients=clients, reason=reason)
         )
 
+    def record_evaluation(
+        self, server_round: int, node: int, found: Evaluation
+    ) -> None:
+        """Record what a node says of the state on its held-out examples."""
+        self.directory.event(
+            NodeEvaluated(
+                round=server_round,
+                node=node,
+                examples=found.examples,
+                loss=found.loss,
+                accuracy=found.accuracy,
+            )
+        )
+
     def wire_bytes(self, node: int, totals: Sequence[int]) -> dict[str, int]:
         """Return the bytes on a node's network interface since its last reply.
 
@@ -105,13 +125,10 @@ class Journal:
         self.history.append(replace(done, cohort=[], clients={}))
         self.directory.event(done)
         self._save(done.round, phase)
+        # Without a finite loss the accuracy is that of a state that has diverged.
         accuracy = done.metrics.get("accuracy", -1.0)
-        if accuracy > self._best:
-            self._best, self.best_round = accuracy, done.round
-            evaluated = "averaged" if phase.is_averaged else "last"
-            base = "averaged-base" if phase.averaged.weights else "base"
-            self.directory.release.copy_state(evaluated, "best")
-            self.directory.release.copy_state(base, "best-base")
+        if accuracy > self._best and "loss" in done.metrics:
+            self._keep_best(accuracy, done.round, phase)
         return done
 
     def snapshot(self) -> Snapshot:
@@ -129,7 +146,19 @@ class Journal:
         self._started -= self.history[-1].seconds
         self._best, self.best_round = facts["best"]
         self._save(server_round, phase)
+        if self.directory.release.round_of("best") > server_round:
+            # The best state of a round that is to be held again is none yet.
+            accuracy = self.history[-1].metrics.get("accuracy", -1.0)
+            self._keep_best(accuracy, server_round, phase)
         self.directory.drop_checkpoints(self.best_round)
+
+    def _keep_best(self, accuracy: float, number: int, phase: ActivePhase) -> None:
+        """Keep the evaluated state of the last round as the best."""
+        self._best, self.best_round = accuracy, number
+        evaluated = "averaged" if phase.is_averaged else "last"
+        base = "averaged-base" if phase.averaged.weights else "base"
+        self.directory.release.copy_state(evaluated, "best")
+        self.directory.release.copy_state(base, "best-base")
 
     def _save(self, server_round: int, phase: ActivePhase) -> None:
         """Write the state and its average, and bases that are not on disk yet."""

@@ -9,7 +9,7 @@ from flwr.app import Array
 
 from slora_flwr.aggregation.averaged_state import AveragedState
 from slora_flwr.aggregation.choice import make_aggregator
-from slora_flwr.aggregation.mean import Mean
+from slora_flwr.aggregation.mean import FoldError, Mean
 from slora_flwr.aggregation.server_optimizer import ServerOptimizer
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.common.tensors import State
@@ -18,6 +18,7 @@ from slora_flwr.runs.events import HandedOff, RecordedRound
 from slora_flwr.runs.snapshot import Snapshot
 from slora_flwr.server.base_versions import BaseVersions
 from slora_flwr.server.state_versions import StateVersions
+from slora_flwr.server.update_sizes import UpdateSizes
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.state_channel import write_change, write_slices
@@ -57,6 +58,8 @@ class ActivePhase:
         Layout of an update in this round.
     largest : int
         Size of the largest possible coded update in this round, in bytes.
+    sizes : UpdateSizes
+        The sizes of its updates.
     handoff : HandedOff or None
         The handoff by which the previous phase primed this one, if it did.
     """
@@ -87,6 +90,7 @@ class ActivePhase:
             and not self.aggregator.codec.is_exact
             and config.clients.count > 0
         )
+        self.sizes = UpdateSizes()
         self.handoff: HandedOff | None = None
         if self.phase.is_open:
             primed = trainer.schedule[index + 1].adapter_type
@@ -219,15 +223,36 @@ class ActivePhase:
         self.state = self.adapter.complete(self.sent())
         self._start = self.state | self.publish(self.sent())
 
+    def most_bytes(self, clients: int) -> int:
+        """Return the size of the largest possible reply of a node to a round, in bytes.
+
+        Parameters
+        ----------
+        clients : int
+            Number of clients that it trains; it may answer with an update of each, or
+            with their sum in 64 bits.
+        """
+        values = sum(shape.numel() for shape in self.returned.values())
+        return max(self.largest, 8 * values * clients)
+
     def step(self, fold: Mean) -> None:
-        """Update state and base with the aggregate of a round."""
+        """Update state and base with the aggregate of a round.
+
+        Raises
+        ------
+        FoldError
+            If the new state is not finite; the state is then unchanged.
+        """
         before = self.state
-        self.state, change = self.aggregator.finish(
+        state, change = self.aggregator.finish(
             fold,
             self._start,
             lambda update: self.optimizer.step(before, update),
             self.adapter,
         )
+        if not all(bool(t.isfinite().all()) for t in (state | (change or {})).values()):
+            raise FoldError("its values are not finite")
+        self.state = state
         if change is not None:
             self.base.change(write_change(change))
             self._model.change_base([change], self.phase_round, self.base.digest)

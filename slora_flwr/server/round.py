@@ -1,5 +1,6 @@
 """One round: its cohort, its checks of replies, its result."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from slora_flwr.server.journal import Journal
 from slora_flwr.server.phase import ActivePhase
 from slora_flwr.server.privacy import Privacy
 from slora_flwr.training.metrics import Evaluation, pool
+from slora_flwr.training.process_data import held_out
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.messages import (
     MessageError,
@@ -140,6 +142,8 @@ class Round:
         The clients drawn, by node.
     clients : dict[int, ClientRecord]
         The clients whose updates are in the aggregate.
+    failure : str
+        Why the round failed; empty if it did not.
     """
 
     def __init__(
@@ -155,9 +159,12 @@ class Round:
         self.number = number
         self.cohort: dict[int, list[int]] = {}
         self.clients: dict[int, ClientRecord] = {}
+        self.failure = ""
         self._trainer, self._phase, self._fleet = trainer, phase, fleet
         self._journal, self._privacy, self._counted = journal, privacy, counted
         self._failed: set[int] = set()
+        # The size of each node's update.
+        self._sizes: dict[int, float] = {}
         # Bytes of the updates, and on the nodes' interfaces by direction.
         self._payload, self._wire = 0, Counter[str]()
 
@@ -165,7 +172,7 @@ class Round:
         """Train a cohort and update the state.
 
         Each reply is checked, folded and freed as it arrives. Return False, and leave
-        the state unchanged, if too few clients are in the aggregate.
+        the state unchanged, if too few clients are in the aggregate, or it has no mean.
         """
         config, phase, fleet = self._trainer.config, self._phase, self._fleet
         journal, number, privacy = self._journal, self.number, self._privacy
@@ -196,9 +203,15 @@ class Round:
         asked = Asked(number, phase.index, phase.fingerprint, sizes, phase.largest)
         fold = phase.aggregator.make_fold()
         fold.expect(sum(fleet.sizes[client] for client in drawn))
+        if self._is_bounded:
+            fold.limit = phase.sizes.bound
         received = 0
-        for reply in collect(grid, messages, config.clients.deadline, again):
-            received += message_bytes(reply)
+        most = max(len(clients) for clients in self.cohort.values()) if messages else 0
+        replies = collect(
+            grid, messages, config.clients.deadline, again, phase.most_bytes(most)
+        )
+        for reply, reply_size in replies:
+            received += reply_size
             self._take(reply, asked, fold)
         self._fail_silent()
         done, size, up = len(self.clients), self._payload, self._wire.get("up")
@@ -210,11 +223,19 @@ class Round:
         wanted = config.clients.min_replies
         if privacy is not None:
             wanted = min(wanted, len(drawn))  # a draw may be smaller, even empty
-        if done < wanted:
+        if self._is_bounded and self._refuse_outliers(fold.limit):
+            self.failure = "had updates far beyond the others"
             return False
-        if privacy is not None:
-            privacy.perturb(fold, phase.returned)
-        phase.step(fold)
+        if done < wanted:
+            self.failure = f"got {done} good replies"
+            return False
+        try:
+            if privacy is not None:
+                privacy.perturb(fold, phase.returned)
+            phase.step(fold)
+        except FoldError as error:
+            self.failure = f"ended without a state: {error}"
+            return False
         if self._counted is not None:
             self._counted |= dict.fromkeys(self.clients, number)
         return True
@@ -247,8 +268,10 @@ class Round:
         every = [client for clients in asked.values() for client in clients]
         size, received, silent = phase.bytes_due(every), 0, dict(asked)
         found: list[Evaluation] = []
-        for reply in collect(grid, messages, trainer.config.clients.deadline, again):
-            received += message_bytes(reply)
+        for reply, reply_size in collect(
+            grid, messages, trainer.config.clients.deadline, again
+        ):
+            received += reply_size
             node = reply.metadata.src_node_id
             clients = silent.pop(node)
             try:
@@ -257,10 +280,14 @@ class Round:
                 figures = read_evaluation(reply.content, len(trainer.data.classes))
                 phase.versions.received(node, clients)
                 if figures is not None:
-                    _check_examples(figures, sum(fleet.sizes[c] for c in clients))
+                    share = trainer.config.clients.holdout
+                    most = sum(held_out(fleet.sizes[c], share) for c in clients)
+                    _check_examples(figures, most)
                     found.append(figures)
+                    self._journal.record_evaluation(number, node, figures)
             except MessageError as error:
                 self._fail(node, clients, error)
+                fleet.count_unreadable(reply)
         record, sent = self._journal.directory.record, sum(map(message_bytes, messages))
         record(Entry(number, phase.name, "down", len(every), size, sent))
         record(Entry(number, phase.name, "up", len(every), 0, received))
@@ -310,7 +337,9 @@ class Round:
             if isinstance(error, ChangedDataError):
                 self._fleet.forget(node)
             self._fail(node, self.cohort[node], error)
+            self._fleet.count_unreadable(reply)
             return
+        self._sizes[node] = fold.sizes[-1]
         for client, reason in report.failures.items():
             self._fail(node, [client], reason)
         for client, examples, loss, seconds in zip(
@@ -321,6 +350,33 @@ class Round:
         self._payload += len(report.update.data) if alone else sum(report.payloads)
         self._wire.update(self._journal.wire_bytes(node, report.wire))
         phase.versions.received(node, report.clients)
+
+    @property
+    def _is_bounded(self) -> bool:
+        """Whether updates far beyond the others are refused.
+
+        An attack that the config asks for is meant to be seen, and privacy has a bound
+        of its own.
+        """
+        return self._trainer.config.attack.kind == "none" and self._privacy is None
+
+    def _refuse_outliers(self, limit: float) -> bool:
+        """Note the sizes of the updates; return whether some are far beyond the others.
+
+        They were refused on arrival unless the phase had no updates yet. Then the round
+        fails, and is repeated with the limit that its updates give.
+        """
+        sizes = self._phase.sizes
+        sizes.add(self._sizes.values())
+        if limit < math.inf:
+            return False
+        far = {n: size for n, size in self._sizes.items() if size > sizes.bound}
+        for node, size in far.items():
+            reason = (
+                f"its largest value is {size:.4g}; allowed: up to {sizes.bound:.4g}"
+            )
+            self._fail(node, self.cohort[node], reason)
+        return bool(far)
 
     def _fail_silent(self) -> None:
         """Record as failed the clients that no reply mentions."""
@@ -342,5 +398,5 @@ class Round:
 def _check_examples(figures: Evaluation, most: int) -> None:
     if figures.examples > most:
         raise MessageError(
-            f"it evaluates on {figures.examples} examples, and has {most}"
+            f"it evaluates on {figures.examples} examples, and holds out {most}"
         )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from logging import INFO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,7 +80,7 @@ def run(
 
 def _claim(config: RunConfig, held: ExitStack) -> Snapshot:
     """Return the checkpoint to resume from, and lock its directory."""
-    path = Path(config.run.resume).expanduser()
+    path = config.run.resumed
     try:
         has_begun = (path / EVENTS).is_file()
     except OSError as error:

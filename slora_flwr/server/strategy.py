@@ -24,7 +24,7 @@ from slora_flwr.training.trainer import Trainer
 
 
 class TooFewRepliesError(RuntimeError):
-    """A round got fewer good replies than `clients.min-replies`, twice."""
+    """A round failed twice, most often for want of `clients.min-replies` replies."""
 
 
 class PhasedStrategy:
@@ -132,7 +132,7 @@ class PhasedStrategy:
         self.lengths[index] = phase.phase_round
 
     def _train(self, grid: Grid) -> Round:
-        """Train one round; repeat it once if it gets too few good replies."""
+        """Train one round; repeat it once if it fails."""
         number, least = self._server_round, self._config.clients.min_replies
         for another in ("; trying once more", ""):
             held = Round(
@@ -146,20 +146,19 @@ class PhasedStrategy:
             )
             if held.train(grid):
                 return held
-            good = len(held.clients)
             log(
                 WARNING,
-                "round %d: %d good replies, clients.min-replies is %d%s",
+                "round %d %s; clients.min-replies is %d%s",
                 number,
-                good,
+                held.failure,
                 least,
                 another,
             )
         goes_on = ", from which run.resume continues" if self._privacy is None else ""
         raise TooFewRepliesError(
-            f"round {number} got {good} good replies twice; clients.min-replies is "
-            f"{least}. The run directory {self.journal.directory.path} holds the "
-            f"rounds before it{goes_on}"
+            f"round {number} {held.failure} twice; clients.min-replies is {least}. "
+            f"The run directory {self.journal.directory.path} holds the rounds before "
+            f"it{goes_on}"
         )
 
     def _evaluate(

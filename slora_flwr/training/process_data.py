@@ -22,6 +22,11 @@ from slora_flwr.data.texts import (
 )
 
 
+def held_out(examples: int, share: float) -> int:
+    """Return how many of a client's examples it holds out."""
+    return round(examples * share)
+
+
 class ProcessData:
     """A run's data in one process; each part is loaded when first used.
 
@@ -122,8 +127,7 @@ class ProcessData:
         else:
             examples, rows = self.task.train, self.partition.indices(client)
         # Hold out the last rows of an order that is independent of labels.
-        held = round(len(rows) * self._config.clients.holdout)
-        cut = len(rows) - held
+        cut = len(rows) - held_out(len(rows), self._config.clients.holdout)
         order = np.random.Philox(key=client).random_raw(len(rows)).argsort()
         rows = rows[order]
         return examples.select(rows[:cut]), examples.select(rows[cut:])

@@ -1,7 +1,7 @@
 """The contents of messages between server and nodes, as Flower records."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,8 @@ from slora_flwr.wire.packing import pack
 # Error codes of a node that lacks the base that an instruction names, or the state that
 # the instruction's is a difference from.
 MISSING_BASE, MISSING_STATE = 2404, 2405
+# Error code of the server itself, in place of a reply that cannot be read.
+UNREADABLE = 2406
 
 
 class MessageError(ValueError):
@@ -345,6 +347,31 @@ def read_evaluation(content: RecordDict, classes: int) -> Evaluation | None:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MessageError(f"its figures are off: {error!r}") from error
     return found
+
+
+def find_reply(received: Sequence[object], asked: str) -> Message:
+    """Return the reply to a message among what was received for it.
+
+    Parameters
+    ----------
+    received : Sequence[object]
+        What Flower inflated, one or more objects, whose kinds it does not check.
+    asked : str
+        Id of the message.
+
+    Raises
+    ------
+    MessageError
+        If none is a message, or all reply to others.
+    """
+    messages = [given for given in received if isinstance(given, Message)]
+    if not messages:
+        kind = type(received[0]).__name__
+        raise MessageError(f"it is of kind {kind}, not Message")
+    for message in messages:
+        if message.metadata.reply_to_message_id == asked:
+            return message
+    raise MessageError("it replies to another message")
 
 
 def release(message: Message) -> None:

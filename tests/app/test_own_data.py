@@ -107,7 +107,7 @@ def test_a_node_cannot_evaluate_on_more_than_it_has(
 
     summary = run(BoastfulGrid(config, nodes_of(tmp_path)), config, run_id=1)
     reasons = {e["reason"] for e in events(config, "failure")}
-    assert reasons == {f"it evaluates on {2**62} examples, and has 40"}
+    assert reasons == {f"it evaluates on {2**62} examples, and holds out 8"}
     assert summary["accuracy"] * 16 == pytest.approx(round(summary["accuracy"] * 16))
 
 

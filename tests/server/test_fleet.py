@@ -391,7 +391,7 @@ def test_replies_that_are_there_at_the_deadline_count(clock: Clock) -> None:
     grid = SlowGrid([1])
     query = Message(RecordDict(), dst_node_id=1, message_type="query")
     replies = list(collect.collect(grid, [query], deadline=5.0))
-    assert [reply.metadata.src_node_id for reply in replies] == [1]
+    assert [reply.metadata.src_node_id for reply, _ in replies] == [1]
 
 
 def test_a_reply_is_given_once_and_waiting_ends_at_the_deadline(clock: Clock) -> None:
@@ -402,5 +402,5 @@ def test_a_reply_is_given_once_and_waiting_ends_at_the_deadline(clock: Clock) ->
         for node in grid.online
     ]
     replies = list(collect.collect(grid, queries, deadline=5.0))
-    assert sorted(reply.metadata.src_node_id for reply in replies) == [1, 3]
+    assert sorted(reply.metadata.src_node_id for reply, _ in replies) == [1, 3]
     assert clock.now == pytest.approx(5.0, abs=0.25)

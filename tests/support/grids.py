@@ -87,22 +87,29 @@ def weighted(report: Report) -> Tensor:
 
 
 class ShufflingGrid(RecordingGrid):
-    """Replies arrive one per poll, in an order drawn from a seed."""
+    """Replies arrive in an order drawn from a seed."""
 
     def __init__(self, config: Config, nodes: int, order: int) -> None:
         super().__init__(config, nodes)
         self.arrivals: list[int] = []
         self._draw = random.Random(order)
-        self._ready: dict[str, Message] = {}
+        self._waiting: list[str] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = list(super().push_messages(messages))
+        self._waiting += self._draw.sample(ids, len(ids))
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        asked = list(message_ids)
-        for reply in super().pull_messages(asked):
-            self._ready[reply.metadata.reply_to_message_id] = reply
-        reply = self._ready.pop(self._draw.choice(asked))
-        if reply.metadata.message_type == MessageType.TRAIN:
-            self.arrivals.append(reply.metadata.src_node_id)
-        return [reply]
+        if not self._waiting or self._waiting[0] not in message_ids:
+            return []
+        replies = list(super().pull_messages([self._waiting.pop(0)]))
+        self.arrivals += [
+            reply.metadata.src_node_id
+            for reply in replies
+            if reply.metadata.message_type == MessageType.TRAIN
+        ]
+        return replies
 
 
 def set_to(**fields: Any) -> Tamper:

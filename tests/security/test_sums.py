@@ -1,0 +1,142 @@
+"""Updates and sums that are finite and would spoil a state, or end a run."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slora_flwr.common.tensors import State
+from slora_flwr.config import ConfigError
+from slora_flwr.server.run import run
+from slora_flwr.server.strategy import TooFewRepliesError
+from slora_flwr.training.metrics import Evaluation
+from slora_flwr.training.trainer import Trainer
+from slora_flwr.wire.messages import Report
+from tests.support.grids import RecordingGrid, Tamper, values
+from tests.support.runs import Config, differ, elsewhere, events, facts, final
+
+PRIVATE: Config = {
+    "clients.per-round": 6,
+    "clients.min-replies": 1,
+    "privacy.clip-norm": 0.5,
+    "privacy.noise-multiplier": 0.05,
+    "privacy.delta": 0.01,
+}
+
+
+def start(config: Config, grid: RecordingGrid) -> Path:
+    run(grid, config, 1, np.random.default_rng(0))
+    return Path(str(config["run.dir"]))
+
+
+def filled(value: float) -> Tamper:
+    """Return what fills a node's update or sums with a value."""
+
+    def tamper(report: Report) -> None:
+        spoilt = values(report).clone().fill_(value)
+        report.update.data = spoilt.numpy().tobytes()
+
+    return tamper
+
+
+@pytest.mark.parametrize("power", [62, 50])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_beyond_the_bound_of_privacy_are_their_nodes_failure(
+    config: Config, power: int, sign: int
+) -> None:
+    config |= PRIVATE
+    grid = RecordingGrid(config, nodes=2, tampers={2: filled(sign * 2**power)})
+    directory = start(config, grid)
+    [failure] = events(directory, "failure")
+    assert (failure["round"], failure["node"]) == (2, 2)
+    assert "3 times the bound of 0.5 that privacy sets" in failure["reason"]
+    assert [event["replied"] for event in events(directory, "round")] == [6, 3, 6]
+    assert all(float(t.abs().max()) < 10 for t in final(directory).values())
+
+
+def test_noise_that_leaves_the_range_of_sums_is_a_failed_round(config: Config) -> None:
+    config |= PRIVATE | {"privacy.clip-norm": 2.0**32, "privacy.noise-multiplier": 0.5}
+    told = "round 1 ended without a state: the update of .* too large twice"
+    with pytest.raises(TooFewRepliesError, match=told):
+        start(config, RecordingGrid(config, nodes=2))
+
+
+@pytest.mark.parametrize("nodes", [6, 3], ids=["updates", "sums"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_update_far_beyond_the_others_is_its_nodes_failure(
+    config: Config, nodes: int, number: int
+) -> None:
+    scale = {6: 1e5, 3: 1e5 * 2**30}[nodes]
+    grid = RecordingGrid(config, nodes, {number: filled(scale)})
+    directory = start(config, grid)
+    failures = events(directory, "failure")
+    # Before the first updates there is no measure, so round 1 is repeated.
+    assert [f["round"] for f in failures] == [number] * (2 if number == 1 else 1)
+    assert {f["node"] for f in failures} == {2}
+    assert all("its largest value is " in f["reason"] for f in failures)
+    assert all(float(t.abs().max()) < 10 for t in final(directory).values())
+
+
+def test_nobody_is_kept_out_by_small_updates(config: Config) -> None:
+    tampers = dict.fromkeys((1, 2), filled(1e-30)) | {3: filled(0.0)}
+    grid = RecordingGrid(config, 6, tampers, bad=[1, 2])
+    assert not events(start(config, grid), "failure")
+
+
+def test_a_state_of_an_infinite_loss_is_not_the_best(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([1.0, math.inf, math.nan])
+    hits = iter([5, 9, 8])
+
+    def evaluate(self: Trainer, state: State) -> Evaluation:
+        counts = np.array([[next(hits), 0, 0], [10, 0, 0], [10, 0, 0]])
+        return Evaluation(next(losses), counts)
+
+    monkeypatch.setattr(Trainer, "evaluate_test", evaluate)
+    directory = start(config, RecordingGrid(config))
+    assert facts(directory, "best")["round"] == "1"
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_run_goes_on_from_the_round_that_it_is_told(
+    config: Config, number: int
+) -> None:
+    config |= {"rounds": 4, "run.keep": 4}
+    whole = start(config, RecordingGrid(config))
+    config = elsewhere(config)
+    directory = start(config, RecordingGrid(config))
+    path = directory / "checkpoints" / f"round-{number:04d}.safetensors"
+    grid = RecordingGrid(config)
+    start(config | {"run.resume": str(path)}, grid)
+    assert [i.server_round for i in grid.asked] == [*range(number + 1, 5)]
+    for name in ("last", "averaged", "best"):
+        assert not differ(final(directory, name), final(whole, name)), name
+        assert facts(directory, name) == facts(whole, name)
+
+
+def test_a_best_state_of_a_later_round_is_dropped(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hits = iter([5, 4, 9, 3])
+
+    def evaluate(self: Trainer, state: State) -> Evaluation:
+        counts = np.array([[next(hits), 0, 0], [10, 0, 0], [10, 0, 0]])
+        return Evaluation(1.0, counts)
+
+    monkeypatch.setattr(Trainer, "evaluate_test", evaluate)
+    config |= {"run.keep": 4}
+    directory = start(config, RecordingGrid(config))
+    assert facts(directory, "best")["round"] == "3"
+    path = directory / "checkpoints" / "round-0002.safetensors"
+    start(config | {"run.resume": str(path), "rounds": 3}, RecordingGrid(config))
+    # The state of the first round, which was better, is no longer on the disk.
+    assert facts(directory, "best")["round"] == "2"
+
+
+def test_a_checkpoint_that_is_none_is_refused(config: Config) -> None:
+    directory = start(config, RecordingGrid(config))
+    path = str(directory / "checkpoints" / "last.safetensors")
+    with pytest.raises(ConfigError, match="which holds no whole checkpoint; allowed"):
+        start(config | {"run.resume": path}, RecordingGrid(config))
