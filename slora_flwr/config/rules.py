@@ -7,6 +7,7 @@ aggregators, which import torch.
 from collections.abc import Sequence
 from pathlib import Path
 
+from slora_flwr.common.text import clean_label
 from slora_flwr.config.errors import refuse
 from slora_flwr.config.methods import (
     AGGREGATORS,
@@ -73,7 +74,7 @@ def _check_labels(config: RunConfig) -> None:
     labels = config.data.labels
     if labels and not config.data.is_own:
         raise refuse("data.labels", labels, f"empty, or data.name {OWN_DATA}")
-    given = [name.strip() for name in labels.split(",")]
+    given = [clean_label(name) for name in labels.split(",")]
     if labels and (len({*given} - {""}) < len(given) or len(given) < 2):
         raise refuse("data.labels", labels, "two or more names, each once")
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slora_flwr.common.text import clean_label
 from slora_flwr.config import OWN_DATA, ConfigError, DataConfig
 from slora_flwr.data.texts import Texts, at_most
 
@@ -107,10 +108,12 @@ class OwnData:
                     skipped[BROKEN] += 1
                     continue
                 parts = [_string(row.get(name)) for name in names]
-                label = _string(row.get(self.label)).strip()
+                label = _string(row.get(self.label))
                 if not _is_unicode("".join([*parts, label])):
                     skipped[BROKEN] += 1
-                elif not any(part.strip() for part in parts):
+                    continue
+                label = clean_label(label)
+                if not any(part.strip() for part in parts):
                     skipped[NO_TEXT] += 1
                 elif not label:
                     skipped[NO_LABEL] += 1
