@@ -168,8 +168,12 @@ def report(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
     out = out or path / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render(page))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(render(page))
+    except OSError as error:
+        typer.echo(f"Error: {out} cannot be written ({error})", err=True)
+        raise typer.Exit(1) from error
     typer.echo(out)
 
 
@@ -219,7 +223,11 @@ def compare(
     except (ConfigError, RunError) as error:  # the former of a method from outside
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
-    typer.echo(write(page, out, "compare"))
+    try:
+        typer.echo(write(page, out, "compare"))
+    except OSError as error:
+        typer.echo(f"Error: {out} cannot be written ({error})", err=True)
+        raise typer.Exit(1) from error
 
 
 def _run_inline(values: dict[str, Any], nodes: int) -> None:

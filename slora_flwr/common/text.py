@@ -58,10 +58,10 @@ def clean_label(text: str) -> str:
 
 
 def lookalikes(labels: Iterable[str]) -> list[list[str]]:
-    """Return the labels that differ only in case or width, in groups."""
+    """Return groups of labels that differ in case, width or what nobody sees."""
     groups: dict[str, list[str]] = {}
     for label in labels:
-        plain = unicodedata.normalize("NFKC", label).casefold()
+        plain = unicodedata.normalize("NFKC", clean_label(label)).casefold()
         groups.setdefault(plain, []).append(label)
     return [group for group in groups.values() if len(group) > 1]
 
