@@ -83,13 +83,12 @@ def plan(
         from slora_flwr.reports.plan_table import plan_table
         from slora_flwr.training.trainer import Trainer
 
-        labels = [name.strip() for name in config.data.labels.split(",")]
         if config.data.is_own and not config.data.labels:
             raise ConfigError(
                 "data.labels is ''; allowed: the label names, separated by commas: "
                 "without them the head's size is unknown until nodes answer"
             )
-        trainer = Trainer(config, labels if config.data.is_own else ())
+        trainer = Trainer(config, config.data.label_names if config.data.is_own else ())
         Console().print(plan_table(config, trainer.model.backbone))
     except (ConfigError, ValueError, OSError, click.ClickException) as error:
         typer.echo(f"Error: {error}", err=True)

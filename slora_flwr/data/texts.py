@@ -133,6 +133,37 @@ def list_classes(texts: tuple[Texts, Texts]) -> list[str]:
     return sorted({*texts[0].labels, *texts[1].labels})
 
 
+def public_classes(config: DataConfig, test: Texts) -> list[str]:
+    """Return the sorted label names without a look at the clients' data.
+
+    They are those of `data.labels` or, without it, those of the server's test data.
+
+    Raises
+    ------
+    ConfigError
+        If they are fewer than two, or the test data has others.
+    """
+    found = {*test.labels}
+    classes = config.label_names or sorted(found)
+    if len(classes) < 2:
+        raise ConfigError(
+            f"data.labels is {config.labels!r}; allowed: two names or more, since "
+            f"privacy is on and the test data has {len(classes)}"
+        )
+    if others := sorted(found - {*classes}):
+        raise ConfigError(
+            f"data.labels is {config.labels!r}; allowed: with all of the test data's, "
+            f"such as {printable(others[0])}"
+        )
+    return classes
+
+
+def of_classes(texts: Texts, classes: Sequence[str]) -> Texts:
+    """Return the texts with one of some labels."""
+    known = {*classes}
+    return texts.select(np.array([name in known for name in texts.labels], dtype=bool))
+
+
 def tokenise(
     config: DataConfig, tokenizer: Any, classes: list[str], texts: Texts
 ) -> Examples:

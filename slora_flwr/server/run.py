@@ -18,7 +18,6 @@ from slora_flwr import __version__
 from slora_flwr.backbone.load import digest_of
 from slora_flwr.common.code_digest import code_digest
 from slora_flwr.common.files import residuals_folder
-from slora_flwr.common.text import clean_label
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
 from slora_flwr.config.schedule import outside_files
 from slora_flwr.reports.closing_table import closing_table
@@ -178,7 +177,7 @@ def _shared_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
 def _own_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
     config = trainer.config
     expected["backbone"] = digest_of(config.model)
-    labels = {clean_label(name) for name in config.data.labels.split(",")} - {""}
+    labels = {*config.data.label_names}
     # Until the nodes' labels are known, the classes are those of the test data.
     if labels and (others := {*trainer.data.classes} - labels):
         raise ConfigError(

@@ -18,6 +18,8 @@ from slora_flwr.data.texts import (
     list_classes,
     load_texts,
     make_task,
+    of_classes,
+    public_classes,
     tokenise,
 )
 
@@ -43,11 +45,18 @@ class ProcessData:
     def _texts(self) -> tuple[Texts, Texts]:
         if self._config.data.is_own:
             return Texts([], []), load_test_texts(self._config.data)
-        return load_texts(self._config.data)
+        train, test = load_texts(self._config.data)
+        if self._config.privacy.is_on:
+            # Even a client that is the only one with a label must not show.
+            known = public_classes(self._config.data, test)
+            train = of_classes(train, known)
+        return train, test
 
     @cached_property
     def classes(self) -> list[str]:
         """The label names; class id i is the i-th."""
+        if self._config.privacy.is_on:
+            return public_classes(self._config.data, self._texts[1])
         return self._agreed or list_classes(self._texts)
 
     @cached_property
@@ -93,8 +102,7 @@ class ProcessData:
         if client in self._own and self._own[client][0] == source:
             return
         texts, _ = source.load()
-        known = set(self.classes)
-        texts = texts.select(np.array([label in known for label in texts.labels]))
+        texts = of_classes(texts, self.classes)
         examples = tokenise(self._config.data, self.tokenizer, self.classes, texts)
         self._own[client] = (source, examples)
 
