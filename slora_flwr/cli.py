@@ -83,13 +83,12 @@ def plan(
         from slora_flwr.reports.plan_table import plan_table
         from slora_flwr.training.trainer import Trainer
 
-        labels = [name.strip() for name in config.data.labels.split(",")]
         if config.data.is_own and not config.data.labels:
             raise ConfigError(
                 "data.labels is ''; allowed: the label names, separated by commas: "
                 "without them the head's size is unknown until nodes answer"
             )
-        trainer = Trainer(config, labels if config.data.is_own else ())
+        trainer = Trainer(config, config.data.label_names if config.data.is_own else ())
         Console().print(plan_table(config, trainer.model.backbone))
     except (ConfigError, ValueError, OSError, click.ClickException) as error:
         typer.echo(f"Error: {error}", err=True)
@@ -168,8 +167,12 @@ def report(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
     out = out or path / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render(page))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(render(page))
+    except OSError as error:
+        typer.echo(f"Error: {out} cannot be written ({error})", err=True)
+        raise typer.Exit(1) from error
     typer.echo(out)
 
 
@@ -219,7 +222,11 @@ def compare(
     except (ConfigError, RunError) as error:  # the former of a method from outside
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
-    typer.echo(write(page, out, "compare"))
+    try:
+        typer.echo(write(page, out, "compare"))
+    except OSError as error:
+        typer.echo(f"Error: {out} cannot be written ({error})", err=True)
+        raise typer.Exit(1) from error
 
 
 def _run_inline(values: dict[str, Any], nodes: int) -> None:

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.hooks import RemovableHandle
@@ -22,7 +21,7 @@ from slora_flwr.adapters.base import Adapter, require_float32
 from slora_flwr.adapters.model_files import export_model
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone, block_modules
-from slora_flwr.common.tensors import State
+from slora_flwr.common.tensors import State, save_tensors
 from slora_flwr.config import ConfigError, RunConfig
 
 BOTTLENECK_FILE = "bottlenecks.safetensors"
@@ -236,7 +235,7 @@ def export_bottlenecks(folder: Path, state: State, kind: str, reduction: int) ->
     """Write a state's bottlenecks into the folder of the exported model."""
     arrays = {n: t for n, t in state.items() if ".down." in n or ".up." in n}
     facts = {"kind": kind, "reduction": str(reduction)}
-    save_file(arrays, folder / BOTTLENECK_FILE, facts)
+    save_tensors(arrays, folder / BOTTLENECK_FILE, facts)
 
 
 def apply_bottlenecks(model: nn.Module, path: Path) -> None:

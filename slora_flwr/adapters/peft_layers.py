@@ -61,6 +61,8 @@ def write_peft(
             model.get_parameter(f"base_model.model.{name}").copy_(tensor)
     # PEFT's name for layers whose weights the checkpoint holds transposed.
     config.fan_in_fan_out = any(map(is_conv1d, backbone.targets.values()))  # type: ignore[attr-defined]
+    # PEFT holds the names in a set, whose order differs between processes.
+    config.target_modules = sorted(config.target_modules)  # type: ignore[attr-defined]
     model.save_pretrained(str(folder))
 
 

@@ -1,7 +1,11 @@
 """The cache of bases on this machine's disk, each in a file named by its digest."""
 
+from logging import WARNING
+
+from flwr.common.logger import log
+
 from slora_flwr.client.errors import MismatchError, MissingBaseError
-from slora_flwr.common.files import cache_folder, write_atomically
+from slora_flwr.common.files import cache_folder, home, write_atomically
 from slora_flwr.wire.messages import BaseDelta
 from slora_flwr.wire.state_channel import name_version
 
@@ -18,12 +22,17 @@ def cached_base(delta: BaseDelta) -> bytes:
     """
     known, sent = delta.known, delta.start
     # Via bytes, so that a digest from the network cannot be a path.
-    path = cache_folder() / f"base-{bytes.fromhex(known).hex()}"
+    name = f"base-{bytes.fromhex(known).hex()}"
     if sent is not None:
         if name_version(sent.data) != known:
             raise MismatchError("the base that was sent does not have its digest")
-        write_atomically(path, sent.data)
+        try:
+            write_atomically(cache_folder() / name, sent.data)
+        except OSError as error:
+            # It will be sent again when it is needed again.
+            log(WARNING, "the base is not kept: %s", error)
         return sent.data
+    path = home() / "cache" / name
     if not path.is_file():
         raise MissingBaseError(f"no base {known} here")
     data = path.read_bytes()

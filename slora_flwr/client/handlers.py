@@ -15,7 +15,7 @@ from slora_flwr.client.errors import MissingBaseError, MissingStateError
 from slora_flwr.client.network_bytes import count_wire
 from slora_flwr.client.process import get_process
 from slora_flwr.client.sender import Sender
-from slora_flwr.common.text import redact
+from slora_flwr.common.text import printable
 from slora_flwr.data.node_files import OwnDataError
 from slora_flwr.training.metrics import pool
 from slora_flwr.training.trainer import ClientError
@@ -44,7 +44,7 @@ def _with_known_errors(handler: Handler) -> Handler:
             return Message(Error(MISSING_STATE, str(error)), reply_to=message)
         except OwnDataError as error:
             # Details stay in this log: the server needs neither paths nor columns.
-            log(ERROR, "%s", redact(error))
+            log(ERROR, "%s", printable(error, 2000))
             name = node_name(context)
             reason = f"{name}: its data is of no use; its own log says why"
             return Message(Error(0, reason), reply_to=message)

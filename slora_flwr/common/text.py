@@ -1,7 +1,9 @@
-"""Text from other libraries and machines, made printable and free of passwords."""
+"""Text of other libraries and machines, made fit to print, compare and tabulate."""
 
 import logging
 import re
+import unicodedata
+from collections.abc import Collection, Iterable
 
 # The user and password of an address; and its query, which may hold a signature. Both
 # patterns run in linear time, since the text may be hostile.
@@ -36,3 +38,40 @@ def printable(text: object, most: int = 300) -> str:
     shown = (c if c.isprintable() else ascii(c)[1:-1] for c in whole[:most])
     more = f"… ({len(whole)} characters)" if len(whole) > most else ""
     return "".join(shown) + more
+
+
+def shorten(texts: Collection[str], most: int = 20) -> list[str]:
+    """Return the first texts of many, and how many more there are."""
+    shown = [text for text, _ in zip(texts, range(most), strict=False)]
+    more = len(texts) - len(shown)
+    return [*shown, f"… and {more} more"] if more else shown
+
+
+def clean_label(text: str) -> str:
+    """Return a label as it is compared: composed, without what a reader cannot see.
+
+    Control, zero-width and bidirectional characters are dropped, and every run of
+    blanks is one space, with none at the ends.
+    """
+    seen = (c for c in text if c.isprintable() or c.isspace())
+    return " ".join(unicodedata.normalize("NFC", "".join(seen)).split())
+
+
+def lookalikes(labels: Iterable[str]) -> list[list[str]]:
+    """Return groups of labels that differ in case, width or what nobody sees."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        plain = unicodedata.normalize("NFKC", clean_label(label)).casefold()
+        groups.setdefault(plain, []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def csv_cell(value: object) -> object:
+    """Return a cell's value, with text quoted that a spreadsheet would compute."""
+    if not isinstance(value, str) or not value.lstrip().startswith(tuple("=+-@")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value

@@ -70,11 +70,11 @@ def _check_cohort(config: RunConfig) -> None:
 
 
 def _check_labels(config: RunConfig) -> None:
-    labels = config.data.labels
-    if labels and not config.data.is_own:
-        raise refuse("data.labels", labels, f"empty, or data.name {OWN_DATA}")
-    given = [name.strip() for name in labels.split(",")]
-    if labels and (len({*given} - {""}) < len(given) or len(given) < 2):
+    labels, given = config.data.labels, config.data.label_names
+    if labels and not config.data.is_own and not config.privacy.is_on:
+        allowed = f"empty, or data.name {OWN_DATA}, or privacy"
+        raise refuse("data.labels", labels, allowed)
+    if labels and len({*given}) < max(2, len(labels.split(","))):
         raise refuse("data.labels", labels, "two or more names, each once")
 
 
@@ -317,10 +317,10 @@ def _check_privacy(config: RunConfig, phases: Sequence[Phase]) -> None:
 def _check_delta(config: RunConfig) -> None:
     """Refuse a delta at which a run may publish the data of one of its clients."""
     count, given = config.clients.count, config.privacy.delta
-    delta, most = config.privacy.delta_of(count), min(_LARGEST_DELTA, 1 / count)
-    if delta > most:
-        allowed = f"above 0 up to {most}, the smaller of {_LARGEST_DELTA} and 1 / "
-        allowed += f"clients.count, which is {count}"
+    delta = config.privacy.delta_of(count)
+    if delta > _LARGEST_DELTA or delta >= 1 / count:
+        allowed = f"above 0 up to {_LARGEST_DELTA} and below {1 / count:.4g}, which is "
+        allowed += f"1 / clients.count, for {count} clients"
         if not given:
             allowed += f"; 0 stands for {count} ** -1.1 = {delta:.3g}"
         raise refuse("privacy.delta", given, allowed)

@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from slora_flwr.common.text import clean_label
 from slora_flwr.config.allowed import (
     ABOVE_0_TO_1,
     FROM_0_BELOW_1,
@@ -106,8 +107,9 @@ class DataConfig:
     label: str = Field(default="", description="The column that holds the label.")
     labels: str = Field(
         default="",
-        description="The label names of `node`, separated by commas; empty for all "
-        "that the nodes have when the run begins.",
+        description="The label names, separated by commas, with `node` or privacy; "
+        "examples with others are left out. Empty for all that the nodes have when the "
+        "run begins or, with privacy, those of the test data.",
     )
     max_length: Annotated[int, at_least(4)] = Field(
         default=64, description="The number of tokens after which a text is cut off."
@@ -122,6 +124,12 @@ class DataConfig:
         description="The most test examples that an evaluation reads, chosen by a "
         "hash; 0 for all.",
     )
+
+    @property
+    def label_names(self) -> list[str]:
+        """The names in `labels`, sorted."""
+        given = map(clean_label, self.labels.split(","))
+        return sorted(name for name in given if name)
 
     @property
     def is_own(self) -> bool:
@@ -485,8 +493,8 @@ class PrivacyConfig:
     )
     delta: Annotated[float, at_least(0), FROM_0_BELOW_1] = Field(
         default=0.0,
-        description="The delta of the guarantee, up to 0.01 and 1 / `clients.count`; "
-        "0 for `clients.count` to the power -1.1.",
+        description="The delta of the guarantee, up to 0.01 and below 1 / "
+        "`clients.count`; 0 for `clients.count` to the power -1.1.",
     )
     clip_norm: NotNegative = Field(
         default=0.0,

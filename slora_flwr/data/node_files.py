@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slora_flwr.common.text import clean_label
 from slora_flwr.config import OWN_DATA, ConfigError, DataConfig
 from slora_flwr.data.texts import Texts, at_most
 
@@ -97,7 +98,7 @@ class OwnData:
             for key, default in (("min-examples", 10), ("min-of-label", 5))
         ]
         names = str(node_config.get("data-labels", "")).split(",")
-        labels = tuple(name.strip() for name in names if name.strip())
+        labels = tuple(filter(None, map(clean_label, names)))
         path = str(node_config.get("data-path", ""))
         if not path and train:
             # A simulated node's config has only a partition id.
@@ -151,10 +152,12 @@ class OwnData:
                     skipped[BROKEN] += 1
                     continue
                 parts = [_string(row.get(name)) for name in names]
-                label = _string(row.get(self.label)).strip()
+                label = _string(row.get(self.label))
                 if not _is_unicode("".join([*parts, label])):
                     skipped[BROKEN] += 1
-                elif not any(part.strip() for part in parts):
+                    continue
+                label = clean_label(label)
+                if not any(part.strip() for part in parts):
                     skipped[NO_TEXT] += 1
                 elif not label:
                     skipped[NO_LABEL] += 1

@@ -1,9 +1,11 @@
 """Text classification data: train and test texts, and the tokenised task."""
 
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,15 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slora_flwr.common.files import cache_folder, make_folder, write_atomically
-from slora_flwr.common.text import redact, redact_hub_logs
+from slora_flwr.common.files import cache_folder, home, write_atomically
+from slora_flwr.common.text import (
+    lookalikes,
+    printable,
+    redact,
+    redact_hub_logs,
+)
 from slora_flwr.config import ConfigError, DataConfig
 from slora_flwr.data.examples import Examples
+from slora_flwr.data.shared_files import FORMATS, Table, read_file
 
 # Share set aside for testing in a data set without a test split.
 TEST_SHARE = 0.2
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ def load_texts(config: DataConfig) -> tuple[Texts, Texts]:
         train, test = _split(Texts(*stdlib_docs.load()), TEST_SHARE, "test")
     else:
         train, test = _load(config)
+    _check_classes(config, list_classes((train, test)))
     if config.validation:
         train, test = _split(train, config.validation, "validation")
     for given, key in ((train, "data.train"), (test, "data.test")):
@@ -127,6 +135,37 @@ def list_classes(texts: tuple[Texts, Texts]) -> list[str]:
     return sorted({*texts[0].labels, *texts[1].labels})
 
 
+def public_classes(config: DataConfig, test: Texts) -> list[str]:
+    """Return the sorted label names without a look at the clients' data.
+
+    They are those of `data.labels` or, without it, those of the server's test data.
+
+    Raises
+    ------
+    ConfigError
+        If they are fewer than two, or the test data has others.
+    """
+    found = {*test.labels}
+    classes = config.label_names or sorted(found)
+    if len(classes) < 2:
+        raise ConfigError(
+            f"data.labels is {config.labels!r}; allowed: two names or more, since "
+            f"privacy is on and the test data has {len(classes)}"
+        )
+    if others := sorted(found - {*classes}):
+        raise ConfigError(
+            f"data.labels is {config.labels!r}; allowed: with all of the test data's, "
+            f"such as {printable(others[0])}"
+        )
+    return classes
+
+
+def of_classes(texts: Texts, classes: Sequence[str]) -> Texts:
+    """Return the texts with one of some labels."""
+    known = {*classes}
+    return texts.select(np.array([name in known for name in texts.labels], dtype=bool))
+
+
 def tokenise(
     config: DataConfig, tokenizer: Any, classes: list[str], texts: Texts
 ) -> Examples:
@@ -141,7 +180,8 @@ def tokenise(
     digest.update(f"{config.max_length}\x1f{described}".encode())
     for text in texts.texts:
         digest.update(f"\x1e{text}".encode())
-    path = cache_folder() / f"tokens-{digest.hexdigest()}.safetensors"
+    with _writing_cache():
+        path = cache_folder() / f"tokens-{digest.hexdigest()}.safetensors"
     if not path.is_file():
         encoded: list[list[int]] = []
         if texts.texts:
@@ -154,7 +194,8 @@ def tokenise(
             )["input_ids"]
         tokens = np.array([t for row in encoded for t in row], dtype=np.int32)
         offsets = np.cumsum([0, *(len(row) for row in encoded)], dtype=np.int64)
-        write_atomically(path, save({"tokens": tokens, "offsets": offsets}))
+        with _writing_cache():
+            write_atomically(path, save({"tokens": tokens, "offsets": offsets}))
     arrays = load_file(path)
     ids = {name: i for i, name in enumerate(classes)}
     return Examples(
@@ -163,6 +204,18 @@ def tokenise(
         labels=np.array([ids[name] for name in texts.labels], dtype=np.int64),
         pad=tokenizer.pad_token_id,
     )
+
+
+@contextmanager
+def _writing_cache() -> Iterator[None]:
+    """Name `$SLORA_HOME` in errors about writing to the cache."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"$SLORA_HOME is {str(home())!r}; allowed: a folder that can be made and "
+            f"written, with room for the data's tokens ({error})"
+        ) from error
 
 
 def _split(texts: Texts, share: float, purpose: str) -> tuple[Texts, Texts]:
@@ -181,14 +234,16 @@ def _load(config: DataConfig) -> tuple[Texts, Texts]:
     preset = PRESETS.get(config.name, Preset(config.name, "text", "label"))
     text, label = config.text or preset.text, config.label or preset.label
     load = _find(config, preset)
-    train = _columns(load(config.train or "train"), text, label)
-    test_split = config.test or preset.test
+    train_split, test_split = config.train or "train", config.test or preset.test
+    wanted = [*_names(text), label]
+    train = _columns(load(train_split, wanted), train_split, text, label)
     if test_split:
-        return train, _columns(load(test_split), text, label)
+        test = load(test_split, wanted)
+        return train, _columns(test, test_split, text, label)
     return _split(train, TEST_SHARE, "test")
 
 
-def _find(config: DataConfig, preset: Preset) -> Callable[[str], Any]:
+def _find(config: DataConfig, preset: Preset) -> Callable[[str, Sequence[str]], Table]:
     """Return the function that loads a split: from files, a folder or the Hub."""
     name = Path(config.name).expanduser()
     assets = Path(os.environ.get("SLORA_ASSETS", "")) / "data"
@@ -198,21 +253,17 @@ def _find(config: DataConfig, preset: Preset) -> Callable[[str], Any]:
     elif "SLORA_ASSETS" in os.environ and _folder(assets, config.name):
         folder = _folder(assets, config.name)
 
-    def load(split: str) -> Any:
-        import datasets
-
-        datasets.disable_progress_bars()
-        redact_hub_logs()
+    def load(split: str, wanted: Sequence[str]) -> Table:
         path = Path(split).expanduser()
         if path.suffix in FORMATS:
-            return _read_file(path if path.is_absolute() else (folder or Path()) / path)
+            return read_file((folder or Path()) / path, wanted)
         if name.is_file():
             if split == config.test:
                 raise ConfigError(
                     f"data.test is {split!r}, and data.name is one file; allowed: a "
                     "file, or empty to set aside a fifth of that one"
                 )
-            return _read_file(name)
+            return read_file(name, wanted)
         if folder is not None:
             found = [folder / f"{split}{suffix}" for suffix in FORMATS]
             found = [path for path in found if path.is_file()]
@@ -221,15 +272,20 @@ def _find(config: DataConfig, preset: Preset) -> Callable[[str], Any]:
                     f"data.name is {config.name!r}, a folder without a file for split "
                     f"{split!r}; allowed: {split} with one of {', '.join(FORMATS)}"
                 )
-            return _read_file(found[0])
+            return read_file(found[0], wanted)
         # A name without an owner may be a loader's: `pandas` unpickles what it finds.
         if not _HUB_ID.fullmatch(preset.hub):
             raise _not_found(config.name, "no file or folder, nor OWNER/NAME")
+        import datasets
+
+        datasets.disable_progress_bars()
+        redact_hub_logs()
         try:
-            return datasets.load_dataset(preset.hub, split=split)
+            rows = datasets.load_dataset(preset.hub, split=split)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             # From None, since a traceback would show what is redacted in the message.
             raise _not_found(config.name, redact(error)) from None
+        return _of_dataset(rows, wanted)
 
     return load
 
@@ -249,40 +305,61 @@ def _folder(assets: Path, name: str) -> Path | None:
     return None
 
 
-def _read_file(path: Path) -> Any:
-    import datasets
-
-    if path.suffix not in FORMATS:
-        raise ConfigError(f"data file is {path}; allowed: {', '.join(FORMATS)}")
-    if not path.is_file():
-        raise ConfigError(
-            f"data file {path} does not exist; allowed: an absolute path (a run does "
-            "not start in your folder), or one inside the folder that data.name names"
-        )
-    # `datasets` keeps a copy, which must be private too.
-    copies = cache_folder() / "datasets"
-    make_folder(copies)
-    return datasets.load_dataset(
-        FORMATS[path.suffix],
-        data_files=str(path),
-        split="train",
-        cache_dir=str(copies),
-    )
+def _of_dataset(rows: Any, wanted: Sequence[str]) -> Table:
+    """Return the wanted columns of a data set, with the names of numbered labels."""
+    columns = {name: list(rows[name]) for name in rows.column_names if name in wanted}
+    for name, values in columns.items():
+        if named := getattr(rows.features[name], "int2str", None):
+            columns[name] = [None if i in (None, -1) else named(i) for i in values]
+    return Table(rows.column_names, columns)
 
 
-def _columns(rows: Any, text: str, label: str) -> Texts:
-    names = [name.strip() for name in text.split(",")]
+def _columns(table: Table, split: str, text: str, label: str) -> Texts:
+    """Return the texts and labels in a table.
+
+    Raises
+    ------
+    ConfigError
+        If a column or a label is missing, or holds something else than text or numbers.
+    """
+    names = _names(text)
     for key, name in [*(("data.text", n) for n in names), ("data.label", label)]:
-        if name not in rows.column_names:
+        if name not in table.names:
             raise ConfigError(
-                f"{key} names {name!r}; the columns are {', '.join(rows.column_names)}"
+                f"{key} names {name!r}; the columns are {', '.join(table.names)}"
             )
-    parts = [
-        ["" if value is None else str(value) for value in rows[name]] for name in names
-    ]
-    feature = rows.features[label]
-    named = getattr(feature, "int2str", str)
-    if any(value is None for value in rows[label]):
+        for number, value in enumerate(table.columns[name], start=1):
+            if isinstance(value, dict | list | bytes):
+                raise ConfigError(
+                    f"{key} names {name!r}, which holds a {type(value).__name__} in "
+                    f"row {number}; allowed: text or numbers"
+                )
+    found = table.columns[label]
+    if any(value is None or value != value for value in found):
         raise ConfigError(f"data.label names {label!r}, which is missing in some rows")
-    labels = [named(value) for value in rows[label]]
-    return Texts(["\n".join(part) for part in zip(*parts, strict=True)], labels)
+    parts = [
+        ["" if value is None else str(value) for value in table.columns[name]]
+        for name in names
+    ]
+    rows = list(zip(*parts, strict=True))
+    if empty := sum(not any(part.strip() for part in row) for row in rows):
+        warning = "data.text: %d of %d rows of %s have no text"
+        logging.getLogger(__name__).warning(warning, empty, len(rows), split)
+    return Texts(["\n".join(row) for row in rows], [str(value) for value in found])
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _check_classes(config: DataConfig, classes: list[str]) -> None:
+    """Raise ConfigError if there is one class only; warn of labels that look alike."""
+    if len(classes) < 2:
+        raise ConfigError(
+            f"data.label: data {config.name!r} has the label {', '.join(classes)} "
+            "alone; allowed: data with two or more"
+        )
+    for alike in lookalikes(classes):
+        told = printable(", ".join(map(ascii, alike)))
+        warning = "labels that look alike are different classes: %s"
+        logging.getLogger(__name__).warning(warning, told)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from slora_flwr.common.text import csv_cell
 from slora_flwr.reports.charts import Chart
 
 Cell = str | int | float | None
@@ -137,13 +138,18 @@ def write(page: Page, folder: Path, name: str) -> Path:
 
 
 def write_csv(table: Table, path: Path) -> None:
-    """Write a table as CSV, with six significant digits and empty missing cells."""
+    """Write a table as CSV.
+
+    Numbers have six significant digits, missing cells are empty, and no cell is a
+    formula to a spreadsheet.
+    """
     with path.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(column.name for column in table.columns)
         for row in table.rows:
             rows.writerow(
-                f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row
+                f"{cell:.6g}" if isinstance(cell, float) else csv_cell(cell)
+                for cell in row
             )
 
 

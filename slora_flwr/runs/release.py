@@ -17,10 +17,9 @@ from typing import Any
 
 import tomli_w
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from slora_flwr.common.files import make_folder, make_private, write_atomically
-from slora_flwr.common.tensors import State
+from slora_flwr.common.tensors import State, save_tensors
 from slora_flwr.config import RunConfig, flatten
 from slora_flwr.runs.writing import writing
 
@@ -75,7 +74,7 @@ class Release:
         for the base that it stands on; `base` is also that of `averaged` if there is no
         `averaged-base`.
         """
-        self._write(self._state(name), partial(save_file, state, metadata=facts))
+        self._write(self._state(name), partial(save_tensors, state, facts=facts))
 
     def copy_state(self, name: str, other: str) -> None:
         """Copy a state to another name; delete the copy if there is no such state."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from slora_flwr.runs.checkpoint import list_checkpoints
+
 
 class RunDirectoryError(RuntimeError):
     """The run directory cannot be written: the disk is full, or it is read-only."""
@@ -23,7 +25,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        goes_on = "it holds no checkpoint, so the run must start again"
+        if list_checkpoints(path):
+            goes_on = "once it can, run.resume continues from its last checkpoint"
         raise RunDirectoryError(
-            f"the run directory {path} cannot be written ({error}); once it can, "
-            "run.resume continues from its last checkpoint"
+            f"the run directory {path} cannot be written ({error}); {goes_on}"
         ) from error

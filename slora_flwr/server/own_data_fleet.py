@@ -2,15 +2,18 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from logging import INFO
+from logging import INFO, WARNING
 from typing import Any
 
 from flwr.common.logger import log
 
-from slora_flwr.common.text import printable
+from slora_flwr.common.text import clean_label, lookalikes, printable, shorten
 from slora_flwr.data.node_files import LONGEST_LABEL, MOST_LABELS
 from slora_flwr.runs.events import NodeJoined
 from slora_flwr.server.fleet import MOST_EXAMPLES, Fleet, FleetError
+
+# An honest node has five reasons to skip a row.
+MOST_REASONS = 20
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Description:
             )
             client = described.get("client")
             name = printable(described["name"], LONGEST_LABEL)
+            if len(skipped) > MOST_REASONS:
+                raise ValueError(f"it skips rows for {len(skipped)} reasons")
             skipped = {printable(reason): n for reason, n in skipped.items()}
             found = cls(name, client, labels, skipped)
         except (KeyError, TypeError, ValueError) as error:
@@ -57,9 +62,15 @@ class Description:
             # Labels that an honest node would not send.
             or not 0 < len(labels) <= MOST_LABELS
             or max(map(len, labels)) > LONGEST_LABEL
-            or sum(labels.values()) > MOST_EXAMPLES
+            or max(sum(labels.values()), *skipped.values(), 0) > MOST_EXAMPLES
         ):
             raise ValueError(f"its description is off: {found}")
+        for label in labels:
+            if label != clean_label(label):
+                raise ValueError(
+                    f"its label is {label!a}; allowed: labels without control and "
+                    "invisible characters, and without blanks at the ends"
+                )
         return found
 
 
@@ -120,13 +131,16 @@ class OwnDataFleet(Fleet):
     def _settle(self) -> None:
         there = {n: d for n, d in self._described.items() if n not in self.left_out}
         if not self.classes:
-            found = [described.labels for described in there.values()]
-            self.classes = sorted(self._also.union(*found))
+            self.classes = self._unite(there)
         if there and len(self.classes) < 2:
             raise FleetError(
                 f"the nodes' labels are {self.classes}; at least two are needed"
             )
-        log(INFO, "%d labels agreed: %s", len(self.classes), ", ".join(self.classes))
+        shown = printable(", ".join(self.classes))
+        log(INFO, "%d labels agreed: %s", len(self.classes), shown)
+        for alike in lookalikes(self.classes):
+            names = printable(", ".join(alike))
+            log(WARNING, "labels that look alike are different classes: %s", names)
         self._settled = True
         # In order of names, after the nodes that chose their client numbers.
         order = sorted((d.client is None, d.name, n) for n, d in there.items())
@@ -135,6 +149,20 @@ class OwnDataFleet(Fleet):
                 self._place(node)
             except ValueError as error:
                 self._leave_out(node, str(error))
+
+    def _unite(self, there: dict[int, Description]) -> list[str]:
+        """Return all labels; leave out who has the most while they are too many."""
+        while True:
+            found = self._also.union(*(told.labels for told in there.values()))
+            if len(found) <= MOST_LABELS or not there:
+                return sorted(found)
+            node = max(there, key=lambda n: (len(there[n].labels), n))
+            self._leave_out(
+                node,
+                f"it has {len(there[node].labels)} labels, the most of all, and the "
+                f"nodes have {len(found)} together; allowed: {MOST_LABELS}",
+            )
+            del there[node]
 
     def _place(self, node: int) -> None:
         """Assign a node its client if its data qualifies.
@@ -146,7 +174,7 @@ class OwnDataFleet(Fleet):
         """
         described = self._described[node]
         known = {n: c for n, c in described.labels.items() if n in self.classes}
-        others = described.labels.keys() - known.keys()
+        others = sorted(described.labels.keys() - known.keys())
         skipped = dict(described.skipped)
         if others:
             skipped["unknown label"] = sum(described.labels[name] for name in others)
@@ -174,7 +202,7 @@ class OwnDataFleet(Fleet):
             client,
             usable,
             told,
-            f"; unknown labels: {', '.join(sorted(others))}" if others else "",
+            f"; unknown labels: {printable(', '.join(others))}" if others else "",
         )
         self._tell(
             NodeJoined(
@@ -183,7 +211,7 @@ class OwnDataFleet(Fleet):
                 client=client,
                 examples=usable,
                 skipped=skipped,
-                unknown_labels=sorted(others),
+                unknown_labels=shorten(others),
             )
         )
 

@@ -33,6 +33,8 @@ from slora_flwr.wire.messages import (
 from slora_flwr.wire.packing import PayloadError
 
 NO_REPLY = "no reply before the deadline"
+# A petabyte, which no network interface moves between two of a node's restarts.
+MOST_WIRE_BYTES = 10**15
 
 
 class ChangedDataError(MessageError):
@@ -102,7 +104,7 @@ def read_report(reply: Message, asked: Asked) -> Report:
     ):
         raise MessageError(f"its payloads are {report.payloads}, not bytes of each")
     if len(report.wire) not in (0, 2) or not all(
-        type(moved) is int and moved >= 0 for moved in report.wire
+        type(moved) is int and 0 <= moved <= MOST_WIRE_BYTES for moved in report.wire
     ):
         raise MessageError(f"its wire bytes are {report.wire}, not two counts")
     for name in ("losses", "seconds"):

@@ -176,7 +176,7 @@ def _shared_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
 def _own_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
     config = trainer.config
     expected["backbone"] = digest_of(config.model)
-    labels = {name.strip() for name in config.data.labels.split(",")} - {""}
+    labels = {*config.data.label_names}
     # Until the nodes' labels are known, the classes are those of the test data.
     if labels and (others := {*trainer.data.classes} - labels):
         raise ConfigError(

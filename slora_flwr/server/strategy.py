@@ -11,6 +11,7 @@ from slora_flwr.common.tensors import State
 from slora_flwr.config import flatten
 from slora_flwr.planning.rounds import plan_rounds
 from slora_flwr.reports.progress import progress_line
+from slora_flwr.runs.checkpoint import list_checkpoints
 from slora_flwr.runs.directory import RunDirectory
 from slora_flwr.runs.events import METRICS
 from slora_flwr.runs.snapshot import Snapshot
@@ -154,11 +155,12 @@ class PhasedStrategy:
                 least,
                 another,
             )
-        goes_on = ", from which run.resume continues" if self._privacy is None else ""
+        directory = self.journal.directory.path
+        goes_on = ", from which run.resume continues"
         raise TooFewRepliesError(
             f"round {number} {held.failure} twice; clients.min-replies is {least}. "
-            f"The run directory {self.journal.directory.path} holds the rounds before "
-            f"it{goes_on}"
+            f"The run directory {directory} holds the rounds before it"
+            + (goes_on if list_checkpoints(directory) else "")
         )
 
     def _evaluate(

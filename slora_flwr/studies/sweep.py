@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from slora_flwr.common.text import csv_cell
 from slora_flwr.config import ConfigError, Value, flatten, parse
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.studies.runner import Runner, StudyRun
@@ -86,7 +87,7 @@ def sweep(path: Path, out: Path | None = None, keep_states: bool = False) -> lis
                 name = f"{trial.label} {trial.key}"
                 runner.fail(name, "no tuning run completed")
         if scores:
-            _write_rows(folder / "tuning.csv", list(_tuning_rows(scores)))
+            write_rows(folder / "tuning.csv", list(_tuning_rows(scores)))
         return {trial: best_rate(s) for trial, s in scores.items() if s}
 
     # A second sweep would take running runs for interrupted ones.
@@ -105,7 +106,7 @@ def sweep(path: Path, out: Path | None = None, keep_states: bool = False) -> lis
     if finished:
         varied = varying(configs.values())
         rows = [_row(run, varied) for run in finished]
-        _write_rows(folder / "runs.csv", rows)
+        write_rows(folder / "runs.csv", rows)
         runner.console.print(_table(rows, [key for key in varied if key in keys]))
         say(folder / "runs.csv")
     return runner.failed
@@ -179,11 +180,14 @@ def _row(run: StudyRun, keys: list[str]) -> dict[str, Any]:
     }
 
 
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows with equal keys as CSV, none of whose cells is a formula."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(
+            {name: csv_cell(value) for name, value in row.items()} for row in rows
+        )
 
 
 def _table(rows: list[dict[str, Any]], keys: list[str]) -> Table:

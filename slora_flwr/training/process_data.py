@@ -18,6 +18,8 @@ from slora_flwr.data.texts import (
     list_classes,
     load_texts,
     make_task,
+    of_classes,
+    public_classes,
     tokenise,
 )
 
@@ -48,11 +50,18 @@ class ProcessData:
     def _texts(self) -> tuple[Texts, Texts]:
         if self._config.data.is_own:
             return Texts([], []), load_test_texts(self._config.data)
-        return load_texts(self._config.data)
+        train, test = load_texts(self._config.data)
+        if self._config.privacy.is_on:
+            # Even a client that is the only one with a label must not show.
+            known = public_classes(self._config.data, test)
+            train = of_classes(train, known)
+        return train, test
 
     @cached_property
     def classes(self) -> list[str]:
         """The label names; class id i is the i-th."""
+        if self._config.privacy.is_on:
+            return public_classes(self._config.data, self._texts[1])
         return self._agreed or list_classes(self._texts)
 
     @property
@@ -110,8 +119,7 @@ class ProcessData:
         if client in self._own and self._own[client][0] == source:
             return
         texts, _ = source.usable()
-        known = set(self.classes)
-        texts = texts.select(np.array([label in known for label in texts.labels]))
+        texts = of_classes(texts, self.classes)
         count = len(texts.texts)
         held = round(count * self._config.clients.holdout)
         source.check_count(count - held)

@@ -163,7 +163,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("model.name", "", "embedded, a folder or a Hub id"),
     ("model.dtype", "float16", "float32, bfloat16"),
     ("data.name", "", "a data set's name or a path"),
-    ("data.labels", "a,b", "empty, or data.name node"),
+    ("data.labels", "a,b", "empty, or data.name node, or privacy"),
     ("data.max-length", 3, "a number of at least 4"),
     ("data.validation", 1.0, "a number from 0 below 1"),
     ("data.validation", -0.1, "a number from 0 below 1"),
