@@ -121,7 +121,7 @@ class ProcessData:
         texts, _ = source.usable()
         texts = of_classes(texts, self.classes)
         count = len(texts.texts)
-        held = round(count * self._config.clients.holdout)
+        held = held_out(count, self._config.clients.holdout)
         source.check_count(count - held)
         source.check_held(held)
         examples = tokenise(self._config.data, self.tokenizer, self.classes, texts)

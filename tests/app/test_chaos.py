@@ -301,11 +301,16 @@ def make_whole(
     train_client = Trainer.train_client
 
     def train(
-        self: Trainer, client: int, state: Any, phase: Any, server_round: int
+        self: Trainer,
+        client: int,
+        state: Any,
+        phase: Any,
+        server_round: int,
+        *until: float,
     ) -> ClientUpdate:
         if client in lost.get(server_round, ()):
             raise ClientError("left out")
-        return train_client(self, client, state, phase, server_round)
+        return train_client(self, client, state, phase, server_round, *until)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_client", train)
@@ -328,7 +333,7 @@ def make(corpus: Path, models: dict[str, Path], directory: Path) -> Config:
         "clients.count": CLIENTS,
         "clients.per-round": 10,
         "clients.min-replies": 4,
-        "clients.deadline": 20.0,
+        "clients.deadline": 200.0,
         "run.eval-every": 10,
     }
 

@@ -92,11 +92,16 @@ def replay(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
     train_client = Trainer.train_client
 
     def fail(
-        self: Trainer, client: int, state: Any, phase: Any, server_round: int
+        self: Trainer,
+        client: int,
+        state: Any,
+        phase: Any,
+        server_round: int,
+        *until: float,
     ) -> ClientUpdate:
         if client not in answered[server_round]:
             raise ClientError("it failed there")
-        return train_client(self, client, state, phase, server_round)
+        return train_client(self, client, state, phase, server_round, *until)
 
     monkeypatch.setattr(Trainer, "train_client", fail)
     config = elsewhere(config, **{"clients.min-nodes": 1})
