@@ -51,7 +51,7 @@ def _add_partition(
 def _add_own_data(
     config: RunConfig, context: Context, described: ConfigRecord
 ) -> MetricRecord:
-    """Add counts and label names; nothing else about the data leaves the node."""
+    """Add counts and label names, and nothing else about the data."""
     texts, skipped = read_source(context, config).usable()
     labels = dict(sorted(Counter(texts.labels).items()))
     with masked():
