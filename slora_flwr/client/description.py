@@ -1,24 +1,22 @@
-"""A node's description of itself: its code, its backbone, its clients' sizes."""
+"""A node's description of itself: its version, its backbone, its clients' sizes."""
 
 from collections import Counter
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 
-import slora_flwr
 from slora_flwr.backbone.load import digest_of
 from slora_flwr.client.permits import masked
 from slora_flwr.client.process import get_process, read_config, read_source
-from slora_flwr.common.code_digest import code_digest
+from slora_flwr.common.protocol import installed_version
 from slora_flwr.config import RunConfig
-from slora_flwr.config.schedule import outside_files
+from slora_flwr.config.identity import code_identity
 
 
 def describe(context: Context) -> RecordDict:
     """Return this node's answer to the server's query."""
     config = read_config(context)
-    code = code_digest(outside_files(config))
-    described = ConfigRecord({"version": slora_flwr.__version__, "code": code})
+    described = ConfigRecord({"version": installed_version(), **code_identity(config)})
     # Number of nodes in a simulation, for which the server waits.
     described["nodes"] = int(context.node_config.get("num-partitions", 1))
     own = config.data.is_own

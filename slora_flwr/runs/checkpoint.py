@@ -24,7 +24,7 @@ from slora_flwr.config import ConfigError, RunConfig, flatten
 from slora_flwr.runs.events import EVENTS
 from slora_flwr.runs.snapshot import Snapshot
 
-FORMAT = "1"
+FORMAT = "2"
 # Files that grow during a run, truncated on resuming to their size at the checkpoint.
 GROWING = (EVENTS, "ledger.csv")
 # Keys that may change on resuming; no state depends on them.
@@ -80,7 +80,7 @@ def read_checkpoint(path: Path) -> Snapshot:
     if format_ != FORMAT:
         raise ConfigError(
             f"checkpoint {path} is of format {format_}; allowed: {FORMAT}, that of "
-            "this version of slora-flwr"
+            "this version of slora-flwr. Resume it with the version that wrote it"
         )
     if _digest(metadata["facts"], tensors) != metadata.get("digest"):
         raise DamagedError("its content does not match its digest")
@@ -119,7 +119,7 @@ def find_checkpoint(config: RunConfig) -> Snapshot:
 def check_identity(
     config: RunConfig, checkpoint: Snapshot, found: Mapping[str, Any]
 ) -> None:
-    """Check that code, backbone and data are those of the checkpoint.
+    """Check that protocol, backbone and data are those of the checkpoint.
 
     Raises
     ------
@@ -127,7 +127,14 @@ def check_identity(
         If any differs.
     """
     given = f"run.resume is {config.run.resume!r}"
-    _compare(given, checkpoint.facts["identity"], found)
+    kept = checkpoint.facts["identity"]
+    if kept["protocol"] != found["protocol"]:
+        raise ConfigError(
+            f"{given}, a run of protocol {kept['protocol']}; allowed: "
+            f"{found['protocol']}, that of this version of slora-flwr. Resume it with "
+            "a version of its protocol"
+        )
+    _compare(given, kept, found)
 
 
 def checkpoint_path(directory: Path, number: int) -> Path:

@@ -160,6 +160,17 @@ class NodeLeftOut(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodeVersion(Event):
+    """A node has another version of slora-flwr installed than the server."""
+
+    kind = "version"
+    node: int
+    name: str
+    version: str
+    server: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeJoined(Event):
     """A node that trains on its own data joined the run.
 
@@ -211,6 +222,7 @@ _KINDS: dict[str, type[Event]] = {
         ClientsFailed,
         NodeEvaluated,
         NodeLeftOut,
+        NodeVersion,
         NodeJoined,
         Resumed,
         Stopped,

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from heapq import heapreplace
 from logging import INFO, WARNING
 from typing import Any, cast
@@ -11,8 +11,9 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from slora_flwr.common.protocol import installed_version
 from slora_flwr.common.text import printable
-from slora_flwr.runs.events import Event, NodeLeftOut
+from slora_flwr.runs.events import Event, NodeLeftOut, NodeVersion
 from slora_flwr.server.collect import (
     LAST_POLL_SECONDS,
     is_gone,
@@ -27,6 +28,7 @@ REGISTRATION_SECONDS = 120.0
 MOST_EXAMPLES = 10**7
 # A node of which so many replies could not be read is left out for the rest of the run.
 MOST_UNREADABLE = 3
+LONGEST_VERSION = 40
 
 
 class FleetError(RuntimeError):
@@ -39,9 +41,9 @@ class Fleet:
     Parameters
     ----------
     expected : Mapping[str, object]
-        What a node's description must match: version, label names, and digests of
-        code, backbone and partition. The server logs and excludes any node that does
-        not match.
+        What a node's description must match: protocol, label names, and digests of
+        backbone, partition and outside packages. The server logs and excludes any node
+        that does not match.
     min_nodes : int
         Number of nodes to wait for before the first round.
     deadline : float
@@ -71,6 +73,8 @@ class Fleet:
         self._asked: dict[int, str] = {}
         self._pending: dict[str, int] = {}
         self._unreadable = Counter[int]()
+        # The version of each node, as told last.
+        self._versions: dict[int, str] = {}
         # Number of nodes in a simulation, once one has reported it.
         self._told = 0
 
@@ -251,7 +255,9 @@ class Fleet:
                 self.forget(node)
                 continue
             try:
-                self._admit(node, *self._read(reply))
+                described, metrics = self._read(reply)
+                self._admit(node, described, metrics)
+                self._tell_version(node, described)
             except ValueError as error:
                 self._leave_out(node, str(error))
                 self.count_unreadable(reply)
@@ -277,12 +283,33 @@ class Fleet:
             if described.get(name) != value
         ]
         if differs:
+            differs += self._find_cause(described)
             raise ValueError("; ".join(differs))
         try:
             self._told = max(self._told, int(described["nodes"]))  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"its description is off: {error!r}") from error
         return described, metrics
+
+    def _find_cause(self, described: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what may be why a description does not match, and what to do."""
+        own = installed_version()
+        given = printable(described.get("version", own), LONGEST_VERSION)
+        if given != own:
+            yield f"version is {given!r}, the server's is {own!r}"
+        protocol, right = described.get("protocol"), self.expected.get("protocol")
+        if protocol != right:
+            newer = isinstance(protocol, int) and protocol > cast(int, right)
+            yield f"upgrade {'the server' if newer else 'the node'}"
+
+    def _tell_version(self, node: int, described: Mapping[str, Any]) -> None:
+        """Tell once that a node has another version than the server."""
+        own, name = installed_version(), self.name(node)
+        given = printable(described.get("version", own), LONGEST_VERSION)
+        if given != self._versions.get(node, own):
+            log(INFO, "%s has slora-flwr %s, the server %s", name, given, own)
+            self._tell(NodeVersion(node=node, name=name, version=given, server=own))
+        self._versions[node] = given
 
     def _admit(
         self, node: int, described: Mapping[str, Any], metrics: Mapping[str, Any]

@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from importlib.metadata import version
 from logging import INFO
 from typing import Any
 
@@ -13,12 +12,11 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from rich.console import Console
 
-from slora_flwr import __version__
 from slora_flwr.backbone.load import digest_of
-from slora_flwr.common.code_digest import code_digest
 from slora_flwr.common.files import residuals_folder
+from slora_flwr.common.protocol import installed_version
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
-from slora_flwr.config.schedule import outside_files
+from slora_flwr.config.identity import code_identity
 from slora_flwr.reports.closing_table import closing_table
 from slora_flwr.runs.checkpoint import check_identity, find_checkpoint
 from slora_flwr.runs.directory import RunDirectory, in_use
@@ -113,8 +111,7 @@ def _run(
         # Made now, so that an impossible partition fails before any message.
         moved = trainer.data.partition.moved
     fleet_of = _own_data_fleet if config.data.is_own else _shared_data_fleet
-    code = code_digest(outside_files(config))
-    fleet = fleet_of(trainer, {"version": __version__, "code": code})
+    fleet = fleet_of(trainer, {**code_identity(config)})
     if checkpoint is not None:
         check_identity(config, checkpoint, fleet.expected)
         fleet.restore(checkpoint.facts["agreed"])
@@ -122,7 +119,7 @@ def _run(
     if checkpoint is None:
         held.enter_context(in_use(directory.path))
     started -= directory.elapsed
-    log(INFO, "slora-flwr %s, run directory %s", version("slora-flwr"), directory.path)
+    log(INFO, "slora-flwr %s, run directory %s", installed_version(), directory.path)
     if moved and privacy is None:
         log(INFO, "%d examples were moved so that no client is empty", moved)
     if checkpoint is None:

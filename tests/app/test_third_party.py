@@ -157,7 +157,7 @@ def test_it_plans_trains_resumes_and_exports(
     done = call(site, RUN, *arguments(resumed(killed)))
     assert done.returncode == 2
     assert "the directory of another run" in done.stderr
-    assert "code is" in done.stderr
+    assert "outside-code is" in done.stderr
     module.write_text(source)
     done = call(site, RUN, *arguments(resumed(killed)))
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,8 @@ Every run is a `slora run --engine inline` with the embedded model, in a process
 folder of its own. Of its run directory the facts hold
 
 - each state and each export: its tensors' names, dtypes, shapes and BLAKE2b digests;
-- the events and the summary without what a clock said, the ledger, the config.
+- the events and the summary without what a clock said, the ledger, the config;
+- the layout of its messages.
 
 Two checkouts compute the same if `--compare` finds no difference between their files:
 
@@ -12,12 +13,15 @@ Two checkouts compute the same if `--compare` finds no difference between their 
     python -m tests.golden.run_configs --compare facts.json other.json
 
 Digests and metrics are those of one machine and one number of threads, since the last
-bits of a sum depend on both. `--stable` leaves only what is the same everywhere.
+bits of a sum depend on both. `--stable` leaves only what is the same everywhere, adds
+the protocol and digests of payloads, and overwrites no facts of the same protocol from
+which these differ.
 """
 
 import argparse
 import csv
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -54,6 +58,10 @@ IMPORTED = (
     "transformers.models.bert.modeling_bert",
 )
 FOLDER = "./run"
+MESSAGES = "messages"
+# How far losses on other machines may be apart, relatively.
+CLOSE = 1e-3
+RAISE = "raise PROTOCOL in slora_flwr/common/protocol.py and write the facts anew"
 TEXTS = "./texts.csv"
 CLASSES = ("garden", "kitchen", "music", "weather")
 TINY: Config = {
@@ -275,6 +283,9 @@ def _run_here(case: Case, place: Path, dies_in: int = 0, resumes: bool = False) 
             write_texts(place / f"node-{node}.csv", 24 + 8 * node, seed=1 + node)
     if dies_in:
         _die_before(f"round-{dies_in:04d}.safetensors")
+    from tests.golden.wire import note_messages
+
+    note_messages(place / MESSAGES)
     with (place / "log").open("ab") as log:
         kept = os.dup(1), os.dup(2)
         os.dup2(log.fileno(), 1)
@@ -358,6 +369,7 @@ def read_facts(place: Path) -> Facts:
         "summary": _timeless(json.loads((directory / "summary.json").read_text())),
         "events": [_timeless(json.loads(line)) for line in lines],
         "ledger": ledger,
+        "messages": sorted({*(place / MESSAGES).read_text().splitlines()}),
         "states": {
             path.stem: read_tensors(path)
             for path in states
@@ -423,12 +435,20 @@ def keep_stable(facts: Mapping[str, Facts]) -> Facts:
     Returns
     -------
     dict
-        `layouts` of states and exports: dtype and shape of each tensor, and the digest
-        where it holds whole numbers, which are masks' positions. `runs` by their names:
-        the layout of each file, the cohort and the examples of each round, bytes that
-        other methods would send in them, and the ledger: round, phase, direction,
-        clients, planned payload bytes, and those sent where no value changes them.
+        `protocol`, that of the code; `messages`, the layout of all; `payloads`,
+        digests of a fixed state's bytes. `layouts` of states and exports: dtype and
+        shape of each tensor, and the digest where it holds whole numbers, which are
+        masks' positions. `runs` by their names: the layout of each file, the cohort
+        and the examples of each round, bytes that other methods would send in them,
+        and the ledger: round, phase, direction, clients, planned payload bytes, and
+        those sent where no value changes them. `losses` of each round of a run, in
+        training and in the evaluation, which `list_differences` compares within
+        `CLOSE`.
     """
+    from slora_flwr.common.protocol import PROTOCOL
+    from tests.golden.wire import digest_payloads, list_whole_messages
+
+    messages = {*list_whole_messages()}
     layouts: Facts = {}
     runs: Facts = {}
     for name, found in facts.items():
@@ -462,7 +482,19 @@ def keep_stable(facts: Mapping[str, Facts]) -> Facts:
             for event in found["events"]
             if event["event"] == "round"
         ]
-    return {"layouts": dict(sorted(layouts.items())), "runs": runs}
+        runs[name]["losses"] = [
+            [float(f"{event[key]:.6g}") for key in ("train_loss", "loss")]
+            for event in found["events"]
+            if event["event"] == "round" and "loss" in event
+        ]
+        messages.update(found["messages"])
+    return {
+        "protocol": PROTOCOL,
+        "messages": sorted(messages),
+        "payloads": digest_payloads(),
+        "layouts": dict(sorted(layouts.items())),
+        "runs": runs,
+    }
 
 
 def _layout(tensors: Facts) -> list[str]:
@@ -484,12 +516,31 @@ def list_differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
                 yield from list_differences(one[key], other[key], below)
             else:
                 yield f"{below}: only in the {'first' if key in one else 'second'}"
+    elif isinstance(one, float) and "/losses/" in path:
+        if not math.isclose(one, other, rel_tol=CLOSE):
+            yield f"{path}: {one} is not close to {other}"
     elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         for index, pair in enumerate(zip(one, other, strict=True)):
             yield from list_differences(*pair, f"{path}/{index}")
     # As text, where NaN equals itself.
     elif json.dumps(one) != json.dumps(other):
         yield f"{path}: {json.dumps(one)} != {json.dumps(other)}"
+
+
+def must_raise(kept: Facts, found: Facts) -> list[str]:
+    """Return the differences for which the protocol should have been raised.
+
+    Runs that only one of them has do not count: they are new, or no longer made.
+    """
+    if kept["protocol"] != found["protocol"]:
+        return []
+    names = kept["runs"].keys() & found["runs"].keys()
+    one, other = (
+        # Layouts are named by their digests, which the runs hold.
+        facts | {"layouts": {}, "runs": {n: facts["runs"][n] for n in sorted(names)}}
+        for facts in (kept, found)
+    )
+    return [*list_differences(one, other)]
 
 
 def main() -> int:
@@ -513,7 +564,13 @@ def main() -> int:
         print("\n".join(differences) or "no difference")
         return int(bool(differences))
     facts = run_cases(given.names or [*CASES])
-    text = json.dumps(keep_stable(facts) if given.stable else facts, indent=1) + "\n"
+    facts = keep_stable(facts) if given.stable else facts
+    if given.stable and given.out and given.out.is_file():
+        differences = must_raise(json.loads(given.out.read_text()), facts)
+        if differences:
+            print("\n".join([*differences, f"{given.out} stays as it is: {RAISE}"]))
+            return 1
+    text = json.dumps(facts, indent=1) + "\n"
     if given.out:
         given.out.write_text(text)
     else:

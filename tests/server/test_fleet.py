@@ -173,18 +173,19 @@ def test_clients_hosted_everywhere_fill_up_the_less_loaded_node() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attribute", "reason"),
+    ("attribute", "given", "reason"),
     [
-        ("code", "code is 'bad', the server's is 'c0de'"),
-        ("backbone", "backbone is 'bad', the server's is 'b0ne'"),
-        ("partition", "partition is 'bad', the server's is 'pa27'"),
+        ("protocol", 6, "protocol is 6, the server's is 7; upgrade the node"),
+        ("protocol", 8, "protocol is 8, the server's is 7; upgrade the server"),
+        ("backbone", "bad", "backbone is 'bad', the server's is 'b0ne'"),
+        ("partition", "bad", "partition is 'bad', the server's is 'pa27'"),
     ],
 )
 def test_a_node_of_another_kind_is_left_out_and_named(
-    attribute: str, reason: str
+    attribute: str, given: object, reason: str
 ) -> None:
     grid = FakeGrid([1, 2, 3])
-    getattr(grid, attribute)[2] = "bad"
+    getattr(grid, attribute)[2] = given
     known = gathered(grid)
     assert known.left_out == {2: reason}
     assert set(known.assign(SIZES)) == {1, 3}
@@ -192,11 +193,11 @@ def test_a_node_of_another_kind_is_left_out_and_named(
 
 def test_all_that_differs_is_named() -> None:
     grid = FakeGrid([1, 2])
-    grid.code[2] = grid.partition[2] = "bad"
+    grid.protocol[2], grid.partition[2] = 6, "bad"
     reason = gathered(grid).left_out[2]
     assert reason == (
-        "code is 'bad', the server's is 'c0de'; "
-        "partition is 'bad', the server's is 'pa27'"
+        "protocol is 6, the server's is 7; "
+        "partition is 'bad', the server's is 'pa27'; upgrade the node"
     )
 
 
@@ -222,8 +223,9 @@ def test_a_node_that_answers_without_a_record_is_left_out(record: str) -> None:
 
 def test_no_fitting_node_is_an_error_with_the_reasons() -> None:
     grid = FakeGrid([1, 2])
-    grid.code = {1: "old", 2: "new"}
-    with pytest.raises(FleetError, match=r"node 1: code is 'old'.*node 2: code is 'ne"):
+    grid.protocol = {1: 6, 2: 8}
+    wanted = r"node 1: protocol is 6.*node 2: protocol is 8"
+    with pytest.raises(FleetError, match=wanted):
         gathered(grid)
 
 
@@ -296,7 +298,7 @@ def test_nodes_that_went_are_not_used_and_not_asked_again() -> None:
 
 def test_a_node_that_was_left_out_is_not_asked_again() -> None:
     grid = FakeGrid([1, 2])
-    grid.code[2] = "old"
+    grid.protocol[2] = 6
     known = gathered(grid)
     known.refresh(grid)
     assert sorted(grid.asked) == [1, 2]

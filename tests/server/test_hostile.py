@@ -430,7 +430,7 @@ def test_names_are_no_more_than_names(
     name = "../../etc\x1b[2J\n" + "x" * MEGABYTE
     told: list[Event] = []
     grid = HospitalGrid({7: hospital(name, x=1, y=1)})
-    found = OwnDataFleet({"code": "c0de"}, 1, 5.0)
+    found = OwnDataFleet({"protocol": 7}, 1, 5.0)
     found.gather(grid, told.append)
     assert found.name(7).startswith(r"../../etc\x1b[2J\nxxx")
     assert len(found.name(7)) < 300

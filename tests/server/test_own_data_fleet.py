@@ -67,7 +67,7 @@ def test_it_waits_for_all_nodes_of_a_simulation(clock: Clock) -> None:
 
 
 def test_labels_of_a_node_that_is_left_out_do_not_count(clock: Clock) -> None:
-    other = hospital("a", z=1) | {"code": "old"}
+    other = hospital("a", z=1) | {"protocol": 6}
     found = gathered(HospitalGrid({7: other, 8: hospital("b", x=1, y=1)}))
     assert found.classes == ["x", "y"]
     assert set(found.left_out) == {7}
@@ -131,8 +131,10 @@ def test_one_label_is_no_task(clock: Clock) -> None:
 
 
 def test_no_fitting_node_is_an_error_with_the_reasons(clock: Clock) -> None:
-    grid = HospitalGrid({7: hospital("a", x=1, y=1) | {"code": "old"}})
-    with pytest.raises(FleetError, match=r"no node can train \(node 7: code is 'old'"):
+    grid = HospitalGrid({7: hospital("a", x=1, y=1) | {"protocol": 6}})
+    with pytest.raises(
+        FleetError, match=r"no node can train \(node 7: protocol is 6, t"
+    ):
         gathered(grid)
 
 

@@ -7,7 +7,11 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.fleet import Fleet
 
-EXPECTED = {"version": "1", "code": "c0de", "backbone": "b0ne", "partition": "pa27"}
+EXPECTED: dict[str, str | int] = {
+    "protocol": 7,
+    "backbone": "b0ne",
+    "partition": "pa27",
+}
 
 
 SIZES = {0: 30, 1: 20, 2: 10, 3: 10, 4: 5, 5: 1}
@@ -20,7 +24,7 @@ class FakeGrid(InlineGrid):
         super().__init__({})
         self.online: list[int] = list(nodes)
         self.asked: list[int] = []
-        self.code: dict[int, str] = {}
+        self.protocol: dict[int, int] = {}
         self.backbone: dict[int, str] = {}
         self.hosts: dict[int, list[int]] = {}
         self.partition: dict[int, str] = {}
@@ -50,7 +54,7 @@ class FakeGrid(InlineGrid):
         config = ConfigRecord(
             EXPECTED  # type: ignore[arg-type]
             | {
-                "code": self.code.get(node, "c0de"),
+                "protocol": self.protocol.get(node, 7),
                 "backbone": self.backbone.get(node, "b0ne"),
                 "partition": self.partition.get(node, "pa27"),
                 "nodes": self.of_nodes,

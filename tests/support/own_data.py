@@ -57,7 +57,7 @@ class HospitalGrid(InlineGrid):
         told = self.nodes[node]
         config = ConfigRecord(
             {
-                "code": told.get("code", "c0de"),
+                "protocol": told.get("protocol", 7),
                 "name": told["name"],
                 "labels": list(told["labels"]),
                 "nodes": self.of_nodes,
@@ -75,7 +75,7 @@ class HospitalGrid(InlineGrid):
 
 
 def gathered(grid: HospitalGrid, **options: Any) -> OwnDataFleet:
-    found = OwnDataFleet({"code": "c0de"}, len(grid.since), 5.0, **options)
+    found = OwnDataFleet({"protocol": 7}, len(grid.since), 5.0, **options)
     found.gather(grid)
     return found
 

@@ -1,0 +1,31 @@
+"""The protocol of this version of slora-flwr, and the version that is installed."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from slora_flwr import __version__
+
+PROTOCOL = 1
+"""The number that server, nodes and checkpoints of a run have in common.
+
+Raise it by 1 in every change that alters
+
+- a message: its records, their keys and types, the bytes of a payload, or what a node
+  is to make of them;
+- a number that a run computes from the same config, be it in its last bits: a draw, an
+  order of examples, a mask, a step of an optimiser, an aggregate, a default;
+- what a checkpoint holds, where `runs.checkpoint.FORMAT` is not raised.
+
+Comments, docs, logs, errors, events, reports and what is faster with the same bits do
+not raise it. `tests/golden` notices most of what does.
+"""
+
+
+def installed_version() -> str:
+    """Return the version of slora-flwr that is installed.
+
+    Flower sends a run's code to all nodes, so what is installed may be another one.
+    """
+    try:
+        return version("slora-flwr")
+    except PackageNotFoundError:
+        return __version__
