@@ -1,6 +1,7 @@
 """Versions side by side: nodes and checkpoints of other versions and protocols."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from slora_flwr.server.fleet import FleetError
 from slora_flwr.server.run import run
 from tests.support.forks import ROOT
 from tests.support.grids import Grid
-from tests.support.resuming import assert_same, resumed, stop
+from tests.support.resuming import assert_same, go_on, resumed, stop
 from tests.support.runs import Config, arguments, elsewhere, events, start
+
+GUIDE = ROOT / "docs" / "guides" / "backup-and-upgrade.md"
 
 
 class MixedGrid(Grid):
@@ -107,6 +110,21 @@ def test_a_checkpoint_of_another_protocol_is_refused(config: Config) -> None:
     assert f"a run of protocol 99; allowed: {PROTOCOL}, that of" in str(caught.value)
     assert "Resume it with a version of its protocol" in str(caught.value)
     assert grid.asked == []
+
+
+def test_a_run_goes_on_from_a_restored_backup(config: Config, tmp_path: Path) -> None:
+    whole = start(elsewhere(config), Grid(config, 2))
+    [save] = re.findall(r"^tar .* -cf runs.tar .*", GUIDE.read_text(), re.MULTILINE)
+    [restore] = re.findall(r"^tar .* -xpf runs.tar.*", GUIDE.read_text(), re.MULTILINE)
+    before, after = (tmp_path / name for name in ("before", "after"))
+    stop(config | {"run.dir": str(before / "runs" / "x")}, 2)
+    after.mkdir()
+    for command, home in (save, before), (restore, after):
+        environment = os.environ | {"SLORA_HOME": str(home)}
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=environment)
+    shutil.rmtree(before)
+    directory = go_on(config | {"run.dir": str(after / "runs" / "x")})
+    assert_same(directory, whole)
 
 
 def test_a_run_goes_on_with_changed_code_of_the_same_protocol(
