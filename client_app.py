@@ -11,6 +11,7 @@ from slora_flwr.client.resident import handle
 # Flower ClientApp
 app = ClientApp()
 app.query()(handle)
+app.query("end")(handle)
 app.train()(handle)
 app.evaluate()(handle)
 

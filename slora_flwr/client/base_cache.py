@@ -1,17 +1,25 @@
-"""The cache of bases on this machine's disk, each in a file named by its digest."""
+"""The bases of a run on this machine's disk, each in a file named by its digest."""
 
 from logging import WARNING
+from pathlib import Path
 
 from flwr.common.logger import log
 
 from slora_flwr.client.errors import MismatchError, MissingBaseError
-from slora_flwr.common.files import cache_folder, home, write_atomically
+from slora_flwr.common.files import make_folder, write_atomically
 from slora_flwr.wire.messages import BaseDelta
 from slora_flwr.wire.state_channel import name_version
 
 
-def cached_base(delta: BaseDelta) -> bytes:
-    """Return the bytes of a phase's first base, from the message or from the cache.
+def cached_base(delta: BaseDelta, folder: Path) -> bytes:
+    """Return the bytes of a phase's first base, from the message or from the disk.
+
+    Parameters
+    ----------
+    delta : BaseDelta
+        What the message says of the base.
+    folder : Path
+        The run's folder.
 
     Raises
     ------
@@ -27,12 +35,13 @@ def cached_base(delta: BaseDelta) -> bytes:
         if name_version(sent.data) != known:
             raise MismatchError("the base that was sent does not have its digest")
         try:
-            write_atomically(cache_folder() / name, sent.data)
+            make_folder(folder)
+            write_atomically(folder / name, sent.data)
         except OSError as error:
             # It will be sent again when it is needed again.
             log(WARNING, "the base is not kept: %s", error)
         return sent.data
-    path = home() / "cache" / name
+    path = folder / name
     if not path.is_file():
         raise MissingBaseError(f"no base {known} here")
     data = path.read_bytes()

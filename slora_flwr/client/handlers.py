@@ -5,25 +5,28 @@ from collections.abc import Callable
 from functools import wraps
 from logging import ERROR
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.logger import log
 
 from slora_flwr.aggregation.choice import make_aggregator
 from slora_flwr.aggregation.mean import FoldError
 from slora_flwr.client.description import describe, node_name
 from slora_flwr.client.errors import MissingBaseError, MissingStateError
+from slora_flwr.client.keeping import kept_in, limit, remember, remove
 from slora_flwr.client.network_bytes import count_wire
-from slora_flwr.client.process import get_process
+from slora_flwr.client.process import get_process, is_simulated, make_process
 from slora_flwr.client.sender import Sender
 from slora_flwr.common.text import printable
 from slora_flwr.data.node_files import OwnDataError
 from slora_flwr.training.metrics import pool
 from slora_flwr.training.trainer import ClientError
 from slora_flwr.wire.messages import (
+    END,
     MISSING_BASE,
     MISSING_STATE,
     Instruction,
     Report,
+    read_lineage,
     release,
     write_evaluation,
 )
@@ -32,7 +35,7 @@ Handler = Callable[[Message, Context], Message]
 
 
 def _with_known_errors(handler: Handler) -> Handler:
-    """Reply with errors that the server can act on."""
+    """Reply with errors that the server can act on; bound what the node keeps."""
 
     @wraps(handler)
     def answer(message: Message, context: Context) -> Message:
@@ -48,6 +51,9 @@ def _with_known_errors(handler: Handler) -> Handler:
             name = node_name(context)
             reason = f"{name}: its data is of no use; its own log says why"
             return Message(Error(0, reason), reply_to=message)
+        finally:
+            if not is_simulated(context):
+                limit(context)
 
     return answer
 
@@ -55,7 +61,16 @@ def _with_known_errors(handler: Handler) -> Handler:
 @_with_known_errors
 def query(message: Message, context: Context) -> Message:
     """Describe this node: its code, its backbone, its clients and their sizes."""
+    if message.content.config_records:  # which another version's query lacks
+        remember(context, read_lineage(message.content))
     return Message(describe(context), reply_to=message)
+
+
+def end(message: Message, context: Context) -> Message:
+    """Remove what this node keeps for a run that has ended."""
+    remove(context, read_lineage(message.content))
+    make_process.cache_clear()
+    return Message(RecordDict(), reply_to=message)
 
 
 @_with_known_errors
@@ -69,7 +84,7 @@ def train(message: Message, context: Context) -> Message:
     instruction = Instruction.read(message.content)
     release(message)
     process = get_process(context, instruction)
-    state = process.prepare(instruction)
+    state = process.prepare(instruction, kept_in(context))
 
     trainer = process.trainer
     phase = trainer.schedule[instruction.phase].at(instruction.phase_round)
@@ -112,11 +127,16 @@ def evaluate(message: Message, context: Context) -> Message:
     instruction = Instruction.read(message.content)
     release(message)
     process = get_process(context, instruction)
-    state = process.prepare(instruction)
+    state = process.prepare(instruction, kept_in(context))
     results = [process.trainer.evaluate_client(c, state) for c in instruction.clients]
     found = [result for result in results if result is not None]
     content = write_evaluation(pool(found) if found else None)
     return Message(content, reply_to=message)
 
 
-HANDLERS: dict[str, Handler] = {"query": query, "train": train, "evaluate": evaluate}
+HANDLERS: dict[str, Handler] = {
+    "query": query,
+    "train": train,
+    "evaluate": evaluate,
+    END: end,
+}

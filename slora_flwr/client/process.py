@@ -2,12 +2,14 @@
 
 from contextlib import nullcontext
 from functools import lru_cache
+from pathlib import Path
 
 from flwr.app import Context
 
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.client.base_cache import cached_base
 from slora_flwr.client.errors import MismatchError, MissingStateError
+from slora_flwr.client.keeping import kept_in
 from slora_flwr.client.permits import check_data, check_paths, masked
 from slora_flwr.client.resident import in_simulation
 from slora_flwr.common.tensors import State
@@ -59,8 +61,10 @@ class ClientProcess:
         self._base: tuple[int, str] | None = None
         self._versions: dict[str, bytes] = {}
 
-    def prepare(self, instruction: Instruction) -> State:
+    def prepare(self, instruction: Instruction, folder: Path) -> State:
         """Attach the adapter of an instruction over its base; return the state sent.
+
+        The base is kept in the run's folder.
 
         Raises
         ------
@@ -71,7 +75,7 @@ class ClientProcess:
         """
         model, phase = self.trainer.model, self.trainer.schedule[instruction.phase]
         if not self._has(instruction, instruction.base):
-            self._attach_base(instruction)
+            self._attach_base(instruction, folder)
         adapter = model.adapter
         adapter.begin(instruction.phase_round)
         if adapter.fingerprint() != instruction.fingerprint:
@@ -92,7 +96,7 @@ class ClientProcess:
         attached = (model.is_attached(phase, d) for d in (digest, instruction.base))
         return self._base == (index, digest) and any(attached)
 
-    def _attach_base(self, instruction: Instruction) -> None:
+    def _attach_base(self, instruction: Instruction, folder: Path) -> None:
         """Attach the base: all of it, or a version this node has, then the changes."""
         model, delta = self.trainer.model, instruction.base_delta
         phase = self.trainer.schedule[instruction.phase]
@@ -102,7 +106,7 @@ class ClientProcess:
         else:
             start = None
             if delta.known and not self._has(instruction, delta.known):
-                start = self._read_base(instruction)
+                start = self._read_base(instruction, folder)
             if not model.is_attached(phase, instruction.base):
                 model.attach(phase, start, delta.known)
             changes = [read_change(c, model.change_shapes) for c in delta.changes]
@@ -110,10 +114,10 @@ class ClientProcess:
                 model.change_base(changes, delta.version + 1, instruction.base)
         self._base = (instruction.phase, instruction.base)
 
-    def _read_base(self, instruction: Instruction) -> BaseWeights:
+    def _read_base(self, instruction: Instruction, folder: Path) -> BaseWeights:
         config, model = self.trainer.config, self.trainer.model
         phase = self.trainer.schedule[instruction.phase]
-        data = cached_base(instruction.base_delta)
+        data = cached_base(instruction.base_delta, folder)
         rounds_before = instruction.server_round - instruction.phase_round
         shapes, positions, scaling = phase.adapter_type.base_layout(
             phase, config, model.backbone, rounds_before
@@ -215,7 +219,7 @@ def _load(
     elif instruction:
         source = read_source(context, config)
         for client in instruction.clients:
-            process.trainer.data.host(client, source)
+            process.trainer.data.host(client, source, kept_in(context))
     return process
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from slora_flwr.common.files import (
     make_folder,
-    residuals_folder,
+    run_folder,
     write_atomically,
 )
 from slora_flwr.common.tensors import State
 
-_RECORD = "residual"
+RECORD = "residual"
 
 
 class Residuals:
@@ -27,7 +27,7 @@ class Residuals:
 
     A node with one client keeps its residual in Flower's `Context`, which ends with the
     run and never leaves the node. Simulated clients move between nodes, so their
-    residuals are files in the cache, below the run's lineage, one per round. A repeated
+    residuals are files in the run's folder, one per round. A repeated
     round, even after an interruption, starts from the same residuals.
 
     Parameters
@@ -46,7 +46,7 @@ class Residuals:
         self, context: Context, lineage: int, keep: int, *, is_only_client: bool
     ) -> None:
         self._context, self._is_only = context, is_only_client
-        self._folder = residuals_folder(lineage)
+        self._folder = run_folder(lineage)
         self._keep = keep
 
     def take(self, client: int, tag: str, server_round: int) -> State:
@@ -64,7 +64,7 @@ class Residuals:
         data = b""
         if self._is_only:
             records = self._context.state.array_records
-            for number, array in records.get(_RECORD, {}).items():
+            for number, array in records.get(RECORD, {}).items():
                 data = array.data if int(number) <= server_round else b""
         elif (path := self._folder / f"{client}" / f"{server_round}").is_file():
             data = path.read_bytes()
@@ -101,7 +101,7 @@ class Residuals:
         data = save({f"{tag}{name}": t.contiguous() for name, t in residual.items()})
         if self._is_only:
             array = Array("uint8", (len(data),), "safetensors", data)
-            self._context.state[_RECORD] = ArrayRecord({f"{server_round}": array})
+            self._context.state[RECORD] = ArrayRecord({f"{server_round}": array})
             return
         folder = self._folder / f"{client}"
         try:

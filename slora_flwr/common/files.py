@@ -103,6 +103,9 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def residuals_folder(lineage: int) -> Path:
-    """Return the folder of a run's residuals on this machine; it may not exist."""
-    return cache_folder() / f"residuals-{lineage:d}"
+def run_folder(lineage: int) -> Path:
+    """Return the folder of what a run keeps on this machine; it may not exist.
+
+    It is removed when the run ends. No two runs share one.
+    """
+    return cache_folder() / f"run-{lineage:d}"

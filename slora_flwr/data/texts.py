@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slora_flwr.common.files import cache_folder, home, write_atomically
+from slora_flwr.common.files import (
+    cache_folder,
+    home,
+    make_folder,
+    write_atomically,
+)
 from slora_flwr.common.text import (
     lookalikes,
     printable,
@@ -167,9 +172,16 @@ def of_classes(texts: Texts, classes: Sequence[str]) -> Texts:
 
 
 def tokenise(
-    config: DataConfig, tokenizer: Any, classes: list[str], texts: Texts
+    config: DataConfig,
+    tokenizer: Any,
+    classes: list[str],
+    texts: Texts,
+    folder: Path | None = None,
 ) -> Examples:
-    """Tokenise once per machine; later processes read the arrays from the cache."""
+    """Tokenise once per folder; later processes read the arrays from their file.
+
+    Without a folder, it is the cache, which all runs on this machine share.
+    """
     # Imported here, since a node that fails early needs neither.
     from safetensors.numpy import load_file, save
 
@@ -181,7 +193,9 @@ def tokenise(
     for text in texts.texts:
         digest.update(f"\x1e{text}".encode())
     with _writing_cache():
-        path = cache_folder() / f"tokens-{digest.hexdigest()}.safetensors"
+        folder = folder or cache_folder()
+        make_folder(folder)
+        path = folder / f"tokens-{digest.hexdigest()}.safetensors"
     if not path.is_file():
         encoded: list[list[int]] = []
         if texts.texts:

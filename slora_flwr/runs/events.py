@@ -151,7 +151,7 @@ class NodeEvaluated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class NodeLeftOut(Event):
-    """A node was left out until it answers another query."""
+    """A node was left out, for the reason and the time that `reason` says."""
 
     kind = "left_out"
     node: int

@@ -7,8 +7,9 @@ from heapq import heapreplace
 from logging import INFO, WARNING
 from typing import Any, cast
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.common.logger import log
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from slora_flwr.common.protocol import installed_version
@@ -16,11 +17,13 @@ from slora_flwr.common.text import printable
 from slora_flwr.runs.events import Event, NodeLeftOut, NodeVersion
 from slora_flwr.server.collect import (
     LAST_POLL_SECONDS,
+    collect,
     is_gone,
     is_unreadable,
     pull,
     push,
 )
+from slora_flwr.wire.messages import END, write_lineage
 
 # Seconds to wait for nodes to come online.
 REGISTRATION_SECONDS = 120.0
@@ -29,6 +32,10 @@ MOST_EXAMPLES = 10**7
 # A node of which so many replies could not be read is left out for the rest of the run.
 MOST_UNREADABLE = 3
 LONGEST_VERSION = 40
+# From so many rounds in a row without a reply on, a node rests: for 1 round, then 2, 4…
+MOST_SILENT, LONGEST_REST = 2, 32
+# Seconds that a run which has ended waits for nodes to remove what they keep.
+END_SECONDS = 30.0
 
 
 class FleetError(RuntimeError):
@@ -75,6 +82,13 @@ class Fleet:
         self._unreadable = Counter[int]()
         # The version of each node, as told last.
         self._versions: dict[int, str] = {}
+        # By node and kind of message, the rounds in a row without a reply; by node, the
+        # first round in which it may take part again. Neither outlives the process: a
+        # run that is resumed may meet other nodes.
+        self._silences = Counter[tuple[int, str]]()
+        self._rests: dict[int, int] = {}
+        self._round = 0
+        self._lineage = 0
         # Number of nodes in a simulation, once one has reported it.
         self._told = 0
 
@@ -82,12 +96,17 @@ class Fleet:
     def clients(self) -> list[int]:
         """The clients that nodes online can train, ascending."""
         # Nodes of a simulation share one set.
-        hosted = {id(self._hosted[n]): self._hosted[n] for n in self._online}
+        hosted = {id(self._hosted[n]): self._hosted[n] for n in self._awake}
         return sorted(frozenset[int]().union(*hosted.values()))
 
     @property
     def _online(self) -> list[int]:
         return sorted(self._hosted.keys() & self._present)
+
+    @property
+    def _awake(self) -> list[int]:
+        """The nodes online that do not rest in this round."""
+        return [n for n in self._online if self._rests.get(n, 0) <= self._round]
 
     def agreed(self) -> dict[str, Any]:
         """Return what the nodes agreed on, for `restore` when a run resumes."""
@@ -104,6 +123,7 @@ class Fleet:
         self,
         grid: Grid,
         tell: Callable[[Event], None] = lambda event: None,
+        lineage: int = 0,
     ) -> None:
         """Wait for the first nodes and query what they host.
 
@@ -113,13 +133,15 @@ class Fleet:
             Flower's grid.
         tell : Callable
             Called with each event, during this call and later.
+        lineage : int
+            Names the run across interruptions.
 
         Raises
         ------
         FleetError
             If too few nodes come online in time, or none can train.
         """
-        self._tell = tell
+        self._tell, self._lineage = tell, lineage
         registered = time.monotonic() + REGISTRATION_SECONDS
         while (online := len(list(grid.get_nodes()))) < self._min_nodes:
             if time.monotonic() > registered:
@@ -151,14 +173,18 @@ class Fleet:
             raise FleetError(f"no node can train ({reasons or 'none answered'})")
         log(INFO, "%d nodes host %d clients", len(self._online), len(self.clients))
 
-    def refresh(self, grid: Grid, wanted: int = 0) -> None:
-        """Update the nodes online and query new or returning ones.
+    def refresh(self, grid: Grid, wanted: int = 0, number: int = 0) -> None:
+        """Update the nodes online for a round, and query new or returning ones.
 
         A node takes part once it has answered. This waits for answers, up to `deadline`
-        seconds, only while fewer than `wanted` clients are online.
+        seconds, only while fewer than `wanted` clients are online. No node rests while
+        too few others are online.
         """
         until = time.monotonic() + self._deadline
+        self._round = number
         self._refresh(grid)
+        if len(self.clients) < wanted:
+            self._rests.clear()
         if (online := len(self.clients)) < wanted:
             log(WARNING, "%d clients are online; waiting for %d", online, wanted)
         while len(self.clients) < wanted and time.monotonic() < until:
@@ -169,6 +195,58 @@ class Fleet:
         """Exclude a node until it answers another query."""
         self._hosted.pop(node, None)
         self._asked.pop(node, None)
+
+    def note_silence(self, node: int, kind: str) -> None:
+        """Exclude a node that did not reply until it answers another query.
+
+        A node that is silent again and again makes each round last until its deadline,
+        so it rests for more and more rounds.
+
+        Parameters
+        ----------
+        node : int
+            The node's id.
+        kind : str
+            The message's type. Each is counted apart: a node that trains and never
+            evaluates holds up rounds too.
+        """
+        self.forget(node)
+        self._silences[node, kind] += 1
+        silent = self._silences[node, kind]
+        if silent >= MOST_SILENT:
+            rest = min(2 ** (silent - MOST_SILENT), LONGEST_REST)
+            self._rests[node] = self._round + rest + 1
+            self._leave_out(
+                node,
+                f"it did not reply to {kind} messages of {silent} rounds in a row, and "
+                f"rests for {rest} round{'s' if rest > 1 else ''}",
+            )
+
+    def note_reply(self, node: int, kind: str) -> None:
+        """Begin anew to count a node's silent rounds."""
+        del self._silences[node, kind]
+
+    def dismiss(self, grid: Grid) -> None:
+        """Have the nodes online remove what they keep for the run, which has ended.
+
+        The run waits a little, since a SuperLink passes on no messages of a run that is
+        over. Whatever goes wrong is no failure of the run: nodes bound what they keep.
+        """
+        try:
+            messages = [
+                Message(
+                    write_lineage(self._lineage),
+                    dst_node_id=node.node_id,
+                    message_type=END,
+                    ttl=END_SECONDS,
+                )
+                for node in grid.get_nodes()
+            ]
+            if messages:
+                for _ in collect(grid, messages, END_SECONDS):
+                    pass
+        except Exception as error:
+            log(WARNING, "nodes may keep files of this run: %s", printable(error))
 
     def count_unreadable(self, reply: Message) -> None:
         """Count a reply that cannot be read; leave its node out if it is one too many.
@@ -193,7 +271,7 @@ class Fleet:
         cohort = set(cohort)
         # Nodes that host the same clients differ only in their loads: one queue each.
         queues: dict[int, list[tuple[int, int]]] = {}
-        for node in self._online:
+        for node in self._awake:
             queues.setdefault(id(self._hosted[node]), []).append((0, node))
         hosts: dict[int, list[list[tuple[int, int]]]] = {c: [] for c in cohort}
         for queue in queues.values():  # sorted by node, and so a heap
@@ -208,18 +286,23 @@ class Fleet:
         return dealt
 
     def _refresh(self, grid: Grid) -> None:
-        since = {
-            n.node_id: n.last_activated_at
-            for n in grid.get_nodes()
-            if self._unreadable[n.node_id] < MOST_UNREADABLE
-        }
+        infos = [
+            info
+            for info in grid.get_nodes()
+            if self._unreadable[info.node_id] < MOST_UNREADABLE
+        ]
+        since = {info.node_id: info.last_activated_at for info in infos}
         self._present = set(since)
+        self._identify(infos)
         new = {n: at for n, at in since.items() if self._asked.get(n) != at}
         for node in new:
             self.forget(node)
         if new:
             self._ask(grid, new)
         self._hear(grid)
+
+    def _identify(self, infos: Iterable[NodeInfo]) -> None:
+        """Note what Flower says of the nodes online."""
 
     def _ask(self, grid: Grid, since: Mapping[int, str]) -> None:
         """Ask nodes to describe themselves."""
@@ -230,7 +313,7 @@ class Fleet:
             grid,
             [
                 Message(
-                    RecordDict(),
+                    write_lineage(self._lineage),
                     dst_node_id=node,
                     message_type=MessageType.QUERY,
                     ttl=self._deadline,

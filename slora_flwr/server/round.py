@@ -180,7 +180,7 @@ class Round:
         journal, number, privacy = self._journal, self.number, self._privacy
         record, plan = journal.directory.record, journal.planned[number]
 
-        fleet.refresh(grid, wanted=config.clients.min_replies)
+        fleet.refresh(grid, config.clients.min_replies, number)
         if privacy is not None:
             drawn = privacy.draw(fleet.clients, number)
         else:
@@ -281,6 +281,7 @@ class Round:
                     raise MessageError(reply.error.reason)
                 figures = read_evaluation(reply.content, len(trainer.data.classes))
                 phase.versions.received(node, clients)
+                fleet.note_reply(node, MessageType.EVALUATE)
                 if figures is not None:
                     share = trainer.config.clients.holdout
                     most = sum(held_out(fleet.sizes[c], share) for c in clients)
@@ -295,7 +296,7 @@ class Round:
         record(Entry(number, phase.name, "up", len(every), 0, received))
         for node, clients in silent.items():
             self._fail(node, clients, "no evaluation before the deadline")
-            fleet.forget(node)
+            fleet.note_silence(node, MessageType.EVALUATE)
         return pool(found) if found else None
 
     def recorded(self, metrics: dict[str, float]) -> RecordedRound:
@@ -352,6 +353,7 @@ class Round:
         self._payload += len(report.update.data) if alone else sum(report.payloads)
         self._wire.update(self._journal.wire_bytes(node, report.wire))
         phase.versions.received(node, report.clients)
+        self._fleet.note_reply(node, MessageType.TRAIN)
 
     @property
     def _is_bounded(self) -> bool:
@@ -390,7 +392,7 @@ class Round:
             elif silent:
                 self._fail(node, silent, NO_REPLY)
                 # It may hang, so it gets no client until it answers a query.
-                self._fleet.forget(node)
+                self._fleet.note_silence(node, MessageType.TRAIN)
 
     def _fail(self, node: int, clients: list[int], reason: object) -> None:
         self._failed.update(clients)

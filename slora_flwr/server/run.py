@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from slora_flwr.backbone.load import digest_of
-from slora_flwr.common.files import residuals_folder
+from slora_flwr.common.files import run_folder
 from slora_flwr.common.protocol import installed_version
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
 from slora_flwr.config.identity import code_identity
@@ -129,7 +129,7 @@ def _run(
         directory.event(Resumed(round=number, run=str(run_id)))
         log(INFO, "resuming after round %d of %d", number, config.rounds)
     try:
-        fleet.gather(grid, directory.event)
+        fleet.gather(grid, directory.event, directory.lineage)
         if isinstance(fleet, OwnDataFleet):
             trainer = Trainer(config, fleet.classes)
             share(trainer.model)
@@ -150,8 +150,9 @@ def _run(
         summary["privacy"] = privacy.facts(config.rounds)
     directory.write_summary(summary)
     export(directory.release, trainer, strategy.phase)
-    # Residuals of simulated clients are no longer needed.
-    shutil.rmtree(residuals_folder(directory.lineage), ignore_errors=True)
+    fleet.dismiss(grid)
+    # That of nodes on this machine that have not answered.
+    shutil.rmtree(run_folder(directory.lineage), ignore_errors=True)
     Console(width=100).print(closing_table(summary))
     log(INFO, "run directory %s", directory.path)
     return summary

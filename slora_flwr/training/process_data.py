@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,8 +109,17 @@ class ProcessData:
             digest.update(self.partition.indices(client).astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def host(self, client: int, source: OwnData) -> None:
+    def host(self, client: int, source: OwnData, folder: Path) -> None:
         """Assign a node's own data to a client; leave out rows with other labels.
+
+        Parameters
+        ----------
+        client : int
+            The client's id.
+        source : OwnData
+            The data.
+        folder : Path
+            Where their tokens are kept, from which the text can be read.
 
         Raises
         ------
@@ -124,7 +134,8 @@ class ProcessData:
         held = held_out(count, self._config.clients.holdout)
         source.check_count(count - held)
         source.check_held(held)
-        examples = tokenise(self._config.data, self.tokenizer, self.classes, texts)
+        config = self._config.data
+        examples = tokenise(config, self.tokenizer, self.classes, texts, folder)
         self._own[client] = (source, examples)
 
     def examples(self, client: int) -> tuple[Examples, Examples]:

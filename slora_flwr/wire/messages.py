@@ -11,6 +11,7 @@ from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Message,
+    MessageType,
     MetricRecord,
     RecordDict,
 )
@@ -25,6 +26,8 @@ from slora_flwr.wire.packing import pack
 MISSING_BASE, MISSING_STATE = 2404, 2405
 # Error code of the server itself, in place of a reply that cannot be read.
 UNREADABLE = 2406
+# Type of the message that tells a node that the run has ended.
+END = f"{MessageType.QUERY}.end"
 
 
 class MessageError(ValueError):
@@ -180,6 +183,26 @@ def _number(given: Any) -> int:
     if given not in (number, str(number)) or not 0 <= number < 2**64:
         raise ValueError(f"{printable(given)} is not a number from 0 to 2^64 - 1")
     return number
+
+
+def write_lineage(lineage: int) -> RecordDict:
+    """Return the records that name a run across interruptions."""
+    # It can be beyond 63 bits.
+    return RecordDict({"config": ConfigRecord({"lineage": str(lineage)})})
+
+
+def read_lineage(content: RecordDict) -> int:
+    """Return the lineage in some records.
+
+    Raises
+    ------
+    MessageError
+        If there is none, or it is no number.
+    """
+    try:
+        return _number(content.config_records["config"]["lineage"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise MessageError(f"the message's records are off: {error!r}") from error
 
 
 def _digest(given: Any) -> str:

@@ -226,7 +226,7 @@ class ChaosGrid(Grid):
             self._lost.add(at)
             make_process.cache_clear()
             if fault.startswith("it loses"):
-                for path in cache_folder().glob("base-*"):
+                for path in cache_folder().glob("run-*/base-*"):
                     path.unlink()
         reply = super()._answer(message)
         if reply.has_error():

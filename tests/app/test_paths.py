@@ -12,7 +12,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from typer.testing import CliRunner
 
 from slora_flwr.cli import app
-from slora_flwr.common.files import residuals_folder
+from slora_flwr.common.files import run_folder
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
 from tests.support.grids import Grid
@@ -115,6 +115,7 @@ def test_a_hostile_server_reaches_no_file_of_a_node(
 
 
 def test_names_that_are_only_compared(grid: KeepingGrid, tmp_path: Path) -> None:
+    assert not grid.ask(MessageType.TRAIN, lambda message: None).has_error()
     before = tree(tmp_path)
     for value in hostile(tmp_path):
         for name in ("fingerprint", "classes"):
@@ -130,7 +131,7 @@ def test_names_that_are_only_compared(grid: KeepingGrid, tmp_path: Path) -> None
 def test_a_checkpoint_cannot_name_the_folder_that_is_deleted() -> None:
     for value in ("1/../../x", "/x", "1"):
         with pytest.raises(ValueError, match="format code 'd'"):
-            residuals_folder(value)  # type: ignore[arg-type]
+            run_folder(value)  # type: ignore[arg-type]
 
 
 # From a node to the server

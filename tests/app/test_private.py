@@ -64,9 +64,9 @@ def test_a_run_and_its_caches(config: Config, home: Path, tmp_path: Path) -> Non
     config |= SLORA | INT8 | TOP
     directory = stop(config, 4)
     cache = home / "cache"
-    for pattern in ("tokens-*", "base-*", "residuals-*/*/3"):
+    for pattern in ("tokens-*", "run-*/base-*", "run-*/*/3"):
         assert list(cache.glob(pattern)), pattern
-    residuals = [path for path in cache.glob("residuals-*/**/*") if path.is_file()]
+    residuals = [path for path in cache.glob("run-*/**/*") if path.is_file()]
     for path in (*residuals, *within(directory)):
         assert not mode(path), path
     go_on(config)

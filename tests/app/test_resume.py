@@ -161,8 +161,7 @@ def test_a_repeated_round_starts_from_the_residual_before_it(config: Config) -> 
         start(config, first)
     lineage = first.run.run_id
     third = {
-        path.parent.name
-        for path in (cache_folder() / f"residuals-{lineage}").glob("*/3")
+        path.parent.name for path in (cache_folder() / f"run-{lineage}").glob("*/3")
     }
     assert 0 < len(third) < 6
     grid = Grid(config, nodes=2)

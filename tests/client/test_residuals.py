@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +13,7 @@ from slora_flwr.client.residuals import Residuals
 from slora_flwr.common.files import cache_folder
 from slora_flwr.common.tensors import State
 from slora_flwr.wire.codec import Codec
-from slora_flwr.wire.messages import Instruction
+from slora_flwr.wire.messages import END, Instruction
 from slora_flwr.wire.state_channel import write_update
 from tests.support.grids import RUN_IDS, Grid
 from tests.support.runs import (
@@ -77,7 +77,7 @@ def test_a_residual_stays_with_its_client_and_phase(is_only: bool) -> None:
     assert Residuals(*other, 2, is_only_client=is_only).take(3, "", 1) == {}
     if not is_only:
         assert store.take(4, "0 f00d ", 1) == store.take(3, "0 f00d ", 2) == {}
-        path = cache_folder() / f"residuals-{lineage}" / "3" / "1"
+        path = cache_folder() / f"run-{lineage}" / "3" / "1"
         assert path.stat().st_mode & 0o077 == 0
 
 
@@ -85,7 +85,7 @@ def test_a_damaged_residual_is_as_good_as_lost() -> None:
     here = context(next(RUN_IDS))
     store = Residuals(here, here.run_id, 2, is_only_client=False)
     store.keep(3, "", 1, 0, {"x": torch.ones(2)})
-    path = cache_folder() / f"residuals-{here.run_id}" / "3" / "1"
+    path = cache_folder() / f"run-{here.run_id}" / "3" / "1"
     path.write_bytes(path.read_bytes()[:-3])
     assert store.take(3, "", 1) == {}
 
@@ -110,15 +110,24 @@ def test_feedback_is_in_the_next_update(config: Config) -> None:
 def test_a_node_of_one_client_keeps_its_residual_in_its_context(
     config: Config,
 ) -> None:
+    class Looking(Grid):
+        def _answer(self, message: Message) -> Message:
+            if message.metadata.message_type == END:
+                kept = self._contexts[message.metadata.dst_node_id].state["residual"]
+                assert isinstance(kept, ArrayRecord)
+                records.append(dict(kept))
+            return super()._answer(message)
+
     config |= {"clients.count": 0, "upload.dtype": "int8"}
-    grid = Grid(config, nodes=3)
+    grid = Looking(config, nodes=3)
+    records: list[dict[str, Array]] = []
     start(config | {"clients.per-round": 3}, grid)
-    for kept in grid._contexts.values():
-        record = kept.state["residual"]
-        assert isinstance(record, ArrayRecord)
+    assert len(records) == 3
+    for record in records:
         assert list(record) == ["3"]  # of the last round alone
         assert len(record["3"].data) > 4 * (LORA_VALUES + HEAD_VALUES)
-    assert not list(cache_folder().glob("residuals-*/*/3"))
+    assert not list(cache_folder().glob("run-*/*/3"))
+    assert not any("residual" in c.state for c in grid._contexts.values())
 
 
 def test_a_context_does_not_count_a_round_twice() -> None:
@@ -134,14 +143,14 @@ def test_a_residual_that_cannot_be_kept_does_no_harm(config: Config) -> None:
     class Full(Grid):
         def before(self, asked: Instruction) -> None:
             if asked.server_round == 1:  # a file where a folder should be
-                folder = cache_folder() / f"residuals-{asked.lineage}"
+                folder = cache_folder() / f"run-{asked.lineage}"
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.write_text("")
 
     config |= TOP | {"upload.dtype": "int8"}
     grid = Full(config)
     directory = start(config, grid)
-    (cache_folder() / f"residuals-{grid.asked[0].lineage}").unlink()
+    (cache_folder() / f"run-{grid.asked[0].lineage}").unlink()
     assert events(directory, "failure") == []
     config = elsewhere(config, **{"upload.feedback": False})
     assert not differ(final(directory), final(start(config, Grid(config))))
@@ -150,7 +159,7 @@ def test_a_residual_that_cannot_be_kept_does_no_harm(config: Config) -> None:
 def test_residuals_that_are_lost_do_no_harm(config: Config) -> None:
     class Forgetful(Grid):
         def before(self, asked: Instruction) -> None:
-            for path in cache_folder().glob(f"residuals-{asked.lineage}/*/*"):
+            for path in cache_folder().glob(f"run-{asked.lineage}/*/*"):
                 path.unlink()
 
     config |= TOP | {"upload.dtype": "int8"}

@@ -183,10 +183,11 @@ def test_a_full_home_is_one_clear_error(config: Config, tmp_path: Path) -> None:
 def test_a_node_goes_on_without_room_for_a_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no_home(monkeypatch, tmp_path)
+    home = no_home(monkeypatch, tmp_path)
     start = pack({})
     known = name_version(start.data)
-    assert cached_base(BaseDelta(known=known, start=start)) == start.data
+    delta = BaseDelta(known=known, start=start)
+    assert cached_base(delta, home / "cache" / "run-1") == start.data
 
 
 def test_resuming_is_offered_only_where_there_is_a_checkpoint(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from slora_flwr.client.process import make_process
-from slora_flwr.common.files import cache_folder
+from slora_flwr.common.files import run_folder
 from slora_flwr.wire.messages import Instruction
 from tests.support.grids import RecordingGrid
 from tests.support.runs import Config, differ, elsewhere, events, final, ledger, start
@@ -19,7 +19,7 @@ class ForgetfulGrid(RecordingGrid):
             if "process" in self.loses:
                 make_process.cache_clear()
             if "disk" in self.loses:
-                (cache_folder() / f"base-{asked.base}").unlink()
+                (run_folder(self.run.run_id) / f"base-{asked.base}").unlink()
 
 
 @pytest.mark.parametrize("base", ["residual", "warm-start"])

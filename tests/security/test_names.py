@@ -1,0 +1,173 @@
+"""A name and a client number belong to the key that had them first."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from flwr.proto.node_pb2 import NodeInfo
+
+from slora_flwr.runs.events import Event, NodeLeftOut
+from slora_flwr.server import fleet
+from slora_flwr.server.own_data_fleet import OwnDataFleet
+from tests.support.clock import Clock
+from tests.support.own_data import HospitalGrid, hospital
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "time", Clock())
+
+
+class KeyGrid(HospitalGrid):
+    """Nodes with keys, of which some are registered under a name."""
+
+    def __init__(self, **hospitals: dict[str, Any]) -> None:
+        super().__init__({})
+        self.keys: dict[int, bytes] = {}
+        self.registered: dict[int, str] = {}
+        self.told: list[Event] = []
+
+    def add(
+        self, node: int, key: str, told: dict[str, Any], registered: str = ""
+    ) -> None:
+        self.nodes[node], self.keys[node] = told, key.encode()
+        self.since[node] = self.since.get(node, "") + "again"
+        self.registered[node] = registered
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [
+            NodeInfo(
+                node_id=node,
+                last_activated_at=at,
+                public_key=self.keys[node],
+                name=self.registered[node] or None,
+            )
+            for node, at in self.since.items()
+        ]
+
+    def gathered(self, agreed: dict[str, Any] | None = None) -> OwnDataFleet:
+        found = OwnDataFleet({"code": "c0de"}, 1, 5.0)
+        if agreed is not None:
+            found.restore(agreed)
+        found.gather(self, self.told.append)
+        return found
+
+    def refused(self) -> list[tuple[int, str]]:
+        return [(e.node, e.reason) for e in self.told if isinstance(e, NodeLeftOut)]
+
+
+@pytest.fixture
+def grid() -> KeyGrid:
+    grid = KeyGrid()
+    grid.add(7, "honest", hospital("a", x=3, y=1))
+    grid.add(8, "other", hospital("b", x=1, y=1))
+    return grid
+
+
+def test_the_second_with_a_name_is_refused_and_named(grid: KeyGrid) -> None:
+    found = grid.gathered()
+    # The honest one was silent, and has not yet answered another query.
+    found.forget(7)
+    grid.add(9, "hostile", hospital("a", x=9, y=9))
+    found.refresh(grid)
+    assert found.sizes == {0: 4, 1: 2}
+    assert found.assign([0, 1]) == {7: [0], 8: [1]}
+    assert grid.refused() == [(9, "the name a is that of a (node 7)")]
+
+
+def test_another_name_does_not_get_a_number_either(grid: KeyGrid) -> None:
+    found = grid.gathered()
+    found.forget(7)
+    grid.add(9, "hostile", hospital("z", x=9, y=9) | {"client": 0})
+    found.refresh(grid)
+    assert found.assign([0, 1]) == {7: [0], 8: [1]}
+    assert grid.refused() == [(9, "client 0 is that of a (node 7)")]
+
+
+def test_an_owner_that_comes_back_gets_its_number_back(grid: KeyGrid) -> None:
+    """A node of the same key, whatever Flower's id for it is."""
+    found = grid.gathered()
+    del grid.since[7]
+    grid.add(9, "hostile", hospital("a", x=9, y=9))
+    found.refresh(grid)
+    assert found.assign([0]) == {9: [0]}
+    grid.add(10, "honest", hospital("a", x=3, y=1))
+    found.refresh(grid)
+    assert found.assign([0, 1]) == {10: [0], 8: [1]}
+    assert found.sizes[0] == 4
+    reason = "client 0 is that of a (node 10), which is back"
+    assert grid.refused() == [(9, reason)]
+    found.refresh(grid)
+    assert found.assign([0, 1])[10] == [0]
+
+
+def test_a_node_without_a_lasting_key_waits_until_its_old_self_is_gone(
+    grid: KeyGrid,
+) -> None:
+    """The SuperLink notices after a while that a killed node is no longer there."""
+    found = grid.gathered()
+    grid.add(9, "new key", hospital("a", x=3, y=1))
+    found.refresh(grid)
+    assert [node for node, _ in grid.refused()] == [9]
+    del grid.since[7]
+    found.refresh(grid)
+    assert found.assign([0, 1]) == {9: [0], 8: [1]}
+
+
+def test_a_registered_name_is_the_nodes_name(grid: KeyGrid) -> None:
+    grid.add(9, "hostile", hospital("a", x=9, y=9), registered="c")
+    found = grid.gathered()
+    assert found.assign([0, 1, 2]) == {7: [1], 8: [2], 9: [0]}
+    assert found.name(9) == "c (node 9)"
+
+
+def test_a_registered_name_is_refused_to_others_even_while_its_owner_is_away() -> None:
+    grid = KeyGrid()
+    grid.add(7, "honest", hospital("whatever", x=3, y=1), registered="a")
+    grid.add(8, "other", hospital("b", x=1, y=1))
+    found = grid.gathered()
+    del grid.since[7]
+    grid.add(9, "hostile", hospital("a", x=9, y=9))
+    grid.add(10, "hostile too", hospital("z", x=9, y=9) | {"client": 0})
+    found.refresh(grid)
+    assert found.clients == [1]
+    assert grid.refused() == [
+        (9, "the name a is that of a registered node"),
+        (10, "client 0 is that of a registered node"),
+    ]
+    grid.add(7, "honest", hospital("whatever", x=3, y=1), registered="a")
+    found.refresh(grid)
+    assert found.assign([0, 1]) == {7: [0], 8: [1]}
+
+
+@pytest.mark.parametrize("first", [6, 8])
+def test_a_registered_name_goes_before_what_others_say(first: int) -> None:
+    grid = KeyGrid()
+    grid.add(first, "hostile", hospital("a", x=9, y=9) | {"client": 0})
+    grid.add(7, "honest", hospital("n", x=3, y=1), registered="a")
+    found = grid.gathered()
+    assert found.assign([0]) == {7: [0]}
+    assert [node for node, _ in grid.refused()] == [first]
+
+
+def test_a_key_that_is_registered_anew_gets_the_name() -> None:
+    grid = KeyGrid()
+    grid.add(7, "lost", hospital("n", x=3, y=1), registered="a")
+    found = grid.gathered()
+    grid.add(8, "new", hospital("n", x=3, y=1), registered="a")
+    found.refresh(grid)
+    assert found.assign([0]) == {7: [0]}
+    del grid.since[7]  # revoked
+    found.refresh(grid)
+    assert found.assign([0]) == {8: [0]}
+
+
+def test_owners_are_remembered_by_a_run_that_is_resumed(grid: KeyGrid) -> None:
+    agreed = grid.gathered().agreed()
+    # Now the hostile node has the smaller id.
+    again = KeyGrid()
+    again.add(3, "hostile", hospital("a", x=9, y=9))
+    again.add(7, "honest", hospital("a", x=3, y=1))
+    found = again.gathered(agreed)
+    assert found.assign([0]) == {7: [0]}
+    assert again.refused() == [(3, "the name a is that of a (node 7)")]
