@@ -12,7 +12,7 @@ import pytest
 
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.training.trainer import ClientError, ClientUpdate, Trainer
-from tests.support.deployment import Deployment, Run
+from tests.support.deployment import Deployment, Node, Run
 from tests.support.processes import LONG, has_ended, wait_until
 from tests.support.resuming import assert_same, resumed, without
 from tests.support.runs import (
@@ -222,6 +222,23 @@ def test_a_killed_node_is_left_out_once_and_comes_back(
     assert node.count(run, "sends train 2") == 0
     assert node.count(run, "sends train 6") == 1
     assert_same_end(run, replay(run, config, monkeypatch))
+
+
+def test_nodes_remove_what_they_kept_when_a_run_ends(
+    deployment: Deployment, config: Config
+) -> None:
+    def kept(node: Node) -> list[Path]:
+        return [*(node.folder / "home" / "cache").glob("run-*/*")]
+
+    for node in deployment.nodes:
+        node.err({6: "waits"})
+    run = deployment.run(config)
+    for node in deployment.nodes:
+        node.wait_until_it_trains(run, 6)
+        assert any(path.name.startswith("base-") for path in kept(node))
+        node.err({})
+    finish(deployment, run)
+    assert not any(map(kept, deployment.nodes))
 
 
 def test_a_node_that_hangs_is_left_out_and_its_late_reply_does_nothing(

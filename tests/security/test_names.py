@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from flwr.app import Message, MessageType
 from flwr.proto.node_pb2 import NodeInfo
 
 from slora_flwr.runs.events import Event, NodeLeftOut
@@ -25,6 +26,7 @@ class KeyGrid(HospitalGrid):
         super().__init__({})
         self.keys: dict[int, bytes] = {}
         self.registered: dict[int, str] = {}
+        self.silent: set[int] = set()
         self.told: list[Event] = []
 
     def add(
@@ -45,6 +47,12 @@ class KeyGrid(HospitalGrid):
             for node, at in self.since.items()
         ]
 
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        heard = {i: self._sent[i] for i in message_ids if i in self._sent}
+        return super().pull_messages(
+            [i for i, m in heard.items() if m.metadata.dst_node_id not in self.silent]
+        )
+
     def gathered(self, agreed: dict[str, Any] | None = None) -> OwnDataFleet:
         found = OwnDataFleet({"code": "c0de"}, 1, 5.0)
         if agreed is not None:
@@ -64,11 +72,20 @@ def grid() -> KeyGrid:
     return grid
 
 
+def hang(node: int, grid: KeyGrid, found: OwnDataFleet) -> None:
+    """Have a node of the fleet be silent, in a round and about itself."""
+    grid.silent.add(node)
+    found.note_silence(node, MessageType.TRAIN)
+
+
 def test_the_second_with_a_name_is_refused_and_named(grid: KeyGrid) -> None:
     found = grid.gathered()
     # The honest one was silent, and has not yet answered another query.
-    found.forget(7)
+    hang(7, grid, found)
     grid.add(9, "hostile", hospital("a", x=9, y=9))
+    found.refresh(grid)
+    assert found.clients == [1]
+    grid.silent.clear()
     found.refresh(grid)
     assert found.sizes == {0: 4, 1: 2}
     assert found.assign([0, 1]) == {7: [0], 8: [1]}
@@ -77,8 +94,11 @@ def test_the_second_with_a_name_is_refused_and_named(grid: KeyGrid) -> None:
 
 def test_another_name_does_not_get_a_number_either(grid: KeyGrid) -> None:
     found = grid.gathered()
-    found.forget(7)
+    hang(7, grid, found)
     grid.add(9, "hostile", hospital("z", x=9, y=9) | {"client": 0})
+    found.refresh(grid)
+    assert found.clients == [1]
+    grid.silent.clear()
     found.refresh(grid)
     assert found.assign([0, 1]) == {7: [0], 8: [1]}
     assert grid.refused() == [(9, "client 0 is that of a (node 7)")]
