@@ -69,7 +69,8 @@ def query(message: Message, context: Context) -> Message:
 def end(message: Message, context: Context) -> Message:
     """Remove what this node keeps for a run that has ended."""
     remove(context, read_lineage(message.content))
-    make_process.cache_clear()
+    if not is_simulated(context):  # Otherwise the process ends with the simulation.
+        make_process.cache_clear()
     return Message(RecordDict(), reply_to=message)
 
 
