@@ -54,7 +54,7 @@ class KeyGrid(HospitalGrid):
         )
 
     def gathered(self, agreed: dict[str, Any] | None = None) -> OwnDataFleet:
-        found = OwnDataFleet({"code": "c0de"}, 1, 5.0)
+        found = OwnDataFleet({"protocol": 7}, 1, 5.0)
         if agreed is not None:
             found.restore(agreed)
         found.gather(self, self.told.append)
