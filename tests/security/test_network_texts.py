@@ -105,7 +105,7 @@ def test_many_labels_make_short_lines(caplog: pytest.LogCaptureFixture) -> None:
     long = {f"{i:03}{'x' * 190}": 1 for i in range(MOST_LABELS - 1)}
     grid = HospitalGrid({7: hospital("a", flu=3, ok=1), 8: hospital("b", ok=1, **long)})
     gathered(grid)
-    own = OwnDataFleet({"code": "c0de"}, 2, 5.0, labels=["flu", "ok"])
+    own = OwnDataFleet({"protocol": 7}, 2, 5.0, labels=["flu", "ok"])
     own.gather(grid, told.append)
     assert all(len(record.getMessage()) < 1000 for record in caplog.records)
     joined = [event for event in told if isinstance(event, NodeJoined)]
