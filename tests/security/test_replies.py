@@ -5,7 +5,15 @@ import tracemalloc
 from collections.abc import Callable, Iterable
 
 import pytest
-from flwr.app import Array, ArrayRecord, Error, Message, MessageType, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MessageType,
+    RecordDict,
+)
 from flwr.common.constant import ErrorCode
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -15,9 +23,10 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 
 from slora_flwr.server import collect
 from slora_flwr.server.fleet import MOST_UNREADABLE, Fleet
+from slora_flwr.wire.inflation import MOST_RECORD_BYTES
 from slora_flwr.wire.packing import STYPE
 from tests.support.clock import Clock
-from tests.support.fleet import EXPECTED, SIZES, FakeGrid
+from tests.support.fleet import EXPECTED, SIZES, FakeGrid, gathered
 from tests.support.grids import RecordingGrid
 from tests.support.runs import Config, differ, elsewhere, events, final, start
 
@@ -131,6 +140,38 @@ def with_array(reply: Message, chunks: list[int], arrays: int) -> Objects:
     return with_root(("", found), root)
 
 
+def array_of_many_names(reply: Message) -> Objects:
+    """Return a reply with a megabyte in one array that has 600 names."""
+    chunk = one_object("ArrayChunk", bytes(MEGABYTE))
+    told = {"dtype": "x", "shape": [1], "stype": STYPE, "arraychunk_ids": [0]}
+    array = one_object("Array", json.dumps(told).encode(), [get_object_id(chunk)])
+    name = get_object_id(array)
+    names = dict.fromkeys(map(str, range(600)), name)
+    record = one_object("ArrayRecord", json.dumps(names).encode(), [name])
+    return with_record(reply, [chunk, array, record], 1)
+
+
+def record_of_many_names(reply: Message) -> Objects:
+    """Return a reply with a record of a megabyte that has 600 names."""
+    content = ConfigRecord({"x": bytes(MEGABYTE)})
+    return with_record(reply, [content.deflate()], 600)
+
+
+def large_record(reply: Message) -> Objects:
+    """Return a reply with one record that is too large."""
+    content = ConfigRecord({"x": bytes(MOST_RECORD_BYTES)})
+    return with_record(reply, [content.deflate()], 1)
+
+
+def with_record(reply: Message, objects: list[bytes], names: int) -> Objects:
+    """Return a reply that names the last of some objects so many times."""
+    record = get_object_id(objects[-1])
+    told = json.dumps(dict.fromkeys(map(str, range(names)), record)).encode()
+    objects.append(one_object("RecordDict", told, [record]))
+    root = one_object("Message", body_of(reply), [get_object_id(objects[-1])])
+    return with_root(("", {get_object_id(item): item for item in objects}), root)
+
+
 class InflatingGrid(RecordingGrid):
     """Read the replies of node 2 as Flower does over the network, from objects."""
 
@@ -167,6 +208,9 @@ UNREADABLE: dict[str, tuple[Callable[[Message], Objects], str]] = {
     "unprintable-name": (unprintable_name, "its reply cannot be read: "),
     "repeated-chunk": (repeated_chunk, "its arrays have 629145600 bytes; allowed: "),
     "many-arrays": (many_arrays, "bytes; allowed: up to "),
+    "array-of-many-names": (array_of_many_names, "its arrays have 1048576 bytes"),
+    "record-of-many-names": (record_of_many_names, "its records have 6291"),
+    "large-record": (large_record, "its records have 83886"),
 }
 
 
@@ -244,7 +288,10 @@ def test_a_connection_that_fails_is_no_nodes_failure(config: Config) -> None:
         start(config, Cut(config, nodes=2))
 
 
-@pytest.mark.parametrize("forge", [repeated_chunk, many_arrays])
+@pytest.mark.parametrize(
+    "forge",
+    [repeated_chunk, many_arrays, array_of_many_names, record_of_many_names],
+)
 def test_a_reply_does_not_grow_while_it_is_read(
     forge: Callable[[Message], Objects],
 ) -> None:
@@ -288,3 +335,33 @@ def test_an_error_of_the_superlink_is_not_unreadable() -> None:
     [(reply, _)] = collect.collect(grid, [query], 5.0)
     assert collect.is_gone(reply)
     assert not collect.is_unreadable(reply)
+
+
+def with_an_array(reply: Message) -> Objects:
+    """Return a reply to which an array of a byte is added."""
+    reply.content["more"] = ArrayRecord({"x": Array("float32", (1,), STYPE, b"x")})
+    return of_message(reply)
+
+
+def test_an_evaluation_with_an_array_is_refused(config: Config) -> None:
+    config |= {"clients.holdout": 0.25}
+    grid = InflatingGrid(config, with_an_array, MessageType.EVALUATE)
+    [failure] = events(start(config, grid), "failure")
+    assert (failure["round"], failure["node"]) == (2, 2)
+    assert "its arrays have 1 bytes; allowed: up to 0" in failure["reason"]
+
+
+def test_a_description_with_an_array_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(collect, "time", Clock())
+    grid, honest = FakeGrid([1, 2]), FakeGrid()
+
+    def answer(message: Message) -> Message:
+        reply = honest._answer(message)
+        return inflate_object_from_contents(*with_an_array(reply))  # type: ignore[return-value]
+
+    grid.broken[2] = answer
+    found = gathered(grid)
+    assert found.left_out.keys() == {2}
+    assert "its arrays have 1 bytes; allowed: up to 0" in found.left_out[2]
