@@ -1,11 +1,13 @@
 """Whatever a node answers is read, or refused by the one error that is meant for it.
 
-`python tests/fuzz.py --minutes 10` feeds the decoders arbitrary and mutated input, with
-memory bounded; it ends with 1 if one raised anything else.
+`python -m tests.fuzz --minutes 10` feeds the decoders arbitrary and mutated input, with
+memory bounded; it ends with 1 if one raised anything else. Whole messages are read as
+they come from the network, by Flower's grid.
 `server/test_hostile.py` runs every target for a moment.
 """
 
 import argparse
+import logging
 import os
 import resource
 import sys
@@ -14,27 +16,40 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, Message, RecordDict
+from flwr.app.message import array as array_module
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from slora_flwr.aggregation.mean import FoldError, Mean
 from slora_flwr.aggregation.stack import Stack
 from slora_flwr.common.text import printable
-from slora_flwr.server.own_data_fleet import Description
+from slora_flwr.server.collect import pull
+from slora_flwr.server.fleet import Fleet
+from slora_flwr.server.own_data_fleet import Description, OwnDataFleet
+from slora_flwr.server.round import Asked, read_report
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.frame import unwrap, wrap
 from slora_flwr.wire.messages import Instruction, MessageError, Report, read_evaluation
 from slora_flwr.wire.packing import PayloadError, pack, unpack
 from slora_flwr.wire.positions import decode_positions, encode_positions
+from tests.support.drawn import (
+    SHAPES,
+    Draw,
+    small,
+    some_bytes,
+    some_content,
+    some_state,
+)
+from tests.support.drawn_messages import ASKED, NODE, LinkedGrid, some_link
+from tests.support.objects import Link
 
-Draw = Callable[[st.SearchStrategy[Any]], Any]
-
-SHAPES = {"m.lora_A": (4, 60), "m.lora_B": (30, 4), "head": (3,)}
 COUNT = 363
 CODECS = [
     Codec(dtype, share, lossless, head=3)
@@ -43,63 +58,6 @@ CODECS = [
     for lossless in (False, True)
 ]
 MEGABYTE = 2**20
-
-small = st.integers(-3, 40)
-numbers = st.one_of(
-    small,
-    st.integers(-(2**63), 2**63 - 1),
-    st.floats(),
-    st.sampled_from([2**62, 2**63 - 1, float("inf"), float("nan"), 1.7e308]),
-)
-texts = st.one_of(st.text(max_size=8), st.sampled_from(["", "9" * 5000, "x" * 10**5]))
-# What Flower lets into a record: single values, and lists of one type.
-metric = st.one_of(
-    numbers,
-    st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6),
-    st.lists(small, max_size=6),
-    st.lists(st.floats(), max_size=6),
-)
-entry = st.one_of(
-    metric,
-    texts,
-    st.booleans(),
-    st.binary(max_size=8),
-    st.lists(texts, max_size=4),
-    st.lists(st.booleans(), max_size=4),
-    st.lists(st.binary(max_size=4), max_size=4),
-)
-
-
-def mutate(draw: Draw, good: bytes) -> bytes:
-    """Change bytes, cut, repeat or insert, some times over."""
-    data = bytearray(good)
-    for _ in range(draw(st.integers(0, 4))):
-        at = draw(st.integers(0, max(0, len(data) - 1)))
-        way = draw(st.sampled_from(["byte", "word", "cut", "insert", "repeat"]))
-        if way == "byte" and data:
-            data[at] = draw(st.integers(0, 255))
-        elif way == "word":
-            word = draw(st.sampled_from([0, 1, 2**15, 2**31 - 1, 2**32 - 1]))
-            data[at : at + 4] = word.to_bytes(4, "little")
-        elif way == "cut":
-            del data[at : at + draw(st.integers(1, 64))]
-        elif way == "insert":
-            data[at:at] = draw(st.binary(max_size=40))
-        elif way == "repeat":
-            data[at:at] = data[at : at + draw(st.integers(1, 300))]
-    return bytes(data)
-
-
-def some_bytes(draw: Draw, good: bytes) -> bytes:
-    if draw(st.integers(0, 3)) == 0:
-        return bytes(draw(st.binary(max_size=200)))
-    return mutate(draw, good)
-
-
-def some_state(draw: Draw) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    scale = draw(st.sampled_from([0.0, 1e-30, 1.0, 1e6, 1e30]))
-    return {n: scale * torch.randn(s, generator=generator) for n, s in SHAPES.items()}
 
 
 def chosen(draw: Draw, codec: Codec) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -182,62 +140,50 @@ def fuzz_packing(draw: Draw) -> None:
     assert {n: tuple(t.shape) for n, t in found.items()} == SHAPES
 
 
-def spoilt(draw: Draw, good: dict[str, Any], values: st.SearchStrategy[Any]) -> Any:
-    """Leave entries out, change some, and add one."""
-    found = dict(good)
-    for name in draw(st.lists(st.sampled_from(list(good)), max_size=3, unique=True)):
-        del found[name]
-        if draw(st.booleans()):
-            found[name] = draw(values)
-    if draw(st.integers(0, 3)) == 0:
-        found[draw(texts)] = draw(values)
-    return found
-
-
-def some_content(
-    draw: Draw, metrics: dict[str, Any], config: dict[str, Any], arrays: Sequence[str]
-) -> RecordDict:
-    records: dict[str, Any] = {
-        "metrics": MetricRecord(spoilt(draw, metrics, metric)),
-        "config": ConfigRecord(spoilt(draw, config, entry)),
-        "arrays": ArrayRecord({name: pack({}) for name in arrays}),
-    }
-    for name in draw(st.lists(st.sampled_from(list(records)), max_size=1)):
-        records[name] = records[draw(st.sampled_from(list(records)))]
-    if draw(st.integers(0, 9)) == 0:
-        del records[draw(st.sampled_from(list(records)))]
-    return RecordDict(records)
-
-
-def fuzz_report(draw: Draw) -> None:
+def some_report(draw: Draw, arrays: Sequence[str] = ("update",)) -> RecordDict:
     lists = ("clients", "examples", "losses", "seconds", "payloads")
     config = {"server-round": 3, "phase": 0, "fingerprint": "f00d"}
     config |= {"failed": [1], "reasons": ["no examples"]}
     good = {"num-examples": 5, **{name: [1, 2] for name in lists}}
-    content = some_content(draw, good, config, ["update"])
+    return some_content(draw, good, config, arrays)
+
+
+def some_instruction(draw: Draw) -> RecordDict:
+    config = {"server-round": 3, "phase": 0, "phase-round": 1, "clients": [0, 1]}
+    config |= {"fingerprint": "f00d", "version": 0, "moves": 1, "base": "b" * 32}
+    return some_content(draw, {"x": 1}, config, ["state", "move-0"])
+
+
+def some_evaluation(draw: Draw) -> RecordDict:
+    good: dict[str, Any] = {"num-examples": 6, "loss": 0.5}
+    good |= {"hits": [1, 1, 0], "predictions": [3, 2, 1], "labels": [2, 2, 2]}
+    return some_content(draw, good, {"x": 1}, [])
+
+
+def some_description(draw: Draw) -> RecordDict:
+    config = {"name": "st-mary", "labels": ["a", "b"], "client": 3, "skipped": ["bad"]}
+    config |= {"nodes": 2, "version": "1"}
+    metrics = {"examples": [1, 2], "skipped": [4], "clients": [0, 1]}
+    return some_content(draw, metrics, config, [])
+
+
+def fuzz_report(draw: Draw) -> None:
     try:
-        report = Report.read(content)
+        report = Report.read(some_report(draw))
     except MessageError as error:
         printable(error)
         return
     assert type(report.server_round) is type(report.phase) is int
+    lists = ("clients", "examples", "losses", "seconds", "payloads")
     assert all(type(getattr(report, name)) is list for name in lists)
 
 
 def fuzz_instruction(draw: Draw) -> None:
-    config = {"server-round": 3, "phase": 0, "phase-round": 1, "clients": [0, 1]}
-    config |= {"fingerprint": "f00d", "version": 0, "moves": 1, "base": "b"}
-    content = some_content(draw, {"x": 1}, config, ["state", "move-0"])
-    try:
-        Instruction.read(content)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return  # a node answers with it
+    with suppress(MessageError):  # a node answers with it
+        Instruction.read(some_instruction(draw))
 
 
-def fuzz_evaluation(draw: Draw) -> None:
-    good: dict[str, Any] = {"num-examples": 6, "loss": 0.5}
-    good |= {"hits": [1, 1, 0], "predictions": [3, 2, 1], "labels": [2, 2, 2]}
-    content = some_content(draw, good, {"x": 1}, [])
+def check_evaluation(content: RecordDict) -> None:
     try:
         found = read_evaluation(content, 3)
     except MessageError as error:
@@ -249,9 +195,12 @@ def fuzz_evaluation(draw: Draw) -> None:
         assert np.isfinite(found.loss)
 
 
+def fuzz_evaluation(draw: Draw) -> None:
+    check_evaluation(some_evaluation(draw))
+
+
 def fuzz_description(draw: Draw) -> None:
-    config = {"name": "st-mary", "labels": ["a", "b"], "client": 3, "skipped": ["bad"]}
-    content = some_content(draw, {"examples": [1, 2], "skipped": [4]}, config, [])
+    content = some_description(draw)
     try:
         found = Description.read(
             content.config_records["config"], content.metric_records["metrics"]
@@ -263,6 +212,81 @@ def fuzz_description(draw: Draw) -> None:
         return
     assert sorted(found.labels)
     assert found.name.isprintable()
+
+
+def pulled(link: Link, most: int) -> Message | None:
+    """Return what is read of a reply, if it is there."""
+    pending = {ASKED: NODE}
+    found = list(pull(LinkedGrid(link), pending, most))
+    if not found:
+        assert pending == {ASKED: NODE}
+        return None
+    [(reply, _)] = found
+    assert not pending
+    assert reply.metadata.src_node_id == NODE
+    if reply.has_error():
+        told = str(reply.error.reason)
+        printable(told)
+        # Memory is bounded: `--megabytes` are not all that there is.
+        assert "MemoryError" not in told.split(": ")[:2]
+    return reply
+
+
+def fuzz_pulled_report(draw: Draw) -> None:
+    codec = draw(st.sampled_from(CODECS))
+    content = some_report(draw)
+    if "arrays" in content.array_records:
+        content.array_records["arrays"]["update"] = some_array(draw, codec)
+    # Several chunks, as large arrays have.
+    size = draw(st.sampled_from([100, 500, 10**6]))
+    with patch.object(array_module, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", size):
+        link = some_link(draw, content)
+    reply = pulled(link, codec.most(COUNT))
+    if reply is None:
+        return
+    fold = Mean(None, codec)
+    fold.expect(40)
+    asked = Asked(3, 0, "f00d", {NODE: {1: 2, 2: 2}}, codec.most(COUNT))
+    try:
+        report = read_report(reply, asked)
+        fold.take(report.update, SHAPES, report.clients, report.examples)
+    except (MessageError, PayloadError, FoldError) as error:
+        printable(error)
+
+
+def fuzz_pulled_evaluation(draw: Draw) -> None:
+    reply = pulled(some_link(draw, some_evaluation(draw)), 0)
+    if reply is not None and not reply.has_error():
+        check_evaluation(reply.content)
+
+
+def fuzz_pulled_description(draw: Draw) -> None:
+    expected, sizes = {"version": "1"}, {0: 1, 1: 2}
+    fleet = draw(
+        st.sampled_from(
+            [
+                lambda: Fleet(expected, 1, 5.0, sizes),
+                lambda: OwnDataFleet(expected, 1, 5.0, labels=["a", "b"]),
+                lambda: OwnDataFleet(expected, 1, 5.0),
+            ]
+        )
+    )()
+    fleet.refresh(LinkedGrid(some_link(draw, some_description(draw))))
+    assert fleet.left_out.keys() <= {NODE}
+    assert all(reason.isprintable() for reason in fleet.left_out.values())
+    assert not any("MemoryError" in reason for reason in fleet.left_out.values())
+
+
+def fuzz_pulled_instruction(draw: Draw) -> None:
+    grid = LinkedGrid(some_link(draw, some_instruction(draw)))
+    try:
+        found = list(grid.pull_messages([ASKED]))
+        contents = [message.content for message in found if message.has_content()]
+    except Exception:
+        return  # in Flower, before a ClientApp is asked
+    for content in contents:
+        with suppress(MessageError):
+            Instruction.read(content)
 
 
 def fuzz_fold(draw: Draw) -> None:
@@ -333,28 +357,43 @@ def bound_memory(more: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--megabytes", type=int, default=256)
+    parser.add_argument("--only", choices=TARGETS)
     given_ = parser.parse_args()
-    for name in TARGETS:  # what is loaded when first used is not the input's doing
-        run_target(name, 10, given_.seed)
+    targets = {given_.only} if given_.only else set(TARGETS)
+    logging.disable()
+    for name in targets:  # what is loaded when first used is not the input's doing
+        run_target(name, 30, 0)
     bound_memory(given_.megabytes * MEGABYTE)
     until = time.monotonic() + 60 * given_.minutes
     done: Counter[str] = Counter()
     failed: set[str] = set()
-    number = given_.seed
-    while time.monotonic() < until and failed < TARGETS.keys():
-        number += 1
-        for name in TARGETS.keys() - failed:
+    number, before = given_.seed, peak_megabytes()
+    while True:
+        for name in sorted(targets - failed):
             try:
-                done[name] += run_target(name, 300, number)
+                done[name] += run_target(name, 100, number)
             except Exception:
                 failed.add(name)
-                print(f"{name}, seed {number}:\n{traceback.format_exc()}")
+                print(f"{traceback.format_exc()}\nAgain with:", flush=True)
+                again = f"--only {name} --seed {number} --minutes 0"
+                print(f"  python -m tests.fuzz {again}", flush=True)
+        if time.monotonic() >= until or failed == targets:
+            break
+        number += 1
     for name, count in sorted(done.items()):
-        print(f"{name:12} {count:9,}  {'FAILED' if name in failed else 'ok'}")
-    print(f"{sum(done.values()):,} executions, {len(failed)} findings")
+        print(f"{name:20} {count:9,}  {'FAILED' if name in failed else 'ok'}")
+    print(
+        f"{sum(done.values()):,} executions of seeds {given_.seed} to {number}, "
+        f"{len(failed)} findings, {peak_megabytes() - before:.0f} MB more at the peak"
+    )
     return int(bool(failed))
+
+
+def peak_megabytes() -> float:
+    """Return the largest resident size so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -26,39 +26,22 @@ from slora_flwr.server.fleet import MOST_UNREADABLE, Fleet
 from slora_flwr.wire.inflation import MOST_RECORD_BYTES
 from slora_flwr.wire.packing import STYPE
 from tests.support.clock import Clock
+from tests.support.faults.forged import (
+    MEGABYTE,
+    Objects,
+    body_of,
+    empty,
+    no_protobuf,
+    of_message,
+    one_object,
+    other_root,
+    repeated_chunk,
+    with_array,
+    with_root,
+)
 from tests.support.fleet import EXPECTED, SIZES, FakeGrid, gathered
 from tests.support.grids import RecordingGrid
 from tests.support.runs import Config, differ, elsewhere, events, final, start
-
-MEGABYTE = 2**20
-# Objects by their ids, and the id of the root.
-Objects = tuple[str, dict[str, bytes]]
-
-
-def of_message(message: Message) -> Objects:
-    nested = get_all_nested_objects(message)
-    return message.object_id, {name: item.deflate() for name, item in nested.items()}
-
-
-def one_object(kind: str, body: bytes, children: Iterable[str] = ()) -> bytes:
-    return f"{kind} {','.join(children)} {len(body)}".encode() + b"\x00" + body
-
-
-def with_root(objects: Objects, root: bytes) -> Objects:
-    name = get_object_id(root)
-    return name, {**objects[1], name: root}
-
-
-def no_protobuf(reply: Message) -> Objects:
-    name, found = of_message(reply)
-    child = reply.content.object_id
-    return with_root((name, found), one_object("Message", b"\xff" * 9, [child]))
-
-
-def other_root(reply: Message) -> Objects:
-    record = reply.content
-    nested = get_all_nested_objects(record)
-    return record.object_id, {name: item.deflate() for name, item in nested.items()}
 
 
 def unknown_root(reply: Message) -> Objects:
@@ -67,15 +50,6 @@ def unknown_root(reply: Message) -> Objects:
 
 def no_header(reply: Message) -> Objects:
     return with_root(of_message(reply), b"\xff\xfe" * 8)
-
-
-def body_of(reply: Message) -> bytes:
-    name, found = of_message(reply)
-    return found[name].split(b"\x00", 1)[1]
-
-
-def empty(reply: Message) -> Objects:
-    return with_root(of_message(reply), one_object("Message", body_of(reply)))
 
 
 def no_record_dict(reply: Message) -> Objects:
@@ -111,33 +85,9 @@ def unprintable_name(reply: Message) -> Objects:
     return with_root(objects, one_object("Message", body_of(reply), [inner]))
 
 
-def repeated_chunk(reply: Message) -> Objects:
-    """Return a reply in whose update a chunk of a megabyte is named 600 times."""
-    return with_array(reply, [0] * 600, 1)
-
-
 def many_arrays(reply: Message) -> Objects:
     """Return a reply with a megabyte in each of 600 arrays."""
     return with_array(reply, [0], 600)
-
-
-def with_array(reply: Message, chunks: list[int], arrays: int) -> Objects:
-    chunk = one_object("ArrayChunk", bytes(MEGABYTE))
-    found = {get_object_id(chunk): chunk}
-    names = {}
-    for i in range(arrays):
-        body = {"dtype": f"x{i}", "shape": [1], "stype": STYPE}
-        told = json.dumps(body | {"arraychunk_ids": chunks}).encode()
-        array = one_object("Array", told, [get_object_id(chunk)])
-        names[f"x{i}"] = get_object_id(array)
-        found[get_object_id(array)] = array
-    record = one_object("ArrayRecord", json.dumps(names).encode(), names.values())
-    name = get_object_id(record)
-    content = one_object("RecordDict", json.dumps({"arrays": name}).encode(), [name])
-    inner = get_object_id(content)
-    found |= {name: record, inner: content}
-    root = one_object("Message", body_of(reply), [inner])
-    return with_root(("", found), root)
 
 
 def array_of_many_names(reply: Message) -> Objects:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError
@@ -97,6 +98,29 @@ def test_a_state_of_an_infinite_loss_is_not_the_best(
     monkeypatch.setattr(Trainer, "evaluate_test", evaluate)
     directory = start(config, RecordingGrid(config))
     assert facts(directory, "best")["round"] == "1"
+
+
+def test_a_state_that_is_not_finite_is_neither_a_checkpoint_nor_an_end(
+    config: Config,
+) -> None:
+    # Fifty times the rate is beyond float32.
+    config |= {"server.lr": 1e37}
+    tampers = {1: filled(0.0), 2: filled(50.0), 3: filled(0.0)}
+    told = "round 2 ended without a state: its values are not finite twice"
+    with pytest.raises(TooFewRepliesError, match=told):
+        start(config, RecordingGrid(config, 6, tampers, bad=range(1, 7)))
+    folder = Path(str(config["run.dir"])) / "checkpoints"
+    assert [path.name for path in sorted(folder.glob("round-*"))] == [
+        "round-0001.safetensors"
+    ]
+    for path in folder.glob("*.safetensors"):
+        assert all(bool(t.isfinite().all()) for t in load_file(path).values())
+    # From the state before, with updates that do no harm.
+    resumed = config | {"run.resume": str(folder / "round-0001.safetensors")}
+    tampers[2] = filled(0.0)
+    directory = start(resumed, RecordingGrid(config, 6, tampers, bad=range(1, 7)))
+    assert [event["round"] for event in events(directory, "round")] == [1, 2, 3]
+    assert all(bool(t.isfinite().all()) for t in final(directory).values())
 
 
 @pytest.mark.parametrize("number", [1, 3])

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import (
+    Array,
+    ConfigRecord,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 
 from slora_flwr.aggregation.mean import FoldError, Mean
 from slora_flwr.runs.events import Event, to_line
@@ -307,7 +315,7 @@ def test_any_input_is_read_or_refused(name: str) -> None:
 def evaluation(**changes: Any) -> RecordDict:
     figures: dict[str, Any] = {"num-examples": 6, "loss": 0.5, "hits": [1, 1]}
     figures |= {"predictions": [3, 3], "labels": [4, 2]} | changes
-    return RecordDict({"metrics": fuzz.MetricRecord(figures)})
+    return RecordDict({"metrics": MetricRecord(figures)})
 
 
 @pytest.mark.parametrize(
@@ -361,7 +369,7 @@ def test_a_node_cannot_host_what_there_is_not(
 ) -> None:
     def answer(message: Message) -> Message:
         described = ConfigRecord({**EXPECTED, "nodes": 1})
-        told = fuzz.MetricRecord({"clients": clients, "examples": examples})
+        told = MetricRecord({"clients": clients, "examples": examples})
         content = RecordDict({"config": described, "metrics": told})
         return Message(content, reply_to=message)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from tests.support.runs import Config
 ROOT = Path(__file__).parents[2]
 FAULTS = Path(__file__).parent / "faults"
 TOOLS = Path(sys.executable).parent
+PARTITIONS = [
+    f'partition-id={index} num-partitions=2 allowed-folders="/"' for index in range(2)
+]
 
 
 @dataclass
@@ -53,8 +57,8 @@ class Node:
     `faults/sitecustomize.py`.
     """
 
-    def __init__(self, index: int, folder: Path, link: int) -> None:
-        self.folder, self._index, self._link = folder, index, link
+    def __init__(self, folder: Path, link: int, config: str) -> None:
+        self.folder, self._link, self._config = folder, link, config
         folder.mkdir()
         self.faults = folder / "faults.json"
         self._done = folder / "done"
@@ -79,8 +83,7 @@ class Node:
                     ),
                     *("--superlink", f"127.0.0.1:{self._link}"),
                     *("--port", str(free_port()), "--poll-seconds", "0.2"),
-                    "--node-config",
-                    f'partition-id={self._index} num-partitions=2 allowed-folders="/"',
+                    *("--node-config", self._config),
                 ],
                 cwd=self.folder,
                 env=environment,
@@ -100,8 +103,8 @@ class Node:
         for process in self.processes():
             process.send_signal(number)
 
-    def err(self, faults: dict[int, str]) -> None:
-        """Set the fault that it commits in each round."""
+    def err(self, faults: Mapping[int | str, str]) -> None:
+        """Set the fault that it commits in each round, or in a "query"."""
         # Atomically, since its processes read the file while they wait.
         write_atomically(self.faults, json.dumps(faults).encode())
 
@@ -125,13 +128,13 @@ class Node:
 
 
 class Deployment:
-    """A SuperLink with a database and two SuperNodes.
+    """A SuperLink with a database, and SuperNodes of given configs.
 
     The SuperLink starts the ServerApps' processes. If it is `separate`, a SuperExec
     beside it does, as in the compose files.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, configs: Sequence[str] = PARTITIONS) -> None:
         # Not pytest's folder, which is too long for the path of a Unix socket.
         self.folder = Path(tempfile.mkdtemp(prefix="slora-"))
         self._link = free_port()
@@ -149,12 +152,13 @@ class Deployment:
         self._started: list[psutil.Popen] = []
         self._runs = 0
         self.superexec: psutil.Popen | None = None
+        self._configs = configs
         self.nodes: list[Node] = []
 
     def start(self) -> None:
         self.start_superlink()
-        for index in range(2):
-            self.nodes.append(Node(index, self.folder / f"{index}", self._link))
+        for index, config in enumerate(self._configs):
+            self.nodes.append(Node(self.folder / f"{index}", self._link, config))
 
     def start_superlink(self, *, separate: bool = False) -> None:
         """Start the SuperLink on its database, which survives a restart."""
@@ -216,6 +220,11 @@ class Deployment:
         self.serverapp().kill()
         run.stream.kill()
         run.stream.wait()
+
+    def logs(self) -> list[Path]:
+        """Return the files with what the server and its runs printed."""
+        folder = self.folder / "server"
+        return [folder / "log", *folder.glob("run-*")]
 
     def close(self) -> None:
         """Kill all processes and their children, and delete the folder."""

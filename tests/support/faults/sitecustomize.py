@@ -1,6 +1,7 @@
 """On the PYTHONPATH of a deployment's processes, which err when they are told.
 
-The file that SLORA_TEST_FAULTS names says in which round a node does what; to the one
+The file that SLORA_TEST_FAULTS names says in which round a node does what, and what it
+does when it is to describe itself ("query"); to the one
 that SLORA_TEST_DONE names, it adds a line for each wait in a round and each reply.
 While the file is there that SLORA_TEST_LATE names, a server's deadlines are over.
 """
@@ -42,6 +43,58 @@ def spoil_training(module: ModuleType) -> None:
         return reply
 
     module.HANDLERS["train"] = answer
+
+
+def spoil_description(module: ModuleType) -> None:
+    """Change how `slora_flwr.client.handlers` describes a node's own data."""
+    query = module.HANDLERS["query"]
+
+    def answer(message: Any, context: Any) -> Any:
+        reply = query(message, context)
+        labels = LABELS.get(fault_of("query"))
+        if labels is not None:
+            reply.content.config_records["config"]["labels"] = labels
+            counts = [2] * len(labels)
+            reply.content.metric_records["metrics"]["examples"] = counts
+        return reply
+
+    module.HANDLERS["query"] = answer
+
+
+def forge_replies(module: ModuleType) -> None:
+    """Change how a SuperNode replies: with other objects."""
+    forged = importlib.import_module("forged").FORGED
+    protos = importlib.import_module("flwr.proto.message_pb2")
+    read = importlib.import_module("flwr.common.serde").message_from_proto
+    client = module.FleetHttpClient
+    push = client.PushMessages
+
+    def push_forged(self: Any, request: Any) -> Any:
+        facts = request.messages_list[0].metadata
+        forge = forged.get(fault_of(facts.group_id))
+        if forge is None or facts.message_type != "train":
+            return push(self, request)
+        root, objects = forge(read(request.messages_list[0]))
+        facts.message_id = root
+        tree = protos.ObjectTree(object_id=root)
+        rest = [protos.ObjectTree(object_id=name) for name in objects if name != root]
+        tree.children.extend(rest)
+        request.message_object_trees[0].CopyFrom(tree)
+        response = push(self, request)
+        for name in response.objects_to_push:
+            self.PushObject(
+                protos.PushObjectRequest(
+                    node=request.node,
+                    run_id=facts.run_id,
+                    object_id=name,
+                    object_content=objects[name],
+                    session_id=response.session_id,
+                )
+            )
+        del response.objects_to_push[:]
+        return response
+
+    client.PushMessages = push_forged
 
 
 def answer_twice(module: ModuleType) -> None:
@@ -91,10 +144,15 @@ def fault_of(server_round: int | str) -> str:
     return str(faults.get(str(server_round), ""))
 
 
-CHANGES: dict[str, Callable[[ModuleType], None]] = {
-    "slora_flwr.client.handlers": spoil_training,
-    "flwr.supernode.fleet_http_client": answer_twice,
-    "slora_flwr.server.collect": pass_deadlines,
+# What a description may say of labels.
+LABELS = {
+    "hidden-label": ["apples", "bridges\x1b[2J\u202e"],
+    "many-labels": [f"invented {i}" for i in range(1000)],
+}
+CHANGES: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
+    "slora_flwr.client.handlers": (spoil_training, spoil_description),
+    "flwr.supernode.fleet_http_client": (forge_replies, answer_twice),
+    "slora_flwr.server.collect": (pass_deadlines,),
 }
 
 
@@ -104,7 +162,7 @@ class Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if name not in CHANGES:
             return None
-        change = CHANGES.pop(name)
+        changes = CHANGES.pop(name)
         spec = importlib.util.find_spec(name)
         assert spec is not None
         assert spec.loader is not None
@@ -112,7 +170,8 @@ class Finder(MetaPathFinder):
 
         def execute_and_change(module: ModuleType) -> None:
             execute(module)
-            change(module)
+            for change in changes:
+                change(module)
 
         spec.loader.exec_module = execute_and_change  # type: ignore[method-assign]
         return spec
