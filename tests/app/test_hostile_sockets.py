@@ -25,7 +25,7 @@ def config(tmp_path: Path, tiny_models: dict[str, Path]) -> Config:
 
 @pytest.fixture
 def deployment(config: Config, tmp_path: Path) -> Iterator[Deployment]:
-    columns = 'data-text="text" data-label="label"'
+    columns = 'data-text="text" data-label="label" allowed-folders="/"'
     deployment = Deployment(
         [
             f'name="{name}" data-path="{path}" {columns}'
@@ -91,7 +91,7 @@ def test_an_honest_node_ends_its_run_beside_hostile_ones(
     second.err({"query": "many-labels"})
     run = deployment.run(config | {"run.dir": str(tmp_path / "second")})
     finish(deployment, run)
-    reasons = {e["name"][:1]: e["reason"] for e in run.events("left_out")}
+    reasons = {names[e["node"]]: e["reason"] for e in run.events("left_out")}
     assert "allowed: labels without control and invisible" in reasons["b"]
     assert "it has 1000 labels, the most of all" in reasons["c"]
     assert [e["name"] for e in run.events("node")] == ["a"]

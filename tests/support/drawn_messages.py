@@ -21,12 +21,12 @@ from tests.support.objects import Link
 
 ASKED, NODE = "a" * 64, 2
 KINDS = ("Array", "ArrayChunk", "ArrayRecord", "ConfigRecord", "Message", "RecordDict")
+WAYS = ("body", "json", "json", "bytes", "kind", "children", "other")
 OTHER_KINDS = ("MetricRecord", "Pickle", "", "InflatableObject")
 
 # Values in the JSON of an object, as they are written.
 json_values = st.one_of(
     st.lists(st.integers(-3, 3), max_size=4).map(json.dumps),
-    st.integers(1, 10**5).map(lambda count: json.dumps([0] * count)),
     st.sampled_from(
         [
             *("[-1]", "[5]", "[9223372036854775808]", f"[{10**30}]", "[1e308]"),
@@ -80,7 +80,7 @@ def some_link(draw: Draw, content: RecordDict) -> Link:
     trees = [some_tree(draw, root, objects) for _ in range(times)]
     response = PullAppMessagesResponse(messages_list=[message] * times)
     written = response.SerializeToString() + b"".join(field(2, tree) for tree in trees)
-    if draw(st.integers(0, 7)) == 0:
+    if draw(st.integers(0, 7)) == 7:
         written = mutate(draw, written)
     return Link(written, objects)
 
@@ -91,19 +91,21 @@ def some_objects(draw: Draw, content: RecordDict) -> Objects:
     Their ids, which the SuperLink checks, remain.
     """
     root, objects = of_message(message_of(content))
-    if draw(st.integers(0, 2)) == 0:
+    if draw(st.integers(0, 2)) == 2:
         objects[root] = some_message(draw, objects[root])
-    for _ in range(draw(st.integers(0, 3))):
-        name = draw(st.sampled_from(sorted(objects, key=list(objects).index)))
+    for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2]))):
+        # Each kind as often, however many chunks there are.
+        kinds = {content.split(b" ")[0]: name for name, content in objects.items()}
+        name = draw(st.sampled_from(list(kinds.values())))
         found = some_object(draw, objects[name], list(objects))
         if found is None:
             found = objects[draw(st.sampled_from(list(objects)))]
         objects[name] = found
-    if draw(st.integers(0, 15)) == 0:
+    if draw(st.integers(0, 15)) == 15:
         root = draw(st.sampled_from(list(objects)))
-    if draw(st.integers(0, 15)) == 0:
+    if draw(st.integers(0, 15)) == 15:
         objects |= chain(objects, root, draw(st.sampled_from([3, 90, 1100])))
-    if draw(st.integers(0, 15)) == 0:
+    if draw(st.integers(0, 15)) == 15:
         del objects[draw(st.sampled_from(list(objects)))]
     return root, objects
 
@@ -143,13 +145,15 @@ def some_object(draw: Draw, content: bytes, names: list[str]) -> bytes | None:
     except ValueError:  # it is spoilt already
         return mutate(draw, content)
     children = told.split(",") if told else []
-    way = draw(st.sampled_from(["bytes", "body", "json", "kind", "children", "other"]))
+    way = draw(st.sampled_from(WAYS))
     if way == "bytes":
         return mutate(draw, content)
     if way == "other":
         return None
     if way == "body":
         body = some_bytes(draw, body)
+    elif way == "json" and kind == "ArrayChunk":
+        body = bytes(draw(st.sampled_from([0, 10**5, 2**20])))
     elif way == "json":
         body = some_json(draw, body, children)
     elif way == "kind":
@@ -166,14 +170,16 @@ def some_json(draw: Draw, body: bytes, children: list[str]) -> bytes:
         good: Any = json.loads(body)
     except (ValueError, RecursionError):
         return some_bytes(draw, body)
-    if not isinstance(good, dict) or not good or draw(st.integers(0, 7)) == 0:
+    if not isinstance(good, dict) or not good or draw(st.integers(0, 7)) == 7:
         return bytes(draw(json_values), "utf-8")
-    if draw(st.integers(0, 3)) == 0 and children:
+    if draw(st.integers(0, 3)) == 3 and children:
         count = draw(st.integers(1, 3000))
         return json.dumps(dict.fromkeys(map(str, range(count)), children[0])).encode()
-    name = draw(st.sampled_from(list(good)))
+    # The last of an array's are its chunks.
+    name = draw(st.sampled_from([*good, list(good)[-1]]))
     written = {key: json.dumps(value) for key, value in good.items()}
-    written[name] = draw(json_values)
+    named_often = st.sampled_from([2, 600, 10**6]).map(lambda n: json.dumps([0] * n))
+    written[name] = draw(st.one_of(json_values, named_often))
     inner = ", ".join(f"{json.dumps(key)}: {value}" for key, value in written.items())
     return f"{{{inner}}}".encode()
 
