@@ -162,7 +162,7 @@ def some_evaluation(draw: Draw) -> RecordDict:
 
 def some_description(draw: Draw) -> RecordDict:
     config = {"name": "st-mary", "labels": ["a", "b"], "client": 3, "skipped": ["bad"]}
-    config |= {"nodes": 2, "version": "1"}
+    config |= {"nodes": 2, "version": "1", "protocol": 7}
     metrics = {"examples": [1, 2], "skipped": [4], "clients": [0, 1]}
     return some_content(draw, metrics, config, [])
 
@@ -261,7 +261,7 @@ def fuzz_pulled_evaluation(draw: Draw) -> None:
 
 
 def fuzz_pulled_description(draw: Draw) -> None:
-    expected, sizes = {"version": "1"}, {0: 1, 1: 2}
+    expected, sizes = {"protocol": 7}, {0: 1, 1: 2}
     fleet = draw(
         st.sampled_from(
             [

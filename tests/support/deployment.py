@@ -103,7 +103,7 @@ class Node:
         for process in self.processes():
             process.send_signal(number)
 
-    def err(self, faults: Mapping[int | str, str]) -> None:
+    def err(self, faults: Mapping[int, str] | Mapping[str, str]) -> None:
         """Set the fault that it commits in each round, or in a "query"."""
         # Atomically, since its processes read the file while they wait.
         write_atomically(self.faults, json.dumps(faults).encode())
