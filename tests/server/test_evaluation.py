@@ -79,11 +79,10 @@ def test_a_bad_evaluation_is_named_and_left_out(
     grid = BadEvaluationGrid(config, nodes=2)
     grid.silent = silent
     directory = start(config, grid)
-    assert [(f["round"], f["node"]) for f in events(directory, "failure")] == [
-        (1, 2),
-        (2, 2),
-        (3, 2),
-    ]
+    # A node that was silent in two rounds rests in the third.
+    rounds = [1, 2] if silent else [1, 2, 3]
+    failures = events(directory, "failure")
+    assert [(f["round"], f["node"]) for f in failures] == [(n, 2) for n in rounds]
     assert all("client_accuracy" in e for e in events(directory, "round"))
 
 
