@@ -481,7 +481,15 @@ class AttackConfig:
 class PrivacyConfig:
     """Client-level differential privacy, on with a noise multiplier or an epsilon."""
 
-    noise_multiplier: NotNegative = Field(
+    noise_multiplier: Annotated[
+        float,
+        allow(
+            "a number from 0.001 up to 1000000, or 0",
+            # Epsilon is beyond 10^5 at the lower end. Far below, the accountant's
+            # figures overflow.
+            lambda x: x == 0 or 1e-3 <= x <= 1e6,
+        ),
+    ] = Field(
         default=0.0,
         description="The standard deviation of the noise on the sum of updates, over "
         "`privacy.clip-norm`; 0 for none, or for what `privacy.epsilon` needs.",

@@ -15,15 +15,22 @@ for cohorts of a fixed size, where one client replaces another, is 10.6.
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import dp_accounting
 import numpy as np
-from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 from slora_flwr.aggregation.clipped import ClippedMean
 from slora_flwr.aggregation.mean import Mean
 from slora_flwr.common.random import key
-from slora_flwr.config import RunConfig
+from slora_flwr.config import ConfigError, RunConfig
+
+# The largest standard deviation of noise. Noise is drawn in float64: beyond this its
+# steps near those of the sums' grid, and their last bits would show through.
+_MOST_NOISE = 2.0**15
+# Beyond the rounding errors in the accountant's divergences.
+_ROUNDING = 1e-12
 
 
 class Privacy:
@@ -36,6 +43,11 @@ class Privacy:
     generator : numpy.random.Generator or None
         Source of cohorts and noise; None for one that the operating system seeds. The
         run's seed is not secret.
+
+    Raises
+    ------
+    ConfigError
+        If the noise would be too coarse to hide the last bits of sums.
     """
 
     def __init__(
@@ -50,6 +62,14 @@ class Privacy:
         self.noise_multiplier = privacy.noise_multiplier
         if privacy.epsilon:
             self.noise_multiplier = self._calibrate(privacy.epsilon, config.rounds)
+        bounds = privacy.clip_norm, privacy.sparse_clip_norm, privacy.lora_clip_norm
+        if (std := self.noise_multiplier * max(bounds)) > _MOST_NOISE:
+            raise ConfigError(
+                f"privacy.clip-norm is {max(bounds):g}; allowed: up to "
+                f"{_MOST_NOISE / self.noise_multiplier:.4g} at noise multiplier "
+                f"{self.noise_multiplier:.4g}, since noise of standard deviation "
+                f"{std:.4g} would be too coarse to hide the last bits of sums"
+            )
 
     def draw(self, clients: Iterable[int], server_round: int) -> list[int]:
         """Return a round's cohort among the clients online, ascending.
@@ -67,9 +87,7 @@ class Privacy:
 
     def epsilon(self, rounds: int) -> float:
         """Return the epsilon spent after a number of rounds, at `delta`."""
-        event = self._event(self.noise_multiplier, rounds)
-        with _quiet():
-            return float(RdpAccountant().compose(event).get_epsilon(self.delta))
+        return _spent(self._rate, self.noise_multiplier, rounds, self.delta)
 
     def facts(self, rounds: int) -> dict[str, float]:
         """Return the guarantee after some rounds, for config.toml and summary.json."""
@@ -79,21 +97,41 @@ class Privacy:
             "noise_multiplier": self.noise_multiplier,
         }
 
-    def _event(self, noise_multiplier: float, rounds: int) -> dp_accounting.DpEvent:
-        noise = dp_accounting.GaussianDpEvent(noise_multiplier)
-        sampled = dp_accounting.PoissonSampledDpEvent(self._rate, noise)
-        return dp_accounting.SelfComposedDpEvent(sampled, rounds)
-
     def _calibrate(self, epsilon: float, rounds: int) -> float:
         with _quiet():
             return float(
                 dp_accounting.calibrate_dp_mechanism(
-                    RdpAccountant,
-                    lambda noise: self._event(noise, rounds),
+                    _Accountant,
+                    lambda noise: _event(self._rate, noise, rounds),
                     epsilon,
                     self.delta,
                 )
             )
+
+
+class _Accountant(RdpAccountant):
+    """dp-accounting's accountant, which rounding errors cannot bring to epsilon 0.
+
+    It takes a divergence that they made negative for epsilon 0, whatever delta.
+    """
+
+    def get_epsilon(self, target_delta: float) -> float:
+        """Return epsilon from divergences of at least the rounding errors."""
+        rdp = np.maximum(self.rdp, _ROUNDING)
+        return float(compute_epsilon(self.orders, rdp, target_delta)[0])
+
+
+def _event(rate: float, noise_multiplier: float, rounds: int) -> dp_accounting.DpEvent:
+    noise = dp_accounting.GaussianDpEvent(noise_multiplier)
+    sampled = dp_accounting.PoissonSampledDpEvent(rate, noise)
+    return dp_accounting.SelfComposedDpEvent(sampled, rounds)
+
+
+@cache
+def _spent(rate: float, noise_multiplier: float, rounds: int, delta: float) -> float:
+    event = _event(rate, noise_multiplier, rounds)
+    with _quiet():
+        return _Accountant().compose(event).get_epsilon(delta)
 
 
 @contextmanager

@@ -241,7 +241,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("upload.top-k", -0.1, "a number from 0 up to 1"),
     ("upload.importance", "random", "magnitude, product"),
     ("download.dtype", "int4", "float32, float16, bfloat16, int8"),
-    ("privacy.noise-multiplier", -1.0, "a number of at least 0"),
+    ("privacy.noise-multiplier", -1.0, "a number from 0.001 up to 1000000, or 0"),
     ("privacy.epsilon", -1.0, "a number of at least 0"),
     ("privacy.delta", -1e-5, "a number of at least 0"),
     ("privacy.delta", 1.0, "a number from 0 below 1"),
