@@ -33,6 +33,9 @@ from slora_flwr.wire.messages import (
 
 Handler = Callable[[Message, Context], Message]
 
+# The longest time, in seconds, that a node works on a message.
+MOST_SECONDS = 86_400.0
+
 
 def _with_known_errors(handler: Handler) -> Handler:
     """Reply with errors that the server can act on; bound what the node keeps."""
@@ -79,9 +82,9 @@ def train(message: Message, context: Context) -> Message:
     """Train clients one after another and fold their updates.
 
     Nobody waits for a reply after the message's time to live, so no batch is begun
-    then. It is counted from here, since other machines' clocks may differ.
+    then.
     """
-    until = time.monotonic() + message.metadata.ttl
+    until = _deadline(message)
     instruction = Instruction.read(message.content)
     release(message)
     process = get_process(context, instruction)
@@ -124,15 +127,33 @@ def train(message: Message, context: Context) -> Message:
 
 @_with_known_errors
 def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate a state on the held-out examples of some clients."""
+    """Evaluate a state on the held-out examples of some clients.
+
+    No batch is begun after the message's time to live.
+    """
+    until = _deadline(message)
     instruction = Instruction.read(message.content)
     release(message)
     process = get_process(context, instruction)
     state = process.prepare(instruction, kept_in(context))
-    results = [process.trainer.evaluate_client(c, state) for c in instruction.clients]
+    evaluate_client = process.trainer.evaluate_client
+    try:
+        results = [evaluate_client(c, state, until) for c in instruction.clients]
+    except ClientError as error:
+        return Message(Error(0, str(error)), reply_to=message)
     found = [result for result in results if result is not None]
     content = write_evaluation(pool(found) if found else None)
     return Message(content, reply_to=message)
+
+
+def _deadline(message: Message) -> float:
+    """Return the end of a message's time to live by the monotonic clock.
+
+    It is counted from here, since other machines' clocks may differ.
+    """
+    ttl = message.metadata.ttl
+    # As written, since no comparison holds for NaN.
+    return time.monotonic() + (ttl if 0 < ttl <= MOST_SECONDS else MOST_SECONDS)
 
 
 HANDLERS: dict[str, Handler] = {

@@ -63,7 +63,7 @@ def masked() -> Iterator[None]:
     """
     try:
         yield
-    except OwnDataError:
+    except (OwnDataError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # such as a panic of Rust, of a tokeniser
         raise OwnDataError(f"{type(error).__name__}: {error}") from error

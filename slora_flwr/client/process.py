@@ -7,10 +7,11 @@ from pathlib import Path
 from flwr.app import Context
 
 from slora_flwr.backbone.base_weights import BaseWeights
-from slora_flwr.client.base_cache import cached_base
+from slora_flwr.client.base_cache import find_base, keep_base
 from slora_flwr.client.errors import MismatchError, MissingStateError
 from slora_flwr.client.keeping import kept_in
 from slora_flwr.client.permits import check_data, check_paths, masked
+from slora_flwr.client.pinned import pinned_client
 from slora_flwr.client.resident import in_simulation
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig, flatten, parse
@@ -71,8 +72,10 @@ class ClientProcess:
         MissingBaseError, MissingStateError
             If this node lacks what the instruction builds on.
         MismatchError
-            If the adapter's fingerprint is not the server's.
+            If the adapter's fingerprint is not the server's, or the run has no such
+            round.
         """
+        self._check_round(instruction)
         model, phase = self.trainer.model, self.trainer.schedule[instruction.phase]
         if not self._has(instruction, instruction.base):
             self._attach_base(instruction, folder)
@@ -85,6 +88,16 @@ class ClientProcess:
                 "their masks or backbones differ"
             )
         return adapter.complete(self._read_state(instruction))
+
+    def _check_round(self, instruction: Instruction) -> None:
+        phases, rounds = len(self.trainer.schedule), self.trainer.config.rounds
+        number, within = instruction.server_round, instruction.phase_round
+        if instruction.phase >= phases or not within <= number <= rounds:
+            raise MismatchError(
+                f"the instruction is of phase {instruction.phase}, round {within} of "
+                f"it and {number} of the run; allowed: phases from 0 to {phases - 1}, "
+                f"and rounds up to {rounds}, of a phase no more than of the run"
+            )
 
     def _has(self, instruction: Instruction, digest: str) -> bool:
         """Return whether this node has received a base, and it is attached.
@@ -117,7 +130,7 @@ class ClientProcess:
     def _read_base(self, instruction: Instruction, folder: Path) -> BaseWeights:
         config, model = self.trainer.config, self.trainer.model
         phase = self.trainer.schedule[instruction.phase]
-        data = cached_base(instruction.base_delta, folder)
+        data = find_base(instruction.base_delta, folder)
         rounds_before = instruction.server_round - instruction.phase_round
         shapes, positions, scaling = phase.adapter_type.base_layout(
             phase, config, model.backbone, rounds_before
@@ -127,7 +140,9 @@ class ClientProcess:
         if not codec.is_exact:
             first = model.first_values(positions)
             reference = {f"{name}.values": values for name, values in first.items()}
-        return read_base(data, shapes, positions, scaling, codec, reference)
+        base = read_base(data, shapes, positions, scaling, codec, reference)
+        keep_base(instruction.base_delta, folder)  # not before it is known to be one
+        return base
 
     def _read_state(self, instruction: Instruction) -> State:
         config, model = self.trainer.config, self.trainer.model
@@ -209,17 +224,18 @@ def _load(
 ) -> ClientProcess:
     """Return the process state with all data loaded that the instruction needs."""
     classes = tuple(instruction.classes) if instruction else ()
-    if config.data.is_own and not classes:
+    model = context.model if isinstance(context, SharedContext) else None
+    if not config.data.is_own:
+        process = make_process(config, classes, model)
+        _ = process.trainer.data.partition
+        return process
+    if instruction is None or not classes:
         # Without them, they would be those of a file that the run names.
         raise OwnDataError("the instruction has no classes; allowed: those agreed")
-    model = context.model if isinstance(context, SharedContext) else None
+    client = pinned_client(context, instruction)
     process = make_process(config, classes, model)
-    if not config.data.is_own:
-        _ = process.trainer.data.partition
-    elif instruction:
-        source = read_source(context, config)
-        for client in instruction.clients:
-            process.trainer.data.host(client, source, kept_in(context))
+    source = read_source(context, config)
+    process.trainer.data.host(client, source, kept_in(context))
     return process
 
 

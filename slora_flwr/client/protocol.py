@@ -64,7 +64,7 @@ def reply_frames(reply: Message, context: Context) -> list[bytes]:
     return [b"", *message_frames(reply, context)]
 
 
-def error_frames(error: Exception) -> list[bytes]:
+def error_frames(error: BaseException) -> list[bytes]:
     """Return the frames of a handler's error; the first is not empty."""
     kind, trace = type(error), "".join(traceback.format_exception(error))
     texts = (f"{kind.__module__}:{kind.__qualname__}", str(error), trace)

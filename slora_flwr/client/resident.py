@@ -242,7 +242,9 @@ def _answer(message: Message, context: Context) -> list[bytes]:
     """Return the frames of a reply, or of the error that the handler raised."""
     try:
         return reply_frames(_handle_here(message, context), context)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # such as a panic of Rust
         return error_frames(error)
 
 

@@ -1,5 +1,7 @@
 """The error of a run config that cannot be run."""
 
+from slora_flwr.common.text import printable
+
 
 class ConfigError(ValueError):
     """A run config that cannot be run; the message names the key."""
@@ -7,4 +9,4 @@ class ConfigError(ValueError):
 
 def refuse(key: str, given: object, allowed: str) -> ConfigError:
     """Return the error that names a key, what was given and what is allowed."""
-    return ConfigError(f"{key} is {given!r}; allowed: {allowed}")
+    return ConfigError(f"{key} is {printable(repr(given))}; allowed: {allowed}")

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from slora_flwr.common.text import redact
+from slora_flwr.common.text import printable, redact
 from slora_flwr.config.allowed import Allowed
 from slora_flwr.config.errors import ConfigError, refuse
 from slora_flwr.config.rules import check
@@ -88,7 +88,7 @@ def parse(values: Mapping[str, Value]) -> RunConfig:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
-            raise ConfigError(f"{key} is not a run config key; {hint}")
+            raise ConfigError(f"{printable(key)} is not a run config key; {hint}")
         if redact(value) != str(value):
             # It would end up in config.toml, in checkpoints and on every node.
             raise ConfigError(

@@ -14,6 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from slora_flwr.common.text import printable
 from slora_flwr.config.errors import ConfigError
 
 
@@ -242,7 +243,9 @@ def _find(kind: str, name: str) -> Any:
         return EntryPoint(name, own[name], kind).load()
     if name not in outside:
         known = ", ".join((*own, *outside))
-        raise ConfigError(f"{name!r} is none of the {kind}; known: {known}")
+        raise ConfigError(
+            f"{printable(repr(name))} is none of the {kind}; known: {known}"
+        )
     return _load(kind, outside[name])
 
 

@@ -7,6 +7,7 @@ aggregators, which import torch.
 from collections.abc import Sequence
 from pathlib import Path
 
+from slora_flwr.common.text import printable
 from slora_flwr.config.errors import refuse
 from slora_flwr.config.methods import (
     AGGREGATORS,
@@ -105,7 +106,7 @@ def _check_noise(config: RunConfig) -> None:
 def _check_folders(config: RunConfig) -> None:
     run = config.run
     if run.resume and run.dir and Path(run.dir).expanduser() != run.resumed:
-        allowed = f"empty, or run.resume, which is {run.resume!r}"
+        allowed = f"empty, or run.resume, which is {printable(repr(run.resume))}"
         raise refuse("run.dir", run.dir, allowed)
 
 

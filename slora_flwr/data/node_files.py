@@ -206,13 +206,23 @@ class OwnData:
                 f"{self.min_examples}; skipped: {rows or 'none'}"
             )
 
-    def check_held(self, count: int) -> None:
-        """Raise OwnDataError if metrics would be those of very few examples."""
+    def held_out(self, count: int) -> int:
+        """Return how many examples to hold out: `count`, or a few less.
+
+        It is a multiple of `min_of_label`, so that what two shares hold out does not
+        differ by single examples.
+
+        Raises
+        ------
+        OwnDataError
+            If metrics would be those of very few examples.
+        """
         if 0 < count < self.min_of_label:
             raise OwnDataError(
                 f"{count} examples are held out, and min-of-label is "
                 f"{self.min_of_label}; allowed: none, or as many"
             )
+        return count - count % self.min_of_label
 
     def _check_labels(self, texts: Texts) -> None:
         """Raise OwnDataError if the column seems to hold texts or names."""

@@ -20,7 +20,7 @@ from slora_flwr.training.metrics import Evaluation, count
 
 
 class DeadlineError(RuntimeError):
-    """A client's training did not end in time."""
+    """A client's training or evaluation did not end in time."""
 
 
 def train(
@@ -98,13 +98,22 @@ def evaluate(
     examples: Examples,
     precision: str = "float32",
     batch_size: int = 64,
+    until: float = math.inf,
 ) -> Evaluation:
-    """Evaluate the backbone as it is now, attached adapter included."""
+    """Evaluate the backbone as it is now, attached adapter included.
+
+    Raises
+    ------
+    DeadlineError
+        If batches are left at the time `until` of the monotonic clock.
+    """
     model = backbone.model.eval()
     predicted = np.empty(len(examples), dtype=np.int64)
     total = 0.0
     with torch.inference_mode(), precision_of(backbone, precision):
         for rows in examples.in_order_of_length(batch_size):
+            if time.monotonic() >= until:
+                raise DeadlineError("the round's deadline passed as it evaluated")
             ids, mask, labels = (t.to(backbone.device) for t in examples.batch(rows))
             logits = model(input_ids=ids, attention_mask=mask).logits.float()
             total += float(F.cross_entropy(logits, labels, reduction="sum"))

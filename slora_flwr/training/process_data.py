@@ -1,12 +1,14 @@
 """A run's data, loaded once per process, and each client's part of it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slora_flwr.backbone.load import load_tokenizer
 from slora_flwr.config import RunConfig
@@ -26,8 +28,28 @@ from slora_flwr.data.texts import (
 
 
 def held_out(examples: int, share: float) -> int:
-    """Return how many of a client's examples it holds out."""
+    """Return how many of a client's examples it holds out; at most, if its own."""
     return round(examples * share)
+
+
+def order_of(texts: Sequence[str]) -> NDArray[np.int64]:
+    """Return row numbers in the order of the texts' BLAKE2b, equal ones as they are.
+
+    No config and no message has a say in it.
+    """
+    digests = [blake2b(text.encode(), digest_size=16).digest() for text in texts]
+    rows = sorted(range(len(texts)), key=digests.__getitem__)
+    return np.array(rows, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class OwnExamples:
+    """A node's own examples; the last `held` of their order are held out."""
+
+    source: OwnData
+    examples: Examples
+    order: NDArray[np.int64]
+    held: int
 
 
 class ProcessData:
@@ -45,7 +67,7 @@ class ProcessData:
     def __init__(self, config: RunConfig, classes: Sequence[str] = ()) -> None:
         self._config = config
         self._agreed = list(classes)
-        self._own: dict[int, tuple[OwnData, Examples]] = {}
+        self._own: dict[int, OwnExamples] = {}
 
     @cached_property
     def _texts(self) -> tuple[Texts, Texts]:
@@ -126,27 +148,30 @@ class ProcessData:
         OwnDataError
             If too few would be left to train on, or to evaluate on.
         """
-        if client in self._own and self._own[client][0] == source:
-            return
+        for other, own in self._own.items():
+            if own.source == source:
+                # In its place, so that ids do not fill the memory.
+                self._own[client] = self._own.pop(other)
+                return
         texts, _ = source.usable()
         texts = of_classes(texts, self.classes)
         count = len(texts.texts)
-        held = held_out(count, self._config.clients.holdout)
+        held = source.held_out(held_out(count, self._config.clients.holdout))
         source.check_count(count - held)
-        source.check_held(held)
         config = self._config.data
         examples = tokenise(config, self.tokenizer, self.classes, texts, folder)
-        self._own[client] = (source, examples)
+        order = order_of(texts.texts)
+        self._own[client] = OwnExamples(source, examples, order, held)
 
     def examples(self, client: int) -> tuple[Examples, Examples]:
         """Return a client's training examples and its held-out examples."""
+        # Hold out the last rows of an order that is independent of labels.
         if client in self._own:
-            examples = self._own[client][1]
-            rows = np.arange(len(examples))
+            own = self._own[client]
+            examples, rows, held = own.examples, own.order, own.held
         else:
             examples, rows = self.task.train, self.partition.indices(client)
-        # Hold out the last rows of an order that is independent of labels.
-        cut = len(rows) - held_out(len(rows), self._config.clients.holdout)
-        order = np.random.Philox(key=client).random_raw(len(rows)).argsort()
-        rows = rows[order]
+            held = held_out(len(rows), self._config.clients.holdout)
+            rows = rows[np.random.Philox(key=client).random_raw(len(rows)).argsort()]
+        cut = len(rows) - held
         return examples.select(rows[:cut]), examples.select(rows[cut:])

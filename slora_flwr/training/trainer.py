@@ -15,7 +15,7 @@ from slora_flwr.training.process_data import ProcessData
 
 
 class ClientError(RuntimeError):
-    """One client's training failed; the others on its node are unaffected."""
+    """One client's training or evaluation failed; other clients are unaffected."""
 
 
 @dataclass
@@ -86,13 +86,25 @@ class Trainer:
             raise ClientError(f"the update is not finite (loss {loss:.3g})")
         return ClientUpdate(update, len(examples), loss)
 
-    def evaluate_client(self, client: int, state: State) -> Evaluation | None:
-        """Evaluate a state on a client's held-out examples; return None without any."""
+    def evaluate_client(
+        self, client: int, state: State, until: float = math.inf
+    ) -> Evaluation | None:
+        """Evaluate a state on a client's held-out examples; return None without any.
+
+        Raises
+        ------
+        ClientError
+            If it has not ended by the time `until` of the monotonic clock.
+        """
         _, held = self.data.examples(client)
         if not len(held):
             return None
         self.model.adapter.load(self._own_ranks(client, state))
-        return evaluate(self.model.backbone, held, self.config.train.precision)
+        backbone, precision = self.model.backbone, self.config.train.precision
+        try:
+            return evaluate(backbone, held, precision, until=until)
+        except DeadlineError as error:
+            raise ClientError(str(error)) from error
 
     def evaluate_test(self, state: State) -> Evaluation | None:
         """Evaluate a state on the server's test data; return None without any."""

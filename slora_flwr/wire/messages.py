@@ -18,6 +18,7 @@ from flwr.app import (
 from flwr.common.serde import message_to_proto
 
 from slora_flwr.common.text import printable
+from slora_flwr.data.node_files import LONGEST_LABEL, MOST_LABELS
 from slora_flwr.training.metrics import Evaluation
 from slora_flwr.wire.packing import pack
 
@@ -152,8 +153,8 @@ class Instruction:
                 server_round=_number(config["server-round"]),
                 phase=_number(config["phase"]),
                 phase_round=_number(config["phase-round"]),
-                clients=[_number(client) for client in config["clients"]],
-                fingerprint=str(config["fingerprint"]),
+                clients=_clients(config["clients"]),
+                fingerprint=_digest(config["fingerprint"]),
                 state=arrays["state"],
                 base=_digest(config.get("base", "")),
                 base_delta=BaseDelta(
@@ -165,7 +166,7 @@ class Instruction:
                     ],
                     weights=arrays.get("weights"),
                 ),
-                classes=list(config.get("classes", [])),
+                classes=_classes(config.get("classes", [])),
                 since=_digest(config.get("since", "")),
                 lineage=_number(config.get("lineage", 0)),
                 residuals=[_number(number) for number in config.get("residuals", [])],
@@ -210,6 +211,26 @@ def _digest(given: Any) -> str:
     if digest and not re.fullmatch("[0-9a-f]{32}", digest):
         raise ValueError(f"{printable(digest)} is not a digest")
     return digest
+
+
+def _clients(given: Any) -> list[int]:
+    clients = [_number(client) for client in given]
+    if len({*clients}) != len(clients):
+        raise ValueError("a client is named twice")
+    return clients
+
+
+def _classes(given: Any) -> list[str]:
+    classes = list(given)
+    if not all(type(name) is str for name in classes):
+        raise ValueError("a class is no text")
+    longest = max(map(len, classes), default=0)
+    if len(classes) > MOST_LABELS or longest > LONGEST_LABEL:
+        raise ValueError(
+            f"there are {len(classes)} classes of up to {longest} characters; allowed: "
+            f"{MOST_LABELS} of {LONGEST_LABEL}"
+        )
+    return classes
 
 
 @dataclass

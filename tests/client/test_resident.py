@@ -180,7 +180,7 @@ def test_it_answers_as_the_handlers_do_and_stays(
     assert residents(folder) == [first]
 
     # What a handler raises arrives with Flower's view of it: the type and the text.
-    instruction.fingerprint = "another"
+    instruction.fingerprint = "0" * 32
     with pytest.raises(MismatchError) as known:
         node.train(train(), context)
     with pytest.raises(Exception, match="has fingerprint") as there:

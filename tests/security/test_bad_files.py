@@ -15,7 +15,7 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 from slora_flwr.cli import app
-from slora_flwr.client.base_cache import cached_base
+from slora_flwr.client.base_cache import find_base, keep_base
 from slora_flwr.config import ConfigError, DataConfig
 from slora_flwr.data.texts import load_texts
 from slora_flwr.engines.inline import InlineGrid
@@ -187,7 +187,8 @@ def test_a_node_goes_on_without_room_for_a_base(
     start = pack({})
     known = name_version(start.data)
     delta = BaseDelta(known=known, start=start)
-    assert cached_base(delta, home / "cache" / "run-1") == start.data
+    assert find_base(delta, home / "cache" / "run-1") == start.data
+    keep_base(delta, home / "cache" / "run-1")
 
 
 def test_resuming_is_offered_only_where_there_is_a_checkpoint(tmp_path: Path) -> None:

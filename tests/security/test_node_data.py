@@ -2,28 +2,24 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from flwr.app import Array, Context, Message, MessageType, RecordDict
+from flwr.app import Array, Context, Message, MessageType
 from flwr.common.serde import message_to_proto
-from flwr.supercore.task_identity import TaskIdentity
 
-from slora_flwr.client.handlers import HANDLERS
 from slora_flwr.client.process import get_process, make_process
 from slora_flwr.data.node_files import OwnData, OwnDataError
 from slora_flwr.wire.messages import Instruction
 from tests.support.own_data import KINDS, columns_of, texts, write
+from tests.support.own_node import MASKED, a_node, ask, make_config, use_own_folders
 from tests.support.runs import Config
 
 SECRET = "s3cret"
-MASKED = "st-mary: its data is of no use; its own log says why"
 
 
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[None]:
-    monkeypatch.setenv("SLORA_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("SLORA_ASSETS", raising=False)
+    use_own_folders(tmp_path, monkeypatch)
     make_process.cache_clear()
     yield
     make_process.cache_clear()
@@ -32,27 +28,7 @@ def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[None
 @pytest.fixture
 def config(tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setenv("SLORA_ASSETS", str(tiny_models["bert"]))
-    return {
-        "method": "fft",
-        "model.name": str(tiny_models["bert"]),
-        "data.name": "node",
-        "data.max-length": 12,
-        "clients.count": 0,
-        "clients.holdout": 0.2,
-    }
-
-
-def a_node(config: Config, **node_config: Any) -> Context:
-    """Return the context of a node that is not simulated."""
-    named = {key.replace("_", "-"): value for key, value in node_config.items()}
-    return Context(5, 7, {"name": "st-mary", **named}, RecordDict(), config)
-
-
-def ask(kind: str, context: Context, content: RecordDict | None = None) -> Message:
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 5, 0, 0
-    message = Message(content or RecordDict(), 7, kind)
-    message.metadata.__dict__["_message_id"] = "the message"
-    return HANDLERS[kind](message, context)
+    return make_config(tiny_models["bert"])
 
 
 def told(reply: Message) -> bytes:
@@ -152,13 +128,17 @@ def test_a_node_trains_on_no_fewer_examples_than_it_says(
 ) -> None:
     """Neither by the classes nor by the share that is held out."""
     rows = [("w1 w2", "a")] * 9 + [("w3 w4", "b")] * 30
-    node = a_node(config, **columns(write(tmp_path / "a.csv", rows)))
-    get_process(node, instruct("a", "b"))
+    path = write(tmp_path / "a.csv", rows)
+
+    def node() -> Context:
+        return a_node(config, **columns(path), min_of_label=1)
+
+    get_process(node(), instruct("a", "b"))
     with pytest.raises(OwnDataError, match="7 examples are left"):
-        get_process(node, instruct("a", "zzz"))
-    node.run_config["clients.holdout"] = 0.9
+        get_process(node(), instruct("a", "zzz"))
+    config["clients.holdout"] = 0.9
     with pytest.raises(OwnDataError, match="4 examples are left"):
-        get_process(node, instruct("a", "b"))
+        get_process(node(), instruct("a", "b"))
 
 
 def test_a_node_evaluates_on_no_single_example(config: Config, tmp_path: Path) -> None:

@@ -157,11 +157,11 @@ DIGEST, OTHER = "0123456789abcdef" * 2, "fedcba9876543210" * 2
 )
 @pytest.mark.parametrize("base", ["", DIGEST])
 def test_an_instruction_arrives_as_it_was_sent(base: str, delta: BaseDelta) -> None:
-    sent = Instruction(3, 1, [4, 0, 17], "f00d", pack(KNOWN), base, phase_round=2)
+    sent = Instruction(3, 1, [4, 0, 17], DIGEST, pack(KNOWN), base, phase_round=2)
     sent.base_delta, sent.since = delta, base
     got = Instruction.read(travel(sent.content()))
     assert (got.server_round, got.phase, got.clients) == (3, 1, [4, 0, 17])
-    assert (got.fingerprint, got.base, got.phase_round) == ("f00d", base, 2)
+    assert (got.fingerprint, got.base, got.phase_round) == (DIGEST, base, 2)
     assert (got.state.data, got.since) == (KNOWN_BYTES, base)
     came = got.base_delta
     assert (came.known, came.version) == (delta.known, delta.version)
