@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-PROTOCOL = 2
+PROTOCOL = 1
 """The number that server, nodes and checkpoints of a run have in common.
 
 Raise it by 1 in every change that alters
