@@ -2,12 +2,20 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 
 from slora_flwr.backbone.load import load_backbone
-from slora_flwr.config import ConfigError, DataConfig, ModelConfig, Value, parse
+from slora_flwr.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    Value,
+    parse,
+)
+from slora_flwr.config.schedule import make_schedule
 from slora_flwr.data.texts import load_texts
 
 
@@ -95,3 +103,98 @@ def test_work_without_end_is_refused(
         allowed = rf"{key} is {given}; allowed: a number from [01] up to {most}"
         with pytest.raises(ConfigError, match=allowed):
             parse({key: given, **others})
+
+
+@pytest.mark.parametrize(
+    ("key", "most"),
+    [
+        ("train.batch-size", 4096),
+        ("sparse.batch-size", 4096),
+        ("lora.batch-size", 4096),
+        ("data.max-length", 131072),
+    ],
+)
+def test_batches_without_end_are_refused(key: str, most: int) -> None:
+    parse({key: most})
+    for given in (most + 1, 10**9):
+        allowed = rf"{key} is {given}; allowed: a number from [014] up to {most}"
+        with pytest.raises(ConfigError, match=allowed):
+            parse({key: given})
+
+
+def test_a_rank_of_thousands_of_digits_is_refused() -> None:
+    with pytest.raises(ConfigError, match="lora.ranks is '9999"):
+        parse({"method": "lora", "lora.ranks": "9" * 5000})
+
+
+# Recipes whose update is the gradient of a client's last examples
+
+
+@pytest.mark.parametrize("key", ["train.prox", "train.weight-decay"])
+@pytest.mark.parametrize(
+    ("method", "phase", "rates"),
+    [
+        ("fft", "full", {"train.lr": 0.01}),
+        ("fft", "full", {}),
+        ("slora", "sparse", {"sparse.lr": 0.5, "lora.lr": 0.001}),
+        ("slora", "lora", {"sparse.lr": 0.001, "lora.lr": 0.5}),
+        ("houlsby", "houlsby", {"train.lr": 1e-6, "bottleneck.lr": 0.5}),
+    ],
+)
+def test_a_recipe_that_forgets_all_examples_but_the_last_is_refused(
+    key: str, method: str, phase: str, rates: dict[str, Value]
+) -> None:
+    values: dict[str, Value] = {"method": method, **rates}
+    named = {p.adapter: p.recipe.lr for p in make_schedule(parse(values))}
+    lr = named[phase]
+    parse({**values, key: 0.0999 / lr})
+    for given in (0.1001 / lr, 1 / lr):
+        allowed = re.escape(
+            f"{key} is {given}; allowed: up to 0.1 / {lr}, since the learning rate of "
+            f"the {phase} phase is {lr}"
+        )
+        with pytest.raises(ConfigError, match=allowed):
+            parse({**values, key: given})
+
+
+@pytest.mark.parametrize("given", [1.0, 8.0])
+def test_a_momentum_that_grows_is_refused(given: float) -> None:
+    allowed = f"train.momentum is {given}; allowed: a number from 0 below 1"
+    with pytest.raises(ConfigError, match=allowed):
+        parse({"train.momentum": given})
+
+
+# Paths
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["../../../secret.csv", "/etc/passwd", "a/../../b", "v1/..", "~/x", ".", "a b"],
+)
+def test_a_revision_is_no_path(given: str) -> None:
+    for name in ("", "v2", "refs/pr/1", "0123abc", "release-1.0_rc"):
+        assert parse({"model.revision": name}).model.revision == name
+    allowed = "model.revision is .*; allowed: a branch, a tag or a commit, or empty"
+    with pytest.raises(ConfigError, match=allowed):
+        parse({"model.revision": given})
+
+
+@pytest.mark.parametrize("key", ["run.dir", "run.resume"])
+def test_a_run_cannot_ask_which_users_a_host_has(key: str) -> None:
+    parse({key: "~/runs"})
+    for given in ("~root/x", "~no-such-user/x"):
+        allowed = f"{key} is '{given}'; allowed: an absolute path, or empty"
+        with pytest.raises(ConfigError, match=allowed):
+            parse({key: given})
+
+
+def test_a_run_cannot_ask_where_a_hosts_home_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = set()
+    for home in ("/home/somebody", "/home/another"):
+        monkeypatch.setenv("HOME", home)
+        with pytest.raises(ConfigError, match="run.dir is '/home/somebody'") as caught:
+            parse({"run.dir": "/home/somebody", "run.resume": "~"})
+        told.add(str(caught.value))
+    assert len(told) == 1
