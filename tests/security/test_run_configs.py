@@ -3,9 +3,11 @@
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from slora_flwr.backbone.load import load_backbone
 from slora_flwr.config import (
@@ -84,6 +86,97 @@ def test_a_models_code_is_refused_without_a_question(
     assert (questions, marker.exists()) == ([], False)
 
 
+def copied(source: Path, target: Path, **described: object) -> Path:
+    """Copy a model to a folder, and add to its config.json."""
+    shutil.copytree(source, target)
+    path = target / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | described))
+    return target
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"attn_implementation": "somebody/kernel"},
+        {"attn_implementation": {"": "somebody/kernel"}},
+        {"_attn_implementation": "kernels-community/flash-attn2:x"},
+        # An alias for the attribute, which config.json may bring along.
+        {"attribute_map": {"a": "_attn_implementation"}, "a": "somebody/kernel"},
+        {"attn_implementation": "unheard-of"},
+    ],
+)
+def test_a_models_kernel_is_refused(
+    tmp_path: Path, tiny_models: dict[str, Path], described: dict[str, object]
+) -> None:
+    folder = copied(tiny_models["bert"], tmp_path / "model", **described)
+    with pytest.raises(ConfigError, match=r"attn_implementation is .*; allowed: none"):
+        load_backbone(ModelConfig(name=str(folder)), 2, 0)
+    named = {"attn_implementation": "eager"}
+    folder = copied(tiny_models["bert"], tmp_path / "plain", **named)
+    load_backbone(ModelConfig(name=str(folder)), 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "given"),
+    [
+        ("quantization_config", {"quant_method": "torchao", "quant_type": "int4"}),
+        ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        ("transformers_weights", "adapter_model.bin"),
+        ("transformers_weights", "another.safetensors.index.json"),
+    ],
+)
+def test_a_models_loader_is_refused(
+    tmp_path: Path, tiny_models: dict[str, Path], key: str, given: object
+) -> None:
+    folder = copied(tiny_models["bert"], tmp_path / "model", **{key: given})
+    with pytest.raises(ConfigError, match=f"whose {key} is .*; allowed: none$"):
+        load_backbone(ModelConfig(name=str(folder)), 2, 0)
+
+
+def test_a_part_of_a_model_may_name_no_kernel(tmp_path: Path) -> None:
+    text = {"attn_implementation": "somebody/kernel", "num_hidden_layers": 1}
+    described = {"model_type": "gemma3", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match="attn_implementation is somebody/kernel"):
+        load_backbone(ModelConfig(name=str(tmp_path)), 2, 0, tokenizer=object())
+
+
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_an_index_leads_out_of_no_folder(
+    tmp_path: Path, tiny_models: dict[str, Path], is_absolute: bool
+) -> None:
+    folder = copied(tiny_models["bert"], tmp_path / "model")
+    weights = folder / "model.safetensors"
+    names = [*load_file(weights)]
+    outside = tmp_path / "outside.safetensors"
+    weights.rename(outside)
+    (folder / "inside.safetensors").symlink_to(outside)
+    index = folder / "model.safetensors.index.json"
+
+    def load(shard: object) -> None:
+        shards = {name: str(shard) for name in names}
+        index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+        load_backbone(ModelConfig(name=str(folder)), 2, 0)
+
+    load("inside.safetensors")
+    with pytest.raises(ConfigError, match=r"index\.json is .*; allowed: names"):
+        load(outside if is_absolute else "../outside.safetensors")
+
+
+def test_an_adapter_leads_to_no_other_model(
+    tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    """Whether its folder has a config of its own or not."""
+    told = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "another")}
+    for folder in (copied(tiny_models["bert"], tmp_path / "model"), tmp_path / "bare"):
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text(json.dumps(told))
+        with pytest.raises(ConfigError, match=r"model\.name is ") as caught:
+            load_backbone(ModelConfig(name=str(folder)), 2, 0, tokenizer=object())
+        assert "another" not in str(caught.value)
+        assert ("adapter_config.json" in str(caught.value)) == (folder.name == "model")
+
+
 @pytest.mark.parametrize(
     ("key", "most", "others"),
     [
@@ -123,7 +216,7 @@ def test_batches_without_end_are_refused(key: str, most: int) -> None:
 
 
 def test_a_rank_of_thousands_of_digits_is_refused() -> None:
-    with pytest.raises(ConfigError, match="lora.ranks is '9999"):
+    with pytest.raises(ConfigError, match=r"lora\.ranks is '9999"):
         parse({"method": "lora", "lora.ranks": "9" * 5000})
 
 
@@ -194,7 +287,7 @@ def test_a_run_cannot_ask_where_a_hosts_home_is(
     told = set()
     for home in ("/home/somebody", "/home/another"):
         monkeypatch.setenv("HOME", home)
-        with pytest.raises(ConfigError, match="run.dir is '/home/somebody'") as caught:
+        with pytest.raises(ConfigError, match=r"run\.dir is '/home/") as caught:
             parse({"run.dir": "/home/somebody", "run.resume": "~"})
         told.add(str(caught.value))
     assert len(told) == 1
