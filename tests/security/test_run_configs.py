@@ -6,7 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
+from datasets.data_files import DataFilesDict, DataFilesList, sanitize_patterns
 from safetensors.torch import load_file
 
 from slora_flwr.backbone.load import load_backbone
@@ -18,7 +20,7 @@ from slora_flwr.config import (
     parse,
 )
 from slora_flwr.config.schedule import make_schedule
-from slora_flwr.data.texts import load_texts
+from slora_flwr.data.texts import check_data_files, load_texts
 
 
 class Marks:
@@ -57,6 +59,53 @@ def test_no_module_of_the_library_is_a_data_set(
     for name in loaders:
         with pytest.raises(ConfigError, match=f"data.name is '{name}'; allowed: "):
             load_texts(DataConfig(name=name))
+
+
+def found(pattern: str, base: str) -> DataFilesDict:
+    """Return the files that a README names, as the library looks them up."""
+    patterns = sanitize_patterns([{"split": "train", "path": pattern}])
+    return DataFilesDict.from_patterns(patterns, base_path=base)
+
+
+def test_a_data_set_of_the_hub_names_no_file_of_this_machine(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.csv"
+    secret.write_text("text,label\na,x\nb,y\n")
+    base = "hf://datasets/somebody/data@0123"
+    own = DataFilesList([f"{base}/train.csv", f"{base}/a/b.csv"], [("0", "1")])
+    check_data_files("somebody/data", DataFilesDict({"train": own}))
+    check_data_files("somebody/data", None)  # as from the library's cache
+    allowed = "names the file .*; allowed: data sets of the Hub whose data files"
+    local = found(str(secret), base)
+    assert local["train"] == [str(secret)]
+    for path in (
+        f"file://{secret}",
+        "https://example.org/train.csv",
+        "hf://datasets/another/data@0123/train.csv",
+        "hf://datasets/somebody/data-2@0123/train.csv",
+        f"zip://train.csv::{secret}",
+        f"{base}/train.zip::{secret}",
+    ):
+        others = DataFilesDict({"test": DataFilesList([path], []), "train": own})
+        with pytest.raises(ConfigError, match=allowed):
+            check_data_files("somebody/data", others)
+    with pytest.raises(ConfigError, match=allowed):
+        check_data_files("somebody/data", local)
+
+
+def test_what_a_data_set_names_is_checked_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a builder as the library makes it of a README that names a path."""
+    monkeypatch.chdir(tmp_path)
+    secret = tmp_path / "secret.csv"
+    secret.write_text("text,label\na,x\nb,y\n")
+    builder = datasets.load_dataset_builder(
+        "csv", data_files=str(secret), cache_dir=str(tmp_path / "cache")
+    )
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: builder)
+    with pytest.raises(ConfigError, match=r"names the file .*/secret\.csv"):
+        load_texts(DataConfig(name="somebody/data"))
+    assert not [*(tmp_path / "cache").rglob("*.arrow")]
 
 
 def test_a_models_code_is_refused_without_a_question(
@@ -134,8 +183,11 @@ def test_a_models_loader_is_refused(
 
 
 def test_a_part_of_a_model_may_name_no_kernel(tmp_path: Path) -> None:
-    text = {"attn_implementation": "somebody/kernel", "num_hidden_layers": 1}
-    described = {"model_type": "gemma3", "text_config": text}
+    described = {
+        "model_type": "gemma3",
+        "text_config": {"num_hidden_layers": 1},
+        "attn_implementation": {"text_config": "somebody/kernel"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(ConfigError, match="attn_implementation is somebody/kernel"):
         load_backbone(ModelConfig(name=str(tmp_path)), 2, 0, tokenizer=object())
