@@ -1,7 +1,9 @@
 """The backbone: a pretrained transformer W_0, resident in a process."""
 
 import hashlib
+import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from slora_flwr.backbone.families import to_linear
-from slora_flwr.common.text import redact, redact_hub_logs
+from slora_flwr.common.text import printable, redact, redact_hub_logs
 from slora_flwr.config import ConfigError, ModelConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -157,10 +159,11 @@ def load_backbone(
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
     _quiet_transformers()
+    described = _describe(config, num_labels)
     torch.manual_seed(seed)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            num_labels=num_labels,
+            config=described,
             dtype=_DTYPES[config.dtype],
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -186,6 +189,81 @@ def load_backbone(
     for parameter in head.values():
         parameter.data = parameter.data.float()
     return Backbone(model, tokenizer, find_targets(model, targets), head)
+
+
+def _describe(config: ModelConfig, num_labels: int) -> Any:
+    """Return what a model's config.json says, a `transformers.PreTrainedConfig`.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such model, or to load it would run the code of others or read
+        files outside it.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import cached_file, find_adapter_config_file
+
+    source = _source(config)
+    place, revision = source["pretrained_model_name_or_path"], config.revision or None
+    try:
+        described = AutoConfig.from_pretrained(
+            num_labels=num_labels, trust_remote_code=False, **source
+        )
+        adapter = find_adapter_config_file(place, revision=revision)
+        index = cached_file(
+            place,
+            "model.safetensors.index.json",
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        read = json.loads(Path(index).read_text(encoding="utf-8")) if index else {}
+        shards = [*read.get("weight_map", {}).values()]
+    except (OSError, ValueError, AttributeError) as error:
+        raise _not_found(config, error) from None
+    for part in _parts(described):
+        _check_code(config, part)
+    if adapter is not None:
+        # Its base would be loaded from wherever it says.
+        raise _refuse(config, "adapter_config.json", "there", "a model without one")
+    for shard in map(str, shards):
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            allowed = "names of files in its folder"
+            raise _refuse(config, "model.safetensors.index.json", shard, allowed)
+    return described
+
+
+def _parts(described: Any) -> Iterator[Any]:
+    """Yield a model's config and all configs within it."""
+    from transformers import PreTrainedConfig
+
+    yield described
+    for value in vars(described).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _parts(value)
+
+
+def _check_code(config: ModelConfig, part: Any) -> None:
+    """Raise ConfigError if a model's config names code beside the model's own."""
+    from transformers import AttentionInterface
+
+    # OWNER/NAME would be code from the Hub.
+    attention = part._attn_implementation
+    known = ["eager", *AttentionInterface().valid_keys()]
+    if attention is not None and attention not in known:
+        allowed = f"none, {', '.join(known)}"
+        raise _refuse(config, "attn_implementation", attention, allowed)
+    # They name a library, or a file, that would be loaded in place of the usual one.
+    for key in ("quantization_config", "transformers_weights"):
+        if (given := getattr(part, key, None)) is not None:
+            raise _refuse(config, key, given, "none")
+
+
+def _refuse(config: ModelConfig, key: str, given: object, allowed: str) -> ConfigError:
+    return ConfigError(
+        f"model.name is {config.name!r}, whose {key} is {printable(given)}; allowed: "
+        f"{allowed}"
+    )
 
 
 def _quiet_transformers() -> None:

@@ -9,6 +9,7 @@ from flwr.app import Context
 
 from slora_flwr.config import OWN_DATA, RunConfig, flatten
 from slora_flwr.data.node_files import OwnDataError
+from slora_flwr.data.shared_files import only_within
 
 # Keys that may name files, which a simulated node opens.
 _NAMED = ["model.name", "data.name", "data.train", "data.test"]
@@ -35,10 +36,7 @@ def check_paths(config: RunConfig, context: Context) -> None:
     OwnDataError
         Names the key.
     """
-    folders = str(context.node_config.get("allowed-folders", "")).split(",")
-    folders = [*folders, os.environ.get("SLORA_ASSETS", "")]
-    named = [folder.strip() for folder in folders if folder.strip()]
-    roots = [Path(folder).expanduser().resolve() for folder in named]
+    roots = _roots(context)
     # With data of its own, a node opens no data that a run names.
     keys = ["model.name"] if config.data.is_own else _NAMED
     flat = flatten(config)
@@ -56,6 +54,16 @@ def check_paths(config: RunConfig, context: Context) -> None:
 
 
 @contextmanager
+def restricted(context: Context) -> Iterator[None]:
+    """Open no data file that the node's config does not allow; mask all errors.
+
+    What `check_paths` lets through may still be, or hold, a link to elsewhere.
+    """
+    with masked(), only_within(_roots(context)):
+        yield
+
+
+@contextmanager
 def masked() -> Iterator[None]:
     """Make every error an `OwnDataError`, whose text does not leave the node.
 
@@ -67,3 +75,11 @@ def masked() -> Iterator[None]:
         raise
     except BaseException as error:  # such as a panic of Rust, of a tokeniser
         raise OwnDataError(f"{type(error).__name__}: {error}") from error
+
+
+def _roots(context: Context) -> list[Path]:
+    """Return the folders whose files a run may name on this node."""
+    folders = str(context.node_config.get("allowed-folders", "")).split(",")
+    folders = [*folders, os.environ.get("SLORA_ASSETS", "")]
+    named = [folder.strip() for folder in folders if folder.strip()]
+    return [Path(folder).expanduser().resolve() for folder in named]

@@ -10,7 +10,7 @@ from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.client.base_cache import find_base, keep_base
 from slora_flwr.client.errors import MismatchError, MissingStateError
 from slora_flwr.client.keeping import kept_in
-from slora_flwr.client.permits import check_data, check_paths, masked
+from slora_flwr.client.permits import check_data, check_paths, masked, restricted
 from slora_flwr.client.pinned import pinned_client
 from slora_flwr.client.resident import in_simulation
 from slora_flwr.common.tensors import State
@@ -215,7 +215,7 @@ def get_process(
     config = read_config(context)
     if config.clients.count == 0 and not config.data.is_own:
         config = _one_client_per_node(config, context)
-    with nullcontext() if is_simulated(context) else masked():
+    with nullcontext() if is_simulated(context) else restricted(context):
         return _load(config, context, instruction)
 
 

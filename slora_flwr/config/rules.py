@@ -24,6 +24,9 @@ _BY_ENTRY = ("median", "trimmed-mean")
 # Of privacy, whatever the population: a run publishes a client's data with at most this
 # probability.
 _LARGEST_DELTA = 0.01
+# Of the learning rate times what pulls values back, which is the share of its change
+# so far that a step undoes. Were it 1, a client's update would be its last step alone.
+_MOST_UNDONE = 0.1
 
 
 def check(config: RunConfig) -> None:
@@ -49,6 +52,7 @@ def check(config: RunConfig) -> None:
         phase.adapter_type.check(config)
     _check_open_phase(config)
     _check_rates(config, phases)
+    _check_undone(config, phases)
     _check_start(config, phases)
     _check_aggregator(config, phases)
     _check_factors(config, phases)
@@ -83,7 +87,9 @@ def _check_ranks(config: RunConfig) -> None:
     lora = config.lora
     given = [part.strip() for part in lora.ranks.split(",")]
     if lora.ranks and not all(
-        part.isdecimal() and 1 <= int(part) <= lora.rank for part in given
+        # Python reads no number of thousands of digits.
+        part.isdecimal() and len(part) < 20 and 1 <= int(part) <= lora.rank
+        for part in given
     ):
         allowed = f"whole numbers from 1 to lora.rank, which is {lora.rank}"
         raise refuse("lora.ranks", lora.ranks, f"empty, or {allowed}, with commas")
@@ -105,7 +111,8 @@ def _check_noise(config: RunConfig) -> None:
 
 def _check_folders(config: RunConfig) -> None:
     run = config.run
-    if run.resume and run.dir and Path(run.dir).expanduser() != run.resumed:
+    # As written, since a node checks them too, and its own home is nobody's business.
+    if run.resume and run.dir and Path(run.dir) != run.resumed_as_written:
         allowed = f"empty, or run.resume, which is {printable(repr(run.resume))}"
         raise refuse("run.dir", run.dir, allowed)
 
@@ -165,6 +172,22 @@ def _check_rates(config: RunConfig, phases: Sequence[Phase]) -> None:
         most = f"0 to {shortest - 1}" if shortest > 1 else "0"
         allowed = f"{most}, fewer than the rounds of the shortest phase"
         raise refuse("train.warmup-rounds", train.warmup_rounds, allowed)
+
+
+def _check_undone(config: RunConfig, phases: Sequence[Phase]) -> None:
+    """Refuse a recipe whose update shows a client's last examples more than others."""
+    for phase in phases:
+        recipe = phase.recipe
+        for key, given in (
+            ("train.prox", recipe.prox),
+            ("train.weight-decay", recipe.weight_decay),
+        ):
+            if given * recipe.lr > _MOST_UNDONE:
+                allowed = (
+                    f"up to {_MOST_UNDONE} / {recipe.lr}, since the learning rate of "
+                    f"the {phase.adapter} phase is {recipe.lr}"
+                )
+                raise refuse(key, given, allowed)
 
 
 def _check_start(config: RunConfig, phases: Sequence[Phase]) -> None:

@@ -5,6 +5,7 @@ checks each of its keys; rules that involve several are in `slora_flwr.config.ru
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,7 @@ OWN_DATA = "node"
 
 # Beyond what any run needs, and within what a node can be asked to hold or wait for.
 _MOST_CLIENTS, _MOST_ROUNDS, _MOST_EPOCHS = 10**7, 10**6, 1000
+_MOST_EXAMPLES, _MOST_TOKENS = 4096, 2**17
 
 _DTYPES = ("float32", "float16", "bfloat16", "int8")
 _SEEDS = "a whole number from 0 to 2^63 - 1"
@@ -50,12 +52,15 @@ OptimizerOrNone = Annotated[
 ]
 # A rule checks the upper limit.
 Replies = Annotated[int, allow("1 to clients.per-round", lambda count: True)]
-# A ServerApp's working directory is not its user's.
+# Empty or a name; the Hub's library looks it up as a path below its cache.
+_REVISION = re.compile(r"(\w[\w./-]*)?", re.ASCII)
+# A ServerApp's working directory is not its user's. A node checks these keys too, so
+# the test looks at the text alone: what `~somebody` is would tell of the node's users.
 AbsolutePath = Annotated[
     str,
     allow(
         "an absolute path, or empty",
-        lambda path: not path or Path(path).expanduser().is_absolute(),
+        lambda path: not path or Path(path).is_absolute() or path.split("/")[0] == "~",
     ),
 ]
 
@@ -69,7 +74,13 @@ class ModelConfig:
         description="The pretrained model: `embedded`, a local folder, the name of a "
         "folder below `$SLORA_ASSETS/models`, or a Hub id.",
     )
-    revision: str = Field(default="", description="The revision of a Hub id.")
+    revision: Annotated[
+        str,
+        allow(
+            "a branch, a tag or a commit, or empty",
+            lambda name: ".." not in name and bool(_REVISION.fullmatch(name)),
+        ),
+    ] = Field(default="", description="The revision of a Hub id.")
     dtype: Annotated[str, one_of("float32", "bfloat16")] = Field(
         default="float32",
         description="The type of the resident weights. With `bfloat16` the computation "
@@ -111,7 +122,7 @@ class DataConfig:
         "examples with others are left out. Empty for all that the nodes have when the "
         "run begins or, with privacy, those of the test data.",
     )
-    max_length: Annotated[int, at_least(4)] = Field(
+    max_length: Annotated[int, between(4, _MOST_TOKENS)] = Field(
         default=64, description="The number of tokens after which a text is cut off."
     )
     validation: Annotated[float, FROM_0_BELOW_1] = Field(
@@ -197,7 +208,7 @@ class RecipeConfig:
     epochs: Annotated[int, between(1, _MOST_EPOCHS)] = Field(
         default=1, description="Local passes over a client's examples."
     )
-    batch_size: Count = Field(
+    batch_size: Annotated[int, between(1, _MOST_EXAMPLES)] = Field(
         default=16, description="The number of examples of a step."
     )
     optimizer: Annotated[str, one_of("adamw", "sgd")] = Field(
@@ -219,10 +230,17 @@ class RecipeConfig:
         default=0.0,
         description="Weight decay, on trained values only: of sparse values towards "
         "the pretrained ones, of factors whose start the base subtracts (`residual`, "
-        "`federa`) towards that start, and of all others towards 0.",
+        "`federa`) towards that start, and of all others towards 0. Times a phase's "
+        "learning rate it may be 0.1 at most.",
     )
-    momentum: NotNegative = Field(default=0.0, description="The momentum of `sgd`.")
-    prox: NotNegative = Field(default=0.0, description="FedProx's mu; 0 for none.")
+    momentum: Annotated[float, FROM_0_BELOW_1] = Field(
+        default=0.0, description="The momentum of `sgd`."
+    )
+    prox: NotNegative = Field(
+        default=0.0,
+        description="FedProx's mu; 0 for none. Times a phase's learning rate it may be "
+        "0.1 at most.",
+    )
     clip_norm: NotNegative = Field(
         default=0.0,
         description="The bound of the norm of the trained parameters' gradient; 0 for "
@@ -241,7 +259,7 @@ class PhaseRecipeConfig:
         default=0,
         description="Overrides `train.epochs` in this phase; 0 keeps it.",
     )
-    batch_size: Natural = Field(
+    batch_size: Annotated[int, between(0, _MOST_EXAMPLES)] = Field(
         default=0,
         description="Overrides `train.batch-size` in this phase; 0 keeps it.",
     )
@@ -570,7 +588,12 @@ class OutputConfig:
     @property
     def resumed(self) -> Path:
         """The directory of the run that `resume` names."""
-        path = Path(self.resume).expanduser()
+        return self.resumed_as_written.expanduser()
+
+    @property
+    def resumed_as_written(self) -> Path:
+        """The directory of the run that `resume` names, with its `~` if it has one."""
+        path = Path(self.resume)
         return path.parent.parent if path.suffix == ".safetensors" else path
 
 

@@ -7,6 +7,8 @@ written: 007 is not 7. `datasets` would guess types, and keep a copy of the text
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from slora_flwr.common.text import printable
 from slora_flwr.config import ConfigError
 
 csv.field_size_limit(2**30)  # whole documents exceed the module's default
+
+# Folders in which all files must be that are read; None where any file will do.
+_ROOTS: ContextVar[Sequence[Path] | None] = ContextVar("roots", default=None)
 
 
 @dataclass(frozen=True)
@@ -25,23 +30,34 @@ class Table:
     columns: dict[str, list[Any]]
 
 
+@contextmanager
+def only_within(roots: Sequence[Path]) -> Iterator[None]:
+    """Let `read_file` open nothing outside some folders, wherever links lead."""
+    before = _ROOTS.set(roots)
+    try:
+        yield
+    finally:
+        _ROOTS.reset(before)
+
+
 def read_file(path: Path, wanted: Sequence[str]) -> Table:
     """Return the table in a file, with those of the wanted columns that it has.
 
     Raises
     ------
     ConfigError
-        If there is no such file, or some of it cannot be read.
+        If there is no such file, it may not be read here, or some of it cannot be.
     """
     if path.suffix not in FORMATS:
         raise ConfigError(f"data file is {path}; allowed: {', '.join(FORMATS)}")
-    if not path.is_file():
+    opened = _resolve(path)
+    if not opened.is_file():
         raise ConfigError(
             f"data file {path} does not exist; allowed: an absolute path (a run does "
             "not start in your folder), or one inside the folder that data.name names"
         )
     try:
-        return FORMATS[path.suffix](path, wanted)
+        return FORMATS[path.suffix](opened, wanted)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"data file {path} is not UTF-8 ({error.reason}); allowed: UTF-8"
@@ -51,6 +67,20 @@ def read_file(path: Path, wanted: Sequence[str]) -> Table:
             f"data file {path} cannot be read ({printable(error)}); allowed: a whole "
             f"{path.suffix.removeprefix('.')} file"
         ) from None
+
+
+def _resolve(path: Path) -> Path:
+    """Return the path to open, without links where they may lead out of the roots."""
+    roots = _ROOTS.get()
+    if roots is None:
+        return path
+    found = path.resolve()
+    if not any(found.is_relative_to(root) for root in roots):
+        raise ConfigError(
+            f"data file {path} is {found}; allowed on this node: files in a folder of "
+            f"allowed-folders, now {[*map(str, roots)]}"
+        )
+    return found
 
 
 def _csv(path: Path, wanted: Sequence[str]) -> Table:

@@ -4,10 +4,11 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -260,12 +261,12 @@ def _load(config: DataConfig) -> tuple[Texts, Texts]:
 def _find(config: DataConfig, preset: Preset) -> Callable[[str, Sequence[str]], Table]:
     """Return the function that loads a split: from files, a folder or the Hub."""
     name = Path(config.name).expanduser()
-    assets = Path(os.environ.get("SLORA_ASSETS", "")) / "data"
+    assets = os.environ.get("SLORA_ASSETS")
     folder = None
     if name.is_dir():
         folder = name
-    elif "SLORA_ASSETS" in os.environ and _folder(assets, config.name):
-        folder = _folder(assets, config.name)
+    elif assets:
+        folder = _folder(Path(assets) / "data", config.name)
 
     def load(split: str, wanted: Sequence[str]) -> Table:
         path = Path(split).expanduser()
@@ -295,13 +296,33 @@ def _find(config: DataConfig, preset: Preset) -> Callable[[str, Sequence[str]], 
         datasets.disable_progress_bars()
         redact_hub_logs()
         try:
-            rows = datasets.load_dataset(preset.hub, split=split)
+            builder = datasets.load_dataset_builder(preset.hub)
+            check_data_files(preset.hub, builder.config.data_files)
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split=split)
+        except ConfigError:
+            raise
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             # From None, since a traceback would show what is redacted in the message.
             raise _not_found(config.name, redact(error)) from None
         return _of_dataset(rows, wanted)
 
     return load
+
+
+def check_data_files(hub: str, data_files: Mapping[str, Sequence[str]] | None) -> None:
+    """Raise ConfigError if a data set of the Hub names files beside its own.
+
+    Its README says which files are its data: any path on this machine, if it likes. A
+    data set that is in the library's cache names none.
+    """
+    for path in chain.from_iterable((data_files or {}).values()):
+        if not path.startswith(f"hf://datasets/{hub}@") or "::" in path:
+            raise ConfigError(
+                f"data.name is {hub!r}, a data set that names the file "
+                f"{printable(path)}; allowed: data sets of the Hub whose data files "
+                "are their own"
+            )
 
 
 def _not_found(name: str, why: str) -> ConfigError:

@@ -161,10 +161,11 @@ BAD: list[tuple[str, Value, str]] = [
     ("seed", -1, "a whole number from 0 to 2^63 - 1"),
     ("seed", 2**63, "a whole number from 0 to 2^63 - 1"),
     ("model.name", "", "embedded, a folder or a Hub id"),
+    ("model.revision", "../v2", "a branch, a tag or a commit, or empty"),
     ("model.dtype", "float16", "float32, bfloat16"),
     ("data.name", "", "a data set's name or a path"),
     ("data.labels", "a,b", "empty, or data.name node, or privacy"),
-    ("data.max-length", 3, "a number of at least 4"),
+    ("data.max-length", 3, "a number from 4 up to 131072"),
     ("data.validation", 1.0, "a number from 0 below 1"),
     ("data.validation", -0.1, "a number from 0 below 1"),
     ("data.max-test", -1, "a number of at least 0"),
@@ -182,18 +183,18 @@ BAD: list[tuple[str, Value, str]] = [
     ("clients.deadline", 0.0, "a number above 0"),
     ("clients.holdout", 1.0, "a number from 0 below 1"),
     ("train.epochs", 0, "a number from 1 up to 1000"),
-    ("train.batch-size", 0, "a number of at least 1"),
+    ("train.batch-size", 0, "a number from 1 up to 4096"),
     ("train.optimizer", "", OPTIMIZERS),
     ("train.lr", -0.1, "a number of at least 0"),
     ("train.schedule", "step", "constant, cosine, linear"),
     ("train.warmup-rounds", -1, "a number of at least 0"),
     ("train.weight-decay", -0.1, "a number of at least 0"),
-    ("train.momentum", -0.1, "a number of at least 0"),
+    ("train.momentum", -0.1, "a number from 0 below 1"),
     ("train.prox", -0.1, "a number of at least 0"),
     ("train.clip-norm", -0.1, "a number of at least 0"),
     ("train.precision", "fp16", "float32, bf16"),
     ("sparse.epochs", -1, "a number from 0 up to 1000"),
-    ("sparse.batch-size", -1, "a number of at least 0"),
+    ("sparse.batch-size", -1, "a number from 0 up to 4096"),
     ("sparse.optimizer", "adam", OPTIMIZERS),
     ("sparse.lr", -0.1, "a number of at least 0"),
     ("sparse.density", 0.0, "a number above 0 up to 1"),
@@ -205,8 +206,8 @@ BAD: list[tuple[str, Value, str]] = [
     ("sparse.budget", "global", "uniform, erdos-renyi, equal"),
     ("lora.epochs", -1, "a number from 0 up to 1000"),
     ("bottleneck.epochs", -1, "a number from 0 up to 1000"),
-    ("lora.batch-size", -1, "a number of at least 0"),
-    ("bottleneck.batch-size", -1, "a number of at least 0"),
+    ("lora.batch-size", -1, "a number from 0 up to 4096"),
+    ("bottleneck.batch-size", -1, "a number from 0 up to 4096"),
     ("lora.optimizer", "adam", OPTIMIZERS),
     ("bottleneck.optimizer", "adam", OPTIMIZERS),
     ("lora.lr", -0.1, "a number of at least 0"),
@@ -256,7 +257,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("run.target", 1.1, "a number from 0 up to 1"),
 ]
 # Any string will do here; what they name is looked up later.
-FREE = {"model.revision", "data.train", "data.test", "data.text", "data.label"}
+FREE = {"data.train", "data.test", "data.text", "data.label"}
 # Both values will do.
 FREE |= {"upload.feedback", "upload.lossless", "download.lossless"}
 
@@ -440,7 +441,7 @@ def test_a_phase_changes_only_what_it_names() -> None:
         "train.epochs": 2,
         "train.batch-size": 8,
         "train.lr": 0.5,
-        "train.weight-decay": 0.25,
+        "train.weight-decay": 0.1875,
         "train.prox": 0.125,
         "train.clip-norm": 3.0,
         "train.momentum": 0.75,
@@ -459,7 +460,11 @@ def test_a_phase_changes_only_what_it_names() -> None:
     assert (lora.epochs, lora.batch_size) == (2, 64)
     assert (lora.optimizer, lora.lr) == ("sgd", 0.5)
     for recipe in (sparse, lora):
-        assert (recipe.weight_decay, recipe.prox, recipe.clip_norm) == (0.25, 0.125, 3)
+        assert (recipe.weight_decay, recipe.prox, recipe.clip_norm) == (
+            0.1875,
+            0.125,
+            3,
+        )
         assert (recipe.momentum, recipe.precision) == (0.75, "bf16")
 
 

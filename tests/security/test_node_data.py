@@ -4,11 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from flwr.app import Array, Context, Message, MessageType
+from flwr.app import Array, Context, Message, MessageType, RecordDict
 from flwr.common.serde import message_to_proto
 
-from slora_flwr.client.process import get_process, make_process
+from slora_flwr.client.process import SharedContext, get_process, make_process
+from slora_flwr.config import ConfigError, DataConfig
 from slora_flwr.data.node_files import OwnData, OwnDataError
+from slora_flwr.data.texts import load_texts
 from slora_flwr.wire.messages import Instruction
 from tests.support.own_data import KINDS, columns_of, texts, write
 from tests.support.own_node import MASKED, a_node, ask, make_config, use_own_folders
@@ -212,6 +214,70 @@ def test_a_link_leads_out_of_no_folder(config: Config, tmp_path: Path) -> None:
     config["data.name"] = str(tmp_path / "open" / "link.csv")
     node = a_node(config, allowed_folders=str(tmp_path / "open"))
     assert ask("query", node).error.reason == MASKED
+
+
+@pytest.mark.parametrize(
+    ("data", "is_below_assets"),
+    [
+        ({"data.train": "link.csv"}, False),
+        ({"data.train": "link"}, False),
+        ({"data.train": "train.csv", "data.test": "link.csv"}, False),
+        ({"data.train": "linked/data.csv"}, False),
+        ({"data.name": "linked", "data.train": "data.csv"}, True),
+    ],
+)
+def test_a_link_inside_an_allowed_folder_leads_out_of_none(
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    data: Config,
+    is_below_assets: bool,
+) -> None:
+    """Unless the folder to which it leads is allowed too."""
+    place, hidden = tmp_path / "assets" / "data", tmp_path / "hidden"
+    place.mkdir(parents=True)
+    hidden.mkdir()
+    secret = write(hidden / "data.csv", texts(0, 40, KINDS))
+    write(place / "train.csv", texts(0, 40, KINDS))
+    for name, target in (("link.csv", secret), ("linked", hidden)):
+        (place / name).symlink_to(target)
+    config |= {"clients.count": 2, "clients.per-round": 1, "clients.holdout": 0.0}
+    config |= {"data.name": str(place)} | data
+    model = str(config["model.name"])
+    if is_below_assets:
+        monkeypatch.setenv("SLORA_ASSETS", str(tmp_path / "assets"))
+    allowed = ",".join([str(place), model])
+    reply = ask("query", a_node(config, allowed_folders=allowed))
+    assert reply.error.reason == MASKED
+    make_process.cache_clear()
+    reply = ask("query", a_node(config, allowed_folders=f"{allowed},{hidden}"))
+    assert not reply.has_error()
+
+
+def test_a_simulated_node_follows_links(config: Config, tmp_path: Path) -> None:
+    secret = write(tmp_path / "data.csv", texts(0, 40, KINDS))
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "link.csv").symlink_to(secret)
+    config |= {"clients.count": 2, "clients.per-round": 1, "clients.holdout": 0.0}
+    config |= {"data.name": str(tmp_path / "open"), "data.train": "link.csv"}
+    assert not ask("query", SharedContext(5, 7, {}, RecordDict(), config)).has_error()
+
+
+def test_empty_assets_are_no_folder(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is the data folder of the directory in which the node was started."""
+    (tmp_path / "data" / "hidden").mkdir(parents=True)
+    write(tmp_path / "data" / "hidden" / "train.csv", texts(0, 40, KINDS))
+    model = str(config["model.name"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLORA_ASSETS", "")
+    config |= {"clients.count": 2, "clients.per-round": 1, "clients.holdout": 0.0}
+    config["data.name"] = "hidden"
+    reply = ask("query", a_node(config, allowed_folders=model))
+    assert reply.error.reason == MASKED
+    with pytest.raises(ConfigError, match=r"data\.name is 'hidden'"):
+        load_texts(DataConfig(name="hidden"))
 
 
 def test_a_simulated_nodes_path_is_no_nodes(config: Config, tmp_path: Path) -> None:
