@@ -55,9 +55,11 @@ class Mean:
     weight : int
         The weight that they stand for.
     limit : float
-        Limit on the magnitude of an update's values, or of the mean of several.
+        Limit on the magnitude of an update's values, or of the mean of several if only
+        their sum is known.
     sizes : list[float]
-        The largest magnitude in each update or mean that was added, in their order.
+        The largest magnitude in each reply that was added, in their order: that of the
+        update, of the largest of several, or of the mean of a sum.
     """
 
     def __init__(

@@ -51,10 +51,13 @@ class Stack(Mean):
             return
         updates = read_updates(array, shapes, self._ranks(clients))
         node = Stack(self._rank_of)
+        node.limit = self.limit
         for client, weight, update in zip(clients, weights, updates, strict=True):
             self._check_norm(update, 1)
             node.add(fill_slices(update, shapes), weight, client)
         self.merge(node.sums, node.weight)
+        # Updates that cancel out in the mean do not in products of factors.
+        self.sizes[-1] = max(node.sizes)
         self._updates |= node._updates
         for rank, weight in node._weights.items():
             self._weights[rank] = self._weights.get(rank, 0) + weight

@@ -162,6 +162,7 @@ class ActivePhase:
         active.versions.restore(snapshot.part("versions"))
         active.optimizer.restore(active.state, snapshot.part("optimizer"))
         active.averaged.restore(snapshot.part("averaged"), active.sent())
+        active.sizes.restore(snapshot.part("sizes"))
         return active
 
     def snapshot(self) -> Snapshot:
@@ -175,6 +176,7 @@ class ActivePhase:
                 "versions": self.versions.snapshot(),
                 "optimizer": self.optimizer.snapshot(),
                 "averaged": self.averaged.snapshot(),
+                "sizes": self.sizes.snapshot(),
             }
         )
 

@@ -3,7 +3,9 @@
 import math
 from collections import deque
 from collections.abc import Iterable
-from statistics import median
+from statistics import median_low
+
+from slora_flwr.runs.snapshot import Snapshot
 
 # Honest updates differ by less: clients of other data sizes, and nodes that answer with
 # the mean of several clients.
@@ -14,8 +16,12 @@ _KEPT = 1000
 class UpdateSizes:
     """The sizes of the last updates of a phase.
 
-    An update's size is the largest magnitude of its values; for a node of several
-    clients, of their mean. The median cannot be moved far by a minority.
+    An update's size is the largest magnitude of its values. A node of several clients
+    counts once, with that of their mean, or with the largest if it sends them apart.
+
+    The median cannot be moved far by a minority. Half of the nodes are none: of an even
+    number of sizes the lower one in the middle counts, so that one of two nodes cannot
+    spoil the state. It can keep the other out by sending smaller updates.
     """
 
     def __init__(self) -> None:
@@ -28,4 +34,12 @@ class UpdateSizes:
     @property
     def bound(self) -> float:
         """The largest size of the next updates; infinite before the first."""
-        return TIMES * median(self._found) if self._found else math.inf
+        return TIMES * median_low(self._found) if self._found else math.inf
+
+    def snapshot(self) -> Snapshot:
+        """Return a snapshot for `restore`."""
+        return Snapshot({"found": [*self._found]})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Restore the sizes in a snapshot."""
+        self._found.extend(snapshot.facts["found"])

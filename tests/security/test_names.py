@@ -1,5 +1,6 @@
 """A name and a client number belong to the key that had them first."""
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -191,3 +192,67 @@ def test_owners_are_remembered_by_a_run_that_is_resumed(grid: KeyGrid) -> None:
     found = again.gathered(agreed)
     assert found.assign([0]) == {7: [0]}
     assert again.refused() == [(3, "the name a is that of a (node 7)")]
+
+
+def test_a_number_stays_with_the_first_that_had_it(grid: KeyGrid) -> None:
+    """Even if another node has it in the meantime, under another name."""
+    found = grid.gathered()
+    del grid.since[7]
+    grid.add(8, "other", hospital("b", x=1, y=1) | {"client": 0})
+    found.refresh(grid)
+    assert found.assign([0]) == {8: [0]}
+    grid.add(7, "honest", hospital("a", x=3, y=1))
+    found.refresh(grid)
+    assert found.assign([0]) == {7: [0]}
+    reason = "client 0 is that of a (node 7), which is back"
+    assert grid.refused() == [(8, reason)]
+
+
+def test_a_number_goes_with_its_key_whatever_the_node_is_called(grid: KeyGrid) -> None:
+    found = grid.gathered()
+    grid.add(7, "honest", hospital("renamed", x=3, y=1) | {"client": 0})
+    found.refresh(grid)
+    grid.add(9, "hostile", hospital("a!", x=9, y=9) | {"client": 0})
+    found.refresh(grid)
+    assert found.assign([0, 1]) == {7: [0], 8: [1]}
+    assert grid.refused() == [(9, "client 0 is that of renamed (node 7)")]
+
+
+def test_owners_of_numbers_are_remembered_by_a_run_that_is_resumed(
+    grid: KeyGrid,
+) -> None:
+    agreed = json.loads(json.dumps(grid.gathered().agreed()))
+    again = KeyGrid()
+    again.add(3, "hostile", hospital("!", x=9, y=9) | {"client": 0})
+    again.add(7, "honest", hospital("renamed", x=3, y=1) | {"client": 0})
+    found = again.gathered(agreed)
+    assert found.assign([0]) == {7: [0]}
+    assert again.refused() == [(3, "client 0 is that of renamed (node 7)")]
+
+
+def test_a_key_has_one_number_at_a_time(grid: KeyGrid) -> None:
+    found = grid.gathered()
+    for number in (5, 6, 2):
+        grid.add(9, "hostile", hospital("z", x=9, y=9) | {"client": number})
+        found.refresh(grid)
+    assert found.clients == [0, 1, 2]
+    grid.add(10, "new", hospital("c", x=2, y=1) | {"client": 5})
+    grid.add(11, "newer", hospital("d", x=2, y=1))
+    found.refresh(grid)
+    assert found.assign([2, 3, 5]) == {9: [2], 10: [5], 11: [3]}
+
+
+def test_nodes_refused_a_number_get_it_once_its_holder_is_gone() -> None:
+    """Or has another."""
+    grid = KeyGrid()
+    for node, name in ((7, "a"), (8, "b"), (9, "c")):
+        grid.add(node, name, hospital(name, x=3, y=1) | {"client": 5})
+    found = grid.gathered()
+    assert found.assign([5]) == {7: [5]}
+    grid.add(7, "a", hospital("a", x=3, y=1) | {"client": 6})
+    found.refresh(grid)
+    assert found.assign([5, 6]) == {7: [6], 8: [5]}
+    del grid.since[8]
+    found.refresh(grid)
+    assert found.assign([5, 6]) == {7: [6], 9: [5]}
+    assert not found.left_out

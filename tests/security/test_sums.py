@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from slora_flwr.common.tensors import State
@@ -70,6 +71,55 @@ def test_an_update_far_beyond_the_others_is_its_nodes_failure(
     assert {f["node"] for f in failures} == {2}
     assert all("its largest value is " in f["reason"] for f in failures)
     assert all(float(t.abs().max()) < 10 for t in final(directory).values())
+
+
+def cancelling(height: float) -> Tamper:
+    """Return what sends two clients' updates that cancel out in the mean."""
+
+    def tamper(report: Report) -> None:
+        ours, theirs = report.examples
+        one, other = torch.zeros_like(values(report)).view(2, -1)
+        one.fill_(height)
+        other.fill_(-height * ours / theirs)
+        report.update.data = torch.stack([one, other]).numpy().tobytes()
+
+    return tamper
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("method", ["flexlora", "fedex-lora"])
+def test_updates_of_one_node_that_cancel_out_are_bounded_one_by_one(
+    config: Config, method: str, number: int
+) -> None:
+    config |= {"method": method}
+    directory = start(config, RecordingGrid(config, 3, {number: cancelling(1e4)}))
+    failures = events(directory, "failure")
+    assert [f["round"] for f in failures] == [number] * (2 if number == 1 else 1)
+    assert {f["node"] for f in failures} == {2}
+    assert all("its largest value is " in f["reason"] for f in failures)
+    assert all(float(t.abs().max()) < 10 for t in final(directory).values())
+
+
+def test_one_of_two_nodes_does_not_make_its_own_bound(config: Config) -> None:
+    config |= {"clients.per-round": 2}
+    directory = start(config, RecordingGrid(config, 2, {1: filled(1e6)}))
+    assert {f["node"] for f in events(directory, "failure")} == {2}
+    assert all(float(t.abs().max()) < 10 for t in final(directory).values())
+
+
+def test_a_run_that_is_resumed_knows_the_sizes_of_updates(config: Config) -> None:
+    config |= {"run.keep": 4}
+    # One failure more would be one too many for a round.
+    config |= {"clients.min-replies": 5}
+    tampers = {3: filled(1e5)}
+    whole = start(config, RecordingGrid(config, 6, tampers))
+    path = whole / "checkpoints" / "round-0002.safetensors"
+    ended, failed = final(whole), events(whole, "failure")
+    start(config | {"run.resume": str(path)}, RecordingGrid(config, 6, tampers))
+    assert [f["reason"] for f in failed] == [
+        f["reason"] for f in events(whole, "failure")
+    ]
+    assert not differ(final(whole), ended)
 
 
 def test_nobody_is_kept_out_by_small_updates(config: Config) -> None:
