@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
+from itertools import count
 from logging import INFO, WARNING
 from typing import Any, NoReturn
 
@@ -23,14 +24,14 @@ KEY = "key "
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose a name is.
+    """Whose a name or a client number is.
 
     Attributes
     ----------
     key : str
         Digest of the node's public key, or its id where Flower gives no key.
     is_registered : bool
-        Whether the SuperLink's operator registered the key under this name.
+        Whether the SuperLink's operator registered the key under a name.
     """
 
     key: str
@@ -101,11 +102,11 @@ class Description:
 class OwnDataFleet(Fleet):
     """A fleet whose nodes agree on the labels before the first round.
 
-    A name, and the client number that goes with it, belong to the key that the
-    SuperLink's operator registered under it, or else to the first that had it. Another
-    key is refused. Only while the owner is gone, and if the name is not registered, may
-    another node have it: without node authentication a node has a new key each time it
-    starts. The owner gets it back when it returns.
+    A name belongs to the key that the SuperLink's operator registered under it, or else
+    to the first that had it; so does a client number, of which a key has one at a time.
+    Another key is refused. Only while the owner is gone, and if it is not registered,
+    may another node have them: without node authentication a node has a new key each
+    time it starts. The owner gets them back when it returns.
 
     Parameters
     ----------
@@ -137,28 +138,29 @@ class OwnDataFleet(Fleet):
         self._described: dict[int, Description] = {}
         self._clients: dict[str, int] = {}
         self._owners: dict[str, Owner] = {}
+        self._numbers: dict[int, Owner] = {}
         # The key of each node online, and the name that it is registered under.
         self._keys: dict[int, str] = {}
         self._registered: dict[int, str] = {}
-        # Nodes refused because of others, each with the other.
-        self._refused: dict[int, int] = {}
+        # Nodes refused because of others, each with the other, and with the number that
+        # the other has; None if it is the name.
+        self._refused: dict[int, tuple[int, int | None]] = {}
         self._settled = False
 
     def agreed(self) -> dict[str, Any]:
-        """Return the label names, and the client and the owner of each node's name."""
-        # Ids of nodes may be others' in the next Flower run; keys may not.
-        owners = {
-            name: asdict(owner)
-            for name, owner in self._owners.items()
-            if owner.key.startswith(KEY)
+        """Return the labels, names' clients, and the owners of names and numbers."""
+        return {
+            "classes": self.classes,
+            "clients": self._clients,
+            "owners": _lasting(self._owners),
+            "numbers": _lasting(self._numbers),
         }
-        return {"classes": self.classes, "clients": self._clients, "owners": owners}
 
     def restore(self, agreed: Mapping[str, Any]) -> None:
-        """Restore the label names, client numbers and owners of names."""
+        """Restore what the nodes agreed on."""
         self.classes, self._clients = agreed["classes"], dict(agreed["clients"])
-        owners = agreed.get("owners", {})
-        self._owners = {name: Owner(**owner) for name, owner in owners.items()}
+        self._owners = {name: Owner(**owner) for name, owner in agreed["owners"]}
+        self._numbers = {client: Owner(**owner) for client, owner in agreed["numbers"]}
 
     def name(self, node: int) -> str:
         """Return the name under which a node is registered, or its own, and its id."""
@@ -183,11 +185,18 @@ class OwnDataFleet(Fleet):
 
     def _refresh(self, grid: Grid) -> None:
         super()._refresh(grid)
-        for node, holder in list(self._refused.items()):
-            if node in self._present and holder not in self._present:
+        for node, (holder, client) in list(self._refused.items()):
+            is_there = holder in self._present and self._has(holder, client)
+            if node in self._present and not is_there:
                 del self._refused[node]
                 self.left_out.pop(node, None)
                 self._try_to_place(node)
+
+    def _has(self, holder: int, client: int | None) -> bool:
+        """Return whether a node still has the number for which another was refused."""
+        if client is None or client in self._hosted.get(holder, {client}):
+            return True
+        return self._numbers.get(client, NOBODY).key == self._keys[holder]
 
     def forget(self, node: int) -> None:
         """Exclude a node until it answers another query."""
@@ -211,7 +220,9 @@ class OwnDataFleet(Fleet):
         # In order of names, after the nodes that chose their client numbers.
         order = sorted((d.client is None, d.name, n) for n, d in there.items())
         # Names' owners go before them.
-        for _, _, node in sorted(order, key=lambda of: not self._owns(of[2], of[1])):
+        for _, _, node in sorted(
+            order, key=lambda of: not self._owns(of[2], self._owners.get(of[1], NOBODY))
+        ):
             self._try_to_place(node)
 
     def _try_to_place(self, node: int) -> None:
@@ -223,32 +234,75 @@ class OwnDataFleet(Fleet):
     def _identity(self, node: int) -> Owner:
         return Owner(self._keys[node], bool(self._registered[node]))
 
-    def _owns(self, node: int, name: str) -> bool:
-        """Return whether a name is a node's, or will be as soon as it asks for it."""
-        owner, mine = self._owners.get(name, NOBODY), self._identity(node)
+    def _owns(self, node: int, owner: Owner) -> bool:
+        """Return whether a node is an owner, or goes before it."""
+        mine = self._identity(node)
         return owner.key == mine.key or mine.is_registered > owner.is_registered
 
-    def _check_owner(self, node: int, name: str, what: str) -> None:
-        """Refuse a node what goes with a name that is another's.
+    def _check_owner(
+        self, node: int, owner: Owner, what: str, client: int | None = None
+    ) -> None:
+        """Refuse a node what is another's.
 
         Raises
         ------
         ValueError
-            If the name's owner is online, or is registered and the node is not.
+            If the owner is online, or is registered and the node is not.
         """
-        if name not in self._owners or self._owns(node, name):
+        if owner == NOBODY or self._owns(node, owner):
             return
-        owner = self._owners[name]
         for other in self._present:
             if self._keys[other] == owner.key:
-                self._refuse(node, other, what)
+                self._refuse(node, other, what, client)
         if owner.is_registered and not self._registered[node]:
             raise ValueError(f"{what} is that of a registered node")
 
-    def _refuse(self, node: int, other: int, what: str) -> NoReturn:
-        """Refuse a node what another has, for as long as that is online."""
-        self._refused[node] = other
+    def _refuse(
+        self, node: int, other: int, what: str, client: int | None = None
+    ) -> NoReturn:
+        """Refuse a node what another has, for as long as that is online and has it."""
+        self._refused[node] = other, client
         raise ValueError(f"{what} is that of {self.name(other)}")
+
+    def _take_name(self, node: int, name: str) -> None:
+        """Make a node the owner of a name that has none, or that it is registered by.
+
+        Raises
+        ------
+        ValueError
+            If the name is another's.
+        """
+        before, mine = self._owners.get(name, NOBODY), self._identity(node)
+        self._check_owner(node, before, f"the name {name}")
+        if before == NOBODY or mine.is_registered:
+            self._owners[name] = mine
+            # A key that is registered anew has the lost one's number.
+            for client, owner in self._numbers.items():
+                if owner == before:
+                    self._numbers[client] = mine
+
+    def _take_number(self, node: int, client: int) -> None:
+        """Make a node the owner of a client number that has none; evict who has it.
+
+        Raises
+        ------
+        ValueError
+            If the number is another's.
+        """
+        owner, mine = self._numbers.get(client, NOBODY), self._identity(node)
+        self._check_owner(node, owner, f"client {client}", client)
+        is_own = self._owns(node, owner)
+        for other in self._online:
+            if other != node and client in self._hosted[other]:
+                if not is_own:
+                    self._refuse(node, other, f"client {client}", client)
+                super().forget(other)
+                self._refused[other] = node, client
+                reason = f"client {client} is that of {self.name(node)}, which is back"
+                self._leave_out(other, reason)
+        if owner == NOBODY or is_own:
+            others = {c: o for c, o in self._numbers.items() if o.key != mine.key}
+            self._numbers = others | {client: mine}
 
     def _unite(self, there: dict[int, Description]) -> list[str]:
         """Return all labels; leave out who has the most while they are too many."""
@@ -286,26 +340,13 @@ class OwnDataFleet(Fleet):
                 f"{self._min_examples}; rows skipped: {told}"
             )
         name, client = described.name, described.client
-        self._check_owner(node, name, f"the name {name}")
-        if name not in self._owners or self._identity(node).is_registered:
-            self._owners[name] = self._identity(node)
+        self._take_name(node, name)
         if client is None:
             client = self._clients.get(name)
         if client is None:
-            client = next(i for i in range(len(self._clients) + 1) if self._is_free(i))
-        names = [n for n, c in self._clients.items() if c == client]
-        for other_name in names:
-            self._check_owner(node, other_name, f"client {client}")
-        is_own = any(self._owns(node, n) for n in names)
-        for other in self._online:
-            if other != node and client in self._hosted[other]:
-                if not is_own:
-                    self._refuse(node, other, f"client {client}")
-                super().forget(other)
-                self._refused[other] = node
-                reason = f"client {client} is that of {self.name(node)}, which is back"
-                self._leave_out(other, reason)
-        self._clients[described.name] = client
+            client = next(i for i in count() if self._is_free(i))
+        self._take_number(node, client)
+        self._clients[name] = client
         self._host(node, frozenset({client}), {client: usable})
         log(
             INFO,
@@ -319,7 +360,7 @@ class OwnDataFleet(Fleet):
         self._tell(
             NodeJoined(
                 node=node,
-                name=described.name,
+                name=name,
                 client=client,
                 examples=usable,
                 skipped=skipped,
@@ -328,4 +369,13 @@ class OwnDataFleet(Fleet):
         )
 
     def _is_free(self, client: int) -> bool:
-        return client not in self._clients.values()
+        return client not in self._clients.values() and client not in self._numbers
+
+
+def _lasting(owners: Mapping[Any, Owner]) -> list[tuple[Any, dict[str, Any]]]:
+    """Return owners with keys: ids of nodes may be others' in the next Flower run."""
+    return [
+        (what, asdict(owner))
+        for what, owner in owners.items()
+        if owner.key.startswith(KEY)
+    ]

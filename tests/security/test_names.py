@@ -201,10 +201,10 @@ def test_a_number_stays_with_the_first_that_had_it(grid: KeyGrid) -> None:
     grid.add(8, "other", hospital("b", x=1, y=1) | {"client": 0})
     found.refresh(grid)
     assert found.assign([0]) == {8: [0]}
-    grid.add(7, "honest", hospital("a", x=3, y=1))
+    grid.add(10, "honest", hospital("a", x=3, y=1))
     found.refresh(grid)
-    assert found.assign([0]) == {7: [0]}
-    reason = "client 0 is that of a (node 7), which is back"
+    assert found.assign([0]) == {10: [0]}
+    reason = "client 0 is that of a (node 10), which is back"
     assert grid.refused() == [(8, reason)]
 
 
