@@ -89,7 +89,8 @@ class Fleet:
         self._rests: dict[int, int] = {}
         self._round = 0
         self._lineage = 0
-        # Number of nodes in a simulation, once one has reported it.
+        # Number of nodes in a simulation, once one has reported it. All report the same;
+        # of others, which may be hostile, the smallest counts. 0 if none has.
         self._told = 0
 
     @property
@@ -159,6 +160,7 @@ class Fleet:
                 log(WARNING, "only %d of %d nodes are online", online, self._told)
                 break
             time.sleep(0.1)
+            self._refresh(grid)
         self._refresh(grid)
         self._hear_until(grid, described)
         for node in self._pending.values():
@@ -369,9 +371,12 @@ class Fleet:
             differs += self._find_cause(described)
             raise ValueError("; ".join(differs))
         try:
-            self._told = max(self._told, int(described["nodes"]))  # type: ignore[arg-type]
+            told = int(described["nodes"])  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"its description is off: {error!r}") from error
+        if told < 1:
+            raise ValueError(f"it is of {told} nodes; allowed: 1 or more")
+        self._told = min(self._told or told, told)
         return described, metrics
 
     def _find_cause(self, described: Mapping[str, Any]) -> Iterator[str]:
