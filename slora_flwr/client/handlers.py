@@ -107,7 +107,8 @@ def train(message: Message, context: Context) -> Message:
             number = instruction.server_round
             turn = trainer.train_client(client, state, phase, number, until)
             upload = sender.code(client, turn.update, state)
-            fold.add(upload.update, turn.examples, client)
+            weight = trainer.config.clients.weigh(turn.examples)
+            fold.add(upload.update, weight, client)
         except (ClientError, FoldError) as error:
             report.failures[client] = str(error)
             continue
@@ -115,7 +116,7 @@ def train(message: Message, context: Context) -> Message:
         report.update = upload.array
         seconds = time.perf_counter() - started
         size = len(upload.array.data)
-        report.add(client, turn.examples, turn.loss, seconds, size)
+        report.add(client, weight, turn.loss, seconds, size)
 
     if not report.clients:
         reasons = "; ".join(f"client {c}: {r}" for c, r in report.failures.items())

@@ -180,6 +180,11 @@ class ClientsConfig:
     min_examples: Count = Field(
         default=1, description="The fewest examples that every client must have."
     )
+    max_weight: Natural = Field(
+        default=0,
+        description="The most examples that a client counts as in means and in pooled "
+        "evaluations, for which it evaluates on no more; 0 for no limit.",
+    )
     min_nodes: Count = Field(
         default=1, description="The number of nodes to wait for before the first round."
     )
@@ -199,6 +204,10 @@ class ClientsConfig:
         description="The share of each client's examples that it evaluates on and does "
         "not train on; 0 for none.",
     )
+
+    def weigh(self, examples: int) -> int:
+        """Return how many examples a client with so many counts as."""
+        return min(examples, self.max_weight) if self.max_weight else examples
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -50,7 +50,8 @@ class Asked:
     server_round, phase, fingerprint
         As in the instructions.
     examples : Mapping[int, Mapping[int, int]]
-        Number of examples of each client asked to train, by node.
+        The most that each client asked to train may weigh, by node: its number of
+        examples, up to `clients.max-weight`.
     most : int
         Size of the largest possible coded update, in bytes.
     """
@@ -201,10 +202,11 @@ class Round:
         size, sent = phase.bytes_due(drawn), sum(map(message_bytes, messages))
         record(Entry(number, phase.name, "down", len(drawn), size, sent, plan.down))
 
-        sizes = {n: {c: fleet.sizes[c] for c in cs} for n, cs in self.cohort.items()}
+        weights = {client: config.clients.weigh(fleet.sizes[client]) for client in drawn}
+        sizes = {n: {c: weights[c] for c in cs} for n, cs in self.cohort.items()}
         asked = Asked(number, phase.index, phase.fingerprint, sizes, phase.largest)
         fold = phase.aggregator.make_fold()
-        fold.expect(sum(fleet.sizes[client] for client in drawn))
+        fold.expect(sum(weights.values()))
         if self._is_bounded:
             fold.limit = phase.sizes.bound
         received = 0
@@ -283,8 +285,9 @@ class Round:
                 phase.versions.received(node, clients)
                 fleet.note_reply(node, MessageType.EVALUATE)
                 if figures is not None:
-                    share = trainer.config.clients.holdout
-                    most = sum(held_out(fleet.sizes[c], share) for c in clients)
+                    own = trainer.config.clients
+                    held = [held_out(fleet.sizes[c], own.holdout) for c in clients]
+                    most = sum(map(own.weigh, held))
                     _check_examples(figures, most)
                     found.append(figures)
                     self._journal.record_evaluation(number, node, figures)

@@ -44,12 +44,16 @@ def order_of(texts: Sequence[str]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class OwnExamples:
-    """A node's own examples; the last `held` of their order are held out."""
+    """A node's own examples; the last `held` of their order are held out.
+
+    The first `evaluated` of those are evaluated on.
+    """
 
     source: OwnData
     examples: Examples
     order: NDArray[np.int64]
     held: int
+    evaluated: int
 
 
 class ProcessData:
@@ -158,20 +162,24 @@ class ProcessData:
         count = len(texts.texts)
         held = source.held_out(held_out(count, self._config.clients.holdout))
         source.check_count(count - held)
+        evaluated = source.held_out(self._config.clients.weigh(held))
         config = self._config.data
         examples = tokenise(config, self.tokenizer, self.classes, texts, folder)
         order = order_of(texts.texts)
-        self._own[client] = OwnExamples(source, examples, order, held)
+        self._own[client] = OwnExamples(source, examples, order, held, evaluated)
 
     def examples(self, client: int) -> tuple[Examples, Examples]:
-        """Return a client's training examples and its held-out examples."""
+        """Return a client's training examples, and those that it evaluates on."""
         # Hold out the last rows of an order that is independent of labels.
         if client in self._own:
             own = self._own[client]
-            examples, rows, held = own.examples, own.order, own.held
+            examples, rows = own.examples, own.order
+            held, evaluated = own.held, own.evaluated
         else:
             examples, rows = self.task.train, self.partition.indices(client)
             held = held_out(len(rows), self._config.clients.holdout)
+            evaluated = self._config.clients.weigh(held)
             rows = rows[np.random.Philox(key=client).random_raw(len(rows)).argsort()]
         cut = len(rows) - held
-        return examples.select(rows[:cut]), examples.select(rows[cut:])
+        end = cut + evaluated
+        return examples.select(rows[:cut]), examples.select(rows[cut:end])

@@ -244,8 +244,9 @@ class Report:
     update : Array
         The coded update of a single client, or what the fold packs of several.
     clients, examples, losses, seconds, payloads : list
-        One entry for each client in the aggregate, in the same order. `payloads` are
-        the bytes of their coded updates.
+        One entry for each client in the aggregate, in the same order. `examples` are
+        their weights, up to `clients.max-weight`; `payloads` are the bytes of their
+        coded updates.
     failures : dict[int, str]
         The clients that failed, with reasons.
     wire : list[int]
