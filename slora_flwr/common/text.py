@@ -4,6 +4,10 @@ import logging
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # The user and password of an address; and its query, which may hold a signature. Both
 # patterns run in linear time, since the text may be hostile.
@@ -40,10 +44,10 @@ def printable(text: object, most: int = 300) -> str:
     return "".join(shown) + more
 
 
-def shorten(texts: Collection[str], most: int = 20) -> list[str]:
-    """Return the first texts of many, and how many more there are."""
-    shown = [text for text, _ in zip(texts, range(most), strict=False)]
-    more = len(texts) - len(shown)
+def shorten(values: Collection[T], most: int = 20) -> list[T | str]:
+    """Return the first values of many, and a text that says how many more there are."""
+    shown: list[T | str] = list(islice(values, most))
+    more = len(values) - len(shown)
     return [*shown, f"… and {more} more"] if more else shown
 
 

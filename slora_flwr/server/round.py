@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from slora_flwr.aggregation.mean import FoldError, Mean
 from slora_flwr.common.random import sample_cohort
 from slora_flwr.common.tensors import State
+from slora_flwr.common.text import shorten
 from slora_flwr.runs.events import ClientRecord, RecordedRound
 from slora_flwr.runs.ledger import Entry
 from slora_flwr.server.collect import collect, is_gone
@@ -32,6 +33,8 @@ from slora_flwr.wire.messages import (
 )
 from slora_flwr.wire.packing import PayloadError
 
+# The parts of a report with one entry for each of some clients.
+_LISTS = ("clients", "examples", "losses", "seconds", "payloads", "failures")
 NO_REPLY = "no reply before the deadline"
 # A petabyte, which no network interface moves between two of a node's restarts.
 MOST_WIRE_BYTES = 10**15
@@ -74,48 +77,62 @@ def read_report(reply: Message, asked: Asked) -> Report:
     if reply.has_error():
         raise MessageError(f"error {reply.error.code}: {reply.error.reason}")
     report = Report.read(reply.content)
+    sizes = asked.examples[reply.metadata.src_node_id]
+    for name in _LISTS:
+        if (given := len(getattr(report, name))) > len(sizes):
+            raise MessageError(
+                f"it has {given} {name}; allowed: up to {len(sizes)}, one for each "
+                "client asked"
+            )
     expected = {
         "round": (report.server_round, asked.server_round),
         "phase": (report.phase, asked.phase),
         "fingerprint": (report.fingerprint, asked.fingerprint),
     }
-    for name, (given, wanted) in expected.items():
-        if given != wanted:
-            raise MessageError(f"its {name} is {given}, not {wanted}")
-    sizes = asked.examples[reply.metadata.src_node_id]
+    for name, (told, wanted) in expected.items():
+        if told != wanted:
+            raise MessageError(f"its {name} is {told}, not {wanted}")
     clients, count = report.clients, len(report.clients)
     # 1.0 and True equal the client id 1 but are not client ids.
     if not all(type(client) is int for client in clients):
-        raise MessageError(f"it answers for {clients}, not client ids")
+        raise MessageError(f"it answers for {shorten(clients)}, not client ids")
     if not {*clients} <= sizes.keys() or not clients:
-        raise MessageError(f"it answers for {clients}, asked for {[*sizes]}")
+        raise MessageError(
+            f"it answers for {shorten(clients)}, asked for {shorten(sizes)}"
+        )
     if len({*clients}) != count:
-        raise MessageError(f"it answers twice for one of {clients}")
+        raise MessageError(f"it answers twice for one of {shorten(clients)}")
     owned = [sizes[client] for client in clients]
     if len(report.examples) != count or not all(
         isinstance(given, int) and 0 < given <= most
         for given, most in zip(report.examples, owned, strict=True)
     ):
         raise ChangedDataError(
-            f"its weights are {report.examples}, not from 1 to {owned}, which are "
-            "its clients' examples"
+            f"its weights are {shorten(report.examples)}, not from 1 to "
+            f"{shorten(owned)}, which are its clients' examples"
         )
     if len(report.payloads) != count or not all(
         type(given) is int and 0 < given <= asked.most for given in report.payloads
     ):
-        raise MessageError(f"its payloads are {report.payloads}, not bytes of each")
+        raise MessageError(
+            f"its payloads are {shorten(report.payloads)}, not bytes of each"
+        )
     if len(report.wire) not in (0, 2) or not all(
         type(moved) is int and 0 <= moved <= MOST_WIRE_BYTES for moved in report.wire
     ):
-        raise MessageError(f"its wire bytes are {report.wire}, not two counts")
+        raise MessageError(f"its wire bytes are {shorten(report.wire)}, not two counts")
     for name in ("losses", "seconds"):
         figures = getattr(report, name)
         if len(figures) != count or not all(map(is_figure, figures)):
-            raise MessageError(f"its {name} are {figures}, not one for each client")
+            raise MessageError(
+                f"its {name} are {shorten(figures)}, not one for each client"
+            )
     others = {*sizes} - {*clients}
     if not {*report.failures} <= others:
-        failed = [*report.failures]
-        raise MessageError(f"it says that {failed} failed; allowed: {others}")
+        raise MessageError(
+            f"it says that {shorten(report.failures)} failed; allowed: "
+            f"{shorten(sorted(others))}"
+        )
     return report
 
 
@@ -202,7 +219,9 @@ class Round:
         size, sent = phase.bytes_due(drawn), sum(map(message_bytes, messages))
         record(Entry(number, phase.name, "down", len(drawn), size, sent, plan.down))
 
-        weights = {client: config.clients.weigh(fleet.sizes[client]) for client in drawn}
+        weights = {
+            client: config.clients.weigh(fleet.sizes[client]) for client in drawn
+        }
         sizes = {n: {c: weights[c] for c in cs} for n, cs in self.cohort.items()}
         asked = Asked(number, phase.index, phase.fingerprint, sizes, phase.largest)
         fold = phase.aggregator.make_fold()

@@ -144,6 +144,44 @@ def test_figures_that_would_spoil_a_report_are_refused(wrong: dict[str, Any]) ->
         read_report(answer(**right | wrong), ASKED)
 
 
+@pytest.mark.parametrize(
+    "name", ["clients", "examples", "losses", "seconds", "payloads", "failures"]
+)
+def test_a_list_longer_than_the_clients_asked_is_only_counted(name: str) -> None:
+    many = dict.fromkeys(range(10**5), "x") if name == "failures" else [0] * 10**5
+    told = f"it has 100000 {name}; allowed: up to 1, one for each client asked"
+    with pytest.raises(MessageError, match=f"^{told}$"):
+        read_report(answer(**{name: many}), ASKED)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clients": [*range(1, 10**4 + 1)]},
+        {"clients": [0] * 10**4},
+        {"clients": [0.0, *range(1, 10**4)]},
+        {"examples": [-1] * 10**4},
+        {"payloads": [-1] * 10**4},
+        {"losses": [-1.0] * 10**4},
+        {"seconds": [-1.0] * 10**4},
+        {"failures": dict.fromkeys(range(10**4), "x")},
+        {"wire": [0] * 10**4},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_an_error_about_a_list_is_short(wrong: dict[str, Any]) -> None:
+    """Whatever a node of many clients answers."""
+    everyone = dict.fromkeys(range(10**4), 3)
+    asked = replace(ASKED, examples={7: everyone})
+    right: dict[str, Any] = {"clients": [*everyone]}
+    right |= {"examples": [3] * 10**4, "payloads": [1] * 10**4}
+    right |= {"losses": [1.0] * 10**4, "seconds": [1.0] * 10**4}
+    assert read_report(answer(**right), asked)
+    with pytest.raises(MessageError) as caught:
+        read_report(answer(**right | wrong), asked)
+    assert len(str(caught.value)) < 400
+
+
 FORMULAS = ["=cmd|' /C calc'!A0", "+1+cmd", "-2+3", "@SUM(A1)", "\t=1", " =1"]
 
 

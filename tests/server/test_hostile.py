@@ -106,13 +106,13 @@ ALONE: dict[str, tuple[Callable[[Report], RecordDict | None], str]] = {
     "negative-loss": (set_to(losses=[-0.5]), "its losses are [-0.5]"),
     "infinite-seconds": (set_to(seconds=[float("inf")]), "its seconds are [inf]"),
     "enormous-payload": (set_to(payloads=[10**15]), "its payloads are [10000000000"),
-    "many-figures": (set_to(losses=[0.5] * 10**5), "its losses are [0.5, 0.5"),
+    "many-figures": (set_to(losses=[0.5] * 10**5), "it has 100000 losses; allowed"),
     "no-lists": (of_all_metrics(1), "records are off"),
     "floats": (of_all_metrics([1.0]), "it answers for [1.0], not client ids"),
-    "others-failed": (set_to(failures={0: "x", 5: "y"}), "it says that [0, 5] failed"),
+    "others-failed": (set_to(failures={99: "x"}), "it says that [99] failed"),
     "many-failed": (
         set_to(failures=dict.fromkeys(range(10**5), "x")),
-        "it says that [0, 1",
+        "it has 100000 failures; allowed",
     ),
     "bytes-failed": (
         set_config(failed=[b"\x00"], reasons=[b"\xff"]),
@@ -145,7 +145,7 @@ def test_reasons_of_failures_are_lines_of_their_own(config: Config) -> None:
         for name in ("clients", "examples", "losses", "seconds", "payloads"):
             del getattr(report, name)[0]
         [spared] = report.clients
-        report.failures = {c: reason for c in range(6) if c != spared}
+        report.failures = {spared: reason, (spared + 1) % 6: reason}
 
     def fail_one(report: Report) -> RecordDict:
         content = report.content()
