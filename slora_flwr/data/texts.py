@@ -166,6 +166,12 @@ def public_classes(config: DataConfig, test: Texts) -> list[str]:
     return classes
 
 
+def count_common(texts: Texts, others: Texts) -> int:
+    """Return how many texts are also among others."""
+    found = {*others.texts}
+    return sum(text in found for text in texts.texts)
+
+
 def of_classes(texts: Texts, classes: Sequence[str]) -> Texts:
     """Return the texts with one of some labels."""
     known = {*classes}

@@ -89,8 +89,8 @@ class Fleet:
         self._rests: dict[int, int] = {}
         self._round = 0
         self._lineage = 0
-        # Number of nodes in a simulation, once one has reported it, before that 0. All of
-        # them report the same; elsewhere, where one may be hostile, the smallest counts.
+        # Number of nodes in a simulation, once one has reported it; before that 0. All
+        # report the same. Elsewhere, where one may be hostile, the smallest counts.
         self._told = 0
 
     @property

@@ -2,9 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from logging import INFO
+from logging import INFO, WARNING
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from slora_flwr.backbone.load import digest_of
 from slora_flwr.common.files import run_folder
 from slora_flwr.common.protocol import installed_version
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
+from slora_flwr.config.errors import refuse
 from slora_flwr.config.identity import code_identity
 from slora_flwr.reports.closing_table import closing_table
 from slora_flwr.runs.checkpoint import check_identity, find_checkpoint
@@ -30,6 +31,7 @@ from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.strategy import PhasedStrategy
 from slora_flwr.server.summary import resolve, summarise
 from slora_flwr.training.attached_model import AttachedModel
+from slora_flwr.training.process_data import held_out
 from slora_flwr.training.trainer import Trainer
 
 
@@ -110,6 +112,7 @@ def _run(
     if config.clients.count:
         # Made now, so that an impossible partition fails before any message.
         moved = trainer.data.partition.moved
+        _check_holdout(config, trainer.data.partition.sizes.tolist())
     fleet_of = _own_data_fleet if config.data.is_own else _shared_data_fleet
     fleet = fleet_of(trainer, {**code_identity(config)})
     if checkpoint is not None:
@@ -156,6 +159,23 @@ def _run(
     Console(width=100).print(closing_table(summary))
     log(INFO, "run directory %s", directory.path)
     return summary
+
+
+def _check_holdout(config: RunConfig, sizes: Sequence[int]) -> None:
+    """Raise ConfigError if too few clients train; warn if some do not."""
+    clients = config.clients
+    empty = sum(held_out(size, clients.holdout) == size for size in sizes)
+    if len(sizes) - empty < clients.min_replies:
+        raise refuse(
+            "clients.holdout",
+            clients.holdout,
+            f"a share that leaves clients.min-replies clients, {clients.min_replies}, "
+            f"some examples, and {empty} of {len(sizes)} clients have nothing left to "
+            "train on",
+        )
+    if empty:
+        told = "clients.holdout leaves %d of %d clients nothing to train on"
+        log(WARNING, told, empty, len(sizes))
 
 
 def _shared_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:

@@ -1,5 +1,6 @@
 """A run's data, loaded once per process, and each client's part of it."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from slora_flwr.data.partition import Partition, make_partition
 from slora_flwr.data.texts import (
     Task,
     Texts,
+    count_common,
     list_classes,
     load_texts,
     make_task,
@@ -82,6 +84,9 @@ class ProcessData:
             # Even a client that is the only one with a label must not show.
             known = public_classes(self._config.data, test)
             train = of_classes(train, known)
+        elif both := count_common(test, train):
+            warning = "data.test: %d of %d texts are trained on too"
+            logging.getLogger(__name__).warning(warning, both, len(test.texts))
         return train, test
 
     @cached_property

@@ -159,7 +159,7 @@ def test_a_list_longer_than_the_clients_asked_is_only_counted(name: str) -> None
     [
         {"clients": [*range(1, 10**4 + 1)]},
         {"clients": [0] * 10**4},
-        {"clients": [0.0, *range(1, 10**4)]},
+        {"clients": [float(client) for client in range(10**4)]},
         {"examples": [-1] * 10**4},
         {"payloads": [-1] * 10**4},
         {"losses": [-1.0] * 10**4},
