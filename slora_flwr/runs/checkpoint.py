@@ -24,7 +24,7 @@ from slora_flwr.config import ConfigError, RunConfig, flatten
 from slora_flwr.runs.events import EVENTS
 from slora_flwr.runs.snapshot import Snapshot
 
-FORMAT = "2"
+FORMAT = "3"
 # Files that grow during a run, truncated on resuming to their size at the checkpoint.
 GROWING = (EVENTS, "ledger.csv")
 # Keys that may change on resuming; no state depends on them.

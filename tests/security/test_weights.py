@@ -47,7 +47,7 @@ def test_a_claim_of_millions_is_bounded(own: Config, tmp_path: Path) -> None:
     assert len(reasons) == 2
     assert all("its weights are [1500000], not from 1 to [30]" in r for r in reasons)
     rounds = events(directory, "round")
-    # 32 and 40 examples are trained on.
+    # 35 and 40 examples are trained on.
     weights = [{c: did["examples"] for c, did in r["clients"].items()} for r in rounds]
     assert weights == [{"0": 30, "2": 30}] * 2
     assert max(r["accuracy"] for r in rounds) < 1
@@ -65,9 +65,9 @@ def test_a_claimed_evaluation_is_bounded(own: Config, tmp_path: Path) -> None:
     directory = Path(str(own["run.dir"]))
     told = "it evaluates on 300000 examples, and holds out 9"
     assert [f["reason"] for f in events(directory, "failure")] == [told] * 2
-    # 8 and 10 examples are held out.
+    # 5 and 10 examples are held out, and whole fives are evaluated on.
     found = {(e["node"], e["examples"]) for e in events(directory, "evaluation")}
-    assert found == {(1, 8), (3, 9)}
+    assert found == {(1, 5), (3, 5)}
 
 
 def test_weights_do_not_depend_on_how_clients_are_spread(config: Config) -> None:
