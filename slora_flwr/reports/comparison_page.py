@@ -131,7 +131,7 @@ def _results(groups: list[Group]) -> Section:
 
 def _seconds(run: RecordedRun) -> float | None:
     if run.summary is not None:
-        return float(run.summary["seconds"])
+        return run.summary.seconds
     return run.rounds[-1].seconds if run.rounds else None
 
 
@@ -538,6 +538,12 @@ def _configs(groups: list[Group]) -> Section:
             f"{left_out} of the runs did not complete while others of their group did; "
             "they count only among the failures."
         ]
+    for run in (run for group in groups for run in group.runs + group.others):
+        if run.unreadable:
+            text.append(
+                f"{run.unreadable} lines of events.jsonl in {run.path.name} cannot be "
+                "read and are left out."
+            )
     return Section("Runs", text, tables=tables)
 
 
