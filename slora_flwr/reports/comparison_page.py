@@ -538,12 +538,8 @@ def _configs(groups: list[Group]) -> Section:
             f"{left_out} of the runs did not complete while others of their group did; "
             "they count only among the failures."
         ]
-    for run in (run for group in groups for run in group.runs + group.others):
-        if run.unreadable:
-            text.append(
-                f"{run.unreadable} lines of events.jsonl in {run.path.name} cannot be "
-                "read and are left out."
-            )
+    runs = [run for group in groups for run in group.runs + group.others]
+    text += [f"{run.path.name}: {run.damage}" for run in runs if run.damage]
     return Section("Runs", text, tables=tables)
 
 

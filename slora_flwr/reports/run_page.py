@@ -45,16 +45,11 @@ def report(run: RecordedRun) -> Page:
 
 
 def _notice(run: RecordedRun) -> str:
-    damage = ""
-    if run.unreadable:
-        damage = (
-            f"{run.unreadable} lines of events.jsonl cannot be read and are left out."
-        )
     if run.summary is not None:
-        return damage
+        return run.damage
     done = f"{len(run.rounds)} of {run.config['rounds']} rounds are done"
     reason = f" It was stopped: {run.stopped}" if run.stopped else ""
-    return f"This run is not complete: {done}.{reason} {damage}".strip()
+    return f"This run is not complete: {done}.{reason} {run.damage}".strip()
 
 
 def _figures(run: RecordedRun) -> list[tuple[str, str]]:

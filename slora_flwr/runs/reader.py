@@ -132,6 +132,14 @@ class RecordedRun:
         return phases
 
     @property
+    def damage(self) -> str:
+        """What of its events is lost, in a sentence; empty if nothing is."""
+        if not self.unreadable:
+            return ""
+        lines = f"{self.unreadable} of the lines of {EVENTS}"
+        return f"{lines} cannot be read, and are left out."
+
+    @property
     def evaluated(self) -> list[RecordedRound]:
         """The rounds that have an accuracy."""
         return [done for done in self.rounds if "accuracy" in done.metrics]
