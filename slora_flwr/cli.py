@@ -156,7 +156,7 @@ def report(
     ] = None,
 ) -> None:
     """Write a report on one run: metrics, bytes, curves, clients, failures, config."""
-    from slora_flwr.reports.page import render
+    from slora_flwr.reports.page import write_page
     from slora_flwr.reports.run_page import report as lay_out
     from slora_flwr.runs.reader import RunError, find_run, read_run
 
@@ -169,7 +169,7 @@ def report(
     out = out or path / "report.html"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(render(page))
+        write_page(page, out)
     except OSError as error:
         typer.echo(f"Error: {out} cannot be written ({error})", err=True)
         raise typer.Exit(1) from error

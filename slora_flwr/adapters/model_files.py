@@ -20,4 +20,6 @@ def export_model(folder: Path, backbone: Backbone, classes: list[str]) -> None:
 
 def export_classes(folder: Path, classes: list[str]) -> None:
     """Write the label names as JSON, in the order of class ids."""
-    (folder / "classes.json").write_text(json.dumps(classes, indent=1) + "\n")
+    (folder / "classes.json").write_text(
+        json.dumps(classes, indent=1) + "\n", encoding="utf-8"
+    )

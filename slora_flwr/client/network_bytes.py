@@ -26,4 +26,7 @@ def count_wire(interface: str) -> list[int]:
             f"{', '.join(sorted(found)) or 'none here'}, or empty"
         )
     counts = found[interface] / "statistics"
-    return [int((counts / f"{way}_bytes").read_text()) for way in ("rx", "tx")]
+    return [
+        int((counts / f"{way}_bytes").read_text(encoding="utf-8"))
+        for way in ("rx", "tx")
+    ]

@@ -1,6 +1,7 @@
 """Private, atomically written files below `$SLORA_HOME` (default `~/.slora`)."""
 
 import os
+import stat
 from collections.abc import Callable
 from logging import WARNING
 from pathlib import Path
@@ -45,9 +46,15 @@ def make_private(folder: Path) -> None:
 
 
 def write_atomically(
-    path: Path, data: bytes | Callable[[Path], object], *, durably: bool = False
+    path: Path,
+    data: bytes | Callable[[Path], object],
+    *,
+    durably: bool = False,
+    mode: int = 0o600,
 ) -> None:
     """Write a file so that readers, and a crash, find all of it or nothing.
+
+    A link is replaced by the file; what it leads to stays as it is.
 
     Parameters
     ----------
@@ -57,10 +64,12 @@ def write_atomically(
         Its content, or a function that writes it to a path.
     durably : bool
         Wait until the file is on the disk and survives a crash of the machine.
+    mode : int
+        The file's mode, less the umask. What is derived from private text is private.
     """
     part = path.with_name(f"{path.name}.{uuid4().hex}{PART}")
     try:
-        part.touch(mode=0o600)  # content derived from private text is private
+        part.touch(mode=mode)
         if callable(data):
             data(part)
         else:
@@ -72,6 +81,23 @@ def write_atomically(
         part.unlink(missing_ok=True)  # the disk may be full
     if durably:
         sync(path.parent)
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises
+    ------
+    OSError
+        If it is a folder, or a pipe or device, which may have no end; or if it cannot
+        be read.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for its writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("it is not a regular file")
+        return file.read()
 
 
 def append(path: Path, text: str) -> None:

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from slora_flwr.common.text import clean_label
 from slora_flwr.config import OWN_DATA, ConfigError, DataConfig
+from slora_flwr.data.shared_files import refuse_repeated
 from slora_flwr.data.texts import Texts, at_most
 
 BROKEN, NO_TEXT, NO_LABEL = "broken", "no text", "no label"
@@ -151,9 +152,12 @@ class OwnData:
                 if row is None:
                     skipped[BROKEN] += 1
                     continue
-                parts = [_string(row.get(name)) for name in names]
-                label = _string(row.get(self.label))
-                if not _is_unicode("".join([*parts, label])):
+                values = [row.get(name) for name in (*names, self.label)]
+                *parts, label = ["" if v is None else str(v) for v in values]
+                if not (
+                    all(map(_is_plain, values))
+                    and _is_unicode("".join([*parts, label]))
+                ):
                     skipped[BROKEN] += 1
                     continue
                 label = clean_label(label)
@@ -249,7 +253,12 @@ class OwnData:
         path = Path(self.path).expanduser()
         found = [path] if path.is_file() else []
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix in _READERS)
+            # A system's own files begin with a dot, such as those of macOS.
+            found = sorted(
+                p
+                for p in path.iterdir()
+                if p.suffix in _READERS and p.is_file() and not p.name.startswith(".")
+            )
         if not found or any(p.suffix not in _READERS for p in found):
             raise OwnDataError(
                 f"data-path is {self.path!r}; allowed: an existing file that ends in "
@@ -274,6 +283,7 @@ def _csv(path: Path, columns: list[str]) -> Rows:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         known = list(reader.fieldnames or [])
+        _refuse_repeated(path, known)
         while True:
             try:
                 row: dict[str, Any] = next(reader)
@@ -316,6 +326,7 @@ def _parquet(path: Path, columns: list[str]) -> Rows:
 
     with parquet.ParquetFile(path) as file:
         known = list(file.schema_arrow.names)
+        _refuse_repeated(path, known)
         # Other columns may hold values that Python cannot represent.
         for batch in file.iter_batches(columns=[n for n in known if n in columns]):
             yield from batch.to_pylist()
@@ -327,6 +338,13 @@ _READERS: dict[str, Callable[[Path, list[str]], Rows]] = {
     ".jsonl": _jsonl,
     ".parquet": _parquet,
 }
+
+
+def _refuse_repeated(path: Path, names: list[str]) -> None:
+    try:
+        refuse_repeated(names)
+    except ValueError as error:
+        raise OwnDataError(f"data file {path}: {error}") from None
 
 
 def _natural(node_config: Mapping[str, Any], key: str, default: int) -> int:
@@ -345,8 +363,9 @@ def _keep(
     return texts.select(chosen)
 
 
-def _string(value: Any) -> str:
-    return "" if value is None else str(value)
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is text or the like: not nested, no bytes, no NaN."""
+    return not isinstance(value, dict | list | tuple | bytes) and value == value
 
 
 def _is_unicode(text: str) -> bool:

@@ -89,7 +89,7 @@ def _csv(path: Path, wanted: Sequence[str]) -> Table:
         _, names = next(lines, (0, []))
         if "\0" in "".join(names):
             raise ValueError("it has zero bytes, as UTF-16 has")
-        _refuse_repeated(names)
+        refuse_repeated(names)
         kept = [i for i, name in enumerate(names) if name in wanted]
         rows = []
         for number, row in lines:
@@ -123,7 +123,8 @@ def _lines(reader: Any) -> Iterator[tuple[int, list[str]]]:
             yield number, row
 
 
-def _refuse_repeated(names: list[str]) -> None:
+def refuse_repeated(names: list[str]) -> None:
+    """Raise ValueError if several columns have one name."""
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"several columns are named {', '.join(repeated)}")
 
@@ -158,7 +159,7 @@ def _parquet(path: Path, wanted: Sequence[str]) -> Table:
 
     with parquet.ParquetFile(path) as file:
         schema, names = file.schema_arrow, list(file.schema_arrow.names)
-        _refuse_repeated(names)
+        refuse_repeated(names)
         if not file.metadata.num_rows:
             raise ValueError("it has no rows")
         rows = file.read([name for name in names if name in wanted])

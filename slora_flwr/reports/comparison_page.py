@@ -131,7 +131,7 @@ def _results(groups: list[Group]) -> Section:
 
 def _seconds(run: RecordedRun) -> float | None:
     if run.summary is not None:
-        return float(run.summary["seconds"])
+        return run.summary.seconds
     return run.rounds[-1].seconds if run.rounds else None
 
 
@@ -538,6 +538,8 @@ def _configs(groups: list[Group]) -> Section:
             f"{left_out} of the runs did not complete while others of their group did; "
             "they count only among the failures."
         ]
+    runs = [run for group in groups for run in group.runs + group.others]
+    text += [f"{run.path.name}: {run.damage}" for run in runs if run.damage]
     return Section("Runs", text, tables=tables)
 
 

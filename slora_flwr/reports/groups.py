@@ -205,7 +205,7 @@ def modelled_seconds(run: RecordedRun, rate: float) -> list[float]:
 
 def final(run: RecordedRun, metric: str) -> float | None:
     """Return a metric of a run's last evaluation."""
-    return run.evaluated[-1].metrics[metric] if run.evaluated else None
+    return run.evaluated[-1].metrics.get(metric) if run.evaluated else None
 
 
 def last_mean(run: RecordedRun) -> float | None:
@@ -327,7 +327,9 @@ def evenness(config: dict[str, Value]) -> tuple[int, float]:
     """Return a key that sorts configs from even to uneven partitions."""
     partitioner = str(config["clients.partitioner"])
     spread = config.get("clients.alpha", config.get("clients.classes", 0))
-    return PARTITIONERS.index(partitioner), -float(spread)
+    # A later version may have others.
+    known = [*PARTITIONERS, partitioner]
+    return known.index(partitioner), -float(spread)
 
 
 def _frozen(config: dict[str, Value]) -> Hashable:

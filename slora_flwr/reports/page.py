@@ -3,10 +3,12 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from slora_flwr.common.files import write_atomically
 from slora_flwr.common.text import csv_cell
 from slora_flwr.reports.charts import Chart
 
@@ -133,8 +135,13 @@ def write(page: Page, folder: Path, name: str) -> Path:
     for table in tables:
         write_latex(table, folder / f"{name}-{table.name}.tex")
     path = folder / f"{name}.html"
-    path.write_text(render(page))
+    write_page(page, path)
     return path
+
+
+def write_page(page: Page, path: Path) -> None:
+    """Write a page as HTML."""
+    _write_file(path, render(page))
 
 
 def write_csv(table: Table, path: Path) -> None:
@@ -143,14 +150,14 @@ def write_csv(table: Table, path: Path) -> None:
     Numbers have six significant digits, missing cells are empty, and no cell is a
     formula to a spreadsheet.
     """
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(column.name for column in table.columns)
-        for row in table.rows:
-            rows.writerow(
-                f"{cell:.6g}" if isinstance(cell, float) else csv_cell(cell)
-                for cell in row
-            )
+    file = StringIO(newline="")
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow(column.name for column in table.columns)
+    for row in table.rows:
+        rows.writerow(
+            f"{cell:.6g}" if isinstance(cell, float) else csv_cell(cell) for cell in row
+        )
+    _write_file(path, file.getvalue())
 
 
 def write_latex(table: Table, path: Path) -> None:
@@ -168,7 +175,12 @@ def write_latex(table: Table, path: Path) -> None:
         "\\bottomrule",
         "\\end{tabular}",
     )
-    path.write_text("\n".join(lines) + "\n")
+    _write_file(path, "\n".join(lines) + "\n")
+
+
+def _write_file(path: Path, text: str) -> None:
+    """Write a file whose mode follows the umask."""
+    write_atomically(path, text.encode(), mode=0o666)
 
 
 _LATEX = str.maketrans(

@@ -46,10 +46,10 @@ def report(run: RecordedRun) -> Page:
 
 def _notice(run: RecordedRun) -> str:
     if run.summary is not None:
-        return ""
+        return run.damage
     done = f"{len(run.rounds)} of {run.config['rounds']} rounds are done"
     reason = f" It was stopped: {run.stopped}" if run.stopped else ""
-    return f"This run is not complete: {done}.{reason}"
+    return f"This run is not complete: {done}.{reason} {run.damage}".strip()
 
 
 def _figures(run: RecordedRun) -> list[tuple[str, str]]:
@@ -61,14 +61,15 @@ def _figures(run: RecordedRun) -> list[tuple[str, str]]:
             (f"accuracy, round {last.round}", f"{_accuracy(last):.1%}"),
             (f"mean of the last {LAST} evaluations", f"{steady:.1%}"),
             (f"best accuracy, round {best.round}", f"{_accuracy(best):.1%}"),
-            ("macro-F1", f"{last.metrics['macro_f1']:.3f}"),
         ]
+        if (macro_f1 := last.metrics.get("macro_f1")) is not None:
+            figures.append(("macro-F1", f"{macro_f1:.3f}"))
     majority = _majority(run)
     if majority is not None:
         figures.append(("majority class", f"{majority:.1%}"))
     if run.rounds and (epsilon := run.rounds[-1].epsilon) is not None:
-        delta = run.facts["resolved"]["privacy"]["delta"]
-        figures.append((f"epsilon, at delta {delta:.2g}", f"{epsilon:.2f}"))
+        at = "" if run.delta is None else f", at delta {run.delta:.2g}"
+        figures.append((f"epsilon{at}", f"{epsilon:.2f}"))
     return [
         *figures,
         ("rounds", str(len(run.rounds))),
@@ -85,13 +86,13 @@ def _accuracy(done: RecordedRound) -> float:
 
 def _majority(run: RecordedRun) -> float | None:
     in_rounds = [r.metrics.get("majority_accuracy") for r in run.evaluated]
-    told = [(run.summary or {}).get("majority_accuracy"), *in_rounds]
+    told = [run.summary.majority_accuracy if run.summary else None, *in_rounds]
     return next((value for value in told if value is not None), None)
 
 
 def _seconds(run: RecordedRun) -> float:
     if run.summary is not None:
-        return float(run.summary["seconds"])
+        return run.summary.seconds
     return run.rounds[-1].seconds if run.rounds else 0.0
 
 
@@ -134,13 +135,15 @@ def _phases(run: RecordedRun) -> Section:
 
     rows: list[list[Cell]] = []
     before = 0.0
-    told = (run.summary or {}).get("phases", {})
+    told = run.summary.phases if run.summary else {}
     for phase, rounds in run.phases.items():
         seconds = rounds[-1].seconds - before
         before = rounds[-1].seconds
-        row(phase, rounds, phase, told.get(phase, {}).get("seconds", seconds))
+        if phase in told and (known := told[phase].seconds) is not None:
+            seconds = known
+        row(phase, rounds, phase, seconds)
     row(run.method, run.rounds, None, _seconds(run))
-    for method, size in (run.summary or {}).get("same_rounds", {}).items():
+    for method, size in (run.summary.same_rounds if run.summary else {}).items():
         empty = [None] * (len(columns) - 5)
         name = f"{method}, same rounds"
         rows.append([name, len(run.rounds), None, size / 1e6, size / 1e6, *empty])

@@ -6,6 +6,7 @@ which reveals damage that the format would not.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from functools import partial
 from hashlib import blake2b
@@ -20,13 +21,16 @@ from safetensors.torch import save_file
 
 from slora_flwr.common.files import write_atomically
 from slora_flwr.common.tensors import State
+from slora_flwr.common.text import printable
 from slora_flwr.config import ConfigError, RunConfig, flatten
 from slora_flwr.runs.events import EVENTS
+from slora_flwr.runs.ledger import LEDGER, read_entries
 from slora_flwr.runs.snapshot import Snapshot
 
-FORMAT = "3"
+FORMAT = "2"
+_NAME = re.compile(r"round-[0-9]+\.safetensors")
 # Files that grow during a run, truncated on resuming to their size at the checkpoint.
-GROWING = (EVENTS, "ledger.csv")
+GROWING = (EVENTS, LEDGER)
 # Keys that may change on resuming; no state depends on them.
 FREE = (
     "run.dir",
@@ -101,18 +105,20 @@ def find_checkpoint(config: RunConfig) -> Snapshot:
     paths = list_checkpoints(directory)
     if named != directory:
         paths = [path for path in paths if path == named]
+    told = ""
     for path in reversed(paths):
         try:
             checkpoint = read_checkpoint(path)
-            _check_sizes(directory, checkpoint)
+            _check_growing(directory, checkpoint)
         except DamagedError as error:
             log(WARNING, "%s is skipped for the one before it: %s", path, error)
+            told = told or f". {path.name}: {printable(error)}"
             continue
         _compare(given, checkpoint.facts["config"], flatten(config))
         return checkpoint
     raise ConfigError(
         f"{given}, which holds no whole checkpoint; allowed: the directory of a run "
-        "that finished at least one round, one of its checkpoints, or empty"
+        f"that finished at least one round, one of its checkpoints, or empty{told}"
     )
 
 
@@ -144,8 +150,10 @@ def checkpoint_path(directory: Path, number: int) -> Path:
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Return the paths of a run directory's checkpoints by round, whole or not."""
+    # Copies of other names, such as "round-0001 (copy)", are their owner's.
     found = (directory / "checkpoints").glob("round-*.safetensors")
-    return sorted(found, key=number_of)
+    named = [path for path in found if _NAME.fullmatch(path.name) and path.is_file()]
+    return sorted(named, key=number_of)
 
 
 def number_of(path: Path) -> int:
@@ -167,12 +175,16 @@ def _compare(given: str, kept: Mapping[str, Any], found: Mapping[str, Any]) -> N
         )
 
 
-def _check_sizes(directory: Path, checkpoint: Snapshot) -> None:
+def _check_growing(directory: Path, checkpoint: Snapshot) -> None:
     for name in GROWING:
         path, wanted = directory / name, checkpoint.facts["sizes"][name]
         size = path.stat().st_size if path.is_file() else 0
         if size < wanted:
             raise DamagedError(f"{name} has {size} bytes, not {wanted} as recorded")
+    try:
+        read_entries(directory / LEDGER, checkpoint.facts["sizes"][LEDGER])
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{LEDGER}: {error}") from error
 
 
 def _digest(facts: str, tensors: State) -> str:

@@ -26,7 +26,7 @@ from slora_flwr.runs.checkpoint import (
     write_checkpoint,
 )
 from slora_flwr.runs.events import EVENTS, Event, to_line
-from slora_flwr.runs.ledger import Entry, Ledger
+from slora_flwr.runs.ledger import LEDGER, Entry, Ledger
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.runs.release import Release
 from slora_flwr.runs.snapshot import Snapshot
@@ -76,7 +76,7 @@ class RunDirectory:
             self.path = _make(config, run_id)
             with writing(self.path):
                 append(self.path / EVENTS, "")
-                self.ledger = Ledger(self.path / "ledger.csv")
+                self.ledger = Ledger(self.path / LEDGER)
         else:
             self.path = config.run.resumed.absolute()
             self.lineage = checkpoint.facts["lineage"]
@@ -140,7 +140,7 @@ class RunDirectory:
     def _cut_back(self, checkpoint: Snapshot) -> None:
         sizes, number = checkpoint.facts["sizes"], checkpoint.facts["round"]
         os.truncate(self.path / EVENTS, sizes[EVENTS])
-        self.ledger = Ledger(self.path / "ledger.csv", sizes["ledger.csv"])
+        self.ledger = Ledger(self.path / LEDGER, sizes[LEDGER])
         for path in list_checkpoints(self.path):
             if number_of(path) > number:
                 path.unlink()

@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
+
+from slora_flwr.common.facts import Count, Figure, check
+from slora_flwr.common.files import read_regular
 
 EVENTS = "events.jsonl"
 METRICS = ("loss", "accuracy", "macro_f1", "majority_accuracy")
@@ -21,7 +24,7 @@ class Event:
     """
 
     kind: ClassVar[str]
-    seconds: float = 0.0
+    seconds: Figure = 0.0
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Self:
@@ -29,20 +32,19 @@ class Event:
 
         Raises
         ------
-        TypeError
-            If the line lacks a fact.
+        ValueError
+            If the line lacks a fact, or one is impossible.
         """
-        names = [f.name for f in fields(cls)]
-        return cls(**{name: facts[name] for name in names if name in facts})
+        return check(cls, facts)
 
 
 @dataclass(frozen=True)
 class ClientRecord:
     """One client's part in a round: its examples, mean loss and seconds."""
 
-    examples: int
-    loss: float
-    seconds: float
+    examples: Count
+    loss: Figure
+    seconds: Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,21 +82,19 @@ class RecordedRound(Event):
     phase: str
     cohort: list[int]
     clients: dict[int, ClientRecord]
-    round: int
-    replied: int
-    train_loss: float | None = None
-    payload_bytes: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    kept_energy: float | None = None
-    epsilon: float | None = None
+    round: Count
+    replied: Count
+    train_loss: Figure | None = None
+    payload_bytes: Count
+    metrics: dict[str, Figure] = field(default_factory=dict)
+    kept_energy: Figure | None = None
+    epsilon: Figure | None = None
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Self:
         """Return the round in a line; see `Event.read`."""
-        clients = {
-            int(client): ClientRecord(did["examples"], did["loss"], did["seconds"])
-            for client, did in facts["clients"].items()
-        }
+        clients = facts.get("clients")
+        replied = len(clients) if isinstance(clients, dict) else 0
         names = [
             f"{p}{c}{n}"
             for p in ("", "plain_")
@@ -102,8 +102,7 @@ class RecordedRound(Event):
             for n in METRICS
         ]
         metrics = {n: facts[n] for n in names if facts.get(n) is not None}
-        read = {"replied": len(clients), "clients": clients, "metrics": metrics}
-        return super().read({**facts, **read})
+        return super().read({**facts, "replied": replied, "metrics": metrics})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +121,8 @@ class HandedOff(Event):
 
     kind = "handoff"
     base: str
-    energies: dict[str, float]
-    took: float
+    energies: dict[str, Figure]
+    took: Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +130,7 @@ class ClientsFailed(Event):
     """Clients of a node were left out of a round."""
 
     kind = "failure"
-    round: int
+    round: Count
     node: int
     clients: list[int]
     reason: str
@@ -142,11 +141,11 @@ class NodeEvaluated(Event):
     """What a node says of a round's state on its held-out examples."""
 
     kind = "evaluation"
-    round: int
+    round: Count
     node: int
-    examples: int
-    loss: float
-    accuracy: float
+    examples: Count
+    loss: Figure
+    accuracy: Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +191,8 @@ class NodeJoined(Event):
     node: int
     name: str
     client: int
-    examples: int
-    skipped: dict[str, int]
+    examples: Count
+    skipped: dict[str, Count]
     unknown_labels: list[str]
 
 
@@ -202,7 +201,7 @@ class Resumed(Event):
     """The run was resumed after a round; `run` is the id of the new Flower run."""
 
     kind = "resumed"
-    round: int
+    round: Count
     run: str
 
 
@@ -212,6 +211,13 @@ class Stopped(Event):
 
     kind = "stopped"
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unreadable(Event):
+    """A line that is no JSON, since a crash cut it or filled it with zeros."""
+
+    kind = "unreadable"
 
 
 _KINDS: dict[str, type[Event]] = {
@@ -246,19 +252,50 @@ def read_events(path: Path) -> list[Event]:
 
     Raises
     ------
-    ValueError, KeyError, TypeError
-        If a line is not an event.
+    OSError
+        If it is not a regular file, or cannot be read.
+    ValueError
+        If a line is JSON and not an event.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    if not path.exists():
+        return []
+    *lines, rest = read_regular(path).split(b"\n")
     # A run that was killed or is still going may have written half a line.
-    told = [
-        json.loads(line, parse_constant=_no_figure)
-        for line in lines
-        if line.endswith("\n")
-    ]
-    return [
-        _KINDS[facts["event"]].read(facts) for facts in told if facts["event"] in _KINDS
-    ]
+    if b"\0" in rest:
+        lines.append(rest)
+    events: list[Event] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            facts = read_json(line)
+        except ValueError:
+            events.append(Unreadable())
+            continue
+        try:
+            kind = check(_Line, facts).event
+            if kind in _KINDS:
+                events.append(_KINDS[kind].read(facts))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return events
+
+
+@dataclass(frozen=True)
+class _Line:
+    event: str
+
+
+def read_json(data: bytes) -> Any:
+    """Return the value in a JSON text.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(data.decode("utf-8-sig"), parse_constant=_no_figure)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _no_figure(constant: str) -> None:

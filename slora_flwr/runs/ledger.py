@@ -3,12 +3,15 @@
 import csv
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import MISSING, astuple, dataclass, fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from slora_flwr.common.files import append
+from slora_flwr.common.facts import Count, check_cells
+from slora_flwr.common.files import append, read_regular
+
+LEDGER = "ledger.csv"
 
 
 @dataclass(frozen=True)
@@ -39,29 +42,63 @@ class Entry:
         traffic: the reply of then and this instruction. None if no node counts them.
     """
 
-    round: int
+    round: Count
     phase: str
     direction: str
-    clients: int
-    payload_bytes: int
-    message_bytes: int
-    planned_payload_bytes: int | None = None
-    wire_bytes: int | None = None
+    clients: Count
+    payload_bytes: Count
+    message_bytes: Count
+    planned_payload_bytes: Count | None = None
+    wire_bytes: Count | None = None
 
     @classmethod
     def read(cls, row: Mapping[str, str]) -> "Entry":
-        """Return the entry in a row of the CSV file."""
-        planned, wire = row.get("planned_payload_bytes"), row.get("wire_bytes")
-        return cls(
-            int(row["round"]),
-            row["phase"],
-            row["direction"],
-            int(row["clients"]),
-            int(row["payload_bytes"]),
-            int(row["message_bytes"]),
-            int(float(planned)) if planned else None,
-            int(wire) if wire else None,
-        )
+        """Return the entry in a row of the CSV file.
+
+        Raises
+        ------
+        ValueError
+            If the row lacks a cell, or one is impossible.
+        """
+        cells = {f.name: row[f.name] for f in fields(cls) if row.get(f.name)}
+        if planned := cells.get("planned_payload_bytes"):
+            # An older version wrote fractions.
+            cells["planned_payload_bytes"] = planned.partition(".")[0]
+        return check_cells(cls, cells)
+
+
+NAMES = [f.name for f in fields(Entry)]
+_NEEDED = {f.name for f in fields(Entry) if f.default is MISSING}
+
+
+def read_entries(path: Path, size: int | None = None) -> list[Entry]:
+    """Return the entries in a ledger, without a last line that is half-written.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    size : int or None
+        Number of its bytes to read; None for all.
+
+    Raises
+    ------
+    OSError
+        If it is not a regular file, or cannot be read.
+    ValueError
+        If it has no header, or a line is not an entry.
+    """
+    text, end, _ = read_regular(path)[:size].decode("utf-8-sig").rpartition("\n")
+    rows = csv.DictReader(StringIO(text + end, newline=""))
+    entries = []
+    try:
+        if _NEEDED - {*(rows.fieldnames or ())}:
+            raise ValueError(f"it is not the header, {','.join(NAMES)}")
+        for row in rows:
+            entries.append(Entry.read(row))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"line {rows.line_num or 1}: {error}") from None
+    return entries
 
 
 class Ledger:
@@ -79,16 +116,18 @@ class Ledger:
         self.entries: list[Entry] = []
         self._path = path
         if size is None:
-            append(path, _row(f.name for f in fields(Entry)))
+            append(path, _row(NAMES))
         else:
             os.truncate(path, size)
-            with path.open(newline="") as file:
-                self.entries = [Entry.read(row) for row in csv.DictReader(file)]
+            self.entries = read_entries(path)
 
     def add(self, entry: Entry) -> None:
-        """Append an entry."""
+        """Append an entry; write all of them if the file is gone."""
         self.entries.append(entry)
-        append(self._path, _row(astuple(entry)))
+        if self._path.exists():
+            append(self._path, _row(astuple(entry)))
+        else:
+            append(self._path, "".join(map(_row, [NAMES, *map(astuple, self.entries)])))
 
     def total(self, unit: str, direction: str, phase: str | None = None) -> int:
         """Return the `payload` or `message` bytes of a direction, in a phase or all."""

@@ -1,15 +1,18 @@
 """Recorded runs, read from their directories."""
 
-import csv
-import json
+import os
 import re
 import tomllib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from slora_flwr.common.files import home
+from pydantic import Field, StrictBool, StrictFloat, StrictStr
+
+from slora_flwr.common.facts import Count, Figure, check
+from slora_flwr.common.files import home, read_regular
+from slora_flwr.common.text import printable
 from slora_flwr.config import RunConfig, Value, flatten
 from slora_flwr.runs.events import (
     EVENTS,
@@ -18,9 +21,13 @@ from slora_flwr.runs.events import (
     NodeLeftOut,
     RecordedRound,
     Stopped,
+    Unreadable,
     read_events,
+    read_json,
 )
-from slora_flwr.runs.ledger import Entry
+from slora_flwr.runs.ledger import LEDGER, Entry, read_entries
+
+T = TypeVar("T")
 
 
 class RunError(ValueError):
@@ -45,6 +52,35 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class PhaseSummary:
+    """What reports need of a phase in summary.json; older versions lack it."""
+
+    seconds: Figure | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What reports need of summary.json.
+
+    Attributes
+    ----------
+    seconds : float
+        Seconds that the run took.
+    majority_accuracy : float or None
+        Accuracy of the most frequent class, if known.
+    phases : dict[str, PhaseSummary]
+        The phases by adapter.
+    same_rounds : dict[str, int]
+        Bytes that other methods would send in these rounds, one direction.
+    """
+
+    seconds: Figure
+    majority_accuracy: Figure | None = None
+    phases: dict[str, PhaseSummary] = field(default_factory=dict)
+    same_rounds: dict[str, Count] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RecordedRun:
     """A run that ended, was stopped, or is still going.
 
@@ -56,25 +92,31 @@ class RecordedRun:
         Flat keys; those that the run's version lacked have their defaults.
     facts : dict
         `versions` and `resolved` of config.toml.
-    summary : dict or None
-        As in summary.json; None if the run has not ended.
+    delta : float or None
+        The delta of its privacy, if it has one.
+    summary : Summary or None
+        The summary; None if the run has not ended.
     stopped : str or None
         Why it was stopped, if recorded.
     rounds, failures, ledger : list
         In the order of their events.
     energies : dict[str, float]
         Share of each matrix's squared norm that the handoff kept; empty without one.
+    unreadable : int
+        Number of the events' lines that cannot be read.
     """
 
     path: Path
     config: dict[str, Value]
     facts: dict[str, dict[str, Any]]
-    summary: dict[str, Any] | None
+    delta: float | None
+    summary: Summary | None
     stopped: str | None
     rounds: list[RecordedRound]
     failures: list[Failure]
     energies: dict[str, float]
     ledger: list[Entry]
+    unreadable: int
 
     @property
     def method(self) -> str:
@@ -88,6 +130,14 @@ class RecordedRun:
         for done in self.rounds:
             phases.setdefault(done.phase, []).append(done)
         return phases
+
+    @property
+    def damage(self) -> str:
+        """What of its events is lost, in a sentence; empty if nothing is."""
+        if not self.unreadable:
+            return ""
+        lines = f"{self.unreadable} of the lines of {EVENTS}"
+        return f"{lines} cannot be read, and are left out."
 
     @property
     def evaluated(self) -> list[RecordedRound]:
@@ -126,41 +176,86 @@ def read_run(path: Path) -> RecordedRun:
     """
     if not is_run(path):
         raise _refuse(str(path))
+    document = _read(path, "config.toml", _read_config)
+    events = _read(path, EVENTS, read_events)
+    has_ended = os.path.lexists(path / "summary.json")
+    return RecordedRun(
+        path=path,
+        facts={"versions": document.versions, "resolved": document.resolved},
+        delta=document.delta,
+        config=document.config,
+        summary=_read(path, "summary.json", _read_summary) if has_ended else None,
+        stopped=next(
+            (e.reason for e in reversed(events) if isinstance(e, Stopped)), None
+        ),
+        # If a round was repeated after a stop, its last attempt counts.
+        rounds=list(
+            {e.round: e for e in events if isinstance(e, RecordedRound)}.values()
+        ),
+        failures=[
+            Failure.of(e) for e in events if isinstance(e, ClientsFailed | NodeLeftOut)
+        ],
+        energies=next((e.energies for e in events if isinstance(e, HandedOff)), {}),
+        ledger=_read(path, LEDGER, read_entries),
+        unreadable=sum(isinstance(e, Unreadable) for e in events),
+    )
+
+
+def _read(path: Path, name: str, read: Callable[[Path], T]) -> T:
     try:
-        document = tomllib.loads((path / "config.toml").read_text())
-        events = read_events(path / EVENTS)
-        summary = path / "summary.json"
-        with (path / "ledger.csv").open(newline="") as file:
-            ledger = [Entry.read(row) for row in csv.DictReader(file)]
-        return RecordedRun(
-            path=path,
-            facts={name: document.pop(name, {}) for name in ("versions", "resolved")},
-            config=flatten(RunConfig()) | _flat(document),
-            summary=json.loads(summary.read_text()) if summary.exists() else None,
-            stopped=next(
-                (e.reason for e in reversed(events) if isinstance(e, Stopped)), None
-            ),
-            # If a round was repeated after a stop, its last attempt counts.
-            rounds=list(
-                {e.round: e for e in events if isinstance(e, RecordedRound)}.values()
-            ),
-            failures=[
-                Failure.of(e)
-                for e in events
-                if isinstance(e, ClientsFailed | NodeLeftOut)
-            ],
-            energies=next((e.energies for e in events if isinstance(e, HandedOff)), {}),
-            ledger=ledger,
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return read(path / name)
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(
-            f"{path} cannot be read as a run directory: {error!r}"
+            f"{path} cannot be read as a run directory: {name}: {printable(error)}"
         ) from error
+
+
+def _read_summary(path: Path) -> Summary:
+    return check(Summary, read_json(read_regular(path)))
+
+
+@dataclass(frozen=True)
+class _Privacy:
+    delta: Figure | None = None
+
+
+# The value of a key by the type of its default.
+_VALUES: dict[type, Any] = {
+    bool: dict[str, StrictBool],
+    int: dict[str, Annotated[int, Field(strict=True, ge=-(2**53), le=2**53)]],
+    float: dict[str, StrictFloat],
+    str: dict[str, StrictStr],
+}
+
+
+@dataclass(frozen=True)
+class _Document:
+    config: dict[str, Value]
+    versions: dict[str, Any]
+    resolved: dict[str, Any]
+    delta: float | None
+
+
+def _read_config(path: Path) -> _Document:
+    document = tomllib.loads(read_regular(path).decode("utf-8-sig"))
+    versions, resolved = (
+        check(dict[str, Any], document.pop(name, {}))
+        for name in ("versions", "resolved")
+    )
+    delta = check(_Privacy, resolved.get("privacy", {})).delta
+    config, defaults = check(dict[str, Value], _flat(document)), flatten(RunConfig())
+    for key, value in config.items():
+        # Runs of other versions may have keys that are unknown here.
+        check(_VALUES[type(defaults.get(key, value))], {key: value})
+    return _Document(defaults | config, versions, resolved, delta)
 
 
 def is_run(path: Path) -> bool:
     """Return whether a folder is a run directory."""
-    return (path / "config.toml").is_file() and (path / "ledger.csv").is_file()
+    try:
+        return (path / "config.toml").is_file() and (path / LEDGER).is_file()
+    except OSError:  # it is closed to this user, or its name is too long
+        return False
 
 
 def find_run(given: str | None) -> Path:
@@ -210,7 +305,7 @@ def by_layer(energies: dict[str, float]) -> dict[str, dict[int, float]]:
     The layer is the last number in a matrix's name, and the kind is what follows it. If
     matrices differ in what stands before the number, the kind begins with that.
     """
-    split = {name: re.match(r"(?:(.*)\.)?(\d+)\.(.*)", name) for name in energies}
+    split = {name: re.match(r"(?:(.*)\.)?(\d{1,9})\.(.*)", name) for name in energies}
     parts = {
         name: (found[1] or "", int(found[2]), found[3]) if found else ("", 0, name)
         for name, found in split.items()

@@ -75,7 +75,9 @@ class StudyRun:
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json."""
-        return dict(json.loads((self.path / "summary.json").read_text()))
+        return dict(
+            json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        )
 
     def rounds_done(self) -> list[RecordedRound]:
         """Return the rounds so far."""
@@ -203,7 +205,9 @@ class Runner:
             well, reason = False, "its process died; its log ends with"
         if not well:
             self._rounds_left[run.method] -= run.rounds
-            lines = run.log.read_text(errors="replace").splitlines()[-8:]
+            lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()[
+                -8:
+            ]
             self.fail(run.name, "\n  ".join([reason, *lines]))
             return
         if not self._keep_states:

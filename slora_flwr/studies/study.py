@@ -135,7 +135,7 @@ def read_study(path: Path) -> Study:
         If a section or a run is invalid; the message names it and the file.
     """
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
         study = _study(content)
         for _ in planned(study):
             pass

@@ -182,7 +182,7 @@ def _row(run: StudyRun, keys: list[str]) -> dict[str, Any]:
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows with equal keys as CSV, none of whose cells is a formula."""
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,85 +12,15 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from slora_flwr.cli import app
-from slora_flwr.config import Value, parse
 from slora_flwr.reports.comparison_page import compare
 from slora_flwr.reports.groups import Group, curve, group_runs, modelled_seconds
 from slora_flwr.reports.page import Page, Table, render
 from slora_flwr.reports.run_page import report
-from slora_flwr.runs.directory import RunDirectory
-from slora_flwr.runs.events import (
-    EVENTS,
-    ClientRecord,
-    ClientsFailed,
-    HandedOff,
-    RecordedRound,
-    Stopped,
-    to_line,
-)
 from slora_flwr.runs.reader import by_layer, find_runs, read_run
+from tests.support.recorded import DOWN, write_run
+from tests.support.runs import Config
 
-# Of each client in each round: the mean payload, in bytes, and seconds of training.
-DOWN, UP, SECONDS = 2_000_000, 1_000_000, {0: 3.0, 1: 5.0}
-Config = dict[str, Value]
 HOSTILE = "</svg><script>alert('$x^2$ & \"')</script>"
-
-
-def write_run(
-    path: Path,
-    config: Config | None = None,
-    accuracies: Sequence[float] = (0.2, 0.3, 0.4),
-    *,
-    failures: Sequence[str] = (),
-    energies: Mapping[str, float] | None = None,
-    ended: bool = True,
-    planned: int | None = None,
-) -> Path:
-    """Write what a run leaves in whose every round two clients took part."""
-    common: Config = {"method": "lora", "rounds": 6, "run.dir": str(path)}
-    parsed = parse(common | {"clients.per-round": 2} | (config or {}))
-    directory = RunDirectory(parsed, 1)
-    directory.release.write_config(parsed, {"classes": ["a", "b"]})
-    names = ["round", "phase", "direction", "clients", "payload_bytes", "message_bytes"]
-    names += ["planned_payload_bytes"] if planned is not None else []
-    lines = [names]
-    for number, accuracy in enumerate(accuracies, start=1):
-        is_sparse = parsed.method == "slora" and number <= parsed.sparse.rounds
-        phase = "sparse" if is_sparse else "lora"
-        for direction, size in (("down", DOWN), ("up", UP)):
-            line = [number, phase, direction, 2, 2 * size, 2 * size + 50]
-            lines.append([str(cell) for cell in line])
-            if planned is not None:
-                lines[-1].append(str(planned))
-        done = RecordedRound(
-            seconds=10.0 * number,
-            phase=phase,
-            cohort=[0, 1, 7],
-            clients={
-                client: ClientRecord(10, 1.0 / number, seconds)
-                for client, seconds in SECONDS.items()
-            },
-            round=number,
-            replied=len(SECONDS),
-            train_loss=1.0 / number,
-            payload_bytes=number * 2 * (UP + DOWN),
-            metrics={"accuracy": accuracy, "macro_f1": accuracy / 2, "loss": 1.0},
-        )
-        line = json.loads(to_line(done)) | {"new_fact": "of a later version"}
-        with (path / EVENTS).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-    with (path / "ledger.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(lines)
-    for reason in failures:
-        directory.event(ClientsFailed(round=1, node=4, clients=[7], reason=reason))
-    if energies:
-        directory.event(HandedOff(base="residual", energies=dict(energies), took=0.1))
-    if ended:
-        directory.write_summary(
-            {"seconds": 99.0, "majority_accuracy": 0.1, "phases": {}, "same_rounds": {}}
-        )
-    else:
-        directory.event(Stopped(reason="TooFewRepliesError: 0 good replies twice"))
-    return path
 
 
 def groups_of(*paths: Path) -> list[Group]:

@@ -122,5 +122,5 @@ def test_a_round_of_nobody_has_no_loss(tmp_path: Path) -> None:
 def test_a_line_that_lacks_a_fact_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text('{"event": "stopped", "seconds": 1}\n')
-    with pytest.raises(TypeError, match="reason"):
+    with pytest.raises(ValueError, match="line 1: reason is missing"):
         read_events(path)

@@ -1,5 +1,6 @@
 """An operator's bad day: one clear error for files that cannot be read or written."""
 
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 from slora_flwr.cli import app
 from slora_flwr.client.base_cache import find_base, keep_base
 from slora_flwr.config import ConfigError, DataConfig
-from slora_flwr.data.texts import load_texts
+from slora_flwr.data.node_files import OwnData, OwnDataError
+from slora_flwr.data.texts import Texts, load_texts
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.runs.writing import RunDirectoryError, writing
 from slora_flwr.server.run import run
@@ -232,3 +234,58 @@ def test_a_private_run_with_an_empty_cohort_has_a_report(
         out = str(config["run.dir"]) + command
         given = [command, str(config["run.dir"]), "--out", out]
         assert CliRunner().invoke(app, given).exit_code == 0
+
+
+NO_VALUES = {
+    "nan": '{"text": "a", "label": NaN}',
+    "list": '{"text": "a", "label": ["x"]}',
+    "dict": '{"text": "a", "label": {"x": 1}}',
+    "text-nan": '{"text": NaN, "label": "x"}',
+    "text-list": '{"text": ["a"], "label": "x"}',
+    "text-dict": '{"text": {"a": 1}, "label": "x"}',
+}
+
+
+@pytest.mark.parametrize("kind", NO_VALUES)
+def test_what_is_no_text_or_label_of_a_node_is_a_broken_row(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "b", "label": true}}\n{NO_VALUES[kind]}\n')
+    assert OwnData(str(path), "text", "label").load() == (
+        Texts(["b"], ["True"]),
+        {"broken": 1},
+    )
+
+
+def test_bytes_and_nan_of_a_nodes_parquet_file_are_broken_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    labels = {"bytes": [b"a", None], "nan": [math.nan, 1.5]}
+    for name, values in labels.items():
+        parquet.write_table(pa.table({"text": ["a", "b"], name: values}), path)
+        texts, skipped = OwnData(str(path), "text", name).load()
+        assert skipped["broken"] == 1
+        assert texts.labels == (["1.5"] if name == "nan" else [])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_two_columns_of_a_nodes_file_have_two_names(
+    tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".csv":
+        path.write_text("text,label,label\na,x,y\n")
+    else:
+        names = ["text", "label", "label"]
+        parquet.write_table(pa.table([["a"], ["x"], ["y"]], names=names), path)
+    with pytest.raises(OwnDataError, match="several columns are named label"):
+        OwnData(str(path), "text", "label").load()
+
+
+@pytest.mark.timeout(60)
+def test_a_nodes_folder_may_hold_what_is_no_data(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"{HEAD}a,x\n")
+    (tmp_path / "._a.csv").write_bytes(b"\0\5\26\7")
+    (tmp_path / "old.csv").mkdir()
+    os.mkfifo(tmp_path / "b.csv")
+    assert OwnData(str(tmp_path), "text", "label").load() == (Texts(["a"], ["x"]), {})
