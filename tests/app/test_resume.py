@@ -189,7 +189,8 @@ def test_nodes_keep_their_numbers_and_labels(
         run(Stopping(config, nodes_of(tmp_path)), config, 1)
     directory = Path(str(config["run.dir"]))
     kept = read_checkpoint(list_checkpoints(directory)[-1]).facts["agreed"]
-    assert kept == {"classes": CLASSES, "clients": {"a": 0, "b": 1, "c": 2}}
+    assert kept["classes"] == CLASSES
+    assert kept["clients"] == {"a": 0, "b": 1, "c": 2}
     # All but the first are there again.
     others = nodes_of(tmp_path)
     del others["a"]
