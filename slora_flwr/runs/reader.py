@@ -238,16 +238,15 @@ class _Document:
 
 def _read_config(path: Path) -> _Document:
     document = tomllib.loads(read_regular(path).decode("utf-8-sig"))
-    versions, resolved = (
-        check(dict[str, Any], document.pop(name, {}))
-        for name in ("versions", "resolved")
-    )
-    delta = check(_Privacy, resolved.get("privacy", {})).delta
-    config, defaults = check(dict[str, Value], _flat(document)), flatten(RunConfig())
+    names = ("versions", "resolved")
+    tables = check(dict[str, dict[str, Any]], {n: document.pop(n, {}) for n in names})
+    delta = check(_Privacy, tables["resolved"].get("privacy", {})).delta
+    config, defaults = _flat(document), flatten(RunConfig())
     for key, value in config.items():
         # Runs of other versions may have keys that are unknown here.
-        check(_VALUES[type(defaults.get(key, value))], {key: value})
-    return _Document(defaults | config, versions, resolved, delta)
+        kind = type(defaults.get(key, value))
+        check(_VALUES.get(kind, dict[str, Value]), {key: value})
+    return _Document(defaults | config, **tables, delta=delta)
 
 
 def is_run(path: Path) -> bool:
