@@ -78,12 +78,6 @@ def read_report(reply: Message, asked: Asked) -> Report:
         raise MessageError(f"error {reply.error.code}: {reply.error.reason}")
     report = Report.read(reply.content)
     sizes = asked.examples[reply.metadata.src_node_id]
-    for name in _LISTS:
-        if (given := len(getattr(report, name))) > len(sizes):
-            raise MessageError(
-                f"it has {given} {name}; allowed: up to {len(sizes)}, one for each "
-                "client asked"
-            )
     expected = {
         "round": (report.server_round, asked.server_round),
         "phase": (report.phase, asked.phase),
@@ -92,6 +86,12 @@ def read_report(reply: Message, asked: Asked) -> Report:
     for name, (told, wanted) in expected.items():
         if told != wanted:
             raise MessageError(f"its {name} is {told}, not {wanted}")
+    for name in _LISTS:
+        if (given := len(getattr(report, name))) > len(sizes):
+            raise MessageError(
+                f"it has {given} {name}; allowed: up to {len(sizes)}, one for each "
+                "client asked"
+            )
     clients, count = report.clients, len(report.clients)
     # 1.0 and True equal the client id 1 but are not client ids.
     if not all(type(client) is int for client in clients):
