@@ -86,10 +86,11 @@ def test_changed_facts_take_a_new_protocol(
     assert json.loads(path.read_text()) == facts
 
 
-def test_other_last_bits_and_new_runs_take_none() -> None:
+def test_other_last_bits_new_runs_and_exports_take_none() -> None:
     facts = json.loads(json.dumps(KEPT))
     facts["runs"]["new"] = facts["runs"]["slora"]
     change_losses(facts, 1e-5)
+    facts["runs"]["slora"]["files"]["adapter/new.safetensors"] = "0"
     assert must_raise(KEPT, facts) == []
     change_losses(facts, 1e-2)
     [difference] = must_raise(KEPT, facts)

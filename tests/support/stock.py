@@ -12,25 +12,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-for name in ("slora_flwr", "slora_embedded"):
-    sys.modules[name] = None  # type: ignore[assignment]
-try:
-    import slora_flwr  # noqa: F401
-except ModuleNotFoundError:
-    pass
-else:
-    raise AssertionError("slora_flwr can be imported")
+if __name__ == "__main__":  # not where a test imports this
+    for name in ("slora_flwr", "slora_embedded"):
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        import slora_flwr  # noqa: F401
+    except ModuleNotFoundError:
+        pass
+    else:
+        raise AssertionError("slora_flwr can be imported")
 
-import torch  # noqa: E402
-from peft import (  # noqa: E402
+import torch
+from peft import (
     AutoPeftModel,
     AutoPeftModelForSequenceClassification,
     LoraConfig,
     PeftModel,
 )
-from safetensors.torch import load_file  # noqa: E402
-from torch.nn import functional as F  # noqa: E402, N812
-from transformers import (  # noqa: E402
+from safetensors.torch import load_file
+from torch.nn import functional as F  # noqa: N812
+from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     pipeline,
