@@ -106,10 +106,10 @@ def _refuse_stock(folder: Path) -> None:
     """Have PEFT and others refuse an adapter whose base is not the checkpoint."""
     (folder / "adapter_model.safetensors").rename(folder / PATCHED_FILE)
     path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     config["peft_type"] = PATCHED_TYPE
     config["base_model_name_or_path"] += f" + {PATCH_FILE}"
-    path.write_text(json.dumps(config, indent=2, sort_keys=True))
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def merge_adapter(
@@ -161,7 +161,7 @@ def load_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
     from slora_flwr.adapters.peft_layers import wrap
 
     apply_base_patch(model, folder / PATCH_FILE)
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"peft_type": "LORA", "base_model_name_or_path": None}
     loaded = wrap(model, LoraConfig.from_peft_type(**config))
     set_peft_model_state_dict(loaded, load_file(folder / PATCHED_FILE))

@@ -1,6 +1,6 @@
 """The model card of an export: its README, written from the run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,7 +119,7 @@ class ModelCard:
         How it is loaded.
     figures : Mapping[str, Any]
         Its figures on the test data, named as in summary.json; empty if unknown.
-    payload : tuple[int, int] or None
+    payload : Sequence[int]
         Payload bytes that clients received and sent. With privacy they are not told.
     privacy : Mapping[str, float]
         The guarantee; empty without one.
@@ -133,7 +133,7 @@ class ModelCard:
     number: int
     loading: Loading
     figures: Mapping[str, Any]
-    payload: tuple[int, int] | None
+    payload: Sequence[int]
     privacy: Mapping[str, float]
 
     @property
@@ -202,7 +202,7 @@ class ModelCard:
     @property
     def traffic(self) -> dict[str, str]:
         """The payload bytes, told in megabytes."""
-        if self.payload is None or self.privacy:
+        if self.privacy:
             return {}
         down, up = self.payload
         told = f"{down / 1e6:.2f} MB to clients, {up / 1e6:.2f} MB from them (payload)"

@@ -1,6 +1,6 @@
 """Exports of a run's states, with labels, tokeniser and model card."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,10 @@ def export(
         base = BaseWeights(weights=weights) if weights else phase.base.start
         loading = adapter.export(folder, state, base, classes, model.detach)
         which = "averaged" if phase.is_averaged else "last"
-        found = _Exported(which, summary["rounds"], loading, summary)
-        _complete(folder, trainer.config, model, classes, found, summary)
+        sizes = [summary[f"payload_bytes_{direction}"] for direction in ("down", "up")]
+        privacy = summary.get("privacy", {})
+        found = _Exported(which, summary["rounds"], loading, summary, sizes, privacy)
+        _complete(folder, trainer.config, model, classes, found)
 
 
 def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
@@ -87,8 +89,8 @@ def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
         If there is nothing such to export, or nowhere to write it.
     """
     recorded = read_run(run)
-    config, summary = parse(recorded.config), recorded.summary
-    if summary is None:
+    config = parse(recorded.config)
+    if recorded.summary is None:
         raise ConfigError(
             f"{run} is of a run that has not ended; allowed: one that has"
         )
@@ -104,7 +106,7 @@ def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
     schedule, number = make_schedule(config), int(facts["round"])
     index = [phase.adapter for phase in schedule].index(facts["phase"])
     phase = schedule[index]
-    before = sum(summary["phases"][p.adapter]["rounds"] for p in schedule[:index])
+    before = sum(len(recorded.phases[p.adapter]) for p in schedule[:index])
     classes = _classes(run)
     model = AttachedModel(config, ProcessData(config, classes))
     backbone = model.backbone
@@ -120,22 +122,24 @@ def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
     except ConfigError:
         to.rmdir()
         raise
-    figures = (
-        summary if which == "averaged" else _figures(recorded, phase, which, number)
-    )
-    found = _Exported(which, number, loading, figures)
-    _complete(to, config, model, classes, found, summary)
+    figures = _figures(recorded, phase, which, number)
+    sizes = [recorded.total("payload", direction) or 0 for direction in ("down", "up")]
+    privacy = recorded.facts["resolved"].get("privacy", {})
+    found = _Exported(which, number, loading, figures, sizes, privacy)
+    _complete(to, config, model, classes, found)
     return to
 
 
 @dataclass(frozen=True)
 class _Exported:
-    """A state, its round, how it is loaded, and its figures on the test data."""
+    """What a model card tells besides the config; see `ModelCard`."""
 
     which: str
     number: int
     loading: Loading
     figures: Mapping[str, Any]
+    payload: Sequence[int]
+    privacy: Mapping[str, float]
 
 
 def _complete(
@@ -144,7 +148,6 @@ def _complete(
     model: AttachedModel,
     classes: list[str],
     found: _Exported,
-    summary: Mapping[str, Any],
 ) -> None:
     """Add to an export what is not the adapter's: labels, tokeniser, model card."""
     export_classes(folder, classes)
@@ -154,12 +157,7 @@ def _complete(
         base=public_name(config.model.name),
         digest=model.backbone.digest,
         classes=len(classes),
-        which=found.which,
-        number=found.number,
-        loading=found.loading,
-        figures=found.figures,
-        payload=(summary["payload_bytes_down"], summary["payload_bytes_up"]),
-        privacy=summary.get("privacy", {}),
+        **vars(found),
     )
     (folder / "README.md").write_text(card.text, encoding="utf-8")
 
@@ -222,10 +220,10 @@ def _read_base(
 
 def _figures(
     recorded: RecordedRun, phase: Phase, which: str, number: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Return the figures of a state that its round has; empty if it has none."""
     [metrics] = [done.metrics for done in recorded.rounds if done.round == number]
     prefix = "plain_" if which == "last" and phase.average != "none" else ""
-    names = (f"{prefix}{name}" for name in METRICS)
-    found = {n.removeprefix(prefix): metrics[n] for n in names if n in metrics}
-    return found if "accuracy" in found else {}
+    # As in summary.json, None if it is not finite.
+    found = {name: metrics.get(f"{prefix}{name}") for name in METRICS}
+    return {} if found["accuracy"] is None else found
