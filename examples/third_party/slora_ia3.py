@@ -7,6 +7,7 @@ from peft import IA3Config
 from torch import Tensor, nn
 
 from slora_flwr.adapters.base import Adapter, require_targets
+from slora_flwr.adapters.loading import Loading
 from slora_flwr.adapters.peft_layers import wrap, write_peft
 from slora_flwr.aggregation.base import Aggregator
 from slora_flwr.aggregation.mean import Mean
@@ -72,14 +73,14 @@ class IA3Adapter(Adapter):
         base: BaseWeights | None,
         classes: list[str],
         leave: Callable[[], None],
-    ) -> None:
+    ) -> Loading:
         """Write the vectors and the head in PEFT's format."""
         backbone = self.backbone
         leave()
         vectors = {
             f"{name}.ia3_l.default": state[f"{name}.ia3_l"] for name in backbone.targets
         }
-        write_peft(folder, backbone, _peft_config(backbone), state, vectors)
+        return write_peft(folder, backbone, _peft_config(backbone), state, vectors)
 
 
 def _peft_config(backbone: Backbone) -> IA3Config:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from slora_flwr.adapters.loading import WHOLE, Loading
 from slora_flwr.adapters.model_files import export_model
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.families import expert_weights
@@ -400,11 +401,12 @@ class Adapter:
         base: BaseWeights | None,
         classes: list[str],
         leave: Callable[[], None],
-    ) -> None:
+    ) -> Loading:
         """Write a final state in a format that stock libraries load.
 
-        If PEFT has no format for the adapter, the whole model is written. The adapter
-        must be attached.
+        If PEFT has no format for the adapter, the whole model is written. What stock
+        libraries would load as another function is written so that they refuse it. The
+        adapter must be attached.
 
         Parameters
         ----------
@@ -418,9 +420,38 @@ class Adapter:
             The label names, in the order of class ids.
         leave : Callable
             Detaches the adapter and restores W_0.
+
+        Returns
+        -------
+        Loading
+            How it is loaded.
         """
         self.load(state)
         export_model(folder, self.backbone, classes)
+        return WHOLE
+
+    def merge(
+        self,
+        folder: Path,
+        state: State,
+        base: BaseWeights | None,
+        classes: list[str],
+        leave: Callable[[], None],
+    ) -> Loading:
+        """Write a final state as a whole model, which stock transformers loads.
+
+        Parameters and result are those of `export`.
+
+        Raises
+        ------
+        ConfigError
+            If no such model computes what this adapter does.
+        """
+        if self.folder != "model":
+            raise ConfigError(
+                f"{type(self).__name__} has no merged form; allowed: its own export"
+            )
+        return self.export(folder, state, base, classes, leave)
 
 
 def require_float32(config: RunConfig, why: str = "") -> None:

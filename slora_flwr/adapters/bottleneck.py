@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.hooks import RemovableHandle
 
 from slora_flwr.adapters.base import Adapter, require_float32
+from slora_flwr.adapters.loading import BOTTLENECKS, Loading
 from slora_flwr.adapters.model_files import export_model
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone, block_modules
@@ -25,6 +26,7 @@ from slora_flwr.common.tensors import State, save_tensors
 from slora_flwr.config import ConfigError, RunConfig
 
 BOTTLENECK_FILE = "bottlenecks.safetensors"
+REST_FILE = "without_bottlenecks.safetensors"
 
 # Endings of module names in BERT, RoBERTa and DeBERTa; in DistilBERT; and in ALBERT.
 _ATTENTION = (".attention.output.dropout", ".attention.out_lin", ".output_dropout")
@@ -108,11 +110,31 @@ class BottleneckAdapter(Adapter):
         base: BaseWeights | None,
         classes: list[str],
         leave: Callable[[], None],
-    ) -> None:
-        """Write the whole model, with the bottlenecks in a separate file."""
+    ) -> Loading:
+        """Write the whole model, with the bottlenecks in a separate file.
+
+        transformers would load the rest and say nothing of them, so that has a name
+        under which it finds no weights.
+        """
         self.load(state)
         export_model(folder, self.backbone, classes)
+        (folder / "model.safetensors").rename(folder / REST_FILE)
         export_bottlenecks(folder, state, self.kind, self._reduction)
+        return BOTTLENECKS[self.kind]
+
+    def merge(
+        self,
+        folder: Path,
+        state: State,
+        base: BaseWeights | None,
+        classes: list[str],
+        leave: Callable[[], None],
+    ) -> Loading:
+        """Raise ConfigError: bottlenecks are layers that the model does not have."""
+        raise ConfigError(
+            "bottlenecks are layers of their own, which no model of transformers has; "
+            "allowed: the export that is not merged"
+        )
 
     def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
         """Insert the bottlenecks, and return them with the normalisations."""
@@ -244,7 +266,7 @@ def apply_bottlenecks(model: nn.Module, path: Path) -> None:
     Parameters
     ----------
     model : nn.Module
-        The model in the same folder, loaded by transformers.
+        The model of the same folder, with what `without_bottlenecks.safetensors` holds.
     path : Path
         Path of `bottlenecks.safetensors`.
     """

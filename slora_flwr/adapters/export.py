@@ -1,5 +1,6 @@
 """Exported low-rank states in PEFT's format, and the patch of their base."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slora_flwr.adapters.loading import PATCHED_ADAPTER, Loading
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.families import is_conv1d
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
 
 PATCH_FILE = "base_patch.safetensors"
+PATCHED_FILE = "adapter_over_patch.safetensors"
+# PEFT names it when it refuses the adapter.
+PATCHED_TYPE = "LORA over base_patch.safetensors, which README.md tells how to load"
 
 
 def export_adapter(
@@ -23,13 +28,15 @@ def export_adapter(
     rank: int,
     scaling: float,
     base: BaseWeights | None,
-) -> None:
+) -> Loading:
     """Write a low-rank state in PEFT's format, with a base patch if needed.
 
     If the base subtracts s·B_0·A_0 (`residual`), the adapter is written with twice the
     rank, [B, -B_0]·[A; A_0], as PEFT does for PiSSA. The base then differs from the
     checkpoint only by the sparse phase's values, which `base_patch.safetensors` holds.
-    If rounds have changed the base, the file holds whole matrices.
+    If rounds have changed the base, the file holds whole matrices. Then the adapter's
+    own file has a name that PEFT does not look for, and `adapter_config.json` a type
+    that it refuses: without the patch the adapter computes something else.
 
     Parameters
     ----------
@@ -43,6 +50,11 @@ def export_adapter(
         The adapter's rank and s.
     base : BaseWeights or None
         The base; None for W_0.
+
+    Returns
+    -------
+    Loading
+        How it is loaded.
     """
     # Checking a run config must not wait for PEFT's import, which takes seconds.
     from peft import LoraConfig
@@ -64,9 +76,9 @@ def export_adapter(
             b = torch.cat([b, -base.b[name]], dim=1)
         factors[f"{name}.lora_A.default.weight"] = a
         factors[f"{name}.lora_B.default.weight"] = b
-    write_peft(folder, backbone, config, state, factors)
+    loading = write_peft(folder, backbone, config, state, factors)
+    arrays: dict[str, Tensor] = {}
     if base is not None:
-        arrays: dict[str, Tensor] = {}
         for name, positions in base.positions.items():
             if is_conv1d(backbone.targets[name]):
                 rows, columns = np.divmod(positions, backbone.targets[name].in_features)
@@ -77,8 +89,48 @@ def export_adapter(
             conv1d = is_conv1d(backbone.targets[name])
             weight = weight.T.contiguous() if conv1d else weight
             arrays[f"{name}.weight.values"] = weight
-        if arrays:
-            save_file(arrays, folder / PATCH_FILE, {"base": backbone.digest})
+    if not arrays:
+        return loading
+    save_file(arrays, folder / PATCH_FILE, {"base": backbone.digest})
+    _refuse_stock(folder)
+    return PATCHED_ADAPTER
+
+
+def _refuse_stock(folder: Path) -> None:
+    """Have PEFT and others refuse an adapter whose base is not the checkpoint."""
+    (folder / "adapter_model.safetensors").rename(folder / PATCHED_FILE)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["peft_type"] = PATCHED_TYPE
+    config["base_model_name_or_path"] += f" + {PATCH_FILE}"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def merge_adapter(
+    backbone: Backbone, state: State, scaling: float, base: BaseWeights | None
+) -> None:
+    """Give a backbone the weights that a low-rank state computes with, in float32.
+
+    Parameters
+    ----------
+    backbone, state, base
+        As for `export_adapter`.
+    scaling : float
+        The adapter's s.
+    """
+    frozen = base.apply(backbone) if base is not None else {}
+    backbone.model.float()
+    with torch.no_grad():
+        for name, parameter in backbone.head.items():
+            parameter.copy_(state[name])
+        for name, module in backbone.targets.items():
+            a, b = f"{name}.lora_A", f"{name}.lora_B"
+            # In float64, where equal factors cancel to less than float32 shows.
+            product = state[b].double() @ state[a].double()
+            if b in frozen:
+                product -= frozen[b].double() @ frozen[a].double()
+            weight = module.weight
+            weight.copy_(weight.double() + scaling * product.to(weight.device))
 
 
 def apply_base_patch(model: nn.Module, path: Path) -> None:

@@ -8,14 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slora_flwr.adapters.base import require_targets
-from slora_flwr.adapters.export import export_adapter
+from slora_flwr.adapters.export import export_adapter, merge_adapter
 from slora_flwr.adapters.handoff import (
     Handoff,
     base_layout,
     prime_low_rank,
     start_from_weights,
 )
+from slora_flwr.adapters.loading import WHOLE, Loading
 from slora_flwr.adapters.low_rank import LowRankAdapter
+from slora_flwr.adapters.model_files import export_model
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
@@ -157,11 +159,26 @@ class LoraAdapter(LowRankAdapter):
         base: BaseWeights | None,
         classes: list[str],
         leave: Callable[[], None],
-    ) -> None:
+    ) -> Loading:
         """Write a final state in PEFT's format, with a base patch if needed."""
         backbone, state = self.backbone, self.whole(state)
         leave()
-        export_adapter(folder, backbone, state, self.rank, self.scaling, base)
+        return export_adapter(folder, backbone, state, self.rank, self.scaling, base)
+
+    def merge(
+        self,
+        folder: Path,
+        state: State,
+        base: BaseWeights | None,
+        classes: list[str],
+        leave: Callable[[], None],
+    ) -> Loading:
+        """Write the whole model in float32, with the products in its weights."""
+        backbone, state = self.backbone, self.whole(state)
+        leave()
+        merge_adapter(backbone, state, self.scaling, base)
+        export_model(folder, backbone, classes)
+        return WHOLE
 
 
 def factors_size(rank: int, backbone: Backbone) -> int:

@@ -1,10 +1,13 @@
-"""Exported files: a whole model as transformers writes it, and its label names."""
+"""Exported files: a whole model as transformers writes it, labels, a tokeniser."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from slora_flwr.backbone.families import checkpoint_state
 from slora_flwr.backbone.load import Backbone
+
+CLASSES_FILE = "classes.json"
 
 
 def export_model(folder: Path, backbone: Backbone, classes: list[str]) -> None:
@@ -15,11 +18,22 @@ def export_model(folder: Path, backbone: Backbone, classes: list[str]) -> None:
     config.label2id = {name: i for i, name in enumerate(classes)}
     state = checkpoint_state(backbone.model)
     backbone.model.save_pretrained(str(folder), state_dict=state)
-    backbone.tokenizer.save_pretrained(str(folder))
 
 
 def export_classes(folder: Path, classes: list[str]) -> None:
     """Write the label names as JSON, in the order of class ids."""
-    (folder / "classes.json").write_text(
+    (folder / CLASSES_FILE).write_text(
         json.dumps(classes, indent=1) + "\n", encoding="utf-8"
     )
+
+
+def read_classes(folder: Path) -> list[str]:
+    """Return the label names of an export, in the order of class ids."""
+    return [*map(str, json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8")))]
+
+
+def export_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write a tokeniser's files, without what its last call has set."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(str(folder))

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slora_flwr.adapters.loading import ADAPTER, Loading
 from slora_flwr.backbone.families import is_conv1d
 from slora_flwr.backbone.load import Backbone
 
@@ -32,7 +33,7 @@ def write_peft(
     config: PeftConfig,
     head: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
-) -> None:
+) -> Loading:
     """Write an adapter and the head in PEFT's format.
 
     Parameters
@@ -48,6 +49,11 @@ def write_peft(
     values : Mapping[str, Tensor]
         The adapter's values, named as PEFT names their parameters, such as
         `<module>.lora_A.default.weight`.
+
+    Returns
+    -------
+    Loading
+        How it is loaded.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = copy(config)
@@ -63,7 +69,9 @@ def write_peft(
     config.fan_in_fan_out = any(map(is_conv1d, backbone.targets.values()))  # type: ignore[attr-defined]
     # PEFT holds the names in a set, whose order differs between processes.
     config.target_modules = sorted(config.target_modules)  # type: ignore[attr-defined]
-    model.save_pretrained(str(folder))
+    # Otherwise PEFT looks up the checkpoint to see if its vocabulary was changed.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    return ADAPTER
 
 
 def _head_modules(backbone: Backbone) -> list[str]:

@@ -174,6 +174,8 @@ def load_backbone(
     except (OSError, ValueError) as error:
         raise _not_found(config, error) from None
     model.config.pad_token_id = tokenizer.pad_token_id
+    # Exports name it. They must not name a folder of this machine.
+    model.name_or_path = model.config.name_or_path = public_name(config.name)
     to_linear(model)
     model.requires_grad_(False)
     model.to(best_device())
@@ -304,6 +306,17 @@ def locate(name: str) -> str:
     if assets and (Path(assets, "models", name) / "config.json").is_file():
         return str(Path(assets, "models", name))
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def public_name(name: str) -> str:
+    """Return how exports call `model.name`: a Hub id as it is, a folder `./NAME`.
+
+    The latter is no Hub id, so no other model is loaded in the folder's place.
+    """
+    place = locate(name)
+    if name == "embedded" or not Path(place).is_dir():
+        return "./embedded" if name == "embedded" else name
+    return f"./{Path(place).absolute().name}"
 
 
 def block_modules(model: Any) -> dict[str, nn.Module]:

@@ -20,7 +20,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     """
     privacy = summary.get("privacy")
     seconds = "" if privacy else f", {summary['seconds']:.0f} s"
-    title = f"{summary['method']}: {_figures(summary)}{seconds}"
+    title = f"{summary['method']}: {tell_figures(summary)}{seconds}"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column("rounds", justify="right")
@@ -29,13 +29,14 @@ def closing_table(summary: dict[str, Any]) -> Table:
             table.add_row(f"{name} phase", str(phase["rounds"]))
         table.add_section()
         table.add_row(summary["method"], str(summary["rounds"]))
-        table.caption = _guarantee(privacy)
+        table.caption = tell_guarantee(privacy)
     else:
         _add_traffic(table, summary)
     return table
 
 
-def _figures(summary: Mapping[str, Any]) -> str:
+def tell_figures(summary: Mapping[str, Any]) -> str:
+    """Return the figures on the test data, named as in summary.json, as a line."""
     if summary["accuracy"] is None:
         return "not evaluated"
     # None if it overflowed.
@@ -88,7 +89,7 @@ def _add_traffic(table: Table, summary: Mapping[str, Any]) -> None:
     )
 
 
-def _guarantee(privacy: Mapping[str, float]) -> str:
+def tell_guarantee(privacy: Mapping[str, float]) -> str:
     """Return the guarantee of a run with privacy, given `Privacy.facts`."""
     return (
         f"for each client ({privacy['epsilon']:.3g}, {privacy['delta']:.2g})-"

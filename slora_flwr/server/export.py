@@ -1,23 +1,231 @@
-"""Export of the trained model into the run directory."""
+"""Exports of a run's states, with labels, tokeniser and model card."""
 
-from slora_flwr.adapters.model_files import export_classes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from slora_flwr.adapters.loading import Loading
+from slora_flwr.adapters.model_files import (
+    CLASSES_FILE,
+    export_classes,
+    export_tokenizer,
+    read_classes,
+)
 from slora_flwr.backbone.base_weights import BaseWeights
+from slora_flwr.backbone.load import Backbone, public_name
+from slora_flwr.config import ConfigError, RunConfig, parse
+from slora_flwr.config.schedule import Phase, make_schedule
+from slora_flwr.reports.model_card import ModelCard
+from slora_flwr.runs.events import METRICS
+from slora_flwr.runs.reader import RecordedRun, read_run
 from slora_flwr.runs.release import Release
 from slora_flwr.server.phase import ActivePhase
+from slora_flwr.training.attached_model import AttachedModel
+from slora_flwr.training.process_data import ProcessData
 from slora_flwr.training.trainer import Trainer
 
+# The states of a run that can be exported, and where their bases are if they have any.
+BASES = {
+    "last": ("base",),
+    "averaged": ("averaged-base", "base"),
+    "best": ("best-base",),
+}
 
-def export(release: Release, trainer: Trainer, phase: ActivePhase) -> None:
-    """Write the averaged state in a format that stock libraries load.
+
+def export(
+    release: Release, trainer: Trainer, phase: ActivePhase, summary: dict[str, Any]
+) -> None:
+    """Write the averaged state into the run directory.
+
+    Stock libraries load it as the function that the run evaluated, or refuse to.
 
     Raises
     ------
     RunDirectoryError
         If it cannot be written.
     """
-    adapter, classes = phase.adapter, trainer.data.classes
+    adapter, model = phase.adapter, trainer.model
+    classes = trainer.data.classes
     with release.export(adapter.folder) as folder, phase.on_average() as state:
         weights = phase.weights()
         base = BaseWeights(weights=weights) if weights else phase.base.start
-        adapter.export(folder, state, base, classes, trainer.model.detach)
-        export_classes(folder, classes)
+        loading = adapter.export(folder, state, base, classes, model.detach)
+        which = "averaged" if phase.is_averaged else "last"
+        found = _Exported(which, summary["rounds"], loading, summary)
+        _complete(folder, trainer.config, model, classes, found, summary)
+
+
+def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
+    """Export a state of a finished run.
+
+    Parameters
+    ----------
+    run : Path
+        The run directory.
+    which : str
+        `last`, `averaged` or `best`. Where a phase keeps no average, `averaged` is the
+        last state.
+    merge : bool
+        Write a whole model, which stock transformers loads.
+    to : Path
+        The folder to write, new or empty.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    RunError
+        If it is no run directory, or cannot be read.
+    ConfigError
+        If there is nothing such to export, or nowhere to write it.
+    """
+    recorded = read_run(run)
+    config, summary = parse(recorded.config), recorded.summary
+    if summary is None:
+        raise ConfigError(
+            f"{run} is of a run that has not ended; allowed: one that has"
+        )
+    if which not in BASES:
+        raise ConfigError(f"which is {which!r}; allowed: {', '.join(BASES)}")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"to is {str(to)!r}; allowed: a new or empty folder")
+    if which == "averaged" and not _state_file(run, which).is_file():
+        which = "last"
+    if not _state_file(run, which).is_file():
+        raise ConfigError(f"{run} keeps no {which} state; allowed: a run that does")
+    facts = _facts(_state_file(run, which))
+    schedule, number = make_schedule(config), int(facts["round"])
+    index = [phase.adapter for phase in schedule].index(facts["phase"])
+    phase = schedule[index]
+    before = sum(summary["phases"][p.adapter]["rounds"] for p in schedule[:index])
+    classes = _classes(run)
+    model = AttachedModel(config, ProcessData(config, classes))
+    backbone = model.backbone
+    _check_digest(config, recorded, backbone.digest)
+    base = _read_base(run, which, facts["base"], config, phase, backbone, before)
+    adapter = model.attach(phase, base, facts["base"])
+    adapter.begin(number - before)
+    state = load_file(_state_file(run, which))
+    write = adapter.merge if merge else adapter.export
+    to.mkdir(parents=True, exist_ok=True)
+    try:
+        loading = write(to, state, base, classes, model.detach)
+    except ConfigError:
+        to.rmdir()
+        raise
+    figures = (
+        summary if which == "averaged" else _figures(recorded, phase, which, number)
+    )
+    found = _Exported(which, number, loading, figures)
+    _complete(to, config, model, classes, found, summary)
+    return to
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """A state, its round, how it is loaded, and its figures on the test data."""
+
+    which: str
+    number: int
+    loading: Loading
+    figures: Mapping[str, Any]
+
+
+def _complete(
+    folder: Path,
+    config: RunConfig,
+    model: AttachedModel,
+    classes: list[str],
+    found: _Exported,
+    summary: Mapping[str, Any],
+) -> None:
+    """Add to an export what is not the adapter's: labels, tokeniser, model card."""
+    export_classes(folder, classes)
+    export_tokenizer(folder, model.backbone.tokenizer)
+    card = ModelCard(
+        config=config,
+        base=public_name(config.model.name),
+        digest=model.backbone.digest,
+        classes=len(classes),
+        which=found.which,
+        number=found.number,
+        loading=found.loading,
+        figures=found.figures,
+        payload=(summary["payload_bytes_down"], summary["payload_bytes_up"]),
+        privacy=summary.get("privacy", {}),
+    )
+    (folder / "README.md").write_text(card.text, encoding="utf-8")
+
+
+def _state_file(run: Path, name: str) -> Path:
+    return run / "checkpoints" / f"{name}.safetensors"
+
+
+def _facts(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+def _classes(run: Path) -> list[str]:
+    """Return the label names, which the run's own export holds."""
+    for path in sorted(run.glob(f"*/{CLASSES_FILE}")):
+        return read_classes(path.parent)
+    raise ConfigError(
+        f"{run} holds no {CLASSES_FILE}, which a run writes with its export as it "
+        "ends; allowed: a run that has it"
+    )
+
+
+def _check_digest(config: RunConfig, recorded: RecordedRun, digest: str) -> None:
+    """Raise ConfigError if the checkpoint is no longer that of the run."""
+    expected = recorded.facts["resolved"].get("backbone_digest", digest)
+    if digest != expected:
+        raise ConfigError(
+            f"model.name is {config.model.name!r}, whose weights have the digest "
+            f"{digest}; allowed: those of the run, {expected}"
+        )
+
+
+def _read_base(
+    run: Path,
+    which: str,
+    digest: str,
+    config: RunConfig,
+    phase: Phase,
+    backbone: Backbone,
+    before: int,
+) -> BaseWeights | None:
+    """Return the base of a state; None for W_0. `before` is the rounds of the past."""
+    paths = (_state_file(run, name) for name in BASES[which])
+    path = next((path for path in paths if path.is_file()), None)
+    if digest != ("" if path is None else _facts(path)["digest"]):
+        raise ConfigError(
+            f"{run} does not keep the base of its {which} state; allowed: a run that "
+            "does"
+        )
+    if path is None:
+        return None
+    state = load_file(path)
+    if phase.changes_base:
+        return BaseWeights(weights=state)
+    layout = phase.adapter_type.base_layout(phase, config, backbone, before)
+    _, positions, scaling = layout
+    return BaseWeights.from_state(state, positions, scaling)
+
+
+def _figures(
+    recorded: RecordedRun, phase: Phase, which: str, number: int
+) -> dict[str, float]:
+    """Return the figures of a state that its round has; empty if it has none."""
+    [metrics] = [done.metrics for done in recorded.rounds if done.round == number]
+    prefix = "plain_" if which == "last" and phase.average != "none" else ""
+    names = (f"{prefix}{name}" for name in METRICS)
+    found = {n.removeprefix(prefix): metrics[n] for n in names if n in metrics}
+    return found if "accuracy" in found else {}

@@ -152,7 +152,7 @@ def _run(
     if privacy is not None:
         summary["privacy"] = privacy.facts(config.rounds)
     directory.write_summary(summary)
-    export(directory.release, trainer, strategy.phase)
+    export(directory.release, trainer, strategy.phase, summary)
     fleet.dismiss(grid)
     # That of nodes on this machine that have not answered.
     shutil.rmtree(run_folder(directory.lineage), ignore_errors=True)

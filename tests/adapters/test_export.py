@@ -25,7 +25,7 @@ from slora_flwr.adapters.bottleneck import (
 )
 from slora_flwr.adapters.export import PATCH_FILE, apply_base_patch, export_adapter
 from slora_flwr.adapters.masks import make_mask
-from slora_flwr.adapters.model_files import export_classes, export_model
+from slora_flwr.adapters.model_files import export_classes, export_model, read_classes
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.config import LoraConfig, RecipeConfig
 from slora_flwr.config.methods import find_adapter
@@ -206,3 +206,4 @@ def test_classes_are_in_the_order_of_their_ids(tmp_path: Path) -> None:
     export_classes(tmp_path, ["sport", "arts", "ärzte"])
     written = (tmp_path / "classes.json").read_text()
     assert json.loads(written) == ["sport", "arts", "ärzte"]
+    assert read_classes(tmp_path) == ["sport", "arts", "ärzte"]

@@ -1,0 +1,139 @@
+"""The model card of an export: its README, written from the run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from slora_flwr.adapters.loading import Loading
+from slora_flwr.common.text import printable
+from slora_flwr.config import RunConfig
+from slora_flwr.config.methods import list_methods
+from slora_flwr.reports.closing_table import tell_figures, tell_guarantee
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model card tells; nothing in it depends on the clock or the machine.
+
+    Attributes
+    ----------
+    config : RunConfig
+        The run.
+    base : str
+        The checkpoint: a Hub id, or `./NAME` for a folder.
+    digest : str
+        BLAKE2b of the checkpoint's weights.
+    classes : int
+        Number of classes.
+    which : str
+        Which of the run's states this is.
+    number : int
+        The round after which it was that.
+    loading : Loading
+        How it is loaded.
+    figures : Mapping[str, Any]
+        Its figures on the test data, named as in summary.json; empty if unknown.
+    payload : tuple[int, int] or None
+        Payload bytes that clients received and sent. With privacy they are not told.
+    privacy : Mapping[str, float]
+        The guarantee; empty without one.
+    """
+
+    config: RunConfig
+    base: str
+    digest: str
+    classes: int
+    which: str
+    number: int
+    loading: Loading
+    figures: Mapping[str, Any]
+    payload: tuple[int, int] | None
+    privacy: Mapping[str, float]
+
+    @property
+    def is_public(self) -> bool:
+        """Whether the checkpoint has a public name."""
+        return not self.base.startswith("./")
+
+    @property
+    def library(self) -> str:
+        """The library whose format it has."""
+        return "peft" if self.loading.needs_base else "transformers"
+
+    @property
+    def packages(self) -> str:
+        """The packages that load it."""
+        return "transformers and peft" if self.loading.needs_base else "transformers"
+
+    @property
+    def source(self) -> dict[str, str]:
+        """The arguments by which transformers finds the checkpoint."""
+        model = self.config.model
+        source = {"pretrained_model_name_or_path": self.base, "dtype": model.dtype}
+        return source | ({"revision": model.revision} if model.revision else {})
+
+    @property
+    def method(self) -> str:
+        """The method, with its line of help and its paper."""
+        row = list_methods()[self.config.method]
+        paper = f" ({row.paper})" if row.paper else ""
+        return f"`{self.config.method}`: {row.help}{paper}"
+
+    @property
+    def data(self) -> str:
+        """The training data. A file is told by its name without its folder."""
+        data = self.config.data
+        if data.is_own:
+            return "the clients' own files"
+        name = Path(data.name).expanduser()
+        return f"`{_inline(name.name if name.exists() else data.name)}`"
+
+    @property
+    def clients(self) -> str:
+        """How many clients there were, and how many trained in a round."""
+        clients = self.config.clients
+        of = f" of {clients.count}" if clients.count else ""
+        return f"{clients.per_round}{of} in each round"
+
+    @property
+    def tested(self) -> str:
+        """The figures on the test data."""
+        return tell_figures(self.figures) if self.figures else "not evaluated"
+
+    @property
+    def traffic(self) -> dict[str, str]:
+        """The payload bytes, told in megabytes."""
+        if self.payload is None or self.privacy:
+            return {}
+        down, up = self.payload
+        told = f"{down / 1e6:.2f} MB to clients, {up / 1e6:.2f} MB from them (payload)"
+        return {"traffic": told}
+
+    @property
+    def guarantee(self) -> str:
+        """The guarantee, or that there is none."""
+        if not self.privacy:
+            return "no guarantee"
+        return f"{tell_guarantee(self.privacy)}, over all rounds"
+
+    @cached_property
+    def text(self) -> str:
+        """The card, Markdown with metadata."""
+        environment = Environment(
+            loader=PackageLoader("slora_flwr.reports"),
+            autoescape=False,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        return environment.get_template("model_card.md").render(card=self)
+
+
+def _inline(text: str) -> str:
+    """Return text for Markdown's inline code in a cell of a table."""
+    return printable(text).replace("`", "'").replace("|", "/")
