@@ -95,9 +95,12 @@ def _words(argument: str) -> Iterator[tuple[str, str, str]]:
 def _value(key: str, text: str) -> Any:
     """Return a value as TOML reads it, or the text if it is a string without quotes."""
     kinds = {known.name: known.type for known in list_keys()}
-    if kinds.get(key) == "string" and text[:1] not in ("'", '"'):
+    is_quoted = text[:1] in ("'", '"')
+    if kinds.get(key) == "string" and not is_quoted:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError as error:
+        if is_quoted:
+            raise refuse(key, text, "a string in quotes, as in TOML") from error
         return text

@@ -20,10 +20,10 @@ def runs_table(paths: Sequence[Path]) -> Table:
     A run is named by a beginning of its directory's name that no other one has.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("run", no_wrap=True)
+    table.add_column("run", overflow="fold")  # the one that makes room
     for heading in ("state", "method"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("data", no_wrap=True, overflow="ellipsis", max_width=16)
+    table.add_column("data", no_wrap=True, overflow="ellipsis", max_width=12)
     for heading in ("accuracy", "MB", "age"):
         table.add_column(heading, no_wrap=True, justify="right")
     names = [path.name for path in paths]
