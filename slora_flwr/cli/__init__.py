@@ -9,6 +9,7 @@ from slora_flwr import __version__
 from slora_flwr.cli.options import MergingCommand
 from slora_flwr.cli.planning import plan, show_config
 from slora_flwr.cli.reports import compare, report, runs
+from slora_flwr.cli.results import export, predict
 from slora_flwr.cli.running import resume, run
 from slora_flwr.cli.studies import sweep
 
@@ -18,6 +19,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "config": show_config,
     "runs": runs,
+    "predict": predict,
+    "export": export,
     "report": report,
     "compare": compare,
     "sweep": sweep,

@@ -37,6 +37,10 @@ class RunError(ValueError):
     """The path or name is not a run; the message says what is allowed."""
 
 
+class AmbiguousRunError(RunError):
+    """Several runs have names or ids that begin so; the message names them."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """Clients or a node left out, and why; `round` is None before the first round."""
@@ -309,7 +313,9 @@ def find_run(given: str | None) -> Path:
     Raises
     ------
     RunError
-        If there is none, or several begin so.
+        If there is none.
+    AmbiguousRunError
+        If several begin so.
     """
     found = list_runs()
     if given is None:
@@ -327,7 +333,9 @@ def find_run(given: str | None) -> Path:
     ]
     if len(begun) > 1:
         names = ", ".join(shorten([path.name for path in begun]))
-        raise RunError(f"{given} is the beginning of {names}; allowed: one of them")
+        raise AmbiguousRunError(
+            f"{given} is the beginning of {names}; allowed: one of them"
+        )
     if not given or not begun:
         raise _refuse(given)
     return begun[0]

@@ -1,24 +1,41 @@
 """The commands of `slora`: what they take, print and leave behind."""
 
+import csv
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import tomli_w
+import torch
 from click.testing import Result
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from slora_flwr import __version__
 from slora_flwr.cli import app
+from slora_flwr.config import parse
+from slora_flwr.data.texts import load_texts
 from slora_flwr.runs.lock import sole_use
+from slora_flwr.runs.reader import read_run
 from slora_flwr.studies.study import read_study
 from tests.support.grids import Grid
 from tests.support.resuming import assert_same, stop
-from tests.support.runs import SLORA, Config, elsewhere, events, start, summary
+from tests.support.runs import (
+    SLORA,
+    Config,
+    elsewhere,
+    events,
+    make_config,
+    start,
+    summary,
+)
+from tests.support.tiny import CLASSES
 
 
 def slora(*arguments: object) -> Result:
@@ -188,7 +205,15 @@ def test_runs_are_listed_within_80_columns(config: Config, home: Path) -> None:
     assert found.exit_code == 0, found.output
     heading, *lines = found.stdout.splitlines()
     assert max(map(len, [heading, *lines])) <= 80
-    assert heading.split() == "run state method data accuracy MB age".split()
+    assert heading.split() == [
+        "run",
+        "state",
+        "method",
+        "data",
+        "accuracy",
+        "MB",
+        "age",
+    ]
     by_run = {line.split()[0]: line.split()[1:] for line in lines}
     shown = [name[:length] for name, length in zip(names, (17, 17, 15), strict=True)]
     assert by_run.keys() == {*shown, "damaged"}
@@ -222,6 +247,133 @@ def _lines(*arguments: object) -> list[str]:
     return slora(*arguments).stdout.splitlines()
 
 
+# What came of a run
+
+
+@pytest.fixture(scope="module")
+def finished(
+    corpus: Path, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run of two phases whose best round is not its last."""
+    home = tmp_path_factory.mktemp("finished")
+    config = make_config(
+        corpus, tiny_models["bert"], home / "runs" / "20260101-slora-7"
+    )
+    config |= SLORA | {"rounds": 5, "sparse.rounds": 2, "sparse.lr": 0.02}
+    config |= {"train.batch-size": 8, "lora.lr": 0.05}  # above what is stable
+    directory = start(config, Grid(config))
+    assert 2 < summary(directory)["best"]["round"] < 5
+    return directory
+
+
+def correct(run: Path, which: str) -> float:
+    """Return the accuracy of predictions on the run's test data."""
+    config = read_run(run).config
+    _, test = load_texts(parse(config).data)
+    path = run.parent / "test.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "text"])
+        rows.writerows(enumerate(test.texts))
+    done = slora("predict", run, "--file", path, "--which", which, "--json")
+    assert done.exit_code == 0, done.output
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["text"] for one in found] == test.texts
+    for one in found:
+        assert sum(one["probabilities"].values()) == pytest.approx(1)
+        assert one["probability"] == max(one["probabilities"].values())
+        assert one["probabilities"][one["label"]] == one["probability"]
+        assert [*one["probabilities"]] == CLASSES
+    labels = [one["label"] for one in found]
+    return fmean(map(str.__eq__, labels, test.labels))
+
+
+def test_predictions_are_as_accurate_as_the_run_says(finished: Path) -> None:
+    told = summary(finished)
+    assert correct(finished, "averaged") == pytest.approx(told["accuracy"])
+    assert correct(finished, "best") == pytest.approx(told["best"]["accuracy"])
+
+
+def test_a_text_is_given_or_read_from_a_file(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLORA_HOME", str(finished.parents[1]))
+    texts = ["w5 w6 w7", "w46 w47"]
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(texts) + "\n")
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    printed = {
+        slora("predict", *given).stdout
+        for given in (
+            (*texts,),
+            ("20260101", *texts),
+            ("7", *texts),
+            ("--file", path),
+            ("7", "--file", lines),
+        )
+    }
+    [told] = printed
+    cells = [line.split("\t") for line in told.splitlines()]
+    assert [text for _, _, text in cells] == texts
+    for label, probability, _ in cells:
+        assert label in CLASSES
+        assert 1 / 3 <= float(probability) <= 1
+    assert slora("predict", texts[0]).stdout == told.splitlines()[0] + "\n"
+    # A word alone is a text, even where a run begins so.
+    assert slora("predict", "7").stdout.endswith("\t7\n")
+
+
+def test_what_cannot_be_predicted_is_refused(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLORA_HOME", str(finished.parents[1]))
+    other = tmp_path / "other.csv"
+    other.write_text("title\nw5\n")
+    for given, told in {
+        (): "TEXT is missing; allowed: one or more, or --file",
+        (str(finished),): "TEXT is missing",
+        ("7", "text", "--file", str(other)): "TEXT is 'text'; allowed: none",
+        ("--file", str(other)): "data.text names 'text'; the columns are title",
+        ("--file", str(tmp_path / "absent.txt")): "absent.txt cannot be read",
+        ("absent", "--file", str(other)): "absent is not a run",
+    }.items():
+        done = slora("predict", *given)
+        assert done.exit_code == 2, done.output
+        assert done.stderr.startswith("Error: ")
+        assert told in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("which", ["last", "best", "averaged"])
+def test_a_merged_export_predicts_what_the_run_does(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    monkeypatch.setenv("SLORA_HOME", str(finished.parents[1]))
+    to = tmp_path / "model"
+    done = slora("export", "--which", which, "--merge", "--to", to)
+    assert (done.exit_code, done.stdout) == (0, f"{to}\n"), done.output
+    model = AutoModelForSequenceClassification.from_pretrained(to)
+    given = AutoTokenizer.from_pretrained(to)("w5 w6 w7", return_tensors="pt")
+    with torch.inference_mode():
+        logits = model(given.input_ids, given.attention_mask).logits
+    line = slora("predict", "--which", which, "--json", "w5 w6 w7").stdout
+    expected = [*json.loads(line)["probabilities"].values()]
+    assert logits.softmax(-1)[0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_export_goes_to_a_folder_named_like_its_run(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert slora("export", finished, "--which", "last").exit_code == 0
+    [folder] = tmp_path.iterdir()
+    assert folder.name == "20260101-slora-7-last"
+    again = slora("export", finished, "--which", "last")
+    assert again.exit_code == 2
+    assert "allowed: a new or empty folder" in again.stderr
+
+
 def test_the_version_is_told() -> None:
     assert slora("--version").stdout == f"slora-flwr {__version__}\n"
 
@@ -231,7 +383,7 @@ def test_looking_needs_no_torch(config: Config, home: Path) -> None:
     start(config, Grid(config))
     code = (
         "import sys; from slora_flwr.cli import app\n"
-        "for command in ['runs'], ['--help'], ['run', '--help'], ['--version']:\n"
+        "for command in ['runs'], ['--help'], ['predict', '--help'], ['--version']:\n"
         "    app(command, standalone_mode=False)\n"
         "assert 'torch' not in sys.modules"
     )

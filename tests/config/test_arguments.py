@@ -1,4 +1,4 @@
-"""Run config values of the command line: files and pairs, and other libraries' names."""
+"""Run config values of the command line, and the names that other libraries have."""
 
 from dataclasses import fields
 from pathlib import Path
