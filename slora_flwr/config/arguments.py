@@ -44,7 +44,9 @@ def read_file(path: Path) -> dict[str, Value]:
         If it cannot be read.
     """
     try:
-        return flatten_tables(tomllib.loads(path.expanduser().read_text()))
+        return flatten_tables(
+            tomllib.loads(path.expanduser().read_text(encoding="utf-8-sig"))
+        )
     except OSError as error:
         raise ConfigError(f"-c {path} cannot be read ({error.strerror})") from error
     except ValueError as error:

@@ -17,11 +17,12 @@ from slora_flwr.adapters.model_files import (
 )
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone, public_name
+from slora_flwr.common.files import read_regular
 from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError, RunConfig, parse
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.reports.model_card import ModelCard
-from slora_flwr.runs.events import METRICS
+from slora_flwr.runs.events import METRICS, read_json
 from slora_flwr.runs.reader import RecordedRun, read_run
 from slora_flwr.runs.release import Release
 from slora_flwr.server.phase import ActivePhase
@@ -140,8 +141,8 @@ class KeptState:
     def read(cls, run: Path, which: str) -> "KeptState":
         """Return a state of the run in a directory; see `export_run`."""
         recorded = read_run(run)
-        config, summary = parse(recorded.config), recorded.summary
-        if summary is None:
+        config = parse(recorded.config)
+        if recorded.summary is None:
             raise ConfigError(
                 f"{run} is of a run that has not ended; allowed: one that has"
             )
@@ -151,6 +152,7 @@ class KeptState:
             which = "last"
         if not _state_file(run, which).is_file():
             raise ConfigError(f"{run} keeps no {which} state; allowed: a run that does")
+        summary = dict(read_json(read_regular(run / "summary.json")))
         facts = _facts(_state_file(run, which))
         schedule, number = make_schedule(config), int(facts["round"])
         index = [phase.adapter for phase in schedule].index(facts["phase"])
