@@ -224,7 +224,7 @@ class Runner:
         self._running[self._submit(run, slot)] = run, slot, bar
 
     def _submit(self, run: StudyRun, slot: int) -> Future[bool]:
-        execute = self._run_flower if self._app else _run_inline
+        execute = self._run_flower if self._app else _execute
         try:
             return self._slots[slot].submit(execute, run)
         except BrokenExecutor:  # its process died
@@ -336,12 +336,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_inline(run: StudyRun) -> bool:
-    """Execute a run in this process and return whether it completed."""
-    # Redirect file descriptors, since not all output passes through sys.stdout.
+def _execute(run: StudyRun) -> bool:
+    """Execute a run in this worker and return whether it completed."""
     with run.log.open("wb") as log:
+        # Redirect file descriptors, since not all output passes through sys.stdout.
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    return _run_inline(run)
+
+
+def _run_inline(run: StudyRun) -> bool:
     # Imported here, once per worker: torch must see the number of threads above.
     from slora_flwr.engines.inline import run_inline
 
