@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slora_flwr.adapters.loading import PATCHED_ADAPTER, Loading
@@ -14,6 +15,11 @@ from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.families import is_conv1d
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
+
+if TYPE_CHECKING:
+    # Checking a run config must not wait for PEFT's import, which takes seconds.
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 PATCH_FILE = "base_patch.safetensors"
 PATCHED_FILE = "adapter_over_patch.safetensors"
@@ -131,6 +137,35 @@ def merge_adapter(
                 product -= frozen[b].double() @ frozen[a].double()
             weight = module.weight
             weight.copy_(weight.double() + scaling * product.to(weight.device))
+
+
+def load_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
+    """Put an exported adapter on a checkpoint, with its base patch if there is one.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The checkpoint, loaded by transformers for as many labels. It is changed.
+    folder : Path
+        The export.
+
+    Returns
+    -------
+    peft.PeftModel
+        The model that the run evaluated.
+    """
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+
+    if not (folder / PATCH_FILE).is_file():
+        return PeftModel.from_pretrained(model, str(folder))
+    from slora_flwr.adapters.peft_layers import wrap
+
+    apply_base_patch(model, folder / PATCH_FILE)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"peft_type": "LORA", "base_model_name_or_path": None}
+    loaded = wrap(model, LoraConfig.from_peft_type(**config))
+    set_peft_model_state_dict(loaded, load_file(folder / PATCHED_FILE))
+    return loaded.eval()
 
 
 def apply_base_patch(model: nn.Module, path: Path) -> None:

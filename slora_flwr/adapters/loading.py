@@ -85,7 +85,8 @@ with torch.no_grad():
         else:
             weight.copy_(values)
 with open(f"{{folder}}/adapter_config.json") as file:
-    config = json.load(file) | {{"peft_type": "LORA"}}
+    config = json.load(file)
+config |= {{"peft_type": "LORA", "base_model_name_or_path": None}}
 model = get_peft_model(model, LoraConfig.from_peft_type(**config))
 found = set_peft_model_state_dict(
     model, load_file(f"{{folder}}/adapter_over_patch.safetensors")

@@ -6,13 +6,95 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 
 from slora_flwr.adapters.loading import Loading
 from slora_flwr.common.text import printable
 from slora_flwr.config import RunConfig
 from slora_flwr.config.methods import list_methods
 from slora_flwr.reports.closing_table import tell_figures, tell_guarantee
+
+_TEMPLATE = """\
+---
+{% if card.is_public %}
+base_model: {{ card.base | tojson }}
+{% endif %}
+library_name: {{ card.library }}
+pipeline_tag: text-classification
+tags:
+- federated-learning
+- slora-flwr
+- {{ card.config.method | tojson }}
+---
+
+# {{ card.base }}, fine-tuned by {{ card.config.method }}
+
+A classifier of texts with {{ card.classes }} classes, which `classes.json` names.
+It was trained by federated learning with
+[slora-flwr](https://github.com/slora-flwr/slora-flwr), and loads without it.
+
+## Load it
+
+The code below needs {{ card.packages }}. Run it in the folder of this file.
+{% if card.loading.needs_base and not card.is_public %}
+It looks there for the checkpoint, the folder `{{ card.base }}`: copy or link it.
+{% if card.base == "./embedded" %}
+The package slora-flwr has it: `slora_embedded.folder()`.
+{% endif %}
+{% endif %}
+{% if card.loading.refused %}
+
+PEFT and transformers refuse to load these files in their usual way, because
+{{ card.loading.refused }}
+{% endif %}
+
+```python
+folder = "."
+{% if card.loading.needs_base %}
+base = {
+{% for name, value in card.source.items() %}
+    {{ name | tojson }}: {{ value | tojson }},
+{% endfor %}
+}
+{% endif %}
+{{ card.loading.code }}```
+
+It answers so:
+
+```python
+import torch
+
+model.eval()
+texts = ["A text to classify."]
+given = tokenizer(
+    texts,
+    truncation=True,
+    max_length={{ card.config.data.max_length }},
+    padding=True,
+    return_token_type_ids=False,
+    return_tensors="pt",
+)
+with torch.no_grad():
+    found = model(**given).logits.argmax(-1).tolist()
+print([model.config.id2label[label] for label in found])
+```
+
+## The run
+
+| | |
+|---|---|
+| base | `{{ card.base }}`{{ card.revision }} |
+| its weights' digest | `{{ card.digest }}` (BLAKE2b) |
+| method | {{ card.method }} |
+| data | {{ card.data }} |
+| clients | {{ card.clients }} |
+| rounds | {{ card.rounds }} |
+| test data | {{ card.tested }} |
+{% for name, value in card.traffic.items() %}
+| {{ name }} | {{ value }} |
+{% endfor %}
+| privacy | {{ card.guarantee }} |
+"""
 
 
 @dataclass(frozen=True)
@@ -77,6 +159,12 @@ class ModelCard:
         return source | ({"revision": model.revision} if model.revision else {})
 
     @property
+    def revision(self) -> str:
+        """The checkpoint's revision, if the config names one."""
+        revision = self.config.model.revision
+        return f", revision `{_inline(revision)}`" if revision else ""
+
+    @property
     def method(self) -> str:
         """The method, with its line of help and its paper."""
         row = list_methods()[self.config.method]
@@ -98,6 +186,13 @@ class ModelCard:
         clients = self.config.clients
         of = f" of {clients.count}" if clients.count else ""
         return f"{clients.per_round}{of} in each round"
+
+    @property
+    def rounds(self) -> str:
+        """How many rounds there were, and which state after which round this is."""
+        return (
+            f"{self.config.rounds}; this is the {self.which} state after {self.number}"
+        )
 
     @property
     def tested(self) -> str:
@@ -124,14 +219,13 @@ class ModelCard:
     def text(self) -> str:
         """The card, Markdown with metadata."""
         environment = Environment(
-            loader=PackageLoader("slora_flwr.reports"),
             autoescape=False,
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
             keep_trailing_newline=True,
         )
-        return environment.get_template("model_card.md").render(card=self)
+        return environment.from_string(_TEMPLATE).render(card=self)
 
 
 def _inline(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +24,19 @@ from slora_flwr.adapters.bottleneck import (
     apply_bottlenecks,
     export_bottlenecks,
 )
-from slora_flwr.adapters.export import PATCH_FILE, apply_base_patch, export_adapter
+from slora_flwr.adapters.export import (
+    PATCH_FILE,
+    apply_base_patch,
+    export_adapter,
+    load_adapter,
+)
 from slora_flwr.adapters.masks import make_mask
-from slora_flwr.adapters.model_files import export_classes, export_model, read_classes
+from slora_flwr.adapters.model_files import (
+    export_classes,
+    export_model,
+    export_tokenizer,
+    read_classes,
+)
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.config import LoraConfig, RecipeConfig
 from slora_flwr.config.methods import find_adapter
@@ -44,13 +55,10 @@ RECIPE = RecipeConfig(epochs=1, batch_size=8, lr=0.02)
 RANK, ALPHA, DENSITY = 4, 12.0, 0.1
 
 
-def load_stock(folder: Path) -> torch.nn.Module:
+def load_stock(folder: Path) -> Any:
     """Load a checkpoint as a user would, with a head of another seed."""
     torch.manual_seed(99)
-    model: torch.nn.Module = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=LABELS
-    )
-    return model
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=LABELS)
 
 
 def run_and_export(
@@ -84,11 +92,14 @@ def test_stock_peft_computes_the_same(
     model = load_stock(folder)
     assert (logits(model, examples) - live).abs().max() > 0.1
     assert (tmp_path / PATCH_FILE).exists() == (base != "w0")
-    if base != "w0":
-        apply_base_patch(model, tmp_path / PATCH_FILE)
-    loaded = PeftModel.from_pretrained(model, str(tmp_path))
+    if base == "w0":
+        loaded = PeftModel.from_pretrained(model, str(tmp_path))
+    else:
+        with pytest.raises(KeyError, match=r"README\.md tells how to load"):
+            PeftModel.from_pretrained(model, str(tmp_path))
+        loaded = load_adapter(model, tmp_path)
     torch.testing.assert_close(logits(loaded, examples), live, rtol=0, atol=1e-5)
-    config = PeftLoraConfig.from_pretrained(str(tmp_path))
+    config = loaded.peft_config["default"]
     assert isinstance(config, PeftLoraConfig)
     assert config.r == (2 * RANK if base == "residual" else RANK)
     assert config.lora_alpha / config.r == ALPHA / RANK
@@ -137,8 +148,7 @@ def test_adapter_of_some_targets(
     backbone = load_tiny(tiny_models["distilbert"], "q_lin,lin1")
     live, _ = run_and_export(backbone, examples, "residual", tmp_path)
     model = load_stock(tiny_models["distilbert"])
-    apply_base_patch(model, tmp_path / PATCH_FILE)
-    loaded = PeftModel.from_pretrained(model, str(tmp_path))
+    loaded = load_adapter(model, tmp_path)
     torch.testing.assert_close(logits(loaded, examples), live, rtol=0, atol=1e-5)
 
 
@@ -164,6 +174,7 @@ def test_stock_transformers_computes_the_same(
     train(backbone, adapter, examples, RECIPE, (0, 1, 0))
     live = logits(backbone.model, examples)
     export_model(tmp_path, backbone, ["a", "b", "c"])
+    export_tokenizer(tmp_path, backbone.tokenizer)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(model, examples), live, rtol=0, atol=1e-6)
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForSequenceClassification
 
-from slora_flwr.adapters.export import PATCH_FILE, apply_base_patch
+from slora_flwr.adapters.export import load_adapter
 from slora_flwr.adapters.masks import make_mask
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone, load_backbone
@@ -183,9 +182,7 @@ def test_stock_peft_computes_what_the_run_evaluated(ran: Ran, name: str) -> None
     model: Any = AutoModelForSequenceClassification.from_pretrained(
         str(config["model.name"]), num_labels=len(CLASSES), dtype=dtype
     )
-    if (folder / PATCH_FILE).exists():
-        apply_base_patch(model, folder / PATCH_FILE)
-    model = PeftModel.from_pretrained(model, folder)
+    model = load_adapter(model, folder)
     test = Trainer(parse(config)).data.task.test
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         found = logits(model, test)

@@ -80,9 +80,11 @@ def test_a_run_and_its_caches(config: Config, home: Path, tmp_path: Path) -> Non
         "checkpoints/last.safetensors",
         "checkpoints/round-0004.safetensors",
         "adapter/adapter_config.json",
-        "adapter/adapter_model.safetensors",
+        "adapter/adapter_over_patch.safetensors",
         "adapter/base_patch.safetensors",
         "adapter/classes.json",
+        "adapter/tokenizer.json",
+        "adapter/README.md",
     } <= names
     for path in within(directory):
         assert not mode(path), path
@@ -95,7 +97,7 @@ def test_a_whole_model(config: Config) -> None:
     config |= {"method": "houlsby", "rounds": 1}
     directory = start(config, Grid(config))
     names = {path.name for path in (directory / "model").iterdir()}
-    assert {"model.safetensors", "tokenizer.json", "bottlenecks.safetensors"} <= names
+    assert {"tokenizer.json", "bottlenecks.safetensors", "README.md"} <= names
     for path in within(directory):
         assert not mode(path), path
 

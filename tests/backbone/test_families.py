@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from torch.nn import functional as F  # noqa: N812
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from slora_flwr.adapters.export import PATCH_FILE, apply_base_patch
+from slora_flwr.adapters.export import load_adapter
 from slora_flwr.backbone.load import load_backbone
 from slora_flwr.config import ConfigError, ModelConfig, Value, parse
 from slora_flwr.engines.inline import InlineGrid
@@ -194,9 +193,7 @@ def test_an_export_loads_in_stock_libraries(
             decoder, num_labels=LABELS
         )
         model.config.pad_token_id = 0
-        if (adapter / PATCH_FILE).exists():
-            apply_base_patch(model, adapter / PATCH_FILE)
-        model = PeftModel.from_pretrained(model, str(adapter))
+        model = load_adapter(model, adapter)
     test = Trainer(parse(given)).data.task.test
     loss = F.cross_entropy(logits(model, test), torch.from_numpy(test.labels))
     assert float(loss) == pytest.approx(summary["loss"], abs=1e-4)
