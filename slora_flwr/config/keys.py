@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from slora_flwr.common.text import printable, redact
 from slora_flwr.config.allowed import Allowed
 from slora_flwr.config.errors import ConfigError, refuse
+from slora_flwr.config.other_names import translate
 from slora_flwr.config.rules import check
 from slora_flwr.config.sections import RunConfig, Value
 
@@ -86,7 +87,8 @@ def parse(values: Mapping[str, Value]) -> RunConfig:
     sections: dict[str, dict[str, Value]] = {}
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
+            other = translate(key)
+            near = [other] if other else difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
             raise ConfigError(f"{printable(key)} is not a run config key; {hint}")
         if redact(value) != str(value):

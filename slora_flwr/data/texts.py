@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -117,6 +117,25 @@ def load_texts(config: DataConfig) -> tuple[Texts, Texts]:
     return train, at_most(config.max_test, test)
 
 
+def read_unlabelled(config: DataConfig, path: Path) -> list[str]:
+    """Return the texts in a file: its lines, or the columns that the data has them in.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or lacks a column.
+    """
+    if path.suffix == ".txt":
+        try:
+            return path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read ({error})") from error
+    names = _names(config.text or _preset(config).text)
+    table = read_file(path, names)
+    _check_columns(table, [("data.text", name) for name in names])
+    return _join(table, names, path.name)
+
+
 def at_most(count: int, texts: Texts) -> Texts:
     """Return `count` texts chosen by a hash; all if `count` is 0."""
     if not 0 < count < len(texts.texts):
@@ -204,17 +223,7 @@ def tokenise(
         make_folder(folder)
         path = folder / f"tokens-{digest.hexdigest()}.safetensors"
     if not path.is_file():
-        encoded: list[list[int]] = []
-        if texts.texts:
-            encoded = tokenizer(
-                texts.texts,
-                truncation=True,
-                max_length=config.max_length,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-            )["input_ids"]
-        tokens = np.array([t for row in encoded for t in row], dtype=np.int32)
-        offsets = np.cumsum([0, *(len(row) for row in encoded)], dtype=np.int64)
+        tokens, offsets = _encode(config, tokenizer, texts.texts)
         with _writing_cache():
             write_atomically(path, save({"tokens": tokens, "offsets": offsets}))
     arrays = load_file(path)
@@ -225,6 +234,32 @@ def tokenise(
         labels=np.array([ids[name] for name in texts.labels], dtype=np.int64),
         pad=tokenizer.pad_token_id,
     )
+
+
+def tokenise_unlabelled(
+    config: DataConfig, tokenizer: Any, texts: list[str]
+) -> Examples:
+    """Tokenise texts whose labels are not known, which are all 0; cache nothing."""
+    tokens, offsets = _encode(config, tokenizer, texts)
+    labels = np.zeros(len(texts), dtype=np.int64)
+    return Examples(tokens, offsets, labels, tokenizer.pad_token_id)
+
+
+def _encode(
+    config: DataConfig, tokenizer: Any, texts: list[str]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Return all texts' tokens in one array, and where each text begins and ends."""
+    encoded: list[list[int]] = []
+    if texts:
+        encoded = tokenizer(
+            texts,
+            truncation=True,
+            max_length=config.max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+    tokens = np.array([t for row in encoded for t in row], dtype=np.int32)
+    return tokens, np.cumsum([0, *(len(row) for row in encoded)], dtype=np.int64)
 
 
 @contextmanager
@@ -252,7 +287,7 @@ def _hash(purpose: str, text: str) -> int:
 
 
 def _load(config: DataConfig) -> tuple[Texts, Texts]:
-    preset = PRESETS.get(config.name, Preset(config.name, "text", "label"))
+    preset = _preset(config)
     text, label = config.text or preset.text, config.label or preset.label
     load = _find(config, preset)
     train_split, test_split = config.train or "train", config.test or preset.test
@@ -262,6 +297,10 @@ def _load(config: DataConfig) -> tuple[Texts, Texts]:
         test = load(test_split, wanted)
         return train, _columns(test, test_split, text, label)
     return _split(train, TEST_SHARE, "test")
+
+
+def _preset(config: DataConfig) -> Preset:
+    return PRESETS.get(config.name, Preset(config.name, "text", "label"))
 
 
 def _find(config: DataConfig, preset: Preset) -> Callable[[str, Sequence[str]], Table]:
@@ -364,7 +403,15 @@ def _columns(table: Table, split: str, text: str, label: str) -> Texts:
         If a column or a label is missing, or holds something else than text or numbers.
     """
     names = _names(text)
-    for key, name in [*(("data.text", n) for n in names), ("data.label", label)]:
+    _check_columns(table, [*(("data.text", n) for n in names), ("data.label", label)])
+    found = table.columns[label]
+    if any(value is None or value != value for value in found):
+        raise ConfigError(f"data.label names {label!r}, which is missing in some rows")
+    return Texts(_join(table, names, split), [str(value) for value in found])
+
+
+def _check_columns(table: Table, wanted: Iterable[tuple[str, str]]) -> None:
+    for key, name in wanted:
         if name not in table.names:
             raise ConfigError(
                 f"{key} names {name!r}; the columns are {', '.join(table.names)}"
@@ -375,9 +422,10 @@ def _columns(table: Table, split: str, text: str, label: str) -> Texts:
                     f"{key} names {name!r}, which holds a {type(value).__name__} in "
                     f"row {number}; allowed: text or numbers"
                 )
-    found = table.columns[label]
-    if any(value is None or value != value for value in found):
-        raise ConfigError(f"data.label names {label!r}, which is missing in some rows")
+
+
+def _join(table: Table, names: Sequence[str], split: str) -> list[str]:
+    """Return the texts in a table's columns, one a row."""
     parts = [
         ["" if value is None else str(value) for value in table.columns[name]]
         for name in names
@@ -386,7 +434,7 @@ def _columns(table: Table, split: str, text: str, label: str) -> Texts:
     if empty := sum(not any(part.strip() for part in row) for row in rows):
         warning = "data.text: %d of %d rows of %s have no text"
         logging.getLogger(__name__).warning(warning, empty, len(rows), split)
-    return Texts(["\n".join(row) for row in rows], [str(value) for value in found])
+    return ["\n".join(row) for row in rows]
 
 
 def _names(text: str) -> list[str]:

@@ -4,14 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 
-from slora_flwr.config import ConfigError
+from slora_flwr.config import ConfigError, Value, parse
+from slora_flwr.runs.directory import how_to_resume
+from slora_flwr.runs.events import EVENTS
+from slora_flwr.runs.lock import is_locked
+from slora_flwr.runs.reader import RunError, find_run
 
+_PATIENCE = 60.0
 _FLWR = (sys.executable, "-m", "flwr.cli.app")
 
 
@@ -20,7 +28,10 @@ class FlowerError(RuntimeError):
 
 
 def run_flower(
-    folder: Path, run_config: Sequence[str], nodes: int | None = None
+    folder: Path,
+    values: Mapping[str, Value],
+    nodes: int | None = None,
+    may_go_on: Callable[[str], bool] = lambda run_id: False,
 ) -> None:
     """Run the app in Flower's simulation on Ray, and wait until the run ends.
 
@@ -28,10 +39,12 @@ def run_flower(
     ----------
     folder : Path
         Folder of the app.
-    run_config : Sequence[str]
-        Arguments of `flwr run --run-config`.
+    values : Mapping[str, Value]
+        Flat run config values that override those of the app.
     nodes : int or None
         Number of simulated nodes; None for one per GPU or, without GPUs, per core.
+    may_go_on : Callable[[str], bool]
+        Called after Ctrl-C with the run's id: whether the run may go on.
 
     Raises
     ------
@@ -39,28 +52,66 @@ def run_flower(
         If the folder holds no app.
     FlowerError
         If the run does not start or does not complete.
+    KeyboardInterrupt
+        After Ctrl-C. Its message says what became of the run.
     """
     if not (folder / "pyproject.toml").is_file():
         raise ConfigError(
             f"{folder.absolute()} holds no Flower app; allowed: a checkout of "
             "slora-flwr, or --engine inline"
         )
-    command = ["run", str(folder), "--format", "json"]
-    for value in run_config:
-        command += ["--run-config", value]
-    gpus = torch.cuda.device_count()
-    nodes = nodes or gpus or os.cpu_count() or 1
-    # Ray assigns a fraction of one GPU, or whole GPUs.
-    share = min(1.0, gpus / nodes)
-    resources = f"client-resources-num-cpus=1 client-resources-num-gpus={share}"
-    command += ["--federation-config", f"num-supernodes={nodes} {resources}"]
-    run_id = str(_flwr(*command)["run-id"])
-    streamed = subprocess.run([*_FLWR, "log", run_id, "--stream"], check=False)
+    run_id = _start(folder, values, nodes)
+    try:
+        streamed = subprocess.run([*_FLWR, "log", run_id, "--stream"], check=False)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(_interrupt(run_id, values, may_go_on)) from error
     listed = _flwr("list", "--run-id", run_id, "--format", "json")
     status = listed["runs"][0]["status"]
     # `flwr log` exits with 0 even if the run failed.
     if status != "finished:completed" or streamed.returncode:
         raise FlowerError(f"run {run_id} is {status}")
+
+
+def _start(folder: Path, values: Mapping[str, Value], nodes: int | None) -> str:
+    """Start a run and return its id."""
+    gpus = torch.cuda.device_count()
+    nodes = nodes or gpus or os.cpu_count() or 1
+    # Ray assigns a fraction of one GPU, or whole GPUs.
+    share = min(1.0, gpus / nodes)
+    resources = f"client-resources-num-cpus=1 client-resources-num-gpus={share}"
+    command = ["run", str(folder), "--format", "json"]
+    command += ["--federation-config", f"num-supernodes={nodes} {resources}"]
+    with tempfile.NamedTemporaryFile("wb", suffix=".toml") as file:
+        # A file, since Flower's key=value has no strings with both kinds of quotes.
+        file.write(tomli_w.dumps(values).encode())
+        file.flush()
+        return str(_flwr(*command, "--run-config", file.name)["run-id"])
+
+
+def _interrupt(
+    run_id: str, values: Mapping[str, Value], may_go_on: Callable[[str], bool]
+) -> str:
+    """Stop a run unless it may go on; return what became of it."""
+    if may_go_on(run_id):
+        return (
+            f"Run {run_id} goes on: `flwr log {run_id} --stream` follows it, "
+            f"`flwr stop {run_id}` stops it."
+        )
+    try:
+        _flwr("stop", run_id, "--format", "json")
+    except FlowerError as error:
+        return f"Run {run_id} could not be stopped: {error}"
+    config = parse(values).run
+    given = config.resumed if config.resume else config.dir or run_id
+    try:
+        path = find_run(str(given))
+    except RunError:  # it has not begun to write
+        return f"Run {run_id} is stopped."
+    # Its process learns of it with its next heartbeat, after up to half a minute.
+    until = time.monotonic() + _PATIENCE
+    while is_locked(path / EVENTS) and time.monotonic() < until:
+        time.sleep(0.2)
+    return f"Run {run_id} is stopped. {how_to_resume(path)}"
 
 
 def _flwr(*arguments: str) -> dict[str, Any]:

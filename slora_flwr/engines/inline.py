@@ -32,7 +32,7 @@ def run_inline(run_config: Mapping[str, Value], nodes: int = 1) -> None:
     """
     run_id = time.time_ns()
     grid = InlineGrid(run_config, nodes, run_id)
-    run_on(grid, run_config, run_id, share=grid.share)
+    run_on(grid, run_config, run_id, share=grid.share, engine="inline")
 
 
 class InlineGrid(Grid):

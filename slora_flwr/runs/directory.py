@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -146,6 +147,15 @@ class RunDirectory:
                 path.unlink()
         for path in self.path.rglob(f"*{PART}"):
             path.unlink()
+
+
+def how_to_resume(path: Path) -> str:
+    """Return a sentence on how the run in a directory goes on, or that it cannot."""
+    if not list_checkpoints(path):
+        return "It left no checkpoint, so there is nothing to resume."
+    below = path.parent == home() / "runs"
+    name = shlex.quote(path.name if below else str(path))
+    return f"Go on with: slora resume {name}"
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from slora_flwr.common.facts import Count, Figure, check
 from slora_flwr.common.files import read_regular
 
 EVENTS = "events.jsonl"
+# The reason of a `Stopped` that is no failure.
+INTERRUPTED = "interrupted"
 METRICS = ("loss", "accuracy", "macro_f1", "majority_accuracy")
 
 

@@ -6,16 +6,18 @@ import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, StrictBool, StrictFloat, StrictStr
 
 from slora_flwr.common.facts import Count, Figure, check
 from slora_flwr.common.files import home, read_regular
-from slora_flwr.common.text import printable
+from slora_flwr.common.text import printable, shorten
 from slora_flwr.config import RunConfig, Value, flatten
+from slora_flwr.config.arguments import flatten_tables
 from slora_flwr.runs.events import (
     EVENTS,
+    INTERRUPTED,
     ClientsFailed,
     HandedOff,
     NodeLeftOut,
@@ -26,12 +28,17 @@ from slora_flwr.runs.events import (
     read_json,
 )
 from slora_flwr.runs.ledger import LEDGER, Entry, read_entries
+from slora_flwr.runs.lock import is_locked
 
 T = TypeVar("T")
 
 
 class RunError(ValueError):
     """The path or name is not a run; the message says what is allowed."""
+
+
+class AmbiguousRunError(RunError):
+    """Several runs have names or ids that begin so; the message names them."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,14 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class RecordedEngine:
+    """The engine of `slora run` that made a run, and its number of nodes if known."""
+
+    name: Literal["flwr", "inline"] = "flwr"
+    nodes: Annotated[int, Field(strict=True, ge=1)] | None = None
+
+
+@dataclass(frozen=True)
 class RecordedRun:
     """A run that ended, was stopped, or is still going.
 
@@ -91,7 +106,9 @@ class RecordedRun:
     config : dict[str, Value]
         Flat keys; those that the run's version lacked have their defaults.
     facts : dict
-        `versions` and `resolved` of config.toml.
+        The tables `versions` and `resolved` of resolved.toml.
+    engine : RecordedEngine
+        The engine that made it.
     delta : float or None
         The delta of its privacy, if it has one.
     summary : Summary or None
@@ -109,6 +126,7 @@ class RecordedRun:
     path: Path
     config: dict[str, Value]
     facts: dict[str, dict[str, Any]]
+    engine: RecordedEngine
     delta: float | None
     summary: Summary | None
     stopped: str | None
@@ -122,6 +140,21 @@ class RecordedRun:
     def method(self) -> str:
         """The method's name."""
         return str(self.config["method"])
+
+    @property
+    def state(self) -> str:
+        """`running`, `finished`, `failed` or `interrupted`."""
+        if is_locked(self.path / EVENTS):
+            return "running"
+        if self.summary is not None:
+            return "finished"
+        is_failure = self.stopped not in (None, INTERRUPTED)
+        return "failed" if is_failure else "interrupted"
+
+    @property
+    def accuracy(self) -> float | None:
+        """The accuracy after the last round that was evaluated."""
+        return self.evaluated[-1].metrics["accuracy"] if self.evaluated else None
 
     @property
     def phases(self) -> dict[str, list[RecordedRound]]:
@@ -176,14 +209,16 @@ def read_run(path: Path) -> RecordedRun:
     """
     if not is_run(path):
         raise _refuse(str(path))
-    document = _read(path, "config.toml", _read_config)
+    config = _read(path, "config.toml", _read_config)
+    facts = _read(path, "resolved.toml", _read_facts)
     events = _read(path, EVENTS, read_events)
     has_ended = os.path.lexists(path / "summary.json")
     return RecordedRun(
         path=path,
-        facts={"versions": document.versions, "resolved": document.resolved},
-        delta=document.delta,
-        config=document.config,
+        facts={"versions": facts.versions, "resolved": facts.resolved},
+        engine=facts.engine,
+        delta=facts.delta,
+        config=config,
         summary=_read(path, "summary.json", _read_summary) if has_ended else None,
         stopped=next(
             (e.reason for e in reversed(events) if isinstance(e, Stopped)), None
@@ -229,24 +264,33 @@ _VALUES: dict[type, Any] = {
 
 
 @dataclass(frozen=True)
-class _Document:
-    config: dict[str, Value]
+class _Facts:
     versions: dict[str, Any]
     resolved: dict[str, Any]
+    engine: RecordedEngine
     delta: float | None
 
 
-def _read_config(path: Path) -> _Document:
-    document = tomllib.loads(read_regular(path).decode("utf-8-sig"))
+def _read_facts(path: Path) -> _Facts:
+    document = _read_toml(path)
     names = ("versions", "resolved")
-    tables = check(dict[str, dict[str, Any]], {n: document.pop(n, {}) for n in names})
+    tables = check(dict[str, dict[str, Any]], {n: document.get(n, {}) for n in names})
+    engine = check(RecordedEngine, document.get("engine", {}))
     delta = check(_Privacy, tables["resolved"].get("privacy", {})).delta
-    config, defaults = _flat(document), flatten(RunConfig())
+    return _Facts(**tables, engine=engine, delta=delta)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    return tomllib.loads(read_regular(path).decode("utf-8-sig"))
+
+
+def _read_config(path: Path) -> dict[str, Value]:
+    config, defaults = flatten_tables(_read_toml(path)), flatten(RunConfig())
     for key, value in config.items():
         # Runs of other versions may have keys that are unknown here.
         kind = type(defaults.get(key, value))
         check(_VALUES.get(kind, dict[str, Value]), {key: value})
-    return _Document(defaults | config, **tables, delta=delta)
+    return defaults | config
 
 
 def is_run(path: Path) -> bool:
@@ -258,27 +302,54 @@ def is_run(path: Path) -> bool:
 
 
 def find_run(given: str | None) -> Path:
-    """Return a run directory by its path or its name below `$SLORA_HOME/runs`.
+    """Return a run directory by its path, or its name or id below `$SLORA_HOME/runs`.
 
     Parameters
     ----------
     given : str or None
-        Path or name; None for the newest run there.
+        Path, name, id, which ends the name, or the beginning of name or id; None for
+        the newest run there.
 
     Raises
     ------
     RunError
         If there is none.
+    AmbiguousRunError
+        If several begin so.
     """
-    if given is not None:
-        for path in _candidates(given):
-            if is_run(path):
-                return path
+    found = list_runs()
+    if given is None:
+        if not found:
+            raise RunError(f"{_runs()} holds no run; allowed: a run directory")
+        return found[0]
+    for path in _candidates(given):
+        if is_run(path):
+            return path
+    same = [path for path in found if _id_of(path) == given]
+    begun = same or [
+        path
+        for path in found
+        if path.name.startswith(given) or _id_of(path).startswith(given)
+    ]
+    if len(begun) > 1:
+        names = ", ".join(shorten([path.name for path in begun]))
+        raise AmbiguousRunError(
+            f"{given} is the beginning of {names}; allowed: one of them"
+        )
+    if not given or not begun:
         raise _refuse(given)
+    return begun[0]
+
+
+def list_runs() -> list[Path]:
+    """Return the run directories below `$SLORA_HOME/runs`, the newest first."""
     found = [path for path in _runs().glob("*") if is_run(path)]
-    if not found:
-        raise RunError(f"{_runs()} holds no run; allowed: a run directory")
-    return max(found, key=lambda path: ((path / "config.toml").stat().st_mtime, path))
+    return sorted(found, key=lambda path: (began(path), path), reverse=True)
+
+
+def began(path: Path) -> float:
+    """Return the time at which a run began, in seconds since the epoch."""
+    return (path / "config.toml").stat().st_mtime
 
 
 def find_runs(given: Iterable[str]) -> list[Path]:
@@ -324,6 +395,10 @@ def _runs_at(path: Path) -> list[Path]:
     return sorted(folder for folder in folders if is_run(folder))
 
 
+def _id_of(path: Path) -> str:
+    return path.name.rpartition("-")[2]
+
+
 def _candidates(given: str) -> tuple[Path, Path]:
     return Path(given).expanduser(), _runs() / given
 
@@ -335,15 +410,7 @@ def _runs() -> Path:
 def _refuse(given: str, *others: str) -> RunError:
     allowed = (
         "a run directory, which holds config.toml and ledger.csv",
-        f"the name of one below {_runs()}",
+        f"the name or id of one below {_runs()}, or its beginning",
         *others,
     )
     return RunError(f"{given} is not a run; allowed: {', or '.join(allowed)}")
-
-
-def _flat(document: dict[str, Any]) -> dict[str, Value]:
-    flat: dict[str, Value] = {}
-    for name, value in document.items():
-        section = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{name}.{key}".rstrip("."): item for key, item in section.items()}
-    return flat

@@ -7,12 +7,13 @@ end may leave it too.
 """
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from shutil import copyfile
+from types import MappingProxyType
 from typing import Any
 
 import tomli_w
@@ -25,7 +26,8 @@ from slora_flwr.runs.writing import writing
 
 # The files of a run directory, and folders with all that is in them: what they hold.
 RELEASED = {
-    "config.toml": "the config, versions, the backbone's digest, the guarantee",
+    "config.toml": "the config",
+    "resolved.toml": "versions, the engine, the backbone's digest, the guarantee",
     "checkpoints/": "the global states, and the bases on which they stand",
     "adapter/": "the exported adapter",
     "model/": "the exported model",
@@ -53,19 +55,29 @@ class Release:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def write_config(self, config: RunConfig, resolved: dict[str, Any]) -> None:
-        """Write the config with versions and resolved values."""
+    def write_config(self, config: RunConfig) -> None:
+        """Write the config, without `run.dir`, so that it can be run again as it is."""
         nested: dict[str, Any] = {}
         for name, value in flatten(config).items():
             *section, last = name.split(".")
             owner = nested.setdefault(section[0], {}) if section else nested
             owner[last] = value
+        del nested["run"]["dir"]
+        self._write(self._path / "config.toml", tomli_w.dumps(nested).encode())
+
+    def write_resolved(
+        self,
+        config: RunConfig,
+        resolved: dict[str, Any],
+        engine: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Write versions, the engine, and what the config resolved to."""
         versions = {name: version(name) for name in PACKAGES}
         versions["python"] = platform.python_version()
         if config.privacy.is_on:
             resolved = {n: v for n, v in resolved.items() if n not in _COUNTED}
-        nested |= {"versions": versions, "resolved": resolved}
-        self._write(self._path / "config.toml", tomli_w.dumps(nested).encode())
+        tables = {"versions": versions, "engine": {**engine}, "resolved": resolved}
+        self._write(self._path / "resolved.toml", tomli_w.dumps(tables).encode())
 
     def save_state(self, name: str, state: State, **facts: str) -> None:
         """Write a state to checkpoints/ as safetensors.

@@ -17,6 +17,7 @@ from slora_flwr.adapters.model_files import (
 )
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone, public_name
+from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError, RunConfig, parse
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.reports.model_card import ModelCard
@@ -88,46 +89,100 @@ def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
     ConfigError
         If there is nothing such to export, or nowhere to write it.
     """
-    recorded = read_run(run)
-    config = parse(recorded.config)
-    if recorded.summary is None:
-        raise ConfigError(
-            f"{run} is of a run that has not ended; allowed: one that has"
-        )
-    if which not in BASES:
-        raise ConfigError(f"which is {which!r}; allowed: {', '.join(BASES)}")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"to is {str(to)!r}; allowed: a new or empty folder")
-    if which == "averaged" and not _state_file(run, which).is_file():
-        which = "last"
-    if not _state_file(run, which).is_file():
-        raise ConfigError(f"{run} keeps no {which} state; allowed: a run that does")
-    facts = _facts(_state_file(run, which))
-    schedule, number = make_schedule(config), int(facts["round"])
-    index = [phase.adapter for phase in schedule].index(facts["phase"])
-    phase = schedule[index]
-    before = sum(len(recorded.phases[p.adapter]) for p in schedule[:index])
-    classes = _classes(run)
-    model = AttachedModel(config, ProcessData(config, classes))
-    backbone = model.backbone
-    _check_digest(config, recorded, backbone.digest)
-    base = _read_base(run, which, facts["base"], config, phase, backbone, before)
-    adapter = model.attach(phase, base, facts["base"])
-    adapter.begin(number - before)
-    state = load_file(_state_file(run, which))
+    kept = KeptState.read(run, which)
+    adapter, model = kept.model.adapter, kept.model
     write = adapter.merge if merge else adapter.export
     to.mkdir(parents=True, exist_ok=True)
     try:
-        loading = write(to, state, base, classes, model.detach)
+        loading = write(to, kept.state, kept.base, kept.classes, model.detach)
     except ConfigError:
         to.rmdir()
         raise
-    figures = _figures(recorded, phase, which, number)
-    sizes = [recorded.total("payload", direction) or 0 for direction in ("down", "up")]
-    privacy = recorded.facts["resolved"].get("privacy", {})
-    found = _Exported(which, number, loading, figures, sizes, privacy)
-    _complete(to, config, model, classes, found)
+    found = _Exported(
+        kept.which, kept.number, loading, kept.figures, kept.payload, kept.privacy
+    )
+    _complete(to, kept.config, model, kept.classes, found)
     return to
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """A state that a finished run keeps, and the model that it belongs to.
+
+    Attributes
+    ----------
+    which : str
+        `last`, `averaged` or `best`.
+    number : int
+        The round that it is of.
+    state : State
+        The state.
+    model : AttachedModel
+        The run's model with the adapter of the state's phase attached over `base`. The
+        state is not loaded.
+    base : BaseWeights or None
+        The base; None for W_0.
+    config, classes
+        The run's config and label names.
+    figures : Mapping
+        The state's figures on the test data; empty if its round has none.
+    payload, privacy
+        As in `ModelCard`.
+    """
+
+    which: str
+    number: int
+    state: State
+    model: AttachedModel
+    base: BaseWeights | None
+    config: RunConfig
+    classes: list[str]
+    figures: Mapping[str, Any]
+    payload: Sequence[int]
+    privacy: Mapping[str, float]
+
+    @classmethod
+    def read(cls, run: Path, which: str) -> "KeptState":
+        """Return a state of the run in a directory; see `export_run`."""
+        recorded = read_run(run)
+        config = parse(recorded.config)
+        if recorded.summary is None:
+            raise ConfigError(
+                f"{run} is of a run that has not ended; allowed: one that has"
+            )
+        if which not in BASES:
+            raise ConfigError(f"which is {which!r}; allowed: {', '.join(BASES)}")
+        if which == "averaged" and not _state_file(run, which).is_file():
+            which = "last"
+        if not _state_file(run, which).is_file():
+            raise ConfigError(f"{run} keeps no {which} state; allowed: a run that does")
+        facts = _facts(_state_file(run, which))
+        schedule, number = make_schedule(config), int(facts["round"])
+        index = [phase.adapter for phase in schedule].index(facts["phase"])
+        phase = schedule[index]
+        before = sum(len(recorded.phases[p.adapter]) for p in schedule[:index])
+        classes = _classes(run)
+        model = AttachedModel(config, ProcessData(config, classes))
+        _check_digest(config, recorded, model.backbone.digest)
+        base = _read_base(
+            run, which, facts["base"], config, phase, model.backbone, before
+        )
+        model.attach(phase, base, facts["base"]).begin(number - before)
+        state = load_file(_state_file(run, which))
+        return cls(
+            which,
+            number,
+            state,
+            model,
+            base,
+            config,
+            classes,
+            _figures(recorded, phase, which, number),
+            [recorded.total("payload", direction) or 0 for direction in ("down", "up")],
+            recorded.facts["resolved"].get("privacy", {}),
+        )
 
 
 @dataclass(frozen=True)

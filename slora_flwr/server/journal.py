@@ -131,6 +131,13 @@ class Journal:
             self._keep_best(accuracy, done.round, phase)
         return done
 
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The best accuracy and its round; None before the first evaluation."""
+        if not self.best_round:
+            return None
+        return {"accuracy": self._best, "round": self.best_round}
+
     def snapshot(self) -> Snapshot:
         """Return a snapshot for `restore`."""
         history = [asdict(done) for done in self.history]

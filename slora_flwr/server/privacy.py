@@ -90,7 +90,7 @@ class Privacy:
         return _spent(self._rate, self.noise_multiplier, rounds, self.delta)
 
     def facts(self, rounds: int) -> dict[str, float]:
-        """Return the guarantee after some rounds, for config.toml and summary.json."""
+        """Return the guarantee after some rounds, for the run's files."""
         return {
             "epsilon": self.epsilon(rounds),
             "delta": self.delta,

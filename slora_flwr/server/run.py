@@ -20,8 +20,8 @@ from slora_flwr.config.errors import refuse
 from slora_flwr.config.identity import code_identity
 from slora_flwr.reports.closing_table import closing_table
 from slora_flwr.runs.checkpoint import check_identity, find_checkpoint
-from slora_flwr.runs.directory import RunDirectory, in_use
-from slora_flwr.runs.events import EVENTS, Resumed, Stopped
+from slora_flwr.runs.directory import RunDirectory, how_to_resume, in_use
+from slora_flwr.runs.events import EVENTS, INTERRUPTED, Resumed, Stopped
 from slora_flwr.runs.snapshot import Snapshot
 from slora_flwr.runs.writing import RunDirectoryError
 from slora_flwr.server.export import export
@@ -41,6 +41,7 @@ def run(
     run_id: int,
     generator: np.random.Generator | None = None,
     share: Callable[[AttachedModel], None] | None = None,
+    engine: str = "flwr",
 ) -> dict[str, Any]:
     """Run a method as its config says.
 
@@ -56,6 +57,8 @@ def run(
         Randomness for `slora_flwr.server.privacy`; None except in tests.
     share : Callable or None
         Gives the server's model to nodes that live in this process.
+    engine : str
+        Name of the engine that made the grid, for resolved.toml.
 
     Returns
     -------
@@ -75,7 +78,7 @@ def run(
     config = parse(run_config)
     with ExitStack() as held:
         checkpoint = _claim(config, held) if config.run.resume else None
-        return _run(grid, config, run_id, generator, share, checkpoint, held)
+        return _run(grid, config, run_id, generator, share, engine, checkpoint, held)
 
 
 def _claim(config: RunConfig, held: ExitStack) -> Snapshot:
@@ -99,6 +102,7 @@ def _run(
     run_id: int,
     generator: np.random.Generator | None,
     share: Callable[[AttachedModel], None] | None,
+    engine: str,
     checkpoint: Snapshot | None,
     held: ExitStack,
 ) -> dict[str, Any]:
@@ -126,7 +130,8 @@ def _run(
     if moved and privacy is None:
         log(INFO, "%d examples were moved so that no client is empty", moved)
     if checkpoint is None:
-        directory.release.write_config(config, {})
+        directory.release.write_resolved(config, {})
+        directory.release.write_config(config)
     else:
         number = checkpoint.facts["round"]
         directory.event(Resumed(round=number, run=str(run_id)))
@@ -140,15 +145,23 @@ def _run(
         if privacy is not None:
             resolved["privacy"] = privacy.facts(config.rounds)
         if checkpoint is None:
-            directory.release.write_config(config, resolved)
+            made_by = {"name": engine, "nodes": len(list(grid.get_node_ids()))}
+            directory.release.write_resolved(config, resolved, made_by)
         strategy = PhasedStrategy(trainer, directory, fleet, checkpoint, privacy)
         strategy.run(grid)
     except Exception as error:
         with suppress(RunDirectoryError):  # which may be the error itself
             directory.event(Stopped(reason=f"{type(error).__name__}: {error}"))
         raise
+    except (KeyboardInterrupt, SystemExit) as error:  # Ctrl-C, `flwr stop`
+        with suppress(RunDirectoryError):
+            directory.event(Stopped(reason=INTERRUPTED))
+        log(INFO, "run interrupted, run directory %s", directory.path)
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(how_to_resume(directory.path)) from error
+        raise
     seconds = time.perf_counter() - started
-    summary = summarise(trainer, strategy, directory.ledger, seconds)
+    summary = summarise(trainer, strategy, directory, seconds)
     if privacy is not None:
         summary["privacy"] = privacy.facts(config.rounds)
     directory.write_summary(summary)

@@ -5,6 +5,7 @@ from typing import Any
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.config import RunConfig
 from slora_flwr.config.methods import REFERENCES, find_adapter, list_methods
+from slora_flwr.runs.directory import RunDirectory
 from slora_flwr.runs.ledger import Ledger
 from slora_flwr.server.strategy import PhasedStrategy
 from slora_flwr.training.trainer import Trainer
@@ -13,7 +14,7 @@ FIGURES = ("accuracy", "macro_f1", "loss")
 
 
 def resolve(trainer: Trainer, moved: int) -> dict[str, Any]:
-    """Return what a run's config resolved to, for config.toml.
+    """Return what a run's config resolved to, for resolved.toml.
 
     Parameters
     ----------
@@ -39,7 +40,10 @@ def resolve(trainer: Trainer, moved: int) -> dict[str, Any]:
 
 
 def summarise(
-    trainer: Trainer, strategy: PhasedStrategy, ledger: Ledger, seconds: float
+    trainer: Trainer,
+    strategy: PhasedStrategy,
+    directory: RunDirectory,
+    seconds: float,
 ) -> dict[str, Any]:
     """Return the content of summary.json.
 
@@ -49,12 +53,13 @@ def summarise(
         The server's trainer.
     strategy : PhasedStrategy
         The strategy after the last round.
-    ledger : Ledger
-        The run's ledger.
+    directory : RunDirectory
+        The run directory.
     seconds : float
         Seconds that the run took.
     """
     config, history = trainer.config, strategy.journal.history
+    ledger = directory.ledger
     phases: dict[str, Any] = {}
     before, first = 0.0, 0
     for phase, length in zip(trainer.schedule, strategy.lengths, strict=True):
@@ -70,9 +75,11 @@ def summarise(
     figures = (*FIGURES, "majority_accuracy")
     turns = sum(done.replied for done in history)
     summary = {
+        "directory": str(directory.path),
         "method": config.method,
         "rounds": config.rounds,
         **{name: last.metrics.get(name) for name in figures},
+        "best": strategy.journal.best,
         **_bytes(ledger),
         "seconds": seconds,
         "phases": phases,

@@ -24,6 +24,7 @@ from concurrent.futures import (
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from types import TracebackType
 from typing import Any, BinaryIO
 
 import tomli_w
@@ -31,7 +32,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from slora_flwr.common.files import write_atomically
-from slora_flwr.config import parse
+from slora_flwr.config import ConfigError, parse
+from slora_flwr.config.identity import code_identity
 from slora_flwr.config.methods import find_adapter
 from slora_flwr.reports.progress import clock
 from slora_flwr.runs.events import EVENTS, RecordedRound, read_events
@@ -72,6 +74,23 @@ class StudyRun:
     def rounds(self) -> int:
         """Number of rounds of the whole run."""
         return int(self.config["rounds"])
+
+    def can_resume(self) -> bool:
+        """Return whether the run has a checkpoint from which this code goes on."""
+        # Imported here, since a worker's torch must see its number of threads first.
+        from slora_flwr.runs.checkpoint import find_checkpoint
+
+        config = parse(self.resuming)
+        try:
+            checkpoint = find_checkpoint(config)
+        except ConfigError:
+            return False
+        return code_identity(config).items() <= checkpoint.facts["identity"].items()
+
+    @property
+    def resuming(self) -> Config:
+        """The config that resumes the run."""
+        return self.config | {"run.resume": str(self.path)}
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json."""
@@ -131,19 +150,33 @@ class Runner:
         )
         self._bar = self._progress.add_task("runs", total=len(plan), left="")
         self._all = len(plan)
+        self._commands: list[subprocess.Popen[bytes]] = []
         self._running: dict[Future[bool], tuple[StudyRun, int, TaskID]] = {}
 
     def __enter__(self) -> "Runner":
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._progress.stop()
         if kind is not None:
             for process in multiprocessing.active_children():
                 process.terminate()
+            for command in self._commands:
+                command.send_signal(signal.SIGINT)
         for slot in self._slots:
             slot.shutdown(wait=kind is None, cancel_futures=True)
+        if isinstance(error, KeyboardInterrupt):
+            left = self._all - len(self._done)
+            raise KeyboardInterrupt(
+                f"{left} of {self._all} runs are left. The same command goes on with "
+                "them, from their last checkpoints."
+            ) from error
 
     def _executor(self, slot: int) -> Executor:
         if self._app:
@@ -186,17 +219,37 @@ class Runner:
         return run.rounds * self._pace(run.method), all_weights, run.name
 
     def _start(self, run: StudyRun, slot: int) -> None:
-        shutil.rmtree(run.path, ignore_errors=True)
         write_atomically(run.log, b"")
         bar = self._progress.add_task(f"  {run.name}", total=run.rounds, left="")
         self._running[self._submit(run, slot)] = run, slot, bar
 
     def _submit(self, run: StudyRun, slot: int) -> Future[bool]:
+        execute = self._run_flower if self._app else _execute
         try:
-            return self._slots[slot].submit(_execute, run, self._app)
+            return self._slots[slot].submit(execute, run)
         except BrokenExecutor:  # its process died
             self._slots[slot] = self._executor(slot)
-            return self._slots[slot].submit(_execute, run, self._app)
+            return self._slots[slot].submit(execute, run)
+
+    def _run_flower(self, run: StudyRun) -> bool:
+        """Execute a run by `slora run` and return whether it completed."""
+        config = run.path.with_name(f"{run.name}.toml")
+        write_atomically(config, tomli_w.dumps(_begin(run)).encode())
+        with run.log.open("wb") as log:
+            return self._call("run", str(self._app), "-c", str(config), log=log) == 0
+
+    def _call(self, *arguments: str, log: BinaryIO) -> int:
+        """Return the exit status of `slora` in a process of its own."""
+        main = "from slora_flwr.cli import app; app()"
+        with subprocess.Popen(
+            [sys.executable, "-c", main, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            process_group=0,  # so that Ctrl-C reaches it once, through this process
+        ) as process:
+            self._commands.append(process)
+            return process.wait()
 
     def _close(self, run: StudyRun, call: Future[bool]) -> None:
         try:
@@ -283,11 +336,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _execute(run: StudyRun, app: Path | None) -> bool:
-    """Execute a run and return whether it completed."""
+def _execute(run: StudyRun) -> bool:
+    """Execute a run in this worker and return whether it completed."""
     with run.log.open("wb") as log:
-        if app is not None:
-            return _run_flower(run, app, log)
         # Redirect file descriptors, since not all output passes through sys.stdout.
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -299,7 +350,7 @@ def _run_inline(run: StudyRun) -> bool:
     from slora_flwr.engines.inline import run_inline
 
     try:
-        run_inline(run.config)
+        run_inline(_begin(run))
     except Exception:
         traceback.print_exc()
         return False
@@ -308,10 +359,9 @@ def _run_inline(run: StudyRun) -> bool:
     return True
 
 
-def _run_flower(run: StudyRun, app: Path, log: BinaryIO) -> bool:
-    config = run.path.with_name(f"{run.name}.toml")
-    write_atomically(config, tomli_w.dumps(run.config).encode())
-    main = "from slora_flwr.cli import app; app()"
-    command = [sys.executable, "-c", main, "run", str(app), "-c", str(config)]
-    done = subprocess.run(command, stdout=log, stderr=log, check=False)
-    return done.returncode == 0
+def _begin(run: StudyRun) -> Config:
+    """Return the config that resumes a run or, if it cannot, that begins it anew."""
+    if run.can_resume():
+        return run.resuming
+    shutil.rmtree(run.path, ignore_errors=True)
+    return run.config

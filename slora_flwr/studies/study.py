@@ -27,9 +27,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from slora_flwr.config import ConfigError, RunConfig, Value, flatten, parse, refuse
+from slora_flwr.config.arguments import flatten_tables
 from slora_flwr.config.methods import (
     ADAPTERS,
     METHODS,
@@ -126,8 +128,17 @@ class Score:
         return cls(fmean(e["accuracy"] for e in last), fmean(losses))
 
 
-def read_study(path: Path) -> Study:
+def read_study(
+    path: Path, changes: Mapping[str, Value] = MappingProxyType({})
+) -> Study:
     """Read a study file and check all of its runs.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    changes : Mapping[str, Value]
+        Run config keys that override those of its base and its grids.
 
     Raises
     ------
@@ -136,7 +147,7 @@ def read_study(path: Path) -> Study:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-        study = _study(content)
+        study = _study(content, changes)
         for _ in planned(study):
             pass
     except OSError as error:
@@ -146,7 +157,7 @@ def read_study(path: Path) -> Study:
     return study
 
 
-def _study(content: dict[str, Any]) -> Study:
+def _study(content: dict[str, Any], changes: Mapping[str, Value]) -> Study:
     _known("section", content, SECTIONS)
     for name, section in content.items():
         tables = section if name == "also" else [section]
@@ -161,13 +172,13 @@ def _study(content: dict[str, Any]) -> Study:
         raise refuse("sweep.processes", processes, "a whole number from 0")
     if engine == "flwr" and processes > 1:
         raise refuse("sweep.processes", processes, "0 or 1 for engine flwr")
-    base = _flat(content.get("base", {}))
+    base = flatten_tables(content.get("base", {})) | {**changes}
     grids = content.get("also", [])
     if "grid" in content or not grids:
         grids = [content.get("grid", {}), *grids]
     runs = []
     for combination in itertools.chain.from_iterable(map(_expand, grids)):
-        runs.append(base | combination)
+        runs.append(base | combination | {**changes})
         _check(runs[-1], combination)
     tuning = _tuning(content["tune"]) if "tune" in content else None
     return Study(engine, processes, base, tuple(runs), tuning)
@@ -179,7 +190,7 @@ def _tuning(section: dict[str, Any]) -> Tuning:
     rates = section.get("lr")
     if not isinstance(rates, list) or not rates or not all(map(_is_rate, rates)):
         raise refuse("tune.lr", rates, "a list of numbers above 0")
-    config = _flat(section.get("config", {}))
+    config = flatten_tables(section.get("config", {}))
     validation = section.get("validation", 0.1)
     # Rates must not be chosen on the test data.
     if not _is_rate(validation) or validation >= 1:
@@ -203,17 +214,9 @@ def _known(what: str, given: Iterable[str], allowed: tuple[str, ...]) -> None:
             raise ConfigError(f"{name} is no {what}; allowed: {', '.join(allowed)}")
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        key = prefix + name
-        flat |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return flat
-
-
 def _expand(grid: Mapping[str, Any]) -> Iterator[Config]:
     """Yield every combination of a grid's values."""
-    flat = _flat(grid)
+    flat = flatten_tables(grid)
     for key, values in flat.items():
         if values == []:
             raise refuse(key, values, "a value, or a list of at least one")

@@ -2,10 +2,11 @@
 
 import csv
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
+from types import MappingProxyType
 from typing import Any
 
 from rich.table import Table
@@ -38,7 +39,12 @@ FIGURES = {
 }
 
 
-def sweep(path: Path, out: Path | None = None, keep_states: bool = False) -> list[str]:
+def sweep(
+    path: Path,
+    out: Path | None = None,
+    keep_states: bool = False,
+    changes: Mapping[str, Value] = MappingProxyType({}),
+) -> list[str]:
     """Execute all runs of a study that are not finished.
 
     Parameters
@@ -50,6 +56,8 @@ def sweep(path: Path, out: Path | None = None, keep_states: bool = False) -> lis
         `results/<stem of the file>` beside the file.
     keep_states : bool
         Keep the checkpoints and exported models of finished runs.
+    changes : Mapping[str, Value]
+        Run config keys that override those of the study's base and grids.
 
     Returns
     -------
@@ -60,8 +68,10 @@ def sweep(path: Path, out: Path | None = None, keep_states: bool = False) -> lis
     ------
     ConfigError
         If the file does not describe a study; nothing is run then.
+    KeyboardInterrupt
+        After Ctrl-C. Its message says what is left.
     """
-    study = read_study(path)
+    study = read_study(path, changes)
     app = _app_folder(path) if study.engine == "flwr" else None
     folder = (out or path.parent / "results" / path.stem).absolute()
     folder.mkdir(parents=True, exist_ok=True)

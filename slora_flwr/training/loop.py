@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -120,6 +121,20 @@ def evaluate(
             predicted[rows] = logits.argmax(dim=-1).cpu().numpy()
     counts = count(predicted, examples.labels, model.config.num_labels)
     return Evaluation(total / len(examples), counts)
+
+
+def predict(
+    backbone: Backbone, examples: Examples, precision: str, batch_size: int = 64
+) -> NDArray[np.float32]:
+    """Return the probability of each class for each example; shape (rows, classes)."""
+    model = backbone.model.eval()
+    found = np.empty((len(examples), model.config.num_labels), dtype=np.float32)
+    with torch.inference_mode(), precision_of(backbone, precision):
+        for rows in examples.in_order_of_length(batch_size):
+            ids, mask, _ = (t.to(backbone.device) for t in examples.batch(rows))
+            logits = model(input_ids=ids, attention_mask=mask).logits.float()
+            found[rows] = logits.softmax(dim=-1).cpu().numpy()
+    return found
 
 
 def make_optimizer(

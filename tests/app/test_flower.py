@@ -1,7 +1,6 @@
 """Real `flwr run` in simulation: Ray, a SuperLink of the test's own, the app bundle."""
 
 import json
-import os
 import subprocess
 import sys
 import tomllib
@@ -10,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from flwr.common.config import flatten_dict
@@ -19,7 +17,7 @@ from safetensors.torch import load_file
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
 from tests.support.own_data import KINDS, texts, write
-from tests.support.processes import free_port
+from tests.support.simulation import flower_home
 
 ROOT = Path(__file__).parents[2]
 VALUES: dict[str, Any] = {
@@ -46,21 +44,8 @@ CODED: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Return an environment with its own SuperLink, and end what was started in it."""
-    home = tmp_path_factory.mktemp("flower")
-    environment = {
-        **os.environ,
-        "FLWR_HOME": str(home),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
-        "SLORA_HOME": str(home / "slora"),
-    }
-    yield environment
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("FLWR_HOME") == str(home):
-                process.kill()
-        except psutil.Error:  # gone, or another user's: not ours
-            continue
+    with flower_home(tmp_path_factory.mktemp("flower")) as environment:
+        yield environment
 
 
 def slora(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:

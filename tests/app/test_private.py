@@ -73,6 +73,7 @@ def test_a_run_and_its_caches(config: Config, home: Path, tmp_path: Path) -> Non
     names = {path.relative_to(directory).as_posix() for path in within(directory)}
     assert {
         "config.toml",
+        "resolved.toml",
         "events.jsonl",
         "ledger.csv",
         "summary.json",

@@ -351,9 +351,9 @@ def write_texts(path: Path, count: int, seed: int) -> None:
 def read_facts(place: Path) -> Facts:
     """Return all that a run's directory says, but for what a clock said."""
     directory = place / FOLDER
-    text = (directory / "config.toml").read_text()
-    config = tomllib.loads(text.replace(str(place), "."))
-    del config["versions"]
+    texts = [(directory / n).read_text() for n in ("config.toml", "resolved.toml")]
+    config = tomllib.loads("\n".join(texts).replace(str(place), "."))
+    del config["versions"], config["engine"]
     states = sorted((directory / "checkpoints").glob("*.safetensors"))
     lines = (directory / "events.jsonl").read_text().splitlines()
     with (directory / "ledger.csv").open(newline="") as file:
@@ -425,7 +425,7 @@ def _timeless(value: Any) -> Any:
         return [_timeless(item) for item in value]
     if not isinstance(value, dict):
         return value
-    left_out = {"seconds", "took", "run"}
+    left_out = {"directory", "seconds", "took", "run"}
     return {k: _timeless(v) for k, v in value.items() if k not in left_out}
 
 

@@ -33,12 +33,16 @@ def test_a_run_writes_what_it_was_and_what_came_of_it(two_phases: Config) -> Non
     directory = start(two_phases, grid)
 
     written = tomllib.loads((directory / "config.toml").read_text())
-    versions, resolved = written.pop("versions"), written.pop("resolved")
     flat: Config = {}
     for key, value in written.items():
         inner = value.items() if isinstance(value, dict) else [(None, value)]
         flat |= {f"{key}.{name}" if name else key: found for name, found in inner}
-    assert flat == flatten(parse(two_phases))
+    expected = flatten(parse(two_phases))
+    del expected["run.dir"]
+    assert flat == expected
+    facts = tomllib.loads((directory / "resolved.toml").read_text())
+    versions, resolved = facts["versions"], facts["resolved"]
+    assert facts["engine"] == {"name": "flwr", "nodes": 2}
     assert versions["flwr"] == version("flwr")
     assert versions["torch"] == version("torch")
     assert versions["python"].startswith("3.")
@@ -55,6 +59,10 @@ def test_a_run_writes_what_it_was_and_what_came_of_it(two_phases: Config) -> Non
     counts = {f"{u}_bytes_{d}" for u in ("payload", "message") for d in ("up", "down")}
     assert told.keys() >= {"method", "rounds", "majority_accuracy"} | figures | counts
     assert (told["method"], told["rounds"]) == ("slora", 4)
+    assert told["directory"] == str(directory)
+    accuracies = [event["accuracy"] for event in events(directory, "round")]
+    best = {"accuracy": max(accuracies), "round": accuracies.index(max(accuracies)) + 1}
+    assert told["best"] == best
     assert list(told["phases"]) == ["sparse", "lora"]
     assert [p["rounds"] for p in told["phases"].values()] == [1, 3]
     for count in counts:

@@ -208,8 +208,16 @@ BAD: dict[str, tuple[Change, str]] = {
         "config.toml: method is 5; allowed: a valid string",
     ),
     "versions-number": (
-        lambda path: (path / "config.toml").write_text("versions = 3\n"),
-        "config.toml: versions is 3; allowed: a valid dictionary",
+        lambda path: (path / "resolved.toml").write_text("versions = 3\n"),
+        "resolved.toml: versions is 3; allowed: a valid dictionary",
+    ),
+    "engine-unknown": (
+        lambda path: (path / "resolved.toml").write_text('engine.name = "other"\n'),
+        "resolved.toml: name is 'other'; allowed: ",
+    ),
+    "resolved-missing": (
+        lambda path: (path / "resolved.toml").unlink(),
+        "resolved.toml: ",
     ),
     "config-deep": (
         lambda path: (path / "config.toml").write_text("a = " + "[" * 200_000),
@@ -311,7 +319,9 @@ def test_half_a_line_of_the_ledger_does_not_count(tmp_path: Path) -> None:
     assert read_run(path).total("payload", "down") == 6 * DOWN
 
 
-@pytest.mark.parametrize("name", ["config.toml", "events.jsonl", "ledger.csv"])
+@pytest.mark.parametrize(
+    "name", ["config.toml", "resolved.toml", "events.jsonl", "ledger.csv"]
+)
 def test_a_byte_order_mark_and_line_ends_of_windows_do_no_harm(
     tmp_path: Path, name: str
 ) -> None:

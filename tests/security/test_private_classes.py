@@ -39,9 +39,10 @@ def test_a_clients_own_label_is_in_no_released_file(config: Config) -> None:
     directory = Path(str(config["run.dir"]))
     told = json.loads((directory / "adapter" / "classes.json").read_text())
     assert told == CLASSES
-    resolved = tomllib.loads((directory / "config.toml").read_text())["resolved"]
+    resolved = tomllib.loads((directory / "resolved.toml").read_text())["resolved"]
     assert resolved["classes"] == CLASSES
-    assert RARE not in (directory / "config.toml").read_text()
+    for name in ("config.toml", "resolved.toml"):
+        assert RARE not in (directory / name).read_text()
     assert final(directory)["classifier.weight"].shape[0] == len(CLASSES)
 
 

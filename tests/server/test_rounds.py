@@ -148,7 +148,7 @@ def test_a_process_that_has_trained_describes_the_untrained_backbone(
 ) -> None:
     grid = RecordingGrid(two_phases)
     run(grid, two_phases, run_id=1)
-    written = Path(str(two_phases["run.dir"]), "config.toml").read_text()
+    written = Path(str(two_phases["run.dir"]), "resolved.toml").read_text()
     trainer = get_process(grid._contexts[1]).trainer
     assert trainer.model.adapter.shapes()
     del trainer.model.backbone.digest

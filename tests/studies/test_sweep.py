@@ -14,7 +14,7 @@ import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 import pytest
@@ -427,7 +427,8 @@ def test_an_interrupted_run_is_made_anew(swept: Swept) -> None:
 
 def test_states_are_not_kept(swept: Swept) -> None:
     kept = {path.name for path in swept.path("lora-lr0.01-seed0").iterdir()}
-    assert kept == {"config.toml", "events.jsonl", "ledger.csv", "summary.json"}
+    tables = {"config.toml", "resolved.toml"}
+    assert kept == tables | {"events.jsonl", "ledger.csv", "summary.json"}
 
 
 def test_each_run_has_a_log_of_its_own(swept: Swept) -> None:
@@ -570,16 +571,16 @@ def test_with_engine_flwr_each_run_is_one_of_slora_run(
 ) -> None:
     asked = []
 
-    def run_flower(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        asked.append(command[3:])
-        config = tomllib.loads(Path(command[-1]).read_text())
+    def call(runner: Runner, *arguments: str, log: BinaryIO) -> int:
+        asked.append([*arguments])
+        config = tomllib.loads(Path(arguments[-1]).read_text())
         directory = Path(config["run.dir"])
         directory.mkdir()
         if config["seed"] == 0:
             (directory / "summary.json").write_text(json.dumps(SUMMARY))
-        return subprocess.CompletedProcess(command, config["seed"])
+        return int(config["seed"])
 
-    monkeypatch.setattr(subprocess, "run", run_flower)
+    monkeypatch.setattr(Runner, "_call", call)
     study = {"sweep": {"engine": "flwr"}, "base": base, "grid": {"seed": [0, 1]}}
     (tmp_path / "app" / "experiments").mkdir(parents=True)
     path = write_study(tmp_path / "app" / "experiments" / "study.toml", study)

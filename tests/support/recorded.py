@@ -36,7 +36,8 @@ def write_run(
     common: Config = {"method": "lora", "rounds": 6, "run.dir": str(path)}
     parsed = parse(common | {"clients.per-round": 2} | (config or {}))
     directory = RunDirectory(parsed, 1)
-    directory.release.write_config(parsed, {"classes": ["a", "b"]})
+    directory.release.write_config(parsed)
+    directory.release.write_resolved(parsed, {"classes": ["a", "b"]})
     names = ["round", "phase", "direction", "clients", "payload_bytes", "message_bytes"]
     names += ["planned_payload_bytes"] if planned is not None else []
     lines = [names]

@@ -64,7 +64,7 @@ def go_on(config: Config, nodes: int = 2) -> Path:
 
 def without(figures: dict[str, Any], *others: str) -> dict[str, Any]:
     """Return figures without those that depend on the clock or on process state."""
-    left_out = {"seconds", "took", "message_bytes", *others}
+    left_out = {"directory", "seconds", "took", "message_bytes", *others}
     left_out |= {"message_bytes_up", "message_bytes_down"}
     return {
         name: without(value) if isinstance(value, dict) else value

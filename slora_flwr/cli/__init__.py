@@ -1,0 +1,57 @@
+"""The command line: `slora`."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from slora_flwr import __version__
+from slora_flwr.cli.options import MergingCommand
+from slora_flwr.cli.planning import plan, show_config
+from slora_flwr.cli.reports import compare, report, runs
+from slora_flwr.cli.results import export, predict
+from slora_flwr.cli.running import resume, run
+from slora_flwr.cli.studies import sweep
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run,
+    "resume": resume,
+    "plan": plan,
+    "config": show_config,
+    "runs": runs,
+    "predict": predict,
+    "export": export,
+    "report": report,
+    "compare": compare,
+    "sweep": sweep,
+}
+app = typer.Typer(
+    help="Federated fine-tuning of transformers: SLoRA and its peers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"slora-flwr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Accept the options shared by all commands."""
+
+
+for name, command in COMMANDS.items():
+    app.command(name, cls=MergingCommand)(command)

@@ -1,0 +1,74 @@
+"""What commands share: `-c`, RUN, and how errors and Ctrl-C end them."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import click
+import typer
+from typer.core import TyperCommand
+
+from slora_flwr.config import ConfigError
+
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+# A word that can only be a run config key with its value.
+_PAIR = re.compile(r"[A-Za-z][\w.-]*=.*", re.DOTALL)
+
+RunConfigOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--run-config",
+        "-c",
+        metavar="VALUES",
+        help="Run config values: key=value…, or a TOML file. May be repeated; later "
+        "ones override earlier ones.",
+    ),
+]
+RunArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="Run directory, or its name below $SLORA_HOME/runs, its id, or the "
+        "beginning of either; default: the newest run there."
+    ),
+]
+
+
+class MergingCommand(TyperCommand):
+    """A command whose `-c` takes all the key=value words that follow it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse arguments after repeating `-c` before such words."""
+        repeated: list[str] = []
+        follows = False
+        for number, word in enumerate(args):
+            begins = number > 0 and args[number - 1] in ("-c", "--run-config")
+            follows = begins or (follows and bool(_PAIR.fullmatch(word)))
+            repeated += ["-c"] * (follows and not begins) + [word]
+        return super().parse_args(ctx, repeated)
+
+
+def fail(error: object, status: int) -> typer.Exit:
+    """Print an error and return the exit that ends the command."""
+    typer.echo(f"Error: {error}", err=True)
+    return typer.Exit(status)
+
+
+@contextmanager
+def ending_cleanly(*failures: type[Exception]) -> Iterator[None]:
+    """End a command with one line in place of a traceback.
+
+    The exit status is 2 for `ConfigError` and `RunError`, 1 for `failures` and 130 for
+    Ctrl-C.
+    """
+    from slora_flwr.runs.reader import RunError
+
+    try:
+        yield
+    except (ConfigError, RunError) as error:
+        raise fail(error, 2) from error
+    except failures as error:
+        raise fail(error, 1) from error
+    except KeyboardInterrupt as error:
+        typer.echo(f"\nInterrupted. {error}".rstrip(), err=True)
+        raise typer.Exit(INTERRUPTED) from error

@@ -1,0 +1,103 @@
+"""`slora runs`, `report` and `compare`: runs that are looked at. None needs torch."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slora_flwr.cli.options import RunArgument, ending_cleanly, fail
+
+
+def runs(
+    folders: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FOLDER]...",
+            help="Folders of run directories; default: $SLORA_HOME/runs.",
+        ),
+    ] = None,
+) -> None:
+    """List runs, the newest first: state, method, data, accuracy, bytes, age."""
+    from rich.console import Console
+
+    from slora_flwr.reports.runs_table import runs_table
+    from slora_flwr.runs.reader import find_runs, list_runs
+
+    with ending_cleanly():
+        found = find_runs(folders) if folders else list_runs()
+        if found:
+            Console().print(runs_table(found))
+        else:
+            typer.echo("There are no runs yet. `slora run` makes one.")
+
+
+def report(
+    run: RunArgument = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; default: report.html in the run directory."),
+    ] = None,
+) -> None:
+    """Write a report on one run: metrics, bytes, curves, clients, failures, config."""
+    from slora_flwr.reports.page import write_page
+    from slora_flwr.reports.run_page import report as lay_out
+    from slora_flwr.runs.reader import find_run, read_run
+
+    with ending_cleanly():
+        path = find_run(run)
+        page = lay_out(read_run(path))
+    out = out or path / "report.html"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_page(page, out)
+    except OSError as error:
+        raise fail(f"{out} cannot be written ({error})", 1) from error
+    typer.echo(out)
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Run directories, their names below $SLORA_HOME/runs, or folders of "
+            "run directories.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for compare.html and its tables.")
+    ] = Path("comparison"),
+    target: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Accuracy at which to compare bytes and time; default: a point below "
+            "fft's.",
+        ),
+    ] = None,
+    uplink: Annotated[
+        str,
+        typer.Option(help="Rates of the modelled times in Mbit/s, comma-separated."),
+    ] = "1,10,100",
+) -> None:
+    """Compare runs on one page, grouping those that differ only in the seed."""
+    from slora_flwr.reports.comparison_page import compare as lay_out
+    from slora_flwr.reports.page import write
+    from slora_flwr.runs.reader import find_runs, read_run
+
+    try:
+        rates = [float(rate) for rate in uplink.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        allowed = "comma-separated numbers above 0, in Mbit/s"
+        raise fail(f"--uplink is {uplink!r}; allowed: {allowed}", 2)
+    with ending_cleanly():
+        found = [read_run(path) for path in find_runs(runs)]
+        page = lay_out(found, rates, target)
+    try:
+        typer.echo(write(page, out, "compare"))
+    except OSError as error:
+        raise fail(f"{out} cannot be written ({error})", 1) from error

@@ -1,0 +1,120 @@
+"""`slora export` and `slora predict`: what has come of a run, for use."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slora_flwr.cli.options import RunArgument, ending_cleanly
+from slora_flwr.common.text import printable
+from slora_flwr.config import ConfigError
+
+
+class Which(StrEnum):
+    """The states that a run keeps."""
+
+    LAST = "last"
+    BEST = "best"
+    AVERAGED = "averaged"
+
+
+WhichOption = Annotated[
+    Which,
+    typer.Option(
+        help="The averaged state, which the run evaluated; that of the best round; or "
+        "the last one, without the average."
+    ),
+]
+
+
+def export(
+    run: RunArgument = None,
+    which: WhichOption = Which.AVERAGED,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write a whole model, not an adapter.")
+    ] = False,
+    to: Annotated[
+        Path | None,
+        typer.Option(help="New or empty folder; default: ./NAME-WHICH."),
+    ] = None,
+) -> None:
+    """Export a finished run's model in a format that stock libraries load."""
+    from slora_flwr.runs.reader import find_run
+
+    with ending_cleanly(OSError):
+        path = find_run(run).absolute()
+        name = f"{path.name}-{which}" + ("-merged" if merge else "")
+        to = Path(name) if to is None else to.expanduser()
+        from slora_flwr.server.export import export_run
+
+        typer.echo(export_run(path, which, merge, to))
+
+
+def predict(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN] [TEXT]...",
+            help="RUN as for `slora report`, if another word or --file follows; then "
+            "the texts.",
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of texts: a line each in a .txt file; in a table, such as .csv "
+            "or .jsonl, the columns of the run's data.text."
+        ),
+    ] = None,
+    which: WhichOption = Which.AVERAGED,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print a JSON object a line, with all probabilities."
+        ),
+    ] = False,
+) -> None:
+    """Print the label, its probability and the text, for each text."""
+    from slora_flwr.runs.reader import find_run
+
+    with ending_cleanly(OSError):
+        run, texts = _divide(words or [], file)
+        path = find_run(run)
+        from slora_flwr.server.predict import predict_texts
+
+        for found in predict_texts(path, which, texts, file):
+            probability = found.probabilities[found.label]
+            if as_json:
+                facts = {
+                    "text": found.text,
+                    "label": found.label,
+                    "probability": probability,
+                    "probabilities": found.probabilities,
+                }
+                typer.echo(json.dumps(facts, ensure_ascii=False))
+            else:
+                text = printable(found.text, 80)
+                typer.echo(f"{printable(found.label)}\t{probability:.3f}\t{text}")
+
+
+def _divide(words: list[str], file: Path | None) -> tuple[str | None, list[str]]:
+    """Return the run, None for the newest, and the texts."""
+    from slora_flwr.runs.reader import AmbiguousRunError, RunError, find_run, is_run
+
+    if file is not None and len(words) > 1:
+        raise ConfigError(f"TEXT is {words[1]!r}; allowed: none besides --file")
+    if file is not None:
+        return next(iter(words), None), []
+    if not words or (len(words) == 1 and is_run(Path(words[0]).expanduser())):
+        raise ConfigError("TEXT is missing; allowed: one or more, or --file")
+    if len(words) == 1:
+        return None, words
+    try:
+        find_run(words[0])
+    except AmbiguousRunError:
+        raise
+    except RunError:
+        return None, words
+    return words[0], words[1:]

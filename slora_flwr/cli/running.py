@@ -1,0 +1,121 @@
+"""`slora run` and `slora resume`: runs, over Flower or in this process."""
+
+import sys
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slora_flwr.cli.options import RunArgument, RunConfigOption, ending_cleanly
+from slora_flwr.config import Value, parse, refuse
+from slora_flwr.config.arguments import merge_arguments, read_file
+
+
+class Engine(StrEnum):
+    """The engines of `slora run`."""
+
+    FLWR = "flwr"
+    INLINE = "inline"
+
+
+FolderOption = Annotated[
+    Path, typer.Option("--app", help="Folder of the app: a checkout of slora-flwr.")
+]
+
+
+def run(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of the app: a checkout of slora-flwr.")
+    ] = Path(),
+    run_config: RunConfigOption = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="Flower's simulation on Ray, or this process alone."),
+    ] = Engine.FLWR,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Simulated nodes; default: one per GPU or, without GPUs, core."
+        ),
+    ] = None,
+) -> None:
+    """Run a method. The exit status is 0 only if the run completes."""
+    with ending_cleanly():
+        if not folder.is_dir():
+            allowed = "a folder; run config values follow -c"
+            raise refuse("FOLDER", str(folder), allowed)
+        _start(merge_arguments(run_config or []), engine, folder, nodes)
+
+
+def resume(
+    run: RunArgument = None,
+    run_config: RunConfigOption = None,
+    engine: Annotated[
+        Engine | None, typer.Option(help="As for `slora run`; default: the run's.")
+    ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Simulated nodes; default: as many as the run had."),
+    ] = None,
+    folder: FolderOption = Path(),
+) -> None:
+    """Resume an interrupted run from its last checkpoint, with its own config."""
+    from slora_flwr.runs.reader import find_run, read_run
+
+    with ending_cleanly():
+        path = find_run(run)
+        had = read_run(path).engine
+        values = read_file(path / "config.toml") | {"run.resume": str(path.absolute())}
+        values |= merge_arguments(run_config or [])
+        _start(
+            values,
+            engine or Engine(had.name),
+            folder,
+            nodes or had.nodes,
+        )
+
+
+def _start(
+    values: Mapping[str, Value], engine: Engine, folder: Path, nodes: int | None
+) -> None:
+    parse(values)  # Invalid values are refused here, before anything starts.
+    if engine is Engine.INLINE:
+        _run_inline(values, nodes or 1)
+    else:
+        _run_flower(folder, values, nodes)
+
+
+def _run_inline(values: Mapping[str, Value], nodes: int) -> None:
+    # Imported here, since torch and transformers take seconds.
+    from slora_flwr.adapters.priming import HandoffError
+    from slora_flwr.engines.inline import run_inline
+    from slora_flwr.runs.writing import RunDirectoryError
+    from slora_flwr.server.fleet import FleetError
+    from slora_flwr.server.strategy import TooFewRepliesError
+
+    with ending_cleanly(
+        FleetError, HandoffError, RunDirectoryError, TooFewRepliesError
+    ):
+        run_inline(values, nodes)
+
+
+def _run_flower(folder: Path, values: Mapping[str, Value], nodes: int | None) -> None:
+    from slora_flwr.engines.flower import FlowerError, run_flower
+
+    with ending_cleanly(FlowerError):
+        run_flower(folder, values, nodes, _may_go_on)
+
+
+def _may_go_on(run_id: str) -> bool:
+    """Return whether an interrupted command leaves its run running; ask if possible."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    question = f"\nStop run {run_id}, or leave it running? [S/l] (Ctrl-C stops it) "
+    try:
+        return input(question).strip().lower().startswith("l")
+    except KeyboardInterrupt:
+        return False
+    except EOFError:  # the terminal is gone
+        return True

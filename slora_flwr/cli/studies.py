@@ -1,0 +1,34 @@
+"""`slora sweep`: the runs of a study."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slora_flwr.cli.options import RunConfigOption, ending_cleanly, fail
+from slora_flwr.config.arguments import merge_arguments
+
+
+def sweep(
+    study: Annotated[
+        Path, typer.Argument(help="TOML file, such as experiments/skew.toml.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the runs; default: results/<study> beside the file."
+        ),
+    ] = None,
+    run_config: RunConfigOption = None,
+    keep_states: Annotated[
+        bool, typer.Option(help="Keep checkpoints and models of finished runs.")
+    ] = False,
+) -> None:
+    """Execute all unfinished runs of a study, several at once."""
+    from slora_flwr.studies.sweep import sweep as sweep_study
+
+    with ending_cleanly():
+        changes = merge_arguments(run_config or [])
+        failed = sweep_study(study, out, keep_states, changes)
+    if failed:
+        raise fail(f"failed: {', '.join(failed)}", 1)
