@@ -46,7 +46,7 @@ def report(run: RecordedRun) -> Page:
 
 def _notice(run: RecordedRun) -> str:
     if run.summary is not None:
-        return run.damage
+        return f"{run.summary.warning} {run.damage}".strip()
     done = f"{len(run.rounds)} of {run.config['rounds']} rounds are done"
     reason = f" It was stopped: {run.stopped}" if run.stopped else ""
     return f"This run is not complete: {done}.{reason} {run.damage}".strip()

@@ -75,6 +75,8 @@ class Summary:
         Seconds that the run took.
     majority_accuracy : float or None
         Accuracy of the most frequent class, if known.
+    warning : str
+        That the accuracy at the end is near it; empty if it is not.
     phases : dict[str, PhaseSummary]
         The phases by adapter.
     same_rounds : dict[str, int]
@@ -83,6 +85,7 @@ class Summary:
 
     seconds: Figure
     majority_accuracy: Figure | None = None
+    warning: str = ""
     phases: dict[str, PhaseSummary] = field(default_factory=dict)
     same_rounds: dict[str, Count] = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ from slora_flwr.common.protocol import installed_version
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
 from slora_flwr.config.errors import refuse
 from slora_flwr.config.identity import code_identity
+from slora_flwr.reports.chance import foresee
 from slora_flwr.reports.closing_table import closing_table
 from slora_flwr.runs.checkpoint import check_identity, find_checkpoint
 from slora_flwr.runs.directory import RunDirectory, how_to_resume, in_use
@@ -130,6 +131,8 @@ def _run(
     if moved and privacy is None:
         log(INFO, "%d examples were moved so that no client is empty", moved)
     if checkpoint is None:
+        for warning in foresee(config):
+            log(WARNING, "%s", warning)
         directory.release.write_resolved(config, {})
         directory.release.write_config(config)
     else:
@@ -169,7 +172,10 @@ def _run(
     fleet.dismiss(grid)
     # That of nodes on this machine that have not answered.
     shutil.rmtree(run_folder(directory.lineage), ignore_errors=True)
-    Console(width=100).print(closing_table(summary))
+    console = Console(width=100)
+    console.print(closing_table(summary))
+    if "warning" in summary:
+        console.print(summary["warning"], style="bold", markup=False, highlight=False)
     log(INFO, "run directory %s", directory.path)
     return summary
 

@@ -5,6 +5,7 @@ from typing import Any
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.config import RunConfig
 from slora_flwr.config.methods import REFERENCES, find_adapter, list_methods
+from slora_flwr.reports.chance import tell_chance
 from slora_flwr.runs.directory import RunDirectory
 from slora_flwr.runs.ledger import Ledger
 from slora_flwr.server.strategy import PhasedStrategy
@@ -89,6 +90,8 @@ def summarise(
             for method in REFERENCES
         },
     }
+    if warning := tell_chance(config, summary):
+        summary["warning"] = warning
     target = config.run.target
     reached = [h for h in history if h.metrics.get("accuracy", 0) >= target]
     if target and reached:
