@@ -1,7 +1,6 @@
 """Runs that may end, or have ended, near the majority class: what users are told."""
 
 import logging
-import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from tests.support.grids import RecordingGrid
 from tests.support.own_data import NodesGrid, make_own_data_config, nodes_of
 from tests.support.runs import Config, elsewhere, start, summary
 
-ROOT = Path(__file__).parents[2]
 NEAR = "within two points of the majority class's share of the test texts"
 # News Category, where runs have ended at the majority class: 20 rounds of 5 at 0.1.
 SKEWED: Config = {
@@ -163,20 +161,21 @@ def test_the_embedded_model_is_warned_of_on_other_text(data: str) -> None:
 
 def test_the_default_run_is_not_warned_of() -> None:
     assert foresee(parse({})) == []
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert foresee(parse(project["tool"]["flwr"]["app"]["config"])) == []
 
 
 def test_warnings_come_before_any_message(
     config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
+    class Sent(Exception):
+        """A message was about to be sent."""
+
     class SilentGrid(InlineGrid):
         def push_messages(self, messages: object) -> list[str]:
-            raise InterruptedError
+            raise Sent
 
     config |= SKEWED | {n: config[n] for n in ("model.name", "data.name")}
     config |= {"clients.count": 6, "clients.partitioner": "dirichlet"}
     assert foresee(parse(config))
-    with caplog.at_level(logging.WARNING, "flwr"), pytest.raises(InterruptedError):
+    with caplog.at_level(logging.WARNING, "flwr"), pytest.raises(Sent):
         start(config, SilentGrid(config))
     assert [r.getMessage() for r in caplog.records] == foresee(parse(config))
