@@ -44,8 +44,8 @@ def foresee(config: RunConfig) -> list[str]:
         told.append(
             f"{config.rounds} rounds of {clients.per_round} clients at clients.alpha "
             f"{clients.alpha:g}: the product is {amount:.3g}, and where it was "
-            f"{_LITTLE:g} or less, runs have ended near the majority class. Try "
-            f"{_list(_remedies(config))}"
+            f"{_LITTLE:g} or less, runs have ended near the majority class (docs, "
+            f"Your own text). Try {_list(_remedies(config))}"
         )
     return told
 
