@@ -392,7 +392,8 @@ def test_a_deployment_completes_and_leaves_nothing(
         for index in range(2):
             address = ("--insecure", "--superlink", f"127.0.0.1:{link}")
             port = ("--port", str(free_port()), "--poll-seconds", "0.2")
-            given = ("--node-config", f"partition-id={index} num-partitions=2")
+            told = f'partition-id={index} num-partitions=2 allowed-folders="/"'
+            given = ("--node-config", told)
             supernode = (sys.executable, "-m", "slora_flwr.client.supernode")
             started.append(
                 subprocess.Popen(
