@@ -392,7 +392,8 @@ def test_a_deployment_completes_and_leaves_nothing(
         for index in range(2):
             address = ("--insecure", "--superlink", f"127.0.0.1:{link}")
             port = ("--port", str(free_port()), "--poll-seconds", "0.2")
-            given = ("--node-config", f"partition-id={index} num-partitions=2")
+            told = f'partition-id={index} num-partitions=2 allowed-folders="/"'
+            given = ("--node-config", told)
             supernode = (sys.executable, "-m", "slora_flwr.client.supernode")
             started.append(
                 subprocess.Popen(
@@ -420,8 +421,9 @@ def test_a_deployment_completes_and_leaves_nothing(
         )
         logged = (folder / "nodes.log").read_text()
         assert (folder / "run" / "summary.json").exists(), f"{done}{logged}"
-        # Each was started once for two messages, and says so in the node's log.
-        assert logged.count("Start `flwr-clientapp` process") == 4
+        # Each was started once for its three messages (to describe itself, to train, to
+        # remove what it keeps), and says so in the node's log.
+        assert logged.count("Start `flwr-clientapp` process") == 6
         assert logged.count("resident worker") == 2
         assert len(residents(folder)) == 2
     finally:
