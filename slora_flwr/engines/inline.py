@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Iterable, Mapping
 from logging import ERROR
+from typing import Any
 
 from flwr.app import Error, Message, RecordDict
 from flwr.common.logger import log
@@ -20,8 +21,8 @@ from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.wire.messages import release
 
 
-def run_inline(run_config: Mapping[str, Value], nodes: int = 1) -> None:
-    """Run a method in this process.
+def run_inline(run_config: Mapping[str, Value], nodes: int = 1) -> dict[str, Any]:
+    """Run a method in this process, and return the content of summary.json.
 
     Parameters
     ----------
@@ -32,7 +33,7 @@ def run_inline(run_config: Mapping[str, Value], nodes: int = 1) -> None:
     """
     run_id = time.time_ns()
     grid = InlineGrid(run_config, nodes, run_id)
-    run_on(grid, run_config, run_id, share=grid.share, engine="inline")
+    return run_on(grid, run_config, run_id, share=grid.share, engine="inline")
 
 
 class InlineGrid(Grid):

@@ -168,7 +168,9 @@ def line_chart(
     def draw(axes: Axes) -> None:
         for line in lines:
             every = max(1, -(-len(line.x) // _MARKERS_IN_LINE))
-            axes.plot(line.x, line.y, **_line(line.look), markevery=every)
+            axes.plot(
+                line.x, line.y, **_line(line.look), markevery=every, label=line.label
+            )
             if line.low:
                 axes.fill_between(
                     line.x,

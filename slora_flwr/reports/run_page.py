@@ -165,12 +165,12 @@ def _boundaries(
     ]
 
 
-def _curves(run: RecordedRun) -> Section:
-    metrics = {"accuracy": "server's test data"}
-    if any("client_accuracy" in done.metrics for done in run.evaluated):
-        metrics["client_accuracy"] = "the clients' held-out examples"
-    if any("plain_accuracy" in done.metrics for done in run.evaluated):
-        metrics["plain_accuracy"] = "the last state, not averaged"
+def accuracy_charts(run: RecordedRun) -> list[Chart]:
+    """Return charts of accuracy against rounds, megabytes and seconds.
+
+    At least one round of the run was evaluated.
+    """
+    metrics = _accuracies(run)
     found = looks(metrics.values(), metrics)
     majority = _majority(run)
     axes: dict[str, Callable[[RecordedRound], float]] = {
@@ -198,11 +198,27 @@ def _curves(run: RecordedRun) -> Section:
             level=None if majority is None else 100 * majority,
         )
 
+    return [chart(x, at) for x, at in axes.items()]
+
+
+def _curves(run: RecordedRun) -> Section:
+    metrics = _accuracies(run)
+    found = looks(metrics.values(), metrics)
     return Section(
         "Accuracy",
         keys=keys(found) if len(metrics) > 1 else (),
-        charts=[chart(x, at) for x, at in axes.items()],
+        charts=accuracy_charts(run),
     )
+
+
+def _accuracies(run: RecordedRun) -> dict[str, str]:
+    """Return the metrics that are accuracies, each with what it was measured on."""
+    metrics = {"accuracy": "server's test data"}
+    if any("client_accuracy" in done.metrics for done in run.evaluated):
+        metrics["client_accuracy"] = "the clients' held-out examples"
+    if any("plain_accuracy" in done.metrics for done in run.evaluated):
+        metrics["plain_accuracy"] = "the last state, not averaged"
+    return metrics
 
 
 def _handoff(run: RecordedRun) -> Section:

@@ -152,18 +152,13 @@ class KeptState:
             raise ConfigError(
                 f"{run} is of a run that has not ended; allowed: one that has"
             )
-        if which not in BASES:
-            raise ConfigError(f"which is {which!r}; allowed: {', '.join(BASES)}")
-        if which == "averaged" and not _state_file(run, which).is_file():
-            which = "last"
-        if not _state_file(run, which).is_file():
-            raise ConfigError(f"{run} keeps no {which} state; allowed: a run that does")
+        which = _kept(run, which)
         facts = _facts(_state_file(run, which))
         schedule, number = make_schedule(config), int(facts["round"])
         index = [phase.adapter for phase in schedule].index(facts["phase"])
         phase = schedule[index]
         before = sum(len(recorded.phases[p.adapter]) for p in schedule[:index])
-        classes = _classes(run)
+        classes = read_classes(own_export(run))
         model = AttachedModel(config, ProcessData(config, classes))
         _check_digest(config, recorded, model.backbone.digest)
         base = _read_base(
@@ -217,6 +212,38 @@ def _complete(
     (folder / "README.md").write_text(card.text, encoding="utf-8")
 
 
+def read_state(run: Path, which: str) -> State:
+    """Return a state of a run; see `export_run`."""
+    return load_file(_state_file(run, _kept(run, which)))
+
+
+def own_export(run: Path) -> Path:
+    """Return the folder of the export that a run writes as it ends.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    for path in sorted(run.glob(f"*/{CLASSES_FILE}")):
+        return path.parent
+    raise ConfigError(
+        f"{run} holds no {CLASSES_FILE}, which a run writes with its export as it "
+        "ends; allowed: a run that has it"
+    )
+
+
+def _kept(run: Path, which: str) -> str:
+    """Return the state that is meant, or raise ConfigError if it is not kept."""
+    if which not in BASES:
+        raise ConfigError(f"which is {which!r}; allowed: {', '.join(BASES)}")
+    if which == "averaged" and not _state_file(run, which).is_file():
+        which = "last"
+    if not _state_file(run, which).is_file():
+        raise ConfigError(f"{run} keeps no {which} state; allowed: a run that does")
+    return which
+
+
 def _state_file(run: Path, name: str) -> Path:
     return run / "checkpoints" / f"{name}.safetensors"
 
@@ -224,16 +251,6 @@ def _state_file(run: Path, name: str) -> Path:
 def _facts(path: Path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata())
-
-
-def _classes(run: Path) -> list[str]:
-    """Return the label names, which the run's own export holds."""
-    for path in sorted(run.glob(f"*/{CLASSES_FILE}")):
-        return read_classes(path.parent)
-    raise ConfigError(
-        f"{run} holds no {CLASSES_FILE}, which a run writes with its export as it "
-        "ends; allowed: a run that has it"
-    )
 
 
 def _check_digest(config: RunConfig, recorded: RecordedRun, digest: str) -> None:
