@@ -1,6 +1,7 @@
 """slora-flwr from Python: train, look at the result, use it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -52,11 +53,10 @@ def result(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 def test_the_config_is_merged(config: Config, result: Result) -> None:
     assert result.directory == Path(str(config["run.dir"]))
-    place = {"run.dir": ""}  # left out, so that the config can be run again
-    assert (
-        config.items() <= (result.run.config | {"run.dir": config["run.dir"]}).items()
-    )
-    assert result.run.config["run.dir"] == place["run.dir"]
+    recorded = result.run.config
+    # Left out, so that the config can be run again.
+    assert recorded["run.dir"] == ""
+    assert config.items() <= (recorded | {"run.dir": config["run.dir"]}).items()
     assert result.run.engine.name == "inline"
     assert result.run.engine.nodes == 2
 
@@ -241,6 +241,28 @@ def test_a_state_that_is_not_there_is_refused(result: Result) -> None:
     for ask in (result.state, result.model, lambda which: result.predict("w5", which)):
         with pytest.raises(ConfigError, match="which is 'first'; allowed: last, "):
             ask("first")
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells, one after another, in a process that draws on no screen."""
+    notebook = json.loads((ROOT / "examples" / "python.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"]]
+    kinds = [cell["cell_type"] for cell in notebook["cells"]]
+    code = [cell for cell, kind in zip(cells, kinds, strict=True) if kind == "code"]
+    # Fewer texts and rounds than in print.
+    smaller = '{"rounds": 2, "sparse.rounds": 1, "data.max-test": 50}, nodes='
+    assert code[0].count("nodes=") == 1
+    code[0] = code[0].replace("nodes=", smaller)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SLORA_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my-model" / "model.safetensors").is_file()
 
 
 # What is public
