@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from slora_flwr.config import ConfigError
 from slora_flwr.config.arguments import flatten_tables, read_file
@@ -16,7 +16,7 @@ from slora_flwr.runs.reader import RecordedRun, find_run, read_run
 if TYPE_CHECKING:
     # Looking at a run must not wait for what takes seconds to import.
     from matplotlib.axes import Axes
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from slora_flwr.common.tensors import State
     from slora_flwr.server.predict import Prediction
@@ -159,16 +159,14 @@ class Result:
             )
         return model
 
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
         """Return the tokenizer of the model."""
         from transformers import AutoTokenizer
 
         from slora_flwr.server.export import own_export
 
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            own_export(self.directory)
-        )
-        return tokenizer
+        tokenizer: Any = AutoTokenizer.from_pretrained(own_export(self.directory))
+        return cast("PreTrainedTokenizerFast", tokenizer)
 
     def predict(
         self, texts: str | Iterable[str], which: str = "averaged"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
@@ -101,13 +102,14 @@ def accuracy_of(result: Result, which: str) -> float:
     """Return the accuracy of the model on the run's test texts."""
     _, test = load_texts(parse(result.run.config).data)
     model, tokenizer = result.model(which), make_tokenizer()
+    names: Any = model.config.id2label
     assert not model.training
     right = []
     for text, label in zip(test.texts, test.labels, strict=True):
         given = tokenizer(text, truncation=True, max_length=12, return_tensors="pt")
         with torch.inference_mode():
             row = model(given["input_ids"], given["attention_mask"]).logits[0]
-        right.append(model.config.id2label[int(row.argmax())] == label)
+        right.append(names[int(row.argmax())] == label)
     return fmean(right)
 
 
@@ -176,7 +178,7 @@ def test_a_plot_shows_the_accuracies(result: Result) -> None:
     axes = Figure().subplots()
     assert result.plot(axes) is axes
     rounds, last = events(result.directory, "round"), "the last state, not averaged"
-    lines = {str(line.get_label()): line for line in axes.get_lines()}
+    lines: dict[str, Any] = {str(li.get_label()): li for li in axes.get_lines()}
     for label, name in {
         "server's test data": "accuracy",
         last: "plain_accuracy",
