@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,7 +23,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from slora_flwr.backbone.load import Backbone
+from slora_flwr.client.process import make_process
 from slora_flwr.data.examples import Examples
+from slora_flwr.server import collect, fleet
+from tests.support.clock import Clock
 from tests.support.runs import Config, make_config
 from tests.support.tiny import (
     CLASSES,
@@ -114,3 +118,22 @@ def assets() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"no models below {folder}; set SLORA_ASSETS")
     return folder
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that passes as the server's collection of replies and nodes waits."""
+    clock = Clock()
+    monkeypatch.setattr(fleet, "time", clock)
+    monkeypatch.setattr(collect, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Folders of this test's own, and a process that has loaded nothing."""
+    monkeypatch.setenv("SLORA_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SLORA_ASSETS", raising=False)
+    make_process.cache_clear()
+    yield
+    make_process.cache_clear()

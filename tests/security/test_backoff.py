@@ -7,7 +7,6 @@ import pytest
 from flwr.app import Message, MessageType
 
 from slora_flwr.common.random import sample_cohort
-from slora_flwr.server import collect, fleet
 from slora_flwr.server.fleet import LONGEST_REST
 from tests.support.clock import Clock
 from tests.support.fleet import FakeGrid, gathered
@@ -17,12 +16,7 @@ from tests.support.runs import CLIENTS, Config, events, start
 TRAIN, EVALUATE = MessageType.TRAIN, MessageType.EVALUATE
 
 
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(fleet, "time", clock)
-    monkeypatch.setattr(collect, "time", clock)
-    return clock
+pytestmark = pytest.mark.usefixtures("clock")
 
 
 class StallingGrid(RecordingGrid):

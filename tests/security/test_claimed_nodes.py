@@ -3,7 +3,6 @@
 import pytest
 from flwr.app import Message
 
-from slora_flwr.server import fleet
 from tests.support.clock import Clock
 from tests.support.fleet import FakeGrid, gathered
 
@@ -26,13 +25,6 @@ class SlowGrid(FakeGrid):
         if self._clock.now > 3:
             self.silent.clear()
         return self.online
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(fleet, "time", clock)
-    return clock
 
 
 @pytest.mark.parametrize("claimed", [10**9, 3])

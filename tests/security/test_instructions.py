@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from tests.support.own_node import (
     ask,
     first_instruction,
     make_config,
-    use_own_folders,
 )
 from tests.support.runs import Config
 
@@ -37,12 +36,7 @@ ROWS = texts(0, 40, KINDS)
 ESCAPES = "\x1b[2J\nnode 1 left "
 
 
-@pytest.fixture(autouse=True)
-def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[None]:
-    use_own_folders(tmp_path, monkeypatch)
-    make_process.cache_clear()
-    yield
-    make_process.cache_clear()
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 @pytest.fixture

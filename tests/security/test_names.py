@@ -9,15 +9,10 @@ from flwr.app import Message, MessageType
 from flwr.proto.node_pb2 import NodeInfo
 
 from slora_flwr.runs.events import Event, NodeLeftOut
-from slora_flwr.server import fleet
 from slora_flwr.server.own_data_fleet import OwnDataFleet
-from tests.support.clock import Clock
 from tests.support.own_data import HospitalGrid, hospital
 
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "time", Clock())
+pytestmark = pytest.mark.usefixtures("clock")
 
 
 class KeyGrid(HospitalGrid):

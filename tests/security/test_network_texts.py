@@ -13,12 +13,10 @@ from slora_flwr.common.text import clean_label
 from slora_flwr.data.node_files import MOST_LABELS, OwnData
 from slora_flwr.reports.page import Column, Page, Section, Table, render, write_csv
 from slora_flwr.runs.events import Event, NodeJoined
-from slora_flwr.server import fleet
 from slora_flwr.server.own_data_fleet import Description, OwnDataFleet
 from slora_flwr.server.round import MOST_WIRE_BYTES, Asked, read_report
 from slora_flwr.studies.sweep import write_rows
 from slora_flwr.wire.messages import MessageError, Report
-from tests.support.clock import Clock
 from tests.support.own_data import HospitalGrid, gathered, hospital, write
 
 ASKED = Asked(1, 0, "f", {7: {0: 1}}, 8)
@@ -31,11 +29,7 @@ def answer(**changes: Any) -> Message:
     return Message(replace(report, **changes).content(), reply_to=asked)
 
 
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(fleet, "time", clock)
-    return clock
+pytestmark = pytest.mark.usefixtures("clock")
 
 
 HIDDEN = {

@@ -1,6 +1,5 @@
 """Run configs and servers that try to make a node give its data away."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,13 @@ from slora_flwr.data.node_files import OwnData, OwnDataError
 from slora_flwr.data.texts import load_texts
 from slora_flwr.wire.messages import Instruction
 from tests.support.own_data import KINDS, columns_of, texts, write
-from tests.support.own_node import MASKED, a_node, ask, make_config, use_own_folders
+from tests.support.own_node import MASKED, a_node, ask, make_config
 from tests.support.runs import Config
 
 SECRET = "s3cret"
 
 
-@pytest.fixture(autouse=True)
-def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[None]:
-    use_own_folders(tmp_path, monkeypatch)
-    make_process.cache_clear()
-    yield
-    make_process.cache_clear()
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 @pytest.fixture

@@ -19,12 +19,7 @@ from tests.support.reference import reference_distinct
 GOLDEN = [61, 106, 109, 140, 580]  # of seed 0, round 1
 
 
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(fleet, "time", clock)
-    monkeypatch.setattr(collect, "time", clock)
-    return clock
+pytestmark = pytest.mark.usefixtures("clock")
 
 
 def loads(assigned: dict[int, list[int]], nodes: Iterable[int]) -> list[int]:

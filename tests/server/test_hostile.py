@@ -20,7 +20,7 @@ from flwr.app import (
 
 from slora_flwr.aggregation.mean import FoldError, Mean
 from slora_flwr.runs.events import Event, to_line
-from slora_flwr.server import collect, fleet
+from slora_flwr.server import fleet
 from slora_flwr.server.fleet import Fleet, FleetError
 from slora_flwr.server.own_data_fleet import OwnDataFleet
 from slora_flwr.wire.codec import Codec
@@ -36,14 +36,6 @@ from tests.support.own_data import gathered as gathered_hospitals
 from tests.support.runs import Config, differ, elsewhere, events, final, start
 
 MEGABYTE = 2**20
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(fleet, "time", clock)
-    monkeypatch.setattr(collect, "time", clock)
-    return clock
 
 
 # Replies of a node in a round

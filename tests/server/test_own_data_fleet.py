@@ -5,17 +5,9 @@ from typing import Any
 import pytest
 from flwr.proto.node_pb2 import NodeInfo
 
-from slora_flwr.server import fleet
 from slora_flwr.server.fleet import FleetError
 from tests.support.clock import Clock
 from tests.support.own_data import HospitalGrid, gathered, hospital
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(fleet, "time", clock)
-    return clock
 
 
 def test_labels_are_the_union_and_nodes_are_numbered_by_name(clock: Clock) -> None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -58,8 +57,3 @@ def first_instruction(config: Config, classes: list[str]) -> Instruction:
         codec.encode({name: state[name] for name in adapter.sent()}),
         classes=classes,
     )
-
-
-def use_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLORA_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("SLORA_ASSETS", raising=False)
