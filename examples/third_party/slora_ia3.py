@@ -6,17 +6,22 @@ from pathlib import Path
 from peft import IA3Config
 from torch import Tensor, nn
 
-from slora_flwr.adapters.base import Adapter, require_targets
-from slora_flwr.adapters.loading import Loading
-from slora_flwr.adapters.peft_layers import wrap, write_peft
-from slora_flwr.aggregation.base import Aggregator
-from slora_flwr.aggregation.mean import Mean
-from slora_flwr.aggregation.stack import Stack
-from slora_flwr.backbone.base_weights import BaseWeights
-from slora_flwr.backbone.load import Backbone
-from slora_flwr.common.tensors import State
-from slora_flwr.config import RunConfig
-from slora_flwr.config.methods import Method, PhaseRow
+from slora_flwr import (
+    Adapter,
+    Aggregator,
+    Backbone,
+    BaseWeights,
+    Loading,
+    Mean,
+    Method,
+    PhaseRow,
+    RunConfig,
+    Stack,
+    State,
+    require_targets,
+    wrap_peft,
+    write_peft,
+)
 
 METHOD = Method(
     phases=(PhaseRow(adapter="ia3", aggregator="fedexp"),),
@@ -55,7 +60,7 @@ class IA3Adapter(Adapter):
 
     def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
         """Put PEFT's layers in; return their vectors."""
-        self._model = wrap(backbone.model, _peft_config(backbone))
+        self._model = wrap_peft(backbone.model, _peft_config(backbone))
         return {
             f"{name}.ia3_l": backbone.model.get_submodule(name).ia3_l["default"]
             for name in backbone.targets

@@ -158,12 +158,12 @@ def load_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
 
     if not (folder / PATCH_FILE).is_file():
         return PeftModel.from_pretrained(model, str(folder))
-    from slora_flwr.adapters.peft_layers import wrap
+    from slora_flwr.adapters.peft_layers import wrap_peft
 
     apply_base_patch(model, folder / PATCH_FILE)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"peft_type": "LORA", "base_model_name_or_path": None}
-    loaded = wrap(model, LoraConfig.from_peft_type(**config))
+    loaded = wrap_peft(model, LoraConfig.from_peft_type(**config))
     set_peft_model_state_dict(loaded, load_file(folder / PATCHED_FILE))
     return loaded.eval()
 

@@ -139,11 +139,11 @@ class LowRankAdapter(Adapter):
 
     def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
         """Insert PEFT's layers, and return the trained factors."""
-        from slora_flwr.adapters.peft_layers import wrap
+        from slora_flwr.adapters.peft_layers import wrap_peft
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            self._model = wrap(backbone.model, self.peft_config(backbone))
+            self._model = wrap_peft(backbone.model, self.peft_config(backbone))
             trained = {}
             for name in backbone.targets:
                 layer = backbone.model.get_submodule(name)

@@ -15,7 +15,7 @@ from slora_flwr.backbone.families import is_conv1d
 from slora_flwr.backbone.load import Backbone
 
 
-def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+def wrap_peft(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """Insert PEFT's layers, without two warnings that do not apply."""
     with warnings.catch_warnings():
         # A model stays marked as wrapped after `unload`.
@@ -62,7 +62,7 @@ def write_peft(
     with torch.no_grad():
         for name, parameter in backbone.head.items():
             parameter.copy_(head[name])
-        model = wrap(backbone.model, config)
+        model = wrap_peft(backbone.model, config)
         for name, tensor in values.items():
             model.get_parameter(f"base_model.model.{name}").copy_(tensor)
     # PEFT's name for layers whose weights the checkpoint holds transposed.

@@ -67,6 +67,10 @@ def resume(
     with ending_cleanly():
         path = find_run(run)
         had = read_run(path).engine
+        if engine is None and had.name == "deployment":
+            allowed = "for a run of nodes elsewhere: flwr run with run.resume (docs, "
+            allowed += "Resuming), or here --engine, which simulates its nodes"
+            raise refuse("RUN", path.name, allowed)
         values = read_file(path / "config.toml") | {"run.resume": str(path.absolute())}
         values |= merge_arguments(run_config or [])
         _start(

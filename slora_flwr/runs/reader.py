@@ -92,9 +92,9 @@ class Summary:
 
 @dataclass(frozen=True)
 class RecordedEngine:
-    """The engine of `slora run` that made a run, and its number of nodes if known."""
+    """What made a run, an engine of `slora run` or a deployment, and how many nodes."""
 
-    name: Literal["flwr", "inline"] = "flwr"
+    name: Literal["flwr", "inline", "deployment"] = "flwr"
     nodes: Annotated[int, Field(strict=True, ge=1)] | None = None
 
 
@@ -111,7 +111,7 @@ class RecordedRun:
     facts : dict
         The tables `versions` and `resolved` of resolved.toml.
     engine : RecordedEngine
-        The engine that made it.
+        What made it.
     delta : float or None
         The delta of its privacy, if it has one.
     summary : Summary or None

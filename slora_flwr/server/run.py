@@ -59,7 +59,7 @@ def run(
     share : Callable or None
         Gives the server's model to nodes that live in this process.
     engine : str
-        Name of the engine that made the grid, for resolved.toml.
+        What made the grid, as in `RecordedEngine`, for resolved.toml.
 
     Returns
     -------

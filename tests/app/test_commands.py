@@ -157,6 +157,20 @@ def test_resume_takes_the_newest_run_and_its_engine(
     assert "rounds is 2 there and 3 here" in done.stderr
 
 
+def test_resuming_a_deployments_run_does_not_simulate_it_unasked(
+    config: Config, home: Path
+) -> None:
+    directory = stop(config | {"rounds": 2}, 2)
+    resolved = directory / "resolved.toml"
+    facts = tomllib.loads(resolved.read_text())
+    facts["engine"] = {"name": "deployment", "nodes": 2}
+    resolved.write_text(tomli_w.dumps(facts))
+    done = slora("resume", directory)
+    assert done.exit_code == 2
+    assert "flwr run with run.resume" in done.stderr
+    assert slora("resume", directory, "--engine", "inline").exit_code == 0
+
+
 def test_a_run_is_known_by_its_beginning_or_its_id(config: Config, home: Path) -> None:
     config |= {"rounds": 1}
     one = start(config, Grid(config))

@@ -78,6 +78,8 @@ def test_a_simulation_gives_the_inline_engines_figures(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No additional application dependencies needed" in done.stdout
     assert "fft, same rounds" in done.stdout
+    made_by = tomllib.loads((tmp_path / "ray" / "resolved.toml").read_text())["engine"]
+    assert made_by == {"name": "flwr", "nodes": 2}
 
     read = tomllib.loads(written.replace(" ", "\n"))
     values = flatten_dict(read) | {"run.dir": str(tmp_path / "inline")}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from slora_flwr.engines.inline import InlineGrid
+from slora_flwr.runs.reader import read_run
 from slora_flwr.training.trainer import ClientError, ClientUpdate, Trainer
 from tests.support.deployment import Deployment, Node, Run
 from tests.support.processes import LONG, has_ended, wait_until
@@ -126,6 +127,7 @@ def test_a_deployment_gives_the_inline_engines_result(
     whole: Path, config: Config
 ) -> None:
     assert_same(start(config, InlineGrid(config, nodes=2)), whole)
+    assert read_run(whole).engine.name == "deployment"
 
 
 def test_a_run_whose_serverapp_is_killed_in_either_phase_goes_on_from_its_checkpoint(
