@@ -155,7 +155,7 @@ class Result:
         with tempfile.TemporaryDirectory() as folder:
             self.export(folder, which, merge=True)
             model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-                folder
+                folder, trust_remote_code=False
             )
         return model
 
@@ -165,7 +165,9 @@ class Result:
 
         from slora_flwr.server.export import own_export
 
-        tokenizer: Any = AutoTokenizer.from_pretrained(own_export(self.directory))
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            own_export(self.directory), trust_remote_code=False
+        )
         return cast("PreTrainedTokenizerFast", tokenizer)
 
     def predict(

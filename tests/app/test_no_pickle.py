@@ -17,6 +17,8 @@ SOURCES = [path for folder in PACKAGES for path in folder.rglob("*.py")]
 # Modules and functions that make objects of any kind, or code, of bytes.
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
+# It takes a model that is loaded, and has no code to trust.
+OF_PEFT = "PeftModel.from_pretrained"
 
 
 def find_unsafe(source: str) -> list[str]:
@@ -37,7 +39,8 @@ def find_unsafe(source: str) -> list[str]:
         found += ["allow_pickle"] if "allow_pickle" in given else []
         trusted = given.get("trust_remote_code", "unset")
         # On a terminal, transformers asks whether to trust where nobody says so.
-        if called.endswith(".from_pretrained") and trusted != "False":
+        by_transformers = called.endswith(".from_pretrained") and called != OF_PEFT
+        if by_transformers and trusted != "False":
             found.append(f"trust_remote_code {trusted}")
         if called in ("np.load", "numpy.load"):
             found.append(called)
