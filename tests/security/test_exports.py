@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F  # noqa: N812
 
 from slora_flwr.config import ConfigError, parse
@@ -178,6 +178,30 @@ def test_every_state_of_a_run_can_be_exported(
         assert {p.name: p.read_bytes() for p in own.iterdir()} == {
             p.name: p.read_bytes() for p in anew.iterdir()
         }
+
+
+def test_merging_rounds_nothing_of_a_bfloat16_run_away(
+    config: Config, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    config |= {"method": "lora", "model.dtype": "bfloat16", "train.lr": 0.02}
+    directory = start(config, RecordingGrid(config))
+    merged = load_file(
+        export_run(directory, "averaged", True, tmp_path / "to") / "model.safetensors"
+    )
+    state = load_file(directory / "checkpoints" / "averaged.safetensors")
+    body = load_file(tiny_models["bert"] / "model.safetensors")
+    checkpoint = {f"bert.{name}": tensor for name, tensor in body.items()}
+    adapter = LoraConfig.from_pretrained(str(directory / "adapter"))
+    scaling = adapter.lora_alpha / adapter.r
+    names = {name.removesuffix(".lora_A") for name in state if "lora_A" in name}
+    assert names
+    for name in names:
+        # A base that nobody trains is in bfloat16, and only that is rounded.
+        weight = checkpoint[f"{name}.weight"].to(torch.bfloat16).double()
+        change = state[f"{name}.lora_B"].double() @ state[f"{name}.lora_A"].double()
+        expected = (weight + scaling * change).float()
+        assert merged[f"{name}.weight"].dtype == torch.float32
+        torch.testing.assert_close(merged[f"{name}.weight"], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", sorted(WITH_LAYERS))
