@@ -63,7 +63,7 @@ times.append(time.perf_counter())
 from slora_flwr.config import parse
 from slora_flwr.training.trainer import Trainer
 trainer = Trainer(parse(json.loads(sys.argv[1])))
-trainer.model.backbone, trainer.data.task
+trainer.model.backbone, trainer.data.tokenised
 times.append(time.perf_counter())
 print(json.dumps(times))
 """

@@ -26,7 +26,8 @@ class Backbone:
     Attributes
     ----------
     model : transformers.PreTrainedModel
-        A sequence classifier; all of its parameters are frozen.
+        A sequence classifier or a causal language model; all of its parameters are
+        frozen.
     tokenizer : transformers.PreTrainedTokenizerFast
         The model's tokeniser.
     targets : dict[str, nn.Linear]
@@ -74,9 +75,9 @@ class Backbone:
 
 
 @cache
-def digest_of(config: ModelConfig) -> str:
+def digest_of(config: ModelConfig, outputs: int | None = 1) -> str:
     """Return W_0's digest, for use before the number of classes is known."""
-    return load_backbone(config, num_labels=1, seed=0).digest
+    return load_backbone(config, outputs, seed=0).digest
 
 
 def best_device() -> torch.device:
@@ -128,19 +129,19 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 def load_backbone(
     config: ModelConfig,
-    num_labels: int,
+    outputs: int | None,
     seed: int,
     targets: str = "all-linear",
     tokenizer: Any = None,
 ) -> Backbone:
-    """Load a backbone with a fresh head for `num_labels` classes.
+    """Load a backbone: a classifier with a fresh head, or a language model.
 
     Parameters
     ----------
     config : ModelConfig
         The model's name, revision and dtype.
-    num_labels : int
-        Number of classes.
+    outputs : int or None
+        Number of classes; None for a language model, which needs no head.
     seed : int
         Seed of the weights missing from the checkpoint, which are the head's.
     targets : str
@@ -154,15 +155,18 @@ def load_backbone(
         If there is no such model, or it has no such target matrices.
     """
     # Imported here, since it takes seconds and a node may not get this far.
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    family: Any = AutoModelForSequenceClassification
+    if outputs is None:
+        family = AutoModelForCausalLM
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
     _quiet_transformers()
-    described = _describe(config, num_labels)
+    described = _describe(config, outputs)
     torch.manual_seed(seed)
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = family.from_pretrained(
             config=described,
             dtype=_DTYPES[config.dtype],
             ignore_mismatched_sizes=True,
@@ -181,11 +185,14 @@ def load_backbone(
     model.to(best_device())
     # The key of a size mismatch is (name, found shape, expected shape).
     fresh = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+    if outputs is None and fresh:
+        allowed = "a language model's, which has all of its weights"
+        raise _refuse(config, "checkpoint", f"without {min(fresh)}", allowed)
     body = f"{model.base_model_prefix}."
     head = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name in fresh or not name.startswith(body)
+        if outputs is not None and (name in fresh or not name.startswith(body))
     }
     # An output layer in half precision would round away small updates.
     for parameter in head.values():
@@ -193,7 +200,7 @@ def load_backbone(
     return Backbone(model, tokenizer, find_targets(model, targets), head)
 
 
-def _describe(config: ModelConfig, num_labels: int) -> Any:
+def _describe(config: ModelConfig, outputs: int | None) -> Any:
     """Return what a model's config.json says, a `transformers.PreTrainedConfig`.
 
     Raises
@@ -207,9 +214,10 @@ def _describe(config: ModelConfig, num_labels: int) -> Any:
 
     source = _source(config)
     place, revision = source["pretrained_model_name_or_path"], config.revision or None
+    labels: dict[str, Any] = {} if outputs is None else {"num_labels": outputs}
     try:
         described = AutoConfig.from_pretrained(
-            num_labels=num_labels, trust_remote_code=False, **source
+            trust_remote_code=False, **labels, **source
         )
         adapter = find_adapter_config_file(place, revision=revision)
         index = cached_file(

@@ -18,7 +18,7 @@ from slora_flwr.client.process import get_process, is_simulated, make_process
 from slora_flwr.client.sender import Sender
 from slora_flwr.common.text import printable
 from slora_flwr.data.node_files import OwnDataError
-from slora_flwr.training.metrics import pool
+from slora_flwr.tasks.base import pool
 from slora_flwr.training.trainer import ClientError
 from slora_flwr.wire.messages import (
     END,
@@ -107,8 +107,7 @@ def train(message: Message, context: Context) -> Message:
             number = instruction.server_round
             turn = trainer.train_client(client, state, phase, number, until)
             upload = sender.code(client, turn.update, state)
-            weight = trainer.config.clients.weigh(turn.examples)
-            fold.add(upload.update, weight, client)
+            fold.add(upload.update, turn.weight, client)
         except (ClientError, FoldError) as error:
             report.failures[client] = str(error)
             continue
@@ -116,7 +115,7 @@ def train(message: Message, context: Context) -> Message:
         report.update = upload.array
         seconds = time.perf_counter() - started
         size = len(upload.array.data)
-        report.add(client, weight, turn.loss, seconds, size)
+        report.add(client, turn.weight, turn.loss, seconds, size)
 
     if not report.clients:
         reasons = "; ".join(f"client {c}: {r}" for c, r in report.failures.items())

@@ -32,7 +32,9 @@ Value = bool | int | float | str
 STRICT = ConfigDict(strict=True)
 # Clients that each robust statistic needs beyond twice the hostile ones.
 LEAST_COHORTS = {"median": 1, "trimmed-mean": 1, "krum": 3, "multi-krum": 3}
-PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual")
+PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual", "natural")
+TASKS = ("classification", "causal-lm")
+TEMPLATES = ("auto", "chat", "alpaca", "plain")
 # `data.name` where each node trains on data of its own.
 OWN_DATA = "node"
 
@@ -112,10 +114,27 @@ class DataConfig:
     )
     text: str = Field(
         default="",
-        description="The column that holds the text; several, separated by commas, "
-        "are joined.",
+        description="The column that holds the text or, for `causal-lm`, the prompt; "
+        "several, separated by commas, are joined.",
     )
     label: str = Field(default="", description="The column that holds the label.")
+    response: str = Field(
+        default="",
+        description="The column that holds the response, for `causal-lm`; empty to "
+        "learn the text itself.",
+    )
+    messages: str = Field(
+        default="",
+        description="The column that holds conversations, for `causal-lm`: lists of "
+        "messages with `role` and `content`, of which those of the `assistant` are "
+        "learned. It takes the place of text and response.",
+    )
+    template: Annotated[str, one_of(*TEMPLATES)] = Field(
+        default="auto",
+        description="What is written around prompts and responses, for `causal-lm`: "
+        "the tokenizer's `chat` template, `alpaca`, or a line end (`plain`); `auto` is "
+        "`chat` if the tokenizer has one and else `plain`.",
+    )
     labels: str = Field(
         default="",
         description="The label names, separated by commas, with `node` or privacy; "
@@ -164,7 +183,13 @@ class ClientsConfig:
         default="dirichlet",
         description="How the training data is dealt to clients. With `virtual`, for "
         "populations larger than the data, each client's examples are drawn by the "
-        "seed and the client's id.",
+        "seed and the client's id. With `natural`, each client has the examples of one "
+        "value of the column `clients.by`, those with the most examples first.",
+    )
+    by: str = Field(
+        default="",
+        description="The column by whose values examples are dealt to clients; empty "
+        "for the label.",
     )
     alpha: Positive = Field(
         default=0.1,
@@ -179,6 +204,11 @@ class ClientsConfig:
     )
     min_examples: Count = Field(
         default=1, description="The fewest examples that every client must have."
+    )
+    weight: Annotated[str, one_of("examples", "tokens")] = Field(
+        default="examples",
+        description="What a client weighs in means of updates: its `examples`, or the "
+        "`tokens` that it learns to predict.",
     )
     max_weight: Natural = Field(
         default=0,
@@ -613,6 +643,11 @@ class RunConfig:
     method: Annotated[str, listed_by(list_methods)] = Field(
         default="slora", description="The method: what is trained, in which phases."
     )
+    task: Annotated[str, one_of(*TASKS)] = Field(
+        default="classification",
+        description="What the model learns: the labels of texts (`classification`), or "
+        "responses to prompts, token by token (`causal-lm`).",
+    )
     rounds: Annotated[int, between(1, _MOST_ROUNDS)] = Field(
         default=12, description="The number of rounds of all phases."
     )
@@ -634,3 +669,8 @@ class RunConfig:
     attack: AttackConfig = AttackConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     run: OutputConfig = OutputConfig()
+
+    def most_weight(self, examples: int) -> int:
+        """Return the most that a client with so many examples weighs in means."""
+        by_tokens = self.clients.weight == "tokens"
+        return self.clients.weigh(examples * (self.data.max_length if by_tokens else 1))

@@ -2,19 +2,37 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+# The label of a token that nobody learns to predict: PyTorch's own mark.
+IGNORED = -100
 # Batches are cut from windows of this many batches, nearly sorted by length.
 WINDOW = 8
 
 
+class Batch(NamedTuple):
+    """Examples padded to the longest: int64, shapes (rows, length) but of `labels`.
+
+    Labels are class ids, shape (rows,), or the tokens to predict, shape (rows, length).
+    """
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
+        return Batch(*(tensor.to(device) for tensor in self))
+
+
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised texts with their class ids.
+    """Tokenised texts with what is learned of them: class ids, or tokens.
 
     Attributes
     ----------
@@ -26,12 +44,16 @@ class Examples:
         Class ids.
     pad : int
         The padding token.
+    learned : NDArray[np.bool_] or None
+        Which of `tokens` a language model learns to predict; None for a classifier.
+        What a text begins with cannot be predicted, and counts as not learned.
     """
 
     tokens: NDArray[np.int32]
     offsets: NDArray[np.int64]
     labels: NDArray[np.int64]
     pad: int
+    learned: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,30 +63,39 @@ class Examples:
         """Number of tokens in each text."""
         return np.diff(self.offsets)
 
+    @property
+    def units(self) -> NDArray[np.int64]:
+        """What each text counts as in losses: one, or its number of learned tokens."""
+        if self.learned is None:
+            return np.ones(len(self), dtype=np.int64)
+        sums = np.cumsum([0, *self.learned], dtype=np.int64)
+        return sums[self.offsets[1:]] - sums[self.offsets[:-1]]
+
     def select(self, rows: NDArray[np.int64]) -> "Examples":
         """Return a copy of some rows, in the order given."""
-        pieces = [self.tokens[self.offsets[r] : self.offsets[r + 1]] for r in rows]
-        tokens = np.concatenate([*pieces, np.empty(0, dtype=np.int32)])
+        places = [np.arange(self.offsets[r], self.offsets[r + 1]) for r in rows]
+        chosen = np.concatenate([*places, np.empty(0, dtype=np.int64)])
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])
-        return Examples(tokens.astype(np.int32), offsets, self.labels[rows], self.pad)
+        learned = None if self.learned is None else self.learned[chosen]
+        tokens, labels = self.tokens[chosen], self.labels[rows]
+        return Examples(tokens, offsets, labels, self.pad, learned)
 
-    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a batch of rows, padded to the longest.
-
-        Returns
-        -------
-        input_ids, attention_mask, labels : Tensor
-            int64, shapes (rows, length), (rows, length) and (rows,).
-        """
+    def batch(self, rows: NDArray[np.int64]) -> Batch:
+        """Return a batch of rows."""
         lengths = self.lengths[rows]
         columns = np.arange(max(1, int(lengths.max())))
         mask = columns < lengths[:, None]
         ids = np.full(mask.shape, self.pad, dtype=np.int64)
-        ids[mask] = self.tokens[(self.offsets[rows][:, None] + columns)[mask]]
-        return (
+        places = (self.offsets[rows][:, None] + columns)[mask]
+        ids[mask] = self.tokens[places]
+        labels = self.labels[rows]
+        if self.learned is not None:
+            labels = np.full(mask.shape, IGNORED, dtype=np.int64)
+            labels[mask] = np.where(self.learned[places], self.tokens[places], IGNORED)
+        return Batch(
             torch.from_numpy(ids),
             torch.from_numpy(mask.astype(np.int64)),
-            torch.from_numpy(self.labels[rows]),
+            torch.from_numpy(labels),
         )
 
     def shuffled(

@@ -1,16 +1,16 @@
 """Text classification data: train and test texts, and the tokenised task."""
 
 import hashlib
+import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,13 @@ from slora_flwr.common.text import (
     redact_hub_logs,
 )
 from slora_flwr.config import ConfigError, DataConfig
+from slora_flwr.data.dialogues import (
+    Dialogue,
+    answered,
+    ask,
+    read_messages,
+    text_of,
+)
 from slora_flwr.data.examples import Examples
 from slora_flwr.data.shared_files import FORMATS, Table, read_file
 
@@ -42,8 +49,10 @@ class Preset:
 
     hub: str
     text: str
-    label: str
+    label: str = ""
     test: str = ""
+    response: str = ""
+    by: str = ""
 
 
 PRESETS = {
@@ -54,37 +63,74 @@ PRESETS = {
 }
 
 
+# Instructions of the Hub, with the columns in which they hold them.
+DIALOGUES = {
+    "vicgalle/alpaca-gpt4": Preset(
+        "vicgalle/alpaca-gpt4", "instruction,input", response="output"
+    ),
+    "databricks/databricks-dolly-15k": Preset(
+        "databricks/databricks-dolly-15k",
+        "instruction,context",
+        response="response",
+        by="category",
+    ),
+    "FinGPT/fingpt-sentiment-train": Preset(
+        "FinGPT/fingpt-sentiment-train", "instruction,input", response="output"
+    ),
+    "medalpaca/medical_meadow_medical_flashcards": Preset(
+        "medalpaca/medical_meadow_medical_flashcards",
+        "instruction,input",
+        response="output",
+    ),
+    "flwrlabs/code-alpaca-20k": Preset(
+        "flwrlabs/code-alpaca-20k", "instruction,input", response="output"
+    ),
+    "news-category": Preset(
+        "heegyu/news-category-dataset",
+        "short_description",
+        response="headline",
+        by="category",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Texts:
-    """Raw texts with the names of their labels."""
+    """Raw texts, each with what is to be learned of it.
+
+    Attributes
+    ----------
+    texts : list[str]
+        The texts; of dialogues, all that is said.
+    labels : list[str]
+        The names of their labels; of dialogues, of their groups.
+    groups : list[str]
+        The values by which they are dealt to clients; empty for the labels.
+    dialogues : list[Dialogue]
+        The texts as dialogues; empty for a classifier's.
+    """
 
     texts: list[str]
     labels: list[str]
+    groups: list[str] = field(default_factory=list)
+    dialogues: list[Dialogue] = field(default_factory=list)
 
     def select(self, chosen: NDArray[np.bool_]) -> "Texts":
         """Return the rows where `chosen` is true."""
         rows = np.flatnonzero(chosen)
-        return Texts([self.texts[r] for r in rows], [self.labels[r] for r in rows])
+        groups = [self.groups[r] for r in rows] if self.groups else []
+        dialogues = [self.dialogues[r] for r in rows] if self.dialogues else []
+        return Texts(
+            [self.texts[r] for r in rows],
+            [self.labels[r] for r in rows],
+            groups,
+            dialogues,
+        )
 
 
-@dataclass(frozen=True)
-class Task:
-    """A classification task, tokenised.
-
-    Attributes
-    ----------
-    classes : list[str]
-        Label names, sorted; the index is the class id.
-    train, test : Examples
-        `train` is divided among the clients; the server evaluates on `test`.
-    """
-
-    classes: list[str]
-    train: Examples
-    test: Examples
-
-
-def load_texts(config: DataConfig) -> tuple[Texts, Texts]:
+def load_texts(
+    config: DataConfig, by: str = "", *, dialogues: bool = False
+) -> tuple[Texts, Texts]:
     """Load train and test texts, the same on the server and on every node.
 
     Parameters
@@ -92,6 +138,10 @@ def load_texts(config: DataConfig) -> tuple[Texts, Texts]:
     config : DataConfig
         The data. If `validation` is above 0, that share of the training data replaces
         the test data, and clients never see it.
+    by : str
+        The column of the groups; empty for none.
+    dialogues : bool
+        True for dialogues, False for a classifier's texts.
 
     Raises
     ------
@@ -103,8 +153,9 @@ def load_texts(config: DataConfig) -> tuple[Texts, Texts]:
 
         train, test = _split(Texts(*stdlib_docs.load()), TEST_SHARE, "test")
     else:
-        train, test = _load(config)
-    _check_classes(config, list_classes((train, test)))
+        train, test = _load(config, by, dialogues)
+    if not dialogues:
+        _check_classes(config, list_classes((train, test)))
     if config.validation:
         train, test = _split(train, config.validation, "validation")
     for given, key in ((train, "data.train"), (test, "data.test")):
@@ -144,15 +195,6 @@ def at_most(count: int, texts: Texts) -> Texts:
     chosen = np.zeros(len(texts.texts), dtype=bool)
     chosen[order[:count]] = True
     return texts.select(chosen)
-
-
-def make_task(
-    config: DataConfig, tokenizer: Any, texts: tuple[Texts, Texts], classes: list[str]
-) -> Task:
-    """Return the task: tokenised texts with numbered labels."""
-    train, test = texts
-    encode = partial(tokenise, config, tokenizer, classes)
-    return Task(classes, encode(train), encode(test))
 
 
 def list_classes(texts: tuple[Texts, Texts]) -> list[str]:
@@ -197,10 +239,24 @@ def of_classes(texts: Texts, classes: Sequence[str]) -> Texts:
     return texts.select(np.array([name in known for name in texts.labels], dtype=bool))
 
 
+class Encoder(Protocol):
+    """Makes tokens of texts."""
+
+    @property
+    def pad(self) -> int:
+        """The padding token."""
+
+    @property
+    def description(self) -> str:
+        """All that the tokens depend on besides the texts."""
+
+    def encode(self, texts: Texts) -> dict[str, NDArray[Any]]:
+        """Return `tokens` and `offsets` of `Examples`, and `learned` if it has any."""
+
+
 def tokenise(
-    config: DataConfig,
-    tokenizer: Any,
-    classes: list[str],
+    encoder: Encoder,
+    classes: Sequence[str],
     texts: Texts,
     folder: Path | None = None,
 ) -> Examples:
@@ -211,55 +267,37 @@ def tokenise(
     # Imported here, since a node that fails early needs neither.
     from safetensors.numpy import load_file, save
 
-    # An earlier call's truncation would be part of the tokeniser's description.
-    tokenizer.backend_tokenizer.no_truncation()
-    described = tokenizer.backend_tokenizer.to_str()
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{config.max_length}\x1f{described}".encode())
-    for text in texts.texts:
+    digest.update(encoder.description.encode())
+    for text in map(json.dumps, texts.dialogues) if texts.dialogues else texts.texts:
         digest.update(f"\x1e{text}".encode())
     with _writing_cache():
         folder = folder or cache_folder()
         make_folder(folder)
         path = folder / f"tokens-{digest.hexdigest()}.safetensors"
     if not path.is_file():
-        tokens, offsets = _encode(config, tokenizer, texts.texts)
+        arrays = encoder.encode(texts)
         with _writing_cache():
-            write_atomically(path, save({"tokens": tokens, "offsets": offsets}))
-    arrays = load_file(path)
-    ids = {name: i for i, name in enumerate(classes)}
-    return Examples(
-        tokens=arrays["tokens"],
-        offsets=arrays["offsets"],
-        labels=np.array([ids[name] for name in texts.labels], dtype=np.int64),
-        pad=tokenizer.pad_token_id,
-    )
+            write_atomically(path, save(arrays))
+    labels = np.zeros(len(texts.texts), dtype=np.int64)
+    if not texts.dialogues:
+        labels[:] = number(texts.labels, classes)
+    return Examples(**load_file(path), labels=labels, pad=encoder.pad)
 
 
-def tokenise_unlabelled(
-    config: DataConfig, tokenizer: Any, texts: list[str]
-) -> Examples:
-    """Tokenise texts whose labels are not known, which are all 0; cache nothing."""
-    tokens, offsets = _encode(config, tokenizer, texts)
-    labels = np.zeros(len(texts), dtype=np.int64)
-    return Examples(tokens, offsets, labels, tokenizer.pad_token_id)
+def in_one_array(encoded: Iterable[Sequence[int]]) -> dict[str, NDArray[Any]]:
+    """Return texts' tokens one after another, and where each text begins and ends."""
+    rows = list(encoded)
+    return {
+        "tokens": np.array(list(chain.from_iterable(rows)), dtype=np.int32),
+        "offsets": np.cumsum([0, *map(len, rows)], dtype=np.int64),
+    }
 
 
-def _encode(
-    config: DataConfig, tokenizer: Any, texts: list[str]
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Return all texts' tokens in one array, and where each text begins and ends."""
-    encoded: list[list[int]] = []
-    if texts:
-        encoded = tokenizer(
-            texts,
-            truncation=True,
-            max_length=config.max_length,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
-    tokens = np.array([t for row in encoded for t in row], dtype=np.int32)
-    return tokens, np.cumsum([0, *(len(row) for row in encoded)], dtype=np.int64)
+def number(names: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
+    """Return the place of each name among those that are known."""
+    places = {name: i for i, name in enumerate(known)}
+    return np.array([places[name] for name in names], dtype=np.int64)
 
 
 @contextmanager
@@ -286,20 +324,25 @@ def _hash(purpose: str, text: str) -> int:
     return int.from_bytes(digest.digest())
 
 
-def _load(config: DataConfig) -> tuple[Texts, Texts]:
-    preset = _preset(config)
-    text, label = config.text or preset.text, config.label or preset.label
+def _load(config: DataConfig, by: str, dialogues: bool) -> tuple[Texts, Texts]:
+    preset = _preset(config, dialogues)
     load = _find(config, preset)
     train_split, test_split = config.train or "train", config.test or preset.test
-    wanted = [*_names(text), label]
-    train = _columns(load(train_split, wanted), train_split, text, label)
+    columns = Columns.of(config, preset, by or preset.by, dialogues=dialogues)
+
+    def read(split: str) -> Texts:
+        return columns.read(load(split, columns.names), split)
+
+    train = read(train_split)
     if test_split:
-        test = load(test_split, wanted)
-        return train, _columns(test, test_split, text, label)
+        return train, read(test_split)
     return _split(train, TEST_SHARE, "test")
 
 
-def _preset(config: DataConfig) -> Preset:
+def _preset(config: DataConfig, dialogues: bool = False) -> Preset:
+    if dialogues:
+        unknown = Preset(config.name, "prompt", response="response")
+        return DIALOGUES.get(config.name, unknown)
     return PRESETS.get(config.name, Preset(config.name, "text", "label"))
 
 
@@ -394,20 +437,113 @@ def _of_dataset(rows: Any, wanted: Sequence[str]) -> Table:
     return Table(rows.column_names, columns)
 
 
-def _columns(table: Table, split: str, text: str, label: str) -> Texts:
-    """Return the texts and labels in a table.
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold what.
 
-    Raises
-    ------
-    ConfigError
-        If a column or a label is missing, or holds something else than text or numbers.
+    Attributes
+    ----------
+    text : list[str]
+        Those of the texts or prompts, which are joined; empty if `messages` is given.
+    label, response, messages, by : str
+        Those of the labels, the responses, the conversations and the groups; empty for
+        none.
+    dialogues : bool
+        Whether the texts are dialogues.
     """
-    names = _names(text)
-    _check_columns(table, [*(("data.text", n) for n in names), ("data.label", label)])
-    found = table.columns[label]
-    if any(value is None or value != value for value in found):
-        raise ConfigError(f"data.label names {label!r}, which is missing in some rows")
-    return Texts(_join(table, names, split), [str(value) for value in found])
+
+    text: list[str]
+    label: str = ""
+    response: str = ""
+    messages: str = ""
+    by: str = ""
+    dialogues: bool = False
+
+    @classmethod
+    def of(
+        cls, config: DataConfig, preset: Preset, by: str, *, dialogues: bool
+    ) -> "Columns":
+        """Return the columns that a config names or, where it names none, a preset."""
+        text = _names(config.text or preset.text)
+        if not dialogues:
+            return cls(text, config.label or preset.label, by=by)
+        if config.messages:
+            return cls([], messages=config.messages, by=by, dialogues=True)
+        # A text of one's own choice is learned itself, unless there is a response.
+        response = config.response or ("" if config.text else preset.response)
+        return cls(text, response=response, by=by, dialogues=True)
+
+    @property
+    def names(self) -> list[str]:
+        """All columns."""
+        others = (self.label, self.response, self.messages, self.by)
+        return [*self.text, *filter(None, others)]
+
+    def read(self, table: Table, split: str) -> Texts:
+        """Return the texts in a table.
+
+        Raises
+        ------
+        ConfigError
+            If a column, a label or a group is missing, or holds something else than
+            text or numbers; if a value of `messages` is no conversation.
+        """
+        plain = [("data.text", name) for name in self.text]
+        plain += [
+            (key, name)
+            for key, name in (
+                ("data.label", self.label),
+                ("data.response", self.response),
+                ("clients.by", self.by),
+            )
+            if name
+        ]
+        _check_columns(table, plain)
+        groups = self._whole(table, "clients.by", self.by) if self.by else []
+        if not self.dialogues:
+            labels = self._whole(table, "data.label", self.label)
+            return Texts(_join(table, self.text, split), labels, groups)
+        dialogues = self._dialogues(table)
+        texts = list(map(text_of, dialogues))
+        return Texts(texts, groups or [""] * len(texts), dialogues=dialogues)
+
+    def _whole(self, table: Table, key: str, name: str) -> list[str]:
+        """Return the values of a column that may not lack any."""
+        found = table.columns[name]
+        if any(value is None or value != value for value in found):
+            raise ConfigError(f"{key} names {name!r}, which is missing in some rows")
+        return [str(value) for value in found]
+
+    def _dialogues(self, table: Table) -> list[Dialogue]:
+        if self.messages:
+            if self.messages not in table.names:
+                raise ConfigError(
+                    f"data.messages names {self.messages!r}; the columns are "
+                    f"{', '.join(table.names)}"
+                )
+            found = []
+            for number, value in enumerate(table.columns[self.messages], start=1):
+                try:
+                    found.append(read_messages(value))
+                except ValueError as error:
+                    raise ConfigError(
+                        f"data.messages names {self.messages!r}: row {number}: {error}"
+                    ) from None
+            return found
+        prompts = list(
+            zip(*(map(_text, table.columns[n]) for n in self.text), strict=True)
+        )
+        if not self.response:
+            return [answered([], "\n".join(filter(None, parts))) for parts in prompts]
+        responses = map(_text, table.columns[self.response])
+        return [
+            answered(ask(parts), response)
+            for parts, response in zip(prompts, responses, strict=True)
+        ]
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
 
 
 def _check_columns(table: Table, wanted: Iterable[tuple[str, str]]) -> None:
@@ -426,10 +562,7 @@ def _check_columns(table: Table, wanted: Iterable[tuple[str, str]]) -> None:
 
 def _join(table: Table, names: Sequence[str], split: str) -> list[str]:
     """Return the texts in a table's columns, one a row."""
-    parts = [
-        ["" if value is None else str(value) for value in table.columns[name]]
-        for name in names
-    ]
+    parts = [map(_text, table.columns[name]) for name in names]
     rows = list(zip(*parts, strict=True))
     if empty := sum(not any(part.strip() for part in row) for row in rows):
         warning = "data.text: %d of %d rows of %s have no text"

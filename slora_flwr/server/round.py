@@ -21,7 +21,7 @@ from slora_flwr.server.instructions import Instructions
 from slora_flwr.server.journal import Journal
 from slora_flwr.server.phase import ActivePhase
 from slora_flwr.server.privacy import Privacy
-from slora_flwr.training.metrics import Evaluation, pool
+from slora_flwr.tasks.base import Evaluation, pool
 from slora_flwr.training.process_data import held_out
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.messages import (
@@ -219,9 +219,7 @@ class Round:
         size, sent = phase.bytes_due(drawn), sum(map(message_bytes, messages))
         record(Entry(number, phase.name, "down", len(drawn), size, sent, plan.down))
 
-        weights = {
-            client: config.clients.weigh(fleet.sizes[client]) for client in drawn
-        }
+        weights = {client: config.most_weight(fleet.sizes[client]) for client in drawn}
         sizes = {n: {c: weights[c] for c in cs} for n, cs in self.cohort.items()}
         asked = Asked(number, phase.index, phase.fingerprint, sizes, phase.largest)
         fold = phase.aggregator.make_fold()
@@ -273,7 +271,7 @@ class Round:
         phase, fleet = self._phase, self._fleet
         if not trainer.config.clients.holdout:
             return None
-        if len(trainer.data.task.test):
+        if len(trainer.data.tokenised.test):
             trained = {
                 node: [client for client in clients if client in self.clients]
                 for node, clients in self.cohort.items()
@@ -300,7 +298,9 @@ class Round:
             try:
                 if reply.has_error():
                     raise MessageError(reply.error.reason)
-                figures = read_evaluation(reply.content, len(trainer.data.classes))
+                figures = read_evaluation(
+                    reply.content, trainer.task, trainer.data.classes
+                )
                 phase.versions.received(node, clients)
                 fleet.note_reply(node, MessageType.EVALUATE)
                 if figures is not None:

@@ -173,7 +173,7 @@ class PhasedStrategy:
         clients = held.evaluate(grid, sent)
         server = self._trainer.evaluate_test(state)
         # Without test data on the server, the clients' metrics are the run's.
-        own = "client_" if len(self._trainer.data.task.test) else ""
+        own = "client_" if len(self._trainer.data.tokenised.test) else ""
         return _metrics(clients, own) | _metrics(server)
 
     def _write(self, held: Round, metrics: dict[str, float]) -> None:

@@ -24,7 +24,7 @@ def resolve(trainer: Trainer, moved: int) -> dict[str, Any]:
     moved : int
         Number of examples that were moved so that no client is empty.
     """
-    backbone, task = trainer.model.backbone, trainer.data.task
+    backbone, task = trainer.model.backbone, trainer.data.tokenised
     return {
         "backbone_digest": backbone.digest,
         "weights": backbone.size,

@@ -6,7 +6,6 @@
 Hostile clients respect `server.clip-norm`; the server would refuse them otherwise.
 """
 
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -14,7 +13,6 @@ import numpy as np
 from slora_flwr.common.random import draw_distinct, key
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig
-from slora_flwr.data.examples import Examples
 
 
 def is_hostile(config: RunConfig, client: int) -> bool:
@@ -25,13 +23,9 @@ def is_hostile(config: RunConfig, client: int) -> bool:
     return client in _draw(config.seed, attack.share, config.clients.count)
 
 
-def spoil_examples(
-    config: RunConfig, client: int, examples: Examples, classes: int
-) -> Examples:
-    """Return the client's examples, labels rotated if it flips them."""
-    if config.attack.kind != "label-flip" or not is_hostile(config, client):
-        return examples
-    return replace(examples, labels=(examples.labels + 1) % classes)
+def is_flipped(config: RunConfig, client: int) -> bool:
+    """Return whether a client trains on spoilt labels."""
+    return config.attack.kind == "label-flip" and is_hostile(config, client)
 
 
 def spoil_update(config: RunConfig, client: int, update: State) -> State:

@@ -2,22 +2,20 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from slora_flwr.adapters.base import Adapter
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.random import key
 from slora_flwr.config import RecipeConfig
-from slora_flwr.data.examples import Examples
-from slora_flwr.training.metrics import Evaluation, count
+from slora_flwr.data.examples import Batch, Examples
+from slora_flwr.tasks.base import Evaluation, Task
 
 
 class DeadlineError(RuntimeError):
@@ -25,6 +23,7 @@ class DeadlineError(RuntimeError):
 
 
 def train(
+    task: Task,
     backbone: Backbone,
     adapter: Adapter,
     examples: Examples,
@@ -36,6 +35,8 @@ def train(
 
     Parameters
     ----------
+    task : Task
+        What the loss is.
     backbone : Backbone
         The resident backbone.
     adapter : Adapter
@@ -54,7 +55,8 @@ def train(
     Returns
     -------
     float
-        Mean loss over the examples of all epochs, NaN without any.
+        Mean loss over the examples, or their learned tokens, of all epochs; NaN without
+        any.
 
     Raises
     ------
@@ -69,16 +71,17 @@ def train(
     sent = [p.detach().clone() for p in parameters] if recipe.prox else []
     model = backbone.model.train()
     losses: list[Tensor] = []
-    size = len(examples) / max(1, -(-len(examples) // recipe.batch_size))
+    batches = -(-len(examples) // recipe.batch_size)
+    size = max(1, int(examples.units.sum())) / max(1, batches)
     for _ in range(recipe.epochs):
         for rows in examples.shuffled(recipe.batch_size, stream):
             if time.monotonic() >= until:
                 raise DeadlineError("the round's deadline passed as it trained")
-            ids, mask, labels = (t.to(backbone.device) for t in examples.batch(rows))
+            batch = examples.batch(rows).to(backbone.device)
             with precision_of(backbone, recipe.precision):
-                logits = model(input_ids=ids, attention_mask=mask).logits
-            # Over the mean size of batches: all examples weigh the same.
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum") / size
+                loss = task.loss(model, batch)
+            # Over the mean size of batches: all examples, or tokens, weigh the same.
+            loss = loss / size
             loss.backward()
             for parameter, origin in zip(parameters, sent, strict=False):
                 if parameter.grad is not None:  # None if the loss does not use it
@@ -95,6 +98,7 @@ def train(
 
 
 def evaluate(
+    task: Task,
     backbone: Backbone,
     examples: Examples,
     precision: str = "float32",
@@ -109,32 +113,15 @@ def evaluate(
         If batches are left at the time `until` of the monotonic clock.
     """
     model = backbone.model.eval()
-    predicted = np.empty(len(examples), dtype=np.int64)
-    total = 0.0
-    with torch.inference_mode(), precision_of(backbone, precision):
+
+    def batches() -> Iterator[Batch]:
         for rows in examples.in_order_of_length(batch_size):
             if time.monotonic() >= until:
                 raise DeadlineError("the round's deadline passed as it evaluated")
-            ids, mask, labels = (t.to(backbone.device) for t in examples.batch(rows))
-            logits = model(input_ids=ids, attention_mask=mask).logits.float()
-            total += float(F.cross_entropy(logits, labels, reduction="sum"))
-            predicted[rows] = logits.argmax(dim=-1).cpu().numpy()
-    counts = count(predicted, examples.labels, model.config.num_labels)
-    return Evaluation(total / len(examples), counts)
+            yield examples.batch(rows).to(backbone.device)
 
-
-def predict(
-    backbone: Backbone, examples: Examples, precision: str, batch_size: int = 64
-) -> NDArray[np.float32]:
-    """Return the probability of each class for each example; shape (rows, classes)."""
-    model = backbone.model.eval()
-    found = np.empty((len(examples), model.config.num_labels), dtype=np.float32)
     with torch.inference_mode(), precision_of(backbone, precision):
-        for rows in examples.in_order_of_length(batch_size):
-            ids, mask, _ = (t.to(backbone.device) for t in examples.batch(rows))
-            logits = model(input_ids=ids, attention_mask=mask).logits.float()
-            found[rows] = logits.softmax(dim=-1).cpu().numpy()
-    return found
+        return task.evaluate(model, batches())
 
 
 def make_optimizer(

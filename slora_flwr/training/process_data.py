@@ -17,16 +17,17 @@ from slora_flwr.data.examples import Examples
 from slora_flwr.data.node_files import OwnData, load_test_texts
 from slora_flwr.data.partition import Partition, make_partition
 from slora_flwr.data.texts import (
-    Task,
+    Encoder,
     Texts,
     count_common,
     list_classes,
     load_texts,
-    make_task,
+    number,
     of_classes,
     public_classes,
     tokenise,
 )
+from slora_flwr.tasks.choice import make_task
 
 
 def held_out(examples: int, share: float) -> int:
@@ -58,6 +59,23 @@ class OwnExamples:
     evaluated: int
 
 
+@dataclass(frozen=True)
+class Tokenised:
+    """A run's shared data, tokenised.
+
+    Attributes
+    ----------
+    train, test : Examples
+        `train` is divided among the clients; the server evaluates on `test`.
+    groups : NDArray[np.int64]
+        The group of each training example, by which it is dealt to clients.
+    """
+
+    train: Examples
+    test: Examples
+    groups: NDArray[np.int64]
+
+
 class ProcessData:
     """A run's data in one process; each part is loaded when first used.
 
@@ -72,6 +90,7 @@ class ProcessData:
 
     def __init__(self, config: RunConfig, classes: Sequence[str] = ()) -> None:
         self._config = config
+        self._task = make_task(config)
         self._agreed = list(classes)
         self._own: dict[int, OwnExamples] = {}
 
@@ -79,8 +98,9 @@ class ProcessData:
     def _texts(self) -> tuple[Texts, Texts]:
         if self._config.data.is_own:
             return Texts([], []), load_test_texts(self._config.data)
-        train, test = load_texts(self._config.data)
-        if self._config.privacy.is_on:
+        by, dialogues = self._config.clients.by, not self._task.has_classes
+        train, test = load_texts(self._config.data, by, dialogues=dialogues)
+        if self._config.privacy.is_on and self._task.has_classes:
             # Even a client that is the only one with a label must not show.
             known = public_classes(self._config.data, test)
             train = of_classes(train, known)
@@ -91,7 +111,9 @@ class ProcessData:
 
     @cached_property
     def classes(self) -> list[str]:
-        """The label names; class id i is the i-th."""
+        """The label names; class id i is the i-th. None if the task has no classes."""
+        if not self._task.has_classes:
+            return []
         if self._config.privacy.is_on:
             return public_classes(self._config.data, self._texts[1])
         return self._agreed or list_classes(self._texts)
@@ -108,20 +130,29 @@ class ProcessData:
         return load_tokenizer(self._config.model)
 
     @cached_property
-    def task(self) -> Task:
-        """The tokenised task."""
-        texts, config = self._texts, self._config.data
-        task = make_task(config, self.tokenizer, texts, self.classes)
+    def encoder(self) -> Encoder:
+        """What makes tokens of the run's texts."""
+        return self._task.encoder(self._config.data, self.tokenizer)
+
+    @cached_property
+    def tokenised(self) -> Tokenised:
+        """The shared data, tokenised."""
+        train, test = self._texts
+        named = train.groups or train.labels
+        known = self.classes if named is train.labels else []
+        groups = number(named, known or sorted({*named}))
+        found = [tokenise(self.encoder, self.classes, texts) for texts in (train, test)]
         del self.__dict__["_texts"]
-        return task
+        return Tokenised(*found, groups)
 
     @cached_property
     def partition(self) -> Partition:
         """The assignment of training rows to clients."""
         clients = self._config.clients
+        groups = self.tokenised.groups
         return make_partition(
-            self.task.train.labels,
-            len(self.task.classes),
+            groups,
+            int(groups.max(initial=-1)) + 1,
             count=clients.count,
             partitioner=clients.partitioner,
             alpha=clients.alpha,
@@ -168,8 +199,7 @@ class ProcessData:
         held = source.held_out(held_out(count, self._config.clients.holdout))
         source.check_count(count - held)
         evaluated = source.held_out(self._config.clients.weigh(held))
-        config = self._config.data
-        examples = tokenise(config, self.tokenizer, self.classes, texts, folder)
+        examples = tokenise(self.encoder, self.classes, texts, folder)
         order = order_of(texts.texts)
         self._own[client] = OwnExamples(source, examples, order, held, evaluated)
 
@@ -181,7 +211,7 @@ class ProcessData:
             examples, rows = own.examples, own.order
             held, evaluated = own.held, own.evaluated
         else:
-            examples, rows = self.task.train, self.partition.indices(client)
+            examples, rows = self.tokenised.train, self.partition.indices(client)
             held = held_out(len(rows), self._config.clients.holdout)
             evaluated = self._config.clients.weigh(held)
             rows = rows[np.random.Philox(key=client).random_raw(len(rows)).argsort()]

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig
 from slora_flwr.config.schedule import Phase, make_schedule
+from slora_flwr.tasks.base import Evaluation
+from slora_flwr.tasks.choice import make_task
 from slora_flwr.training.attached_model import AttachedModel
-from slora_flwr.training.attack import spoil_examples, spoil_update
+from slora_flwr.training.attack import is_flipped, spoil_update
 from slora_flwr.training.loop import DeadlineError, evaluate, train
-from slora_flwr.training.metrics import Evaluation
 from slora_flwr.training.process_data import ProcessData
 
 
@@ -20,11 +21,24 @@ class ClientError(RuntimeError):
 
 @dataclass
 class ClientUpdate:
-    """The result of a client's training: update, number of examples, mean loss."""
+    """The result of a client's training.
+
+    Attributes
+    ----------
+    update : State
+        The trained state minus the state that was sent.
+    examples : int
+        Number of examples.
+    loss : float
+        Mean loss.
+    weight : int
+        What the client weighs in means of updates: its examples or its learned tokens.
+    """
 
     update: State
     examples: int
     loss: float
+    weight: int
 
 
 class Trainer:
@@ -46,6 +60,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.schedule = make_schedule(config)
+        self.task = make_task(config)
         self.data = ProcessData(config, classes)
         self.model = model or AttachedModel(config, self.data)
 
@@ -69,14 +84,14 @@ class Trainer:
         examples, _ = self.data.examples(client)
         if not len(examples):
             raise ClientError("no examples")
-        classes = len(self.data.classes)
-        examples = spoil_examples(self.config, client, examples, classes)
+        if is_flipped(self.config, client):
+            examples = self.task.spoil(examples, self.data.classes)
         state = self._own_ranks(client, state)
         adapter.load(state)
         rng_key = (self.config.seed, server_round, client)
         backbone, recipe = self.model.backbone, phase.recipe
         try:
-            loss = train(backbone, adapter, examples, recipe, rng_key, until)
+            loss = train(self.task, backbone, adapter, examples, recipe, rng_key, until)
         except DeadlineError as error:
             raise ClientError(str(error)) from error
         after = adapter.state()
@@ -84,7 +99,11 @@ class Trainer:
         update = spoil_update(self.config, client, update)
         if not all(bool(tensor.isfinite().all()) for tensor in update.values()):
             raise ClientError(f"the update is not finite (loss {loss:.3g})")
-        return ClientUpdate(update, len(examples), loss)
+        clients = self.config.clients
+        units = len(examples)
+        if clients.weight == "tokens":
+            units = int(examples.units.sum())
+        return ClientUpdate(update, len(examples), loss, clients.weigh(units))
 
     def evaluate_client(
         self, client: int, state: State, until: float = math.inf
@@ -102,17 +121,18 @@ class Trainer:
         self.model.adapter.load(self._own_ranks(client, state))
         backbone, precision = self.model.backbone, self.config.train.precision
         try:
-            return evaluate(backbone, held, precision, until=until)
+            return evaluate(self.task, backbone, held, precision, until=until)
         except DeadlineError as error:
             raise ClientError(str(error)) from error
 
     def evaluate_test(self, state: State) -> Evaluation | None:
         """Evaluate a state on the server's test data; return None without any."""
-        test = self.data.task.test
+        test = self.data.tokenised.test
         if not len(test):
             return None
         self.model.adapter.load(state)
-        return evaluate(self.model.backbone, test, self.config.train.precision)
+        backbone, precision = self.model.backbone, self.config.train.precision
+        return evaluate(self.task, backbone, test, precision)
 
     def _own_ranks(self, client: int, state: State) -> State:
         """Return low-rank factors cut to a client's rank, other states unchanged."""

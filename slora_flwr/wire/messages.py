@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -19,7 +18,7 @@ from flwr.common.serde import message_to_proto
 
 from slora_flwr.common.text import printable
 from slora_flwr.data.node_files import LONGEST_LABEL, MOST_LABELS
-from slora_flwr.training.metrics import Evaluation
+from slora_flwr.tasks.base import Evaluation, Task
 from slora_flwr.wire.packing import pack
 
 # Error codes of a node that lacks the base that an instruction names, or the state that
@@ -353,20 +352,20 @@ def is_figure(value: float) -> bool:
     return 0 <= value <= MOST_FIGURE
 
 
-_COUNTS = ("hits", "predictions", "labels")
-
-
 def write_evaluation(evaluation: Evaluation | None) -> RecordDict:
     """Return the records of an evaluation on clients' held-out examples."""
     metrics = MetricRecord({"num-examples": 0})
     if evaluation is not None:
         metrics["num-examples"] = evaluation.examples
         metrics["loss"] = evaluation.loss
-        metrics.update(zip(_COUNTS, evaluation.counts.tolist(), strict=True))
+        names, counts = evaluation.names, evaluation.counts.tolist()
+        metrics.update(zip(names, counts, strict=True))
     return RecordDict({"metrics": metrics})
 
 
-def read_evaluation(content: RecordDict, classes: int) -> Evaluation | None:
+def read_evaluation(
+    content: RecordDict, task: Task, classes: Sequence[str]
+) -> Evaluation | None:
     """Return the evaluation in some records; None if no example is held out.
 
     Raises
@@ -378,18 +377,9 @@ def read_evaluation(content: RecordDict, classes: int) -> Evaluation | None:
         metrics = content.metric_records["metrics"]
         if metrics["num-examples"] == 0:
             return None
-        counts = np.array([metrics[name] for name in _COUNTS], dtype=np.int64)
-        found = Evaluation(float(metrics["loss"]), counts)  # type: ignore[arg-type]
-        hits, predictions, labels = counts
-        if (
-            counts.shape != (3, classes)
-            or not is_figure(found.loss)
-            or (hits < 0).any()
-            or (hits > np.minimum(predictions, labels)).any()
-            # In Python's integers, which do not overflow.
-            or sum(predictions.tolist()) != sum(labels.tolist())
-            or sum(labels.tolist()) != metrics["num-examples"]
-        ):
+        loss = float(metrics["loss"])  # type: ignore[arg-type]
+        found = task.read(loss, metrics, classes)
+        if not is_figure(loss) or found.examples != metrics["num-examples"]:
             raise ValueError(found)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MessageError(f"its figures are off: {error!r}") from error

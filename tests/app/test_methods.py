@@ -183,7 +183,7 @@ def test_stock_peft_computes_what_the_run_evaluated(ran: Ran, name: str) -> None
         str(config["model.name"]), num_labels=len(CLASSES), dtype=dtype
     )
     model = load_adapter(model, folder)
-    test = Trainer(parse(config)).data.task.test
+    test = Trainer(parse(config)).data.tokenised.test
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         found = logits(model, test)
     loss = F.cross_entropy(found, torch.from_numpy(test.labels))

@@ -194,6 +194,6 @@ def test_an_export_loads_in_stock_libraries(
         )
         model.config.pad_token_id = 0
         model = load_adapter(model, adapter)
-    test = Trainer(parse(given)).data.task.test
+    test = Trainer(parse(given)).data.tokenised.test
     loss = F.cross_entropy(logits(model, test), torch.from_numpy(test.labels))
     assert float(loss) == pytest.approx(summary["loss"], abs=1e-4)

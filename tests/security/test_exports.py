@@ -98,7 +98,7 @@ def examples(
     """The runs' test data."""
     folder = tmp_path_factory.mktemp("examples")
     config = make_config(corpus, tiny_models["bert"], folder)
-    test = Trainer(parse(config)).data.task.test
+    test = Trainer(parse(config)).data.tokenised.test
     ids, mask, labels = test.batch(np.arange(len(test)))
     path = folder / "examples.safetensors"
     save_file({"ids": ids, "mask": mask.to(torch.int64), "labels": labels}, path)
@@ -161,7 +161,7 @@ def test_every_state_of_a_run_can_be_exported(
         directory = directories[name]
         config = parse(read_run(directory).config)
         trainer = Trainer(config)
-        test = trainer.data.task.test
+        test = trainer.data.tokenised.test
         for which in BASES:
             merged = export_run(directory, which, True, tmp_path / f"{name}-{which}")
             model = stock.Auto.from_pretrained(merged)

@@ -51,7 +51,7 @@ def test_classes_of_a_private_run_may_be_named(config: Config) -> None:
     config["data.labels"] = f"{', '.join(CLASSES)}, {RARE}, nobody's"
     data = ProcessData(parse(config))
     assert data.classes == sorted([*CLASSES, RARE, "nobody's"])
-    labels = data.task.train.labels
+    labels = data.tokenised.train.labels
     assert np.bincount(labels, minlength=5)[data.classes.index(RARE)] == 1
     assert np.bincount(labels, minlength=5)[data.classes.index("nobody's")] == 0
 

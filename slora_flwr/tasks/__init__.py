@@ -1,0 +1,1 @@
+"""Tasks: what an example, a loss and a metric are."""

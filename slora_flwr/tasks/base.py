@@ -1,0 +1,147 @@
+"""What a task says: a batch's loss, and metrics whose counts add up over clients."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slora_flwr.config import DataConfig
+from slora_flwr.data.examples import Batch, Examples
+from slora_flwr.data.texts import Encoder
+
+
+@dataclass(frozen=True)
+class Evaluation(ABC):
+    """The results of a model on some examples.
+
+    Attributes
+    ----------
+    loss : float
+        Mean loss over `units`.
+    counts : NDArray[np.int64]
+        Sums over the examples; `names` are those of its rows, in messages.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+
+    loss: float
+    counts: NDArray[np.int64]
+
+    @property
+    @abstractmethod
+    def examples(self) -> int:
+        """Number of examples."""
+
+    @property
+    @abstractmethod
+    def units(self) -> int:
+        """Number of what the loss is the mean over."""
+
+    @property
+    @abstractmethod
+    def accuracy(self) -> float:
+        """Share of the predictions that are right."""
+
+    def figures(self, names: Iterable[str]) -> dict[str, float]:
+        """Return some of the metrics, by name."""
+        return {name: float(getattr(self, name)) for name in names}
+
+
+def pool(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Return the evaluation on the union of one or more data sets."""
+    units = [found.units for found in evaluations]
+    loss = np.average([found.loss for found in evaluations], weights=units)
+    counts = np.sum([found.counts for found in evaluations], axis=0)
+    return replace(evaluations[0], loss=float(loss), counts=counts)
+
+
+class Task(ABC):
+    """What an example, a loss and a metric are.
+
+    Attributes
+    ----------
+    metrics : tuple[str, ...]
+        The metrics of a state, as in summary.json.
+    references : tuple[str, ...]
+        Metrics of the test data alone, which a state's are compared with.
+    goal : str
+        The metric by which the best round is told.
+    has_classes : bool
+        Whether each text has one of some labels. Otherwise texts are dialogues.
+    """
+
+    metrics: ClassVar[tuple[str, ...]]
+    references: ClassVar[tuple[str, ...]] = ()
+    goal: ClassVar[str]
+    has_classes: ClassVar[bool]
+
+    @abstractmethod
+    def encoder(self, config: DataConfig, tokenizer: Any) -> Encoder:
+        """Return what makes tokens of the task's texts.
+
+        Raises
+        ------
+        ConfigError
+            If the model's tokenizer does not allow it.
+        """
+
+    @abstractmethod
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """Return how good a state is; None if its metrics do not tell."""
+
+    @abstractmethod
+    def spoil(self, examples: Examples, classes: Sequence[str]) -> Examples:
+        """Return a hostile client's examples, with something else to learn of them."""
+
+    @abstractmethod
+    def outputs(self, classes: Sequence[str]) -> int | None:
+        """Return a classifier's number of outputs; None for a language model."""
+
+    @abstractmethod
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """Return the sum of a batch's losses, for the backward pass.
+
+        Parameters
+        ----------
+        model : transformers.PreTrainedModel
+            The backbone's model, in training mode.
+        batch : Batch
+            On the model's device.
+        """
+
+    @abstractmethod
+    def evaluate(self, model: Any, batches: Iterable[Batch]) -> Evaluation:
+        """Return a model's results on batches; there is at least one.
+
+        Parameters
+        ----------
+        model : transformers.PreTrainedModel
+            The backbone's model, in evaluation mode.
+        batches : Iterable[Batch]
+            On the model's device.
+        """
+
+    @abstractmethod
+    def read(
+        self, loss: float, counts: Mapping[str, Any], classes: Sequence[str]
+    ) -> Evaluation:
+        """Return the evaluation that a node has sent.
+
+        Parameters
+        ----------
+        loss : float
+            The mean loss.
+        counts : Mapping[str, Any]
+            The counts by name, unchecked.
+        classes : Sequence[str]
+            The label names.
+
+        Raises
+        ------
+        ValueError
+            If they cannot be those of examples.
+        """

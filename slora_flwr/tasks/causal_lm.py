@@ -1,0 +1,157 @@
+"""Causal language modelling: responses to prompts, token by token."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+from slora_flwr.config import DataConfig
+from slora_flwr.data.examples import IGNORED, Batch, Examples
+from slora_flwr.tasks.base import Evaluation, Task
+from slora_flwr.tasks.template import DialogueEncoder, Template
+
+# The most logits that are held at a time: 64 MB in float32.
+_MOST_LOGITS = 2**24
+
+
+@dataclass(frozen=True)
+class TokenEvaluation(Evaluation):
+    """The results of a language model on some examples.
+
+    `counts` has shape (3,): right predictions, predicted tokens, and examples.
+    """
+
+    names = ("hits", "tokens", "examples")
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return int(self.counts[2])
+
+    @property
+    def units(self) -> int:
+        """Number of predicted tokens."""
+        return int(self.counts[1])
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the tokens that are the most probable ones."""
+        return float(self.counts[0] / self.counts[1])
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean loss; infinite where it overflows."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+
+class CausalLM(Task):
+    """Give each prompt its response, by the pretrained language model itself."""
+
+    metrics = ("perplexity", "accuracy", "loss")
+    goal = "loss"
+    has_classes = False
+
+    def encoder(self, config: DataConfig, tokenizer: Any) -> DialogueEncoder:
+        """Return what makes tokens of dialogues; see `Task.encoder`."""
+        template = Template(config.template, tokenizer)
+        return DialogueEncoder(tokenizer, config.max_length, template)
+
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """Return the loss, negated."""
+        return -metrics["loss"] if "loss" in metrics else None
+
+    def spoil(self, examples: Examples, classes: Sequence[str]) -> Examples:
+        """Return the examples with learned tokens of other places."""
+        assert examples.learned is not None
+        at = np.flatnonzero(examples.learned)
+        tokens = examples.tokens.copy()
+        tokens[at] = np.roll(tokens[at], len(at) // 2)
+        return replace(examples, tokens=tokens)
+
+    def outputs(self, classes: Sequence[str]) -> None:
+        """Return None: it has no head of its own."""
+        return
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """Return the sum of the cross-entropies of the learned tokens."""
+        hidden, labels = _positions(model, batch)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for states, right in _chunks(model, hidden, labels):
+            if len(labels) == len(right):
+                total = total + _cross_entropy(model, states, right)
+            else:  # The logits are made again in the backward pass, not kept until it.
+                total = total + checkpoint(
+                    _cross_entropy, model, states, right, use_reentrant=False
+                )
+        return total
+
+    def evaluate(self, model: Any, batches: Iterable[Batch]) -> TokenEvaluation:
+        """Return a model's results on batches; there is at least one."""
+        total, counts = 0.0, np.zeros(3, dtype=np.int64)
+        for batch in batches:
+            counts[2] += len(batch.ids)
+            for states, right in _chunks(model, *_positions(model, batch)):
+                logits = project(model, states).float()
+                total += float(F.cross_entropy(logits, right, reduction="sum"))
+                counts[0] += int((logits.argmax(dim=-1) == right).sum())
+                counts[1] += len(right)
+        return TokenEvaluation(total / max(1, int(counts[1])), counts)
+
+    def read(
+        self, loss: float, counts: Mapping[str, Any], classes: Sequence[str]
+    ) -> TokenEvaluation:
+        """Return the evaluation that a node has sent; see `Task.read`."""
+        given = [counts[name] for name in TokenEvaluation.names]
+        found = TokenEvaluation(loss, np.array(given, dtype=np.int64))
+        if found.counts.shape != (3,):
+            raise ValueError(found)
+        hits, tokens, examples = found.counts
+        if not (0 <= hits <= tokens and 0 < examples <= tokens):
+            raise ValueError(found)
+        return found
+
+
+def project(model: Any, hidden: Tensor) -> Tensor:
+    """Return the logits of hidden states, as the model's own forward pass has them."""
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    config = model.config.get_text_config()
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def hidden_states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the last hidden states; shape (rows, length, width)."""
+    found = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    states: Tensor = found.last_hidden_state
+    return states
+
+
+def _positions(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the hidden states before learned tokens, and those tokens."""
+    hidden = hidden_states(model, batch.ids, batch.mask)[:, :-1]
+    labels = batch.labels[:, 1:]
+    at = labels != IGNORED
+    return hidden[at], labels[at]
+
+
+def _chunks(
+    model: Any, hidden: Tensor, labels: Tensor
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return positions in chunks, of which the logits fit into the bound."""
+    rows = max(1, _MOST_LOGITS // model.get_output_embeddings().weight.shape[0])
+    return zip(hidden.split(rows), labels.split(rows), strict=True)
+
+
+def _cross_entropy(model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+    logits = project(model, hidden).float()
+    return F.cross_entropy(logits, labels, reduction="sum")

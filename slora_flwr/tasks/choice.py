@@ -1,0 +1,16 @@
+"""The task of a run config."""
+
+from slora_flwr.config import RunConfig
+from slora_flwr.tasks.base import Task
+from slora_flwr.tasks.causal_lm import CausalLM
+from slora_flwr.tasks.classification import Classification
+
+_TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "causal-lm": CausalLM,
+}
+
+
+def make_task(config: RunConfig) -> Task:
+    """Return the task that a run config names."""
+    return _TASKS[config.task]()
