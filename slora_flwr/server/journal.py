@@ -35,8 +35,8 @@ class Journal:
     Attributes
     ----------
     history : list[RecordedRound]
-        The closed rounds, without their clients. Seconds count from the start of the
-        first round.
+        The closed rounds, without their clients and classes. Seconds count from the
+        start of the first round.
     best_round : int
         The round with the best accuracy; 0 before the first evaluation.
     planned : Mapping[int, PlannedRound]
@@ -122,7 +122,7 @@ class Journal:
     def record_round(self, done: RecordedRound, phase: ActivePhase) -> RecordedRound:
         """Record a round and its state; return the round with its seconds."""
         done = replace(done, seconds=time.perf_counter() - self._started)
-        self.history.append(replace(done, cohort=[], clients={}))
+        self.history.append(replace(done, cohort=[], clients={}, classes=None))
         self.directory.event(done)
         self._save(done.round, phase)
         # Without a finite loss the accuracy is that of a state that has diverged.

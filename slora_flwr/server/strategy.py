@@ -1,6 +1,7 @@
 """The strategy: a schedule of phases, round by round, over Flower's grid."""
 
 import math
+from dataclasses import replace
 from logging import INFO, WARNING
 
 from flwr.common.logger import log
@@ -13,7 +14,7 @@ from slora_flwr.planning.rounds import plan_rounds
 from slora_flwr.reports.progress import progress_line
 from slora_flwr.runs.checkpoint import list_checkpoints
 from slora_flwr.runs.directory import RunDirectory
-from slora_flwr.runs.events import METRICS
+from slora_flwr.runs.events import METRICS, ClassRecord
 from slora_flwr.runs.snapshot import Snapshot
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.journal import Journal
@@ -121,15 +122,18 @@ class PhasedStrategy:
             held = self._train(grid)
             # The end of an open phase depends on its evaluations.
             is_last = phase.phase_round == most or phase.phase.is_open
-            metrics = {}
+            metrics: dict[str, float] = {}
+            classes = None
             if is_last or (every > 0 and self._server_round % every == 0):
                 with phase.on_average() as state:
                     average = phase.averaged.state
-                    metrics = self._evaluate(held, grid, state, average)
+                    metrics, found = self._evaluate(held, grid, state, average)
+                if found is not None and self._server_round == self._config.rounds:
+                    classes = _by_class(found)
                 if self._config.run.eval_plain:
-                    plain = self._evaluate(held, grid, phase.state, phase.sent())
+                    plain, _ = self._evaluate(held, grid, phase.state, phase.sent())
                     metrics |= {f"plain_{name}": x for name, x in plain.items()}
-            self._write(held, metrics)
+            self._write(held, metrics, classes)
         self.lengths[index] = phase.phase_round
 
     def _train(self, grid: Grid) -> Round:
@@ -165,20 +169,24 @@ class PhasedStrategy:
 
     def _evaluate(
         self, held: Round, grid: Grid, state: State, sent: State
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], Evaluation | None]:
         """Return the metrics of a state on the clients and on the server.
 
-        `sent` is the part of it that is sent to clients.
+        The server's own evaluation follows; None if it has no test data. `sent` is the
+        part of the state that is sent to clients.
         """
         clients = held.evaluate(grid, sent)
         server = self._trainer.evaluate_test(state)
         # Without test data on the server, the clients' metrics are the run's.
         own = "client_" if len(self._trainer.data.task.test) else ""
-        return _metrics(clients, own) | _metrics(server)
+        return _metrics(clients, own) | _metrics(server), server
 
-    def _write(self, held: Round, metrics: dict[str, float]) -> None:
+    def _write(
+        self, held: Round, metrics: dict[str, float], classes: ClassRecord | None
+    ) -> None:
         """Record a round with its state and checkpoint, and log the progress."""
-        done = self.journal.record_round(held.recorded(metrics), self.phase)
+        done = replace(held.recorded(metrics), classes=classes)
+        done = self.journal.record_round(done, self.phase)
         if self._privacy is None:  # Otherwise it would hold secrets, for no resuming.
             # After the state, so that a checkpoint never refers to a missing one.
             self.journal.directory.save_checkpoint(
@@ -240,6 +248,11 @@ class PhasedStrategy:
                 "%(epsilon).3g at delta %(delta).2g after all rounds",
                 self._privacy.facts(self._config.rounds),
             )
+
+
+def _by_class(found: Evaluation) -> ClassRecord:
+    right, predicted, labels = found.counts.tolist()
+    return ClassRecord(right, predicted, labels, found.errors)
 
 
 def _metrics(found: Evaluation | None, prefix: str = "") -> dict[str, float]:

@@ -17,7 +17,7 @@ from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.random import key
 from slora_flwr.config import RecipeConfig
 from slora_flwr.data.examples import Examples
-from slora_flwr.training.metrics import Evaluation, count
+from slora_flwr.training.metrics import Evaluation, count, count_errors
 
 
 class DeadlineError(RuntimeError):
@@ -120,7 +120,8 @@ def evaluate(
             total += float(F.cross_entropy(logits, labels, reduction="sum"))
             predicted[rows] = logits.argmax(dim=-1).cpu().numpy()
     counts = count(predicted, examples.labels, model.config.num_labels)
-    return Evaluation(total / len(examples), counts)
+    errors = count_errors(predicted, examples.labels)
+    return Evaluation(total / len(examples), counts, errors)
 
 
 def predict(

@@ -1,7 +1,8 @@
 """Metrics of a classifier, from counts that add up over data sets."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,13 @@ class Evaluation:
         Mean cross-entropy.
     counts : NDArray[np.int64]
         Shape (3, classes): right predictions, predictions, and labels of each class.
+    errors : list[tuple[int, int, int]]
+        Label, prediction and number of the commonest errors; never sent or pooled.
     """
 
     loss: float
     counts: NDArray[np.int64]
+    errors: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def examples(self) -> int:
@@ -56,6 +60,19 @@ def count(
     return np.stack(
         [np.bincount(a, minlength=classes) for a in (hits, predicted, labels)]
     )
+
+
+def count_errors(
+    predicted: NDArray[np.int64], labels: NDArray[np.int64], most: int = 1000
+) -> list[tuple[int, int, int]]:
+    """Return label, prediction and number of the commonest errors.
+
+    They begin with the most frequent; among equals, with the lower class ids.
+    """
+    wrong = predicted != labels
+    pairs = Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
+    found = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))[:most]
+    return [(label, instead, number) for (label, instead), number in found]
 
 
 def pool(evaluations: Sequence[Evaluation]) -> Evaluation:

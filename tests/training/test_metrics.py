@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from slora_flwr.training.metrics import Evaluation, count, pool
+from slora_flwr.training.metrics import Evaluation, count, count_errors, pool
 
 
 def test_figures_of_parts_pool_to_those_of_the_whole() -> None:
@@ -25,3 +25,16 @@ def test_figures_of_parts_pool_to_those_of_the_whole() -> None:
         scores.append(right / (right + wrong / 2))
     assert whole.macro_f1 == pytest.approx(np.mean(scores))
     assert whole.majority_accuracy == max(np.bincount(labels)) / 90
+
+
+def test_the_commonest_errors_come_first() -> None:
+    labels = np.array([0, 0, 0, 1, 2, 2, 2, 1])
+    predicted = np.array([0, 1, 1, 2, 0, 0, 2, 0])
+    assert count_errors(predicted, labels) == [
+        (0, 1, 2),
+        (2, 0, 2),
+        (1, 0, 1),
+        (1, 2, 1),
+    ]
+    assert count_errors(predicted, labels, most=1) == [(0, 1, 2)]
+    assert count_errors(labels, labels) == []
