@@ -78,9 +78,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             {
                 "method": "slora",
                 "data.name": f"{WORD}.csv",
-                "sparse.rounds": 2,
-                "run.target": 0.3,
+                "rounds": 40,
+                "sparse.rounds": 39,
             },
+            [0.02 * i for i in range(40)],
             failures=[f"the reply is of {WORD}"],
             energies={f"layer.{i}.{WORD}": 0.5 for i in range(30)},
             classes=confusions(count),
