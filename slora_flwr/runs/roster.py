@@ -1,4 +1,4 @@
-"""The roster of a study: the names of its runs, in the folder that holds them."""
+"""The roster of a folder of runs: which of them its studies have, as last swept."""
 
 import json
 from collections.abc import Collection
@@ -8,17 +8,26 @@ from slora_flwr.common.facts import check
 from slora_flwr.common.files import read_regular, write_atomically
 from slora_flwr.runs.events import read_json
 
-ROSTER = "study.json"
+ROSTER = "studies.json"
 
 
-def write_roster(folder: Path, names: Collection[str]) -> None:
-    """Write the names of a study's runs, in place of those of an earlier version."""
-    text = json.dumps({"runs": sorted(names)}, indent=2) + "\n"
+def write_roster(folder: Path, study: str, names: Collection[str]) -> None:
+    """Write the names of a study's runs, in place of those of an earlier version.
+
+    Raises
+    ------
+    OSError
+        If the roster cannot be read or written.
+    ValueError
+        If what is there is no roster.
+    """
+    studies = (_read(folder / ROSTER) or {}) | {study: sorted(names)}
+    text = json.dumps(studies, indent=2) + "\n"
     write_atomically(folder / ROSTER, text.encode(), mode=0o666)
 
 
 def read_roster(path: Path) -> frozenset[str] | None:
-    """Return the names in a roster's file; None if there is no such file.
+    """Return the names of all studies' runs; None if there is no such file.
 
     Raises
     ------
@@ -27,9 +36,13 @@ def read_roster(path: Path) -> frozenset[str] | None:
     ValueError
         If it is no roster.
     """
+    studies = _read(path)
+    return None if studies is None else frozenset().union(*studies.values())
+
+
+def _read(path: Path) -> dict[str, list[str]] | None:
     try:
-        facts = read_json(read_regular(path))
+        data = read_regular(path)
     except FileNotFoundError:
         return None
-    runs = facts.get("runs") if isinstance(facts, dict) else facts
-    return check(frozenset[str], runs)
+    return check(dict[str, list[str]], read_json(data))

@@ -82,7 +82,7 @@ def sweep(
 
     def finish(runs: Collection[StudyRun]) -> None:
         roster.update(run.name for run in runs)
-        write_roster(folder, roster)
+        write_roster(folder, path.stem, roster)
         runner.finish(runs)
 
     def choose(trials: list[Trial]) -> dict[Trial, float]:

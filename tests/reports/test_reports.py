@@ -175,7 +175,8 @@ def test_runs_that_an_edited_study_no_longer_has_are_left_out(tmp_path: Path) ->
         write_run(study / f"lora-rank{rank}", {"lora.rank": rank}) for rank in (4, 8)
     )
     other = write_run(tmp_path / "results" / "other" / "run", {"lora.rank": 16})
-    write_roster(study, [kept.name])
+    write_roster(study, "few", [gone.name])
+    write_roster(study, "few", [kept.name])
     out = tmp_path / "out"
 
     def compared(*given: Path) -> set[str]:
@@ -191,12 +192,16 @@ def test_runs_that_an_edited_study_no_longer_has_are_left_out(tmp_path: Path) ->
     assert compared(study) == {kept.name}
     assert compared(tmp_path / "results") == {kept.name, other.name}
     assert compared(study, gone) == {kept.name, gone.name}
+    # A second study that was swept into the same folder.
+    write_roster(study, "more", [gone.name])
+    done = slora("compare", study, "--out", out)
+    assert "Left out" not in done.stderr
     (study / ROSTER).unlink()
     assert compared(study) == {kept.name, gone.name}
-    (study / ROSTER).write_text('{"runs": [1]}')
+    (study / ROSTER).write_text('{"few": [1]}')
     done = slora("compare", study, "--out", out)
     assert done.exit_code == 2
-    assert "study.json: 0 is 1; allowed: a valid string" in done.stderr
+    assert "studies.json: few.0 is 1; allowed: a valid string" in done.stderr
 
 
 def test_figures_by_class_and_confusions_by_hand(tmp_path: Path) -> None:
