@@ -166,7 +166,8 @@ class CanaryGrid(InlineGrid):
             self.seen.setdefault(server_round, along(sent))
             value = FAR if client == CANARY else 0.0
             update = {name: torch.full_like(t, value) for name, t in sent.items()}
-            return ClientUpdate(update, int(trainer.data.partition.sizes[client]), 0.0)
+            examples = int(trainer.data.partition.sizes[client])
+            return ClientUpdate(update, examples, 0.0, examples)
 
         trainer.train_client = train_client  # type: ignore[method-assign]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from slora_flwr.runs.events import ClientRecord, RecordedRound
     from slora_flwr.runs.ledger import Entry
     from slora_flwr.runs.reader import Failure, RecordedRun, RunError
-    from slora_flwr.server.predict import Prediction
+    from slora_flwr.tasks.classification import Prediction
 
 __version__ = "0.1.0"
 
@@ -40,7 +40,7 @@ _PLACES = {
     "Mean": "aggregation.mean",
     "Method": "config.methods",
     "PhaseRow": "config.methods",
-    "Prediction": "server.predict",
+    "Prediction": "tasks.classification",
     "RecordedRound": "runs.events",
     "RecordedRun": "runs.reader",
     "Result": "result",

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from slora_flwr.common.tensors import State
-    from slora_flwr.server.predict import Prediction
 
 
 def train(
@@ -170,9 +169,7 @@ class Result:
         )
         return cast("PreTrainedTokenizerFast", tokenizer)
 
-    def predict(
-        self, texts: str | Iterable[str], which: str = "averaged"
-    ) -> list["Prediction"]:
+    def predict(self, texts: str | Iterable[str], which: str = "averaged") -> list[Any]:
         """Return the labels that the model gives to texts.
 
         The model is loaded for each call, so pass texts together.
@@ -192,7 +189,7 @@ class Result:
         from slora_flwr.server.predict import predict_texts
 
         given = [texts] if isinstance(texts, str) else list(texts)
-        return list(predict_texts(self.directory, which, given))
+        return predict_texts(self.directory, which, given)
 
     def export(
         self,

@@ -34,6 +34,7 @@ from slora_flwr.server.collect import pull
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.own_data_fleet import Description, OwnDataFleet
 from slora_flwr.server.round import Asked, read_report
+from slora_flwr.tasks.classification import Classification, ClassifierEvaluation
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.frame import unwrap, wrap
 from slora_flwr.wire.messages import Instruction, MessageError, Report, read_evaluation
@@ -185,11 +186,12 @@ def fuzz_instruction(draw: Draw) -> None:
 
 def check_evaluation(content: RecordDict) -> None:
     try:
-        found = read_evaluation(content, 3)
+        found = read_evaluation(content, Classification(), 3)
     except MessageError as error:
         printable(error)
         return
     if found is not None:
+        assert isinstance(found, ClassifierEvaluation)
         assert 0 <= found.accuracy <= 1
         assert 0 <= found.macro_f1 <= 1
         assert np.isfinite(found.loss)

@@ -15,6 +15,8 @@ from torch import nn
 from slora_flwr.backbone.families import to_linear
 from slora_flwr.common.text import printable, redact, redact_hub_logs
 from slora_flwr.config import ConfigError, ModelConfig
+from slora_flwr.tasks.base import Task
+from slora_flwr.tasks.classification import Classification
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,6 +36,9 @@ class Backbone:
         The target matrices by module name, in the model's order.
     head : dict[str, nn.Parameter]
         The task's output layers, and any other weights missing from the checkpoint.
+        Empty for a language model.
+    task : Task
+        What the model is for.
     size, head_size : int
         Number of weights, including the head's; number of the head's weights.
     """
@@ -42,6 +47,7 @@ class Backbone:
     tokenizer: Any
     targets: dict[str, nn.Linear]
     head: dict[str, nn.Parameter]
+    task: Task = field(default_factory=Classification)
     size: int = field(init=False)
     head_size: int = field(init=False)
 
@@ -75,9 +81,9 @@ class Backbone:
 
 
 @cache
-def digest_of(config: ModelConfig, outputs: int | None = 1) -> str:
+def digest_of(config: ModelConfig, task: Task) -> str:
     """Return W_0's digest, for use before the number of classes is known."""
-    return load_backbone(config, outputs, seed=0).digest
+    return load_backbone(config, task.outputs([""]), seed=0).digest
 
 
 def best_device() -> torch.device:
@@ -133,6 +139,7 @@ def load_backbone(
     seed: int,
     targets: str = "all-linear",
     tokenizer: Any = None,
+    task: Task | None = None,
 ) -> Backbone:
     """Load a backbone: a classifier with a fresh head, or a language model.
 
@@ -148,6 +155,8 @@ def load_backbone(
         `all-linear`, or comma-separated endings of module names.
     tokenizer : transformers.PreTrainedTokenizerFast or None
         The model's tokeniser; None to load it.
+    task : Task or None
+        What the model is for; None for classification.
 
     Raises
     ------
@@ -197,7 +206,8 @@ def load_backbone(
     # An output layer in half precision would round away small updates.
     for parameter in head.values():
         parameter.data = parameter.data.float()
-    return Backbone(model, tokenizer, find_targets(model, targets), head)
+    found = find_targets(model, targets)
+    return Backbone(model, tokenizer, found, head, task or Classification())
 
 
 def _describe(config: ModelConfig, outputs: int | None) -> Any:

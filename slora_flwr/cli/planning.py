@@ -1,28 +1,52 @@
 """`slora plan` and `slora config`: run configs that are looked at, not run."""
 
+from typing import Annotated
+
 import typer
 
 from slora_flwr.cli.options import RunConfigOption, ending_cleanly
-from slora_flwr.config import ConfigError, parse
+from slora_flwr.config import parse
 from slora_flwr.config.arguments import merge_arguments
 
 
-def plan(run_config: RunConfigOption = None) -> None:
-    """Print what a run would train, send and need in memory, without training."""
+def plan(
+    run_config: RunConfigOption = None,
+    labels: Annotated[
+        int | None,
+        typer.Option(min=2, max=1000, help="Assumed number of labels of nodes' data."),
+    ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Assumed number of nodes with data of their own; default: as many as "
+            "train in a round.",
+        ),
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Assumed number of examples of each such node."),
+    ] = None,
+) -> None:
+    """Print what a run would train, send and need in memory, without training.
+
+    What only nodes know, if data.name is 'node', can be assumed.
+    """
     with ending_cleanly(ValueError, OSError):
         config = parse(merge_arguments(run_config or []))
         from rich.console import Console
 
+        from slora_flwr.planning.assumptions import Assumptions
         from slora_flwr.reports.plan_table import plan_table
         from slora_flwr.training.trainer import Trainer
 
-        if config.data.is_own and not config.data.labels:
-            raise ConfigError(
-                "data.labels is ''; allowed: the label names, separated by commas: "
-                "without them the head's size is unknown until nodes answer"
-            )
-        trainer = Trainer(config, config.data.label_names if config.data.is_own else ())
-        Console().print(plan_table(config, trainer.model.backbone))
+        assumed = Assumptions(labels, nodes, examples)
+        assumed.check(config)
+        backbone = Trainer(config, assumed.classes(config)).model.backbone
+        planned, clients = assumed.in_batches(config), assumed.clients(config)
+        Console().print(plan_table(planned, backbone, clients))
+        if told := assumed.tell(config):
+            typer.echo(told)
 
 
 def show_config(run_config: RunConfigOption = None) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from slora_flwr.cli.options import RunArgument, ending_cleanly, fail
+from slora_flwr.common.text import shorten
+from slora_flwr.config import ConfigError, refuse
 
 
 def runs(
@@ -81,11 +83,24 @@ def compare(
         str,
         typer.Option(help="Rates of the modelled times in Mbit/s, comma-separated."),
     ] = "1,10,100",
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--name",
+            metavar="GROUP=NAME",
+            help="Name of a group, which is given as the page labels it without, or by "
+            "the name of one of its runs. May be repeated.",
+        ),
+    ] = None,
 ) -> None:
-    """Compare runs on one page, grouping those that differ only in the seed."""
+    """Compare runs on one page, grouping those that differ only in the seed.
+
+    Runs in a study's folder that the study no longer has are left out, unless RUN names
+    them.
+    """
     from slora_flwr.reports.comparison_page import compare as lay_out
     from slora_flwr.reports.page import write
-    from slora_flwr.runs.reader import find_runs, read_run
+    from slora_flwr.runs.reader import find_current, read_run
 
     try:
         rates = [float(rate) for rate in uplink.split(",")]
@@ -95,9 +110,32 @@ def compare(
         allowed = "comma-separated numbers above 0, in Mbit/s"
         raise fail(f"--uplink is {uplink!r}; allowed: {allowed}", 2)
     with ending_cleanly():
-        found = [read_run(path) for path in find_runs(runs)]
-        page = lay_out(found, rates, target)
+        labels = dict(map(_split_name, names or []))
+        paths, left_out = find_current(runs)
+        found = [read_run(path) for path in paths]
+        told = [_tell_left_out(*item) for item in left_out.items()]
+        for line in told:
+            typer.echo(line, err=True)
+        if not found:
+            raise ConfigError(f"RUN is {' '.join(runs)}; allowed: runs of a study")
+        page = lay_out(found, rates, target, labels, told)
     try:
         typer.echo(write(page, out, "compare"))
     except OSError as error:
         raise fail(f"{out} cannot be written ({error})", 1) from error
+
+
+def _split_name(given: str) -> tuple[str, str]:
+    # A label may have equals signs.
+    group, equals, name = given.rpartition("=")
+    if not (group and equals and name.strip()):
+        raise refuse("--name", given, "GROUP=NAME")
+    return group, name
+
+
+def _tell_left_out(folder: Path, paths: list[Path]) -> str:
+    names = ", ".join(shorten([path.name for path in paths]))
+    return (
+        f"Left out of {folder}, whose study, as it was last swept, does not have them: "
+        f"{names}. To compare them too, give them as RUN."
+    )

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from slora_flwr.cli.options import RunArgument, ending_cleanly
-from slora_flwr.common.text import printable
 from slora_flwr.config import ConfigError
 
 
@@ -85,18 +84,10 @@ def predict(
         from slora_flwr.server.predict import predict_texts
 
         for found in predict_texts(path, which, texts, file):
-            probability = found.probabilities[found.label]
             if as_json:
-                facts = {
-                    "text": found.text,
-                    "label": found.label,
-                    "probability": probability,
-                    "probabilities": found.probabilities,
-                }
-                typer.echo(json.dumps(facts, ensure_ascii=False))
+                typer.echo(json.dumps(found.facts, ensure_ascii=False))
             else:
-                text = printable(found.text, 80)
-                typer.echo(f"{printable(found.label)}\t{probability:.3f}\t{text}")
+                typer.echo(found.line)
 
 
 def _divide(words: list[str], file: Path | None) -> tuple[str | None, list[str]]:

@@ -11,6 +11,7 @@ from slora_flwr.client.process import get_process, read_config, read_source
 from slora_flwr.common.protocol import installed_version
 from slora_flwr.config import RunConfig
 from slora_flwr.config.identity import code_identity
+from slora_flwr.tasks.choice import find_task
 
 
 def describe(context: Context) -> RecordDict:
@@ -53,7 +54,7 @@ def _add_own_data(
     texts, skipped = read_source(context, config).usable()
     labels = dict(sorted(Counter(texts.labels).items()))
     with masked():
-        described["backbone"] = digest_of(config.model)
+        described["backbone"] = digest_of(config.model, find_task(config))
     described["name"] = node_name(context)
     described["labels"] = list(labels)
     if "partition-id" in context.node_config:

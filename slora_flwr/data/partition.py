@@ -6,6 +6,7 @@
                  (Yurochkin et al. 2019, https://arxiv.org/abs/1905.12022)
 ``pathological`` each client holds exactly ``clients.classes`` labels
                  (Li et al. 2021, https://arxiv.org/abs/2102.02079)
+``natural``      each client has the rows of one group, such as an author
 ``virtual``      each client's rows are drawn on demand, so that there may
                  be far more clients than rows
 =============== ===========================================================
@@ -236,6 +237,8 @@ def make_partition(
     order = rng.permutation(len(labels)).astype(np.int64)
     if partitioner == "iid":
         parts, moved = _iid(labels[order], count), 0
+    elif partitioner == "natural":
+        parts, moved = _natural(labels[order], count, min_examples), 0
     elif partitioner == "pathological":
         parts = _pathological(labels[order], count, classes, min_examples, seed)
         moved = 0
@@ -252,6 +255,23 @@ def _iid(labels: Int64Array, count: int) -> list[Int64Array]:
     from flwr_datasets.partitioner import IidPartitioner
 
     return _parts(IidPartitioner(count), labels, count)
+
+
+def _natural(labels: Int64Array, count: int, min_examples: int) -> list[Int64Array]:
+    """Give each client a group of its own: the largest first, then the lower id."""
+    sizes = np.bincount(labels)
+    chosen = np.argsort(-sizes, kind="stable")[:count]
+    if (present := int((sizes > 0).sum())) < count:
+        raise PartitionError(
+            f"clients.count = {count}: must be at most {present}, the values of the "
+            "column that clients.by names"
+        )
+    if (fewest := int(sizes[chosen].min())) < min_examples:
+        raise PartitionError(
+            f"clients.min-examples = {min_examples}: client {count - 1} has {fewest}; "
+            "lower it, or clients.count"
+        )
+    return [np.flatnonzero(labels == group) for group in chosen]
 
 
 def _pathological(

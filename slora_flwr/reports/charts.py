@@ -5,12 +5,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from textwrap import wrap
 from typing import Any
 
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # Colours of Okabe and Ito with contrast to white; dashes distinguish them in grey.
@@ -22,8 +24,27 @@ DASHES: tuple[tuple[float, tuple[float, ...]], ...] = (
     (0, (6, 2, 1.2, 2)),
 )
 MARKERS = "osD^vPX*<>hp"
-GREY = "#595959"
+GREY, INK, GRID, BOX = "#595959", "#1a1a1a", "#dddddd", "#cfe3f1"
+# On a page each colour is a property of this name, so that it can be another one on a
+# dark screen.
+PALETTE = {
+    light: (f"c{i}", dark)
+    for i, (light, dark) in enumerate(
+        {
+            COLOURS[0]: "#56b4e9",
+            COLOURS[1]: "#ff9147",
+            COLOURS[2]: "#2cc79a",
+            COLOURS[3]: "#e596d6",
+            COLOURS[4]: "#f0e442",
+            GREY: "#a8a8a8",
+            INK: "#e6e6e6",
+            GRID: "#3a3a3a",
+            BOX: "#1d4a68",
+        }.items()
+    )
+}
 _MARKERS_IN_LINE = 8
+_SPACE = 290  # points across a chart, for text
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -33,12 +54,16 @@ _STYLE: Any = {
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
     "font.size": 11,
     "axes.axisbelow": True,
-    "axes.labelcolor": "#1a1a1a",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.labelcolor": INK,
     "axes.edgecolor": GREY,
+    "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#dddddd",
+    "grid.color": GRID,
     "grid.linewidth": 0.6,
     "lines.markersize": 4,
     "figure.facecolor": "none",
@@ -99,10 +124,13 @@ class Chart:
 
 
 def looks(names: Iterable[str], kinds: Iterable[str]) -> dict[str, Look]:
-    """Return a look per name; names of one kind share a colour if there are enough."""
+    """Return a look per name; names of one kind share a colour.
+
+    If there is one kind, or more kinds than colours, each name is a kind of its own.
+    """
     pairs = list(zip(names, kinds, strict=True))
     distinct = list(dict.fromkeys(kind for _, kind in pairs))
-    if len(distinct) > len(COLOURS):
+    if not 1 < len(distinct) <= len(COLOURS):
         distinct = [name for name, _ in pairs]
         pairs = [(name, name) for name, _ in pairs]
     colours = dict(zip(distinct, cycle(COLOURS)))
@@ -225,26 +253,51 @@ def box_chart(
     caption: str, boxes: Sequence[tuple[str, Sequence[float]]], *, x: str
 ) -> Chart:
     """Return a chart of each label's minimum, quartiles and maximum, from the top."""
+    wrapped = [(_wrapped(label), values) for label, values in boxes]
+    # Labels are above their boxes, so that they take no width from them.
+    lines = max(len(label) for label, _ in wrapped)
+    pitch = 0.25 + 0.2 * lines  # inches from box to box
 
     def draw(axes: Axes) -> None:
         heights = range(len(boxes), 0, -1)
         beside = axes.get_yaxis_transform()
+        half = 0.09 / pitch
         for height, (label, (low, first, median, third, high)) in zip(
-            heights, boxes, strict=True
+            heights, wrapped, strict=True
         ):
-            # The label is above its box, so that it takes no width from the boxes.
-            text = axes.text(0.01, height + 0.4, label, transform=beside, va="center")
+            text = axes.text(
+                0.01,
+                height + 0.12 / pitch,
+                "\n".join(label),
+                transform=beside,
+                va="bottom",
+                linespacing=1.1,
+            )
             text.set_in_layout(False)
             axes.plot([low, high], [height, height], color=COLOURS[0], linewidth=1)
-            axes.barh(height, third - first, 0.4, first, color="#cfe3f1")
-            axes.plot([median] * 2, [height - 0.2, height + 0.2], color="black")
+            axes.barh(height, third - first, 2 * half, first, color=BOX)
+            axes.plot([median] * 2, [height - half, height + half], color=INK)
         axes.set(xlabel=x, ylim=(0.5, len(boxes) + 1), yticks=[])
 
     told = (
         f"{label}, {', '.join(f'{v:.3g}' for v in values)}" for label, values in boxes
     )
-    size = (Chart.size[0], 0.8 + 0.45 * len(boxes))
+    size = (Chart.size[0], 0.8 + pitch * len(boxes))
     return Chart(caption, f"{caption} {'; '.join(told)}.", draw, size)
+
+
+def _wrapped(text: str) -> list[str]:
+    """Return a text in lines that fit across a chart."""
+    for width in range(len(text), 1, -1):
+        lines = wrap(text, width)
+        if all(_points(line) <= _SPACE for line in lines):
+            return lines
+    return [text]
+
+
+def _points(line: str) -> float:
+    with rc_context(_STYLE):
+        return float(TextPath((0, 0), line, size=_STYLE["font.size"]).get_extents().x1)
 
 
 def _embedded(svg: str, name: str, label: str) -> Markup:
@@ -260,6 +313,7 @@ def _embedded(svg: str, name: str, label: str) -> Markup:
     body = re.sub(r' (?:d|x|y|width|height|transform)="[^"]*"', _shortened, body)
     body = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", body)
     body = re.sub(r"\s*\n\s*", " ", body)
+    body = re.sub(r' style="[^"]*"', _themed, body)
     head = Markup('<svg role="img" aria-label="{}" {}>').format(label, Markup(view[0]))
     return head + Markup(body + "</svg>")
 
@@ -282,6 +336,17 @@ def _whole_numbers() -> MaxNLocator:
 
 def _shortened(attribute: re.Match[str]) -> str:
     return re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", attribute[0])
+
+
+def _themed(style: re.Match[str]) -> str:
+    return re.sub(r"#[0-9a-f]{6}\b", _property, style[0])
+
+
+def _property(colour: re.Match[str]) -> str:
+    if colour[0] not in PALETTE:
+        return colour[0]
+    name, _ = PALETTE[colour[0]]
+    return f"var(--{name},{colour[0]})"
 
 
 def _line(look: Look) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The page that compares groups of runs."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
+from types import MappingProxyType
 
 import numpy as np
 
@@ -40,7 +41,11 @@ GROUP = Column("group", "group")
 
 
 def compare(
-    runs: Sequence[RecordedRun], rates: Sequence[float], target: float | None = None
+    runs: Sequence[RecordedRun],
+    rates: Sequence[float],
+    target: float | None = None,
+    names: Mapping[str, str] = MappingProxyType({}),
+    left_out: Sequence[str] = (),
 ) -> Page:
     """Return the page that compares groups of runs.
 
@@ -52,13 +57,23 @@ def compare(
         Rates of the modelled times, in Mbit/s.
     target : float or None
         Accuracy to reach; None for a point below full fine-tuning, if it was run.
+    names : Mapping[str, str]
+        Names of groups; see `group_runs`.
+    left_out : Sequence[str]
+        Sentences on runs that are not among `runs`, and why.
+
+    Raises
+    ------
+    ConfigError
+        If one of the names is impossible.
     """
     # Tuning runs are evaluated on other data and comparable only with each other.
     tested = [run for run in runs if not run.config["data.validation"]] or list(runs)
-    groups = group_runs(tested)
+    groups = group_runs(tested, names)
     curves = {group.label: curve(group, rates) for group in groups}
     sections = [
         _results(groups),
+        *_differences(groups),
         *_curves(groups, curves, rates),
         *_targets(groups, curves, rates, target),
         *_heterogeneity(groups),
@@ -67,9 +82,9 @@ def compare(
         *_failures(groups),
         _configs(groups),
     ]
-    notice = ""
+    notices = list(left_out)
     if len(tested) < len(runs):
-        notice = (
+        notices.append(
             f"{len(runs) - len(tested)} of the runs are left out, since they were "
             "evaluated on held-out training data (data.validation)."
         )
@@ -77,7 +92,7 @@ def compare(
     return Page(
         title=f"Comparison of {methods}",
         subtitle=f"{len(tested)} runs in {len(groups)} groups, one per config",
-        notice=notice,
+        notice=" ".join(notices),
         sections=sections,
         data=[_points(curves, rates)],
     )
@@ -127,6 +142,21 @@ def _results(groups: list[Group]) -> Section:
     )
     rows = [row(group) for group in groups]
     return Section("Results", tables=[Table("results", caption, columns, rows)])
+
+
+def _differences(groups: list[Group]) -> list[Section]:
+    """Return a table of what groups are if the label of one does not say."""
+    if all(group.is_told for group in groups):
+        return []
+    keys = list(dict.fromkeys(key for group in groups for key in group.differences))
+    columns = [GROUP, *(Column(key, key) for key in keys)]
+    rows: list[list[Cell]] = []
+    for group in groups:
+        told = group.config | group.differences
+        cells = [str(told[key]) if key in told else None for key in keys]
+        rows.append([group.label, *cells])
+    caption = f"What distinguishes the groups; {NOTHING}: a key that the method lacks."
+    return [Section("Groups", tables=[Table("groups", caption, columns, rows)])]
 
 
 def _seconds(run: RecordedRun) -> float | None:

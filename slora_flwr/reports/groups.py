@@ -1,17 +1,30 @@
 """Groups of runs that differ only in the seed, and the figures of a group."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections import Counter
+from collections.abc import (
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, replace
+from itertools import accumulate, count, product
 from math import ceil
 from statistics import fmean
+from string import ascii_uppercase
+from types import MappingProxyType
 
+from slora_flwr.common.text import shorten
 from slora_flwr.config import (
     PARTITIONERS,
     PhaseRecipeConfig,
     RunConfig,
     Value,
     flatten,
+    refuse,
 )
 from slora_flwr.config.methods import (
     REFERENCES,
@@ -22,6 +35,7 @@ from slora_flwr.config.methods import (
 from slora_flwr.runs.reader import RecordedRun
 
 LAST = 5  # number of evaluations in the steadier accuracy
+LONGEST = 48  # characters of a group's label; a letter replaces longer ones
 
 # Sections that do not matter to methods without a phase that reads them.
 _PHASES = {n for n, s in vars(RunConfig()).items() if isinstance(s, PhaseRecipeConfig)}
@@ -44,7 +58,11 @@ class Group:
     Attributes
     ----------
     label : str
-        The method, and the keys that distinguish it from the other groups.
+        A given name; or the method with the keys that distinguish the group; or the
+        method with a letter, if those are long or distinguish it only when exact.
+    differences : dict[str, Value]
+        The method, the heterogeneity if groups differ in it, and the keys that
+        distinguish the group.
     config : dict[str, Value]
         The keys that matter to the method, without seed and `run.*`.
     runs : list[RecordedRun]
@@ -54,6 +72,7 @@ class Group:
     """
 
     label: str
+    differences: dict[str, Value]
     config: dict[str, Value]
     runs: list[RecordedRun]
     others: list[RecordedRun]
@@ -62,6 +81,25 @@ class Group:
     def method(self) -> str:
         """The method's name."""
         return str(self.config["method"])
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the label tells the differences."""
+        return self.label == _label(self.differences) + self._suffix
+
+    @property
+    def _suffix(self) -> str:
+        return "" if self.ended else " (stopped)"
+
+    def named(self, name: str) -> "Group":
+        """Return the group with another label."""
+        return replace(self, label=name + self._suffix)
+
+    def answers_to(self, given: str) -> bool:
+        """Return whether a text is its label, or one of its runs' name or path."""
+        runs = self.runs + self.others
+        texts = {text for run in runs for text in (run.path.name, str(run.path))}
+        return given in {self.label.removesuffix(self._suffix), *texts}
 
     @property
     def is_reference(self) -> bool:
@@ -125,10 +163,25 @@ class Point:
         return fmean(self.accuracies)
 
 
-def group_runs(runs: Iterable[RecordedRun]) -> list[Group]:
+def group_runs(
+    runs: Iterable[RecordedRun], names: Mapping[str, str] = MappingProxyType({})
+) -> list[Group]:
     """Return groups of runs whose configs differ only in the seed, or not at all.
 
     Keys that the method or the partitioner does not read are ignored.
+
+    Parameters
+    ----------
+    runs : Iterable[RecordedRun]
+        The runs.
+    names : Mapping[str, str]
+        Labels by the labels that groups have without them, or by the name or path of
+        one of the group's runs.
+
+    Raises
+    ------
+    ConfigError
+        If a name is of no group, too long, or another group's.
     """
     together: dict[Hashable, list[RecordedRun]] = {}
     for run in runs:
@@ -139,10 +192,53 @@ def group_runs(runs: Iterable[RecordedRun]) -> list[Group]:
         members.sort(key=lambda run: (run.config["seed"], str(run.path)))
         ended = [run for run in members if run.summary is not None]
         counted = ended or members
-        label = _label(config, configs, heterogeneity) + ("" if ended else " (stopped)")
+        told = _differences(config, configs, heterogeneity)
         others = [run for run in members if run not in counted]
-        groups.append(Group(label, config, counted, others))
-    return sorted(groups, key=_order)
+        group = Group("", told, config, counted, others)
+        groups.append(group.named(_label(told)))
+    return _rename(_shortened(sorted(groups, key=_order)), names)
+
+
+def _shortened(groups: list[Group]) -> list[Group]:
+    """Return groups with letters in place of labels that are long or not unique."""
+    labels = [_label(group.differences) for group in groups]
+    times, letters = Counter(labels), _letters()
+    return [
+        group
+        if len(label) <= LONGEST and times[label] == 1
+        else group.named(_lettered(group.method, next(letters)))
+        for group, label in zip(groups, labels, strict=True)
+    ]
+
+
+def _letters() -> Iterator[str]:
+    """Yield A, B, …, Z, AA, AB, …."""
+    for length in count(1):
+        yield from map("".join, product(ascii_uppercase, repeat=length))
+
+
+def _lettered(method: str, letter: str) -> str:
+    label = f"{method} {letter}"
+    return label if len(label) <= LONGEST else letter
+
+
+def _rename(groups: list[Group], names: Mapping[str, str]) -> list[Group]:
+    renamed = list(groups)
+    for given, name in names.items():
+        if not 0 < len(name.strip()) <= LONGEST:
+            allowed = f"GROUP=NAME with a NAME of 1 to {LONGEST} characters"
+            raise refuse("--name", f"{given}={name}", allowed)
+        places = [i for i, group in enumerate(groups) if group.answers_to(given)]
+        if not places:
+            labels = ", ".join(map(str, shorten([group.label for group in groups])))
+            allowed = f"GROUP=NAME, where GROUP is one of {labels}, or one of its runs"
+            raise refuse("--name", f"{given}={name}", allowed)
+        for place in places:
+            renamed[place] = groups[place].named(name.strip())
+    for label, times in Counter(group.label for group in renamed).items():
+        if times > 1:
+            raise refuse("--name", label, "another NAME for each group")
+    return renamed
 
 
 def curve(group: Group, rates: Sequence[float]) -> list[Point]:
@@ -290,22 +386,34 @@ def _is_own(key: str) -> bool:
     return key in ("method", "train.lr") or section in (*_PHASES, *_CODING)
 
 
-def _label(
+def _differences(
     config: dict[str, Value],
-    configs: list[dict[str, Value]],
+    configs: Collection[dict[str, Value]],
     *tellers: Callable[[dict[str, Value]], str],
-) -> str:
-    """Return the method, followed by the `tellers`' texts and the keys that differ."""
+) -> dict[str, Value]:
+    """Return the method, what `tellers` say if it differs, and the keys that differ."""
     same = [other for other in configs if other["method"] == config["method"]]
-    told = [tell(config) for tell in tellers if len({*map(tell, configs)}) > 1]
+    told = {"method": config["method"]}
+    for tell in tellers:
+        if len({*map(tell, configs)}) > 1:
+            told[tell.__name__] = tell(config)
     for key in config:
         beside = same if _is_own(key) else configs
         values = {other[key] for other in beside if key in other}
         # The default encoding, plain float32, is not worth a mention.
         plain = key.split(".")[0] in _CODING and config[key] == _DEFAULTS[key]
         if len(values) > 1 and not plain and key not in ("method", *HETEROGENEITY):
-            told.append(f"{_short(key)}={_value(config[key])}")
-    return " ".join([str(config["method"]), *told])
+            told[key] = config[key]
+    return told
+
+
+def _label(differences: dict[str, Value]) -> str:
+    """Return differences as a short text, the method first."""
+    alone = ("method", heterogeneity.__name__)
+    return " ".join(
+        str(value) if key in alone else f"{_short(key)}={_value(value)}"
+        for key, value in differences.items()
+    )
 
 
 def _short(key: str) -> str:
@@ -354,7 +462,7 @@ def rows_of_methods(family: Sequence[Group]) -> dict[str, list[Group]]:
         ]
         rows: dict[str, list[Group]] = {}
         for group, config in zip(family, own, strict=True):
-            rows.setdefault(_label(config, own), []).append(group)
+            rows.setdefault(_label(_differences(config, own)), []).append(group)
         return rows
 
     rows = sort(leave_out_rates=True)

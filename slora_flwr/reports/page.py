@@ -10,8 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from slora_flwr.common.files import write_atomically
 from slora_flwr.common.text import csv_cell
-from slora_flwr.reports.charts import Chart
+from slora_flwr.reports.charts import PALETTE, Chart
 
+LISTED = 500  # most rows of a table that grows with clients, classes or failures
 Cell = str | int | float | None
 NOTHING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -52,6 +53,8 @@ class Table:
         The rows, with one cell per column.
     folded : bool
         True if the page shows the table only on request.
+    shaded : bool
+        True if the page shades numbers by their share of the row's sum.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Table:
     columns: list[Column]
     rows: Sequence[Sequence[Cell]]
     folded: bool = False
+    shaded: bool = False
 
     @property
     def written(self) -> list[list[str]]:
@@ -70,6 +74,16 @@ class Table:
             ]
             for row in self.rows
         ]
+
+    @property
+    def shades(self) -> list[list[float]]:
+        """The shade of each cell, from 0 to 1."""
+        shades = []
+        for row in self.rows:
+            counts = [cell if isinstance(cell, int | float) else 0 for cell in row]
+            whole = sum(counts) if self.shaded else 0
+            shades.append([n / whole if whole else 0.0 for n in counts])
+        return shades
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,8 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html").render(page=page)
+    palette = dict(PALETTE.values())
+    return environment.get_template("page.html").render(page=page, palette=palette)
 
 
 def write(page: Page, folder: Path, name: str) -> Path:

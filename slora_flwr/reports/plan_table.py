@@ -18,10 +18,10 @@ from slora_flwr.config.methods import REFERENCES
 from slora_flwr.config.rules import check
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.planning.memory import plan_memory
-from slora_flwr.planning.rounds import plan_rounds, population
+from slora_flwr.planning.rounds import plan_rounds
 
 
-def plan_table(config: RunConfig, backbone: Backbone) -> Table:
+def plan_table(config: RunConfig, backbone: Backbone, clients: list[int]) -> Table:
     """Return a table of a run's plan, compared with full fine-tuning and LoRA.
 
     Parameters
@@ -30,6 +30,8 @@ def plan_table(config: RunConfig, backbone: Backbone) -> Table:
         The run.
     backbone : Backbone
         The run's backbone, with nothing attached.
+    clients : list[int]
+        The client population.
     """
     table = Table(
         title=f"{config.method}: {config.rounds} rounds", title_justify="left"
@@ -47,8 +49,8 @@ def plan_table(config: RunConfig, backbone: Backbone) -> Table:
     ):
         table.add_column(name, justify="right")
     for name, other in _variants(config):
-        rounds = plan_rounds(other, backbone, population(other))
-        cohort = len(sample_cohort(population(other), config.clients.per_round, 0, 1))
+        rounds = plan_rounds(other, backbone, clients)
+        cohort = len(sample_cohort(clients, config.clients.per_round, 0, 1))
         for index, phase in enumerate(make_schedule(other)):
             own = [r for r in rounds if r.phase == index]
             down, up = sum(r.down for r in own), sum(r.up for r in own)

@@ -9,12 +9,11 @@ import numpy as np
 
 from slora_flwr.config import RunConfig, flatten
 from slora_flwr.reports.charts import Chart, Line, bar_chart, keys, line_chart, looks
+from slora_flwr.reports.class_tables import class_sections
 from slora_flwr.reports.groups import LAST, heterogeneity, last_mean
-from slora_flwr.reports.page import Cell, Column, Page, Section, Table
+from slora_flwr.reports.page import LISTED, Cell, Column, Page, Section, Table
 from slora_flwr.runs.events import ClientRecord, RecordedRound
 from slora_flwr.runs.reader import Failure, RecordedRun, by_layer
-
-LISTED = 500  # most rows of a table that grows with clients or failures
 
 
 def report(run: RecordedRun) -> Page:
@@ -25,6 +24,7 @@ def report(run: RecordedRun) -> Page:
     sections = [_phases(run)]
     if run.evaluated:
         sections.append(_curves(run))
+    sections += class_sections(run)
     if run.energies:
         sections.append(_handoff(run))
     if any(done.clients for done in run.rounds):

@@ -12,7 +12,7 @@ from slora_flwr.common.files import read_regular
 EVENTS = "events.jsonl"
 # The reason of a `Stopped` that is no failure.
 INTERRUPTED = "interrupted"
-METRICS = ("loss", "accuracy", "macro_f1", "majority_accuracy")
+METRICS = ("loss", "accuracy", "macro_f1", "majority_accuracy", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,37 @@ class ClientRecord:
     seconds: Figure
 
 
+@dataclass(frozen=True)
+class ClassRecord:
+    """What the server predicted of its own test examples, by class.
+
+    Attributes
+    ----------
+    right, predicted, labels : list[int]
+        Numbers of right predictions, predictions and examples, by class id.
+    confused : list[tuple[int, int, int]]
+        Label, prediction and number of examples of the commonest errors, from the most
+        frequent; all errors if `is_whole`.
+    """
+
+    right: list[Count]
+    predicted: list[Count]
+    labels: list[Count]
+    confused: list[tuple[Count, Count, Count]]
+
+    def __post_init__(self) -> None:
+        classes = len(self.labels)
+        known = all(max(pair[:2]) < classes for pair in self.confused)
+        if not len(self.right) == len(self.predicted) == classes or not known:
+            raise ValueError("not of the same classes")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether `confused` has all errors."""
+        errors = sum(number for _, _, number in self.confused)
+        return errors == sum(self.labels) - sum(self.right)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecordedRound(Event):
     """A round that was closed.
@@ -78,6 +109,9 @@ class RecordedRound(Event):
         In an open phase, the share of the learned delta that a handoff would keep now.
     epsilon : float or None
         With privacy, the epsilon spent so far.
+    classes : ClassRecord or None
+        In the last round, what the averaged state predicts of the server's test data;
+        None without such data.
     """
 
     kind = "round"
@@ -91,6 +125,7 @@ class RecordedRound(Event):
     metrics: dict[str, Figure] = field(default_factory=dict)
     kept_energy: Figure | None = None
     epsilon: Figure | None = None
+    classes: ClassRecord | None = None
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Self:

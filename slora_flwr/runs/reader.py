@@ -29,6 +29,7 @@ from slora_flwr.runs.events import (
 )
 from slora_flwr.runs.ledger import LEDGER, Entry, read_entries
 from slora_flwr.runs.lock import is_locked
+from slora_flwr.runs.roster import ROSTER, read_roster
 
 T = TypeVar("T")
 
@@ -370,6 +371,39 @@ def find_runs(given: Iterable[str]) -> list[Path]:
             raise _refuse(name, "a folder that holds such")
         paths |= {path.resolve(): path for path in found}
     return list(paths.values())
+
+
+def find_current(given: Iterable[str]) -> tuple[list[Path], dict[Path, list[Path]]]:
+    """Return run directories as `find_runs` does, without those of edited studies.
+
+    Returns
+    -------
+    list[Path]
+        Those that were given themselves, and those below folders that the study of
+        their own folder, as it was last swept, has.
+    dict[Path, list[Path]]
+        The others, by folder.
+
+    Raises
+    ------
+    RunError
+        If one of `given` is not a run directory and holds none, or if a folder's list
+        of runs cannot be read.
+    """
+    given = list(given)
+    found = find_runs(given)
+    alone = {p.resolve() for name in given for p in _candidates(name) if is_run(p)}
+    rosters = {
+        folder: _read(folder, ROSTER, read_roster)
+        for folder in {path.parent for path in found}
+    }
+    left_out: dict[Path, list[Path]] = {}
+    for path in found:
+        names = rosters[path.parent]
+        if not (names is None or path.name in names or path.resolve() in alone):
+            left_out.setdefault(path.parent, []).append(path)
+    gone = {path for paths in left_out.values() for path in paths}
+    return [path for path in found if path not in gone], left_out
 
 
 def by_layer(energies: dict[str, float]) -> dict[str, dict[int, float]]:

@@ -122,6 +122,8 @@ class KeptState:
     model : AttachedModel
         The run's model with the adapter of the state's phase attached over `base`. The
         state is not loaded.
+    data : ProcessData
+        What makes tokens as the run did.
     base : BaseWeights or None
         The base; None for W_0.
     config, classes
@@ -136,6 +138,7 @@ class KeptState:
     number: int
     state: State
     model: AttachedModel
+    data: ProcessData
     base: BaseWeights | None
     config: RunConfig
     classes: list[str]
@@ -159,7 +162,8 @@ class KeptState:
         phase = schedule[index]
         before = sum(len(recorded.phases[p.adapter]) for p in schedule[:index])
         classes = read_classes(own_export(run))
-        model = AttachedModel(config, ProcessData(config, classes))
+        data = ProcessData(config, classes)
+        model = AttachedModel(config, data)
         _check_digest(config, recorded, model.backbone.digest)
         base = _read_base(
             run, which, facts["base"], config, phase, model.backbone, before
@@ -171,6 +175,7 @@ class KeptState:
             number,
             state,
             model,
+            data,
             base,
             config,
             classes,

@@ -1,5 +1,6 @@
 """The record of a run that the server keeps: rounds, failures, states."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ from slora_flwr.runs.events import (
 )
 from slora_flwr.runs.snapshot import Snapshot
 from slora_flwr.server.phase import ActivePhase
-from slora_flwr.training.metrics import Evaluation
+from slora_flwr.tasks.base import Evaluation, Task
 
 
 class Journal:
@@ -29,27 +30,31 @@ class Journal:
     ----------
     directory : RunDirectory
         The run's directory.
+    task : Task
+        Says which round is best.
     name_of : Callable
         Returns a node's name for logs, by its id.
 
     Attributes
     ----------
     history : list[RecordedRound]
-        The closed rounds, without their clients. Seconds count from the start of the
-        first round.
+        The closed rounds, without their clients and classes. Seconds count from the
+        start of the first round.
     best_round : int
-        The round with the best accuracy; 0 before the first evaluation.
+        The round with the best score; 0 before the first evaluation.
     planned : Mapping[int, PlannedRound]
         The predicted bytes of each round.
     """
 
-    def __init__(self, directory: RunDirectory, name_of: Callable[[int], str]) -> None:
-        self.directory = directory
+    def __init__(
+        self, directory: RunDirectory, task: Task, name_of: Callable[[int], str]
+    ) -> None:
+        self.directory, self._task = directory, task
         self.history: list[RecordedRound] = []
         self.planned: Mapping[int, PlannedRound] = {}
         self._name_of = name_of
         self._started = time.perf_counter()
-        self._best, self.best_round = -1.0, 0
+        self._best, self.best_round = -math.inf, 0
         # Digest of the base on disk.
         self._base: str | None = None
         # Bytes on each node's network interface at its last reply, down and up.
@@ -122,26 +127,28 @@ class Journal:
     def record_round(self, done: RecordedRound, phase: ActivePhase) -> RecordedRound:
         """Record a round and its state; return the round with its seconds."""
         done = replace(done, seconds=time.perf_counter() - self._started)
-        self.history.append(replace(done, cohort=[], clients={}))
+        self.history.append(replace(done, cohort=[], clients={}, classes=None))
         self.directory.event(done)
         self._save(done.round, phase)
-        # Without a finite loss the accuracy is that of a state that has diverged.
-        accuracy = done.metrics.get("accuracy", -1.0)
-        if accuracy > self._best and "loss" in done.metrics:
-            self._keep_best(accuracy, done.round, phase)
+        score = self._task.score(done.metrics)
+        if score is not None and score > self._best:
+            self._keep_best(score, done.round, phase)
         return done
 
     @property
     def best(self) -> dict[str, float] | None:
-        """The best accuracy and its round; None before the first evaluation."""
+        """The task's goal in the best round, and the round; None before the first."""
         if not self.best_round:
             return None
-        return {"accuracy": self._best, "round": self.best_round}
+        goal = self._task.goal
+        # None if the state that was kept as the best of a round was not evaluated.
+        found = self.history[self.best_round - 1].metrics.get(goal)
+        return None if found is None else {goal: found, "round": self.best_round}
 
     def snapshot(self) -> Snapshot:
         """Return a snapshot for `restore`."""
         history = [asdict(done) for done in self.history]
-        best = [self._best, self.best_round]
+        best = [self._best if self.best_round else None, self.best_round]
         return Snapshot({"history": history, "best": best})
 
     def restore(
@@ -151,17 +158,18 @@ class Journal:
         facts = snapshot.facts
         self.history = [RecordedRound(**done) for done in facts["history"]]
         self._started -= self.history[-1].seconds
-        self._best, self.best_round = facts["best"]
+        score, self.best_round = facts["best"]
+        self._best = score if self.best_round else -math.inf
         self._save(server_round, phase)
         if self.directory.release.round_of("best") > server_round:
             # The best state of a round that is to be held again is none yet.
-            accuracy = self.history[-1].metrics.get("accuracy", -1.0)
-            self._keep_best(accuracy, server_round, phase)
+            score = self._task.score(self.history[-1].metrics)
+            self._keep_best(-math.inf if score is None else score, server_round, phase)
         self.directory.drop_checkpoints(self.best_round)
 
-    def _keep_best(self, accuracy: float, number: int, phase: ActivePhase) -> None:
+    def _keep_best(self, score: float, number: int, phase: ActivePhase) -> None:
         """Keep the evaluated state of the last round as the best."""
-        self._best, self.best_round = accuracy, number
+        self._best, self.best_round = score, number
         evaluated = "averaged" if phase.is_averaged else "last"
         base = "averaged-base" if phase.averaged.weights else "base"
         self.directory.release.copy_state(evaluated, "best")

@@ -1,27 +1,20 @@
-"""Labels that a finished run's model gives to texts."""
+"""Answers of a finished run's model to texts."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from slora_flwr.data.texts import read_unlabelled, tokenise_unlabelled
+import torch
+
+from slora_flwr.data.texts import read_unlabelled
 from slora_flwr.server.export import KeptState
-from slora_flwr.training.loop import predict
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A text, its most probable label, and the probability of each label."""
-
-    text: str
-    label: str
-    probabilities: dict[str, float]
+from slora_flwr.tasks.base import Answer
+from slora_flwr.tasks.choice import find_task
+from slora_flwr.training.loop import precision_of
 
 
 def predict_texts(
     run: Path, which: str, texts: list[str], file: Path | None = None
-) -> Iterator[Prediction]:
-    """Yield the predictions of a run's state.
+) -> list[Answer]:
+    """Return the answers of a run's state to texts.
 
     Parameters
     ----------
@@ -41,13 +34,11 @@ def predict_texts(
         If the run keeps no such state, or the file cannot be read.
     """
     kept = KeptState.read(run, which)
-    config, model = kept.config, kept.model
+    config, model, data = kept.config, kept.model, kept.data
     if file is not None:
         texts = [*texts, *read_unlabelled(config.data, file.expanduser())]
     model.adapter.load(kept.state)
-    examples = tokenise_unlabelled(config.data, model.backbone.tokenizer, texts)
-    found = predict(model.backbone, examples, config.train.precision)
-    for text, row in zip(texts, found, strict=True):
-        probabilities = dict(zip(kept.classes, map(float, row), strict=True))
-        label = kept.classes[int(row.argmax())]
-        yield Prediction(text, label, probabilities)
+    backbone, task = model.backbone, find_task(config)
+    with torch.inference_mode(), precision_of(backbone, config.train.precision):
+        answers = task.answer(backbone.model.eval(), data.encoder, kept.classes, texts)
+        return list(answers)

@@ -299,7 +299,7 @@ class Round:
                 if reply.has_error():
                     raise MessageError(reply.error.reason)
                 figures = read_evaluation(
-                    reply.content, trainer.task, trainer.data.classes
+                    reply.content, trainer.task, len(trainer.data.classes)
                 )
                 phase.versions.received(node, clients)
                 fleet.note_reply(node, MessageType.EVALUATE)

@@ -31,6 +31,7 @@ from slora_flwr.server.own_data_fleet import OwnDataFleet
 from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.strategy import PhasedStrategy
 from slora_flwr.server.summary import resolve, summarise
+from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.process_data import held_out
 from slora_flwr.training.trainer import Trainer
@@ -212,7 +213,7 @@ def _shared_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
 
 def _own_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
     config = trainer.config
-    expected["backbone"] = digest_of(config.model)
+    expected["backbone"] = digest_of(config.model, find_task(config))
     labels = {*config.data.label_names}
     # Until the nodes' labels are known, the classes are those of the test data.
     if labels and (others := {*trainer.data.classes} - labels):

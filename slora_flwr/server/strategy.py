@@ -1,6 +1,7 @@
 """The strategy: a schedule of phases, round by round, over Flower's grid."""
 
 import math
+from dataclasses import replace
 from logging import INFO, WARNING
 
 from flwr.common.logger import log
@@ -13,14 +14,14 @@ from slora_flwr.planning.rounds import plan_rounds
 from slora_flwr.reports.progress import progress_line
 from slora_flwr.runs.checkpoint import list_checkpoints
 from slora_flwr.runs.directory import RunDirectory
-from slora_flwr.runs.events import METRICS
+from slora_flwr.runs.events import METRICS, ClassRecord
 from slora_flwr.runs.snapshot import Snapshot
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.journal import Journal
 from slora_flwr.server.phase import ActivePhase
 from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.round import Round
-from slora_flwr.training.metrics import Evaluation
+from slora_flwr.tasks.base import Evaluation, Task
 from slora_flwr.training.trainer import Trainer
 
 
@@ -67,7 +68,7 @@ class PhasedStrategy:
         privacy: Privacy | None = None,
     ) -> None:
         config = trainer.config
-        self.journal = Journal(directory, fleet.name)
+        self.journal = Journal(directory, trainer.task, fleet.name)
         self.lengths = [phase.rounds for phase in trainer.schedule]
         self._config, self._trainer, self._fleet = config, trainer, fleet
         self._privacy = privacy
@@ -121,15 +122,18 @@ class PhasedStrategy:
             held = self._train(grid)
             # The end of an open phase depends on its evaluations.
             is_last = phase.phase_round == most or phase.phase.is_open
-            metrics = {}
+            metrics: dict[str, float] = {}
+            classes = None
             if is_last or (every > 0 and self._server_round % every == 0):
                 with phase.on_average() as state:
                     average = phase.averaged.state
-                    metrics = self._evaluate(held, grid, state, average)
+                    metrics, found = self._evaluate(held, grid, state, average)
+                if found is not None and self._server_round == self._config.rounds:
+                    classes = found.by_class
                 if self._config.run.eval_plain:
-                    plain = self._evaluate(held, grid, phase.state, phase.sent())
+                    plain, _ = self._evaluate(held, grid, phase.state, phase.sent())
                     metrics |= {f"plain_{name}": x for name, x in plain.items()}
-            self._write(held, metrics)
+            self._write(held, metrics, classes)
         self.lengths[index] = phase.phase_round
 
     def _train(self, grid: Grid) -> Round:
@@ -165,20 +169,25 @@ class PhasedStrategy:
 
     def _evaluate(
         self, held: Round, grid: Grid, state: State, sent: State
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], Evaluation | None]:
         """Return the metrics of a state on the clients and on the server.
 
-        `sent` is the part of it that is sent to clients.
+        The server's own evaluation follows; None if it has no test data. `sent` is the
+        part of the state that is sent to clients.
         """
         clients = held.evaluate(grid, sent)
         server = self._trainer.evaluate_test(state)
         # Without test data on the server, the clients' metrics are the run's.
         own = "client_" if len(self._trainer.data.tokenised.test) else ""
-        return _metrics(clients, own) | _metrics(server)
+        task = self._trainer.task
+        return _metrics(task, clients, own) | _metrics(task, server), server
 
-    def _write(self, held: Round, metrics: dict[str, float]) -> None:
+    def _write(
+        self, held: Round, metrics: dict[str, float], classes: ClassRecord | None
+    ) -> None:
         """Record a round with its state and checkpoint, and log the progress."""
-        done = self.journal.record_round(held.recorded(metrics), self.phase)
+        done = replace(held.recorded(metrics), classes=classes)
+        done = self.journal.record_round(done, self.phase)
         if self._privacy is None:  # Otherwise it would hold secrets, for no resuming.
             # After the state, so that a checkpoint never refers to a missing one.
             self.journal.directory.save_checkpoint(
@@ -242,9 +251,15 @@ class PhasedStrategy:
             )
 
 
-def _metrics(found: Evaluation | None, prefix: str = "") -> dict[str, float]:
+def _metrics(
+    task: Task, found: Evaluation | None, prefix: str = ""
+) -> dict[str, float]:
     if found is None:
         return {}
-    metrics = {f"{prefix}{name}": float(getattr(found, name)) for name in METRICS}
+    names = (*task.metrics, *task.references)
     # JSON has no figure for a loss that overflowed.
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return {
+        f"{prefix}{name}": value
+        for name in METRICS
+        if name in names and math.isfinite(value := float(getattr(found, name)))
+    }

@@ -11,8 +11,6 @@ from slora_flwr.runs.ledger import Ledger
 from slora_flwr.server.strategy import PhasedStrategy
 from slora_flwr.training.trainer import Trainer
 
-FIGURES = ("accuracy", "macro_f1", "loss")
-
 
 def resolve(trainer: Trainer, moved: int) -> dict[str, Any]:
     """Return what a run's config resolved to, for resolved.toml.
@@ -24,14 +22,14 @@ def resolve(trainer: Trainer, moved: int) -> dict[str, Any]:
     moved : int
         Number of examples that were moved so that no client is empty.
     """
-    backbone, task = trainer.model.backbone, trainer.data.tokenised
+    backbone, data = trainer.model.backbone, trainer.data
     return {
         "backbone_digest": backbone.digest,
         "weights": backbone.size,
         "target_matrices": len(backbone.targets),
-        "classes": task.classes,
-        "train_examples": len(task.train),
-        "test_examples": len(task.test),
+        "classes": data.classes,
+        "train_examples": len(data.tokenised.train),
+        "test_examples": len(data.tokenised.test),
         "moved_examples": moved,
         "phases": [
             {"adapter": p.adapter, "rounds": p.rounds, "lr": p.recipe.lr}
@@ -69,11 +67,11 @@ def summarise(
             "rounds": length,
             "seconds": last.seconds - before,
             # None if no client could evaluate and the server has no test data.
-            **{name: last.metrics.get(name) for name in FIGURES},
+            **{name: last.metrics.get(name) for name in trainer.task.metrics},
             **_bytes(ledger, phase.adapter),
         }
         before, first = last.seconds, first + length
-    figures = (*FIGURES, "majority_accuracy")
+    figures = (*trainer.task.metrics, *trainer.task.references)
     turns = sum(done.replied for done in history)
     summary = {
         "directory": str(directory.path),

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,6 +14,7 @@ from rich.table import Table
 from slora_flwr.common.text import csv_cell
 from slora_flwr.config import ConfigError, Value, flatten, parse
 from slora_flwr.runs.lock import sole_use
+from slora_flwr.runs.roster import write_roster
 from slora_flwr.studies.runner import Runner, StudyRun
 from slora_flwr.studies.study import (
     Config,
@@ -77,6 +78,12 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     keys = varying(study.runs) or ["method"]
     scores: dict[Trial, dict[float, Score]] = {}
+    roster: set[str] = set()
+
+    def finish(runs: Collection[StudyRun]) -> None:
+        roster.update(run.name for run in runs)
+        write_roster(folder, path.stem, roster)
+        runner.finish(runs)
 
     def choose(trials: list[Trial]) -> dict[Trial, float]:
         runs = {
@@ -86,7 +93,7 @@ def sweep(
             }
             for trial in trials
         }
-        runner.finish(run for by_rate in runs.values() for run in by_rate.values())
+        finish([run for by_rate in runs.values() for run in by_rate.values()])
         for trial, by_rate in runs.items():
             scores[trial] = {
                 rate: Score.of(run.evaluations())
@@ -108,7 +115,7 @@ def sweep(
     with sole_use(folder, refusal), Runner(study, app, keep_states) as runner:
         configs = {digest_of(config): config for config in tune(study, choose)}
         runs = [_make_run(folder, config, keys) for config in configs.values()]
-        runner.finish(runs)
+        finish(runs)
     say = partial(runner.console.print, highlight=False, markup=False, soft_wrap=True)
     for line in _describe_tuning(scores):
         say(line)

@@ -1,9 +1,9 @@
 """What a task says: a batch's loss, and metrics whose counts add up over clients."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from torch import Tensor
 from slora_flwr.config import DataConfig
 from slora_flwr.data.examples import Batch, Examples
 from slora_flwr.data.texts import Encoder
+from slora_flwr.runs.events import ClassRecord
+
+E = TypeVar("E", bound="Evaluation")
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,36 @@ class Evaluation(ABC):
     def accuracy(self) -> float:
         """Share of the predictions that are right."""
 
+    @property
+    def by_class(self) -> ClassRecord | None:
+        """What was predicted, by class; None without classes."""
+        return None
+
     def figures(self, names: Iterable[str]) -> dict[str, float]:
         """Return some of the metrics, by name."""
         return {name: float(getattr(self, name)) for name in names}
 
 
-def pool(evaluations: Sequence[Evaluation]) -> Evaluation:
+def pool(evaluations: Sequence[E]) -> E:
     """Return the evaluation on the union of one or more data sets."""
     units = [found.units for found in evaluations]
     loss = np.average([found.loss for found in evaluations], weights=units)
     counts = np.sum([found.counts for found in evaluations], axis=0)
     return replace(evaluations[0], loss=float(loss), counts=counts)
+
+
+class Answer(ABC):
+    """What a model says to a text."""
+
+    @property
+    @abstractmethod
+    def line(self) -> str:
+        """The answer in a line, safe to print."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """All that is known of it, for JSON."""
 
 
 class Task(ABC):
@@ -126,9 +148,25 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def read(
-        self, loss: float, counts: Mapping[str, Any], classes: Sequence[str]
-    ) -> Evaluation:
+    def answer(
+        self, model: Any, encoder: Any, classes: Sequence[str], texts: Sequence[str]
+    ) -> Iterator[Answer]:
+        """Yield a model's answers to texts, in their order.
+
+        Parameters
+        ----------
+        model : transformers.PreTrainedModel
+            The backbone's model, in evaluation mode.
+        encoder : Encoder
+            The task's own, of the model's tokenizer.
+        classes : Sequence[str]
+            The label names.
+        texts : Sequence[str]
+            The texts, or prompts.
+        """
+
+    @abstractmethod
+    def read(self, loss: float, counts: Mapping[str, Any], classes: int) -> Evaluation:
         """Return the evaluation that a node has sent.
 
         Parameters
@@ -137,8 +175,8 @@ class Task(ABC):
             The mean loss.
         counts : Mapping[str, Any]
             The counts by name, unchecked.
-        classes : Sequence[str]
-            The label names.
+        classes : int
+            Number of label names.
 
         Raises
         ------

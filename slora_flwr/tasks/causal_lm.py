@@ -1,7 +1,7 @@
 """Causal language modelling: responses to prompts, token by token."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +11,18 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
+from slora_flwr.common.text import printable
 from slora_flwr.config import DataConfig
+from slora_flwr.data.dialogues import ask
 from slora_flwr.data.examples import IGNORED, Batch, Examples
-from slora_flwr.tasks.base import Evaluation, Task
+from slora_flwr.tasks.base import Answer, Evaluation, Task
+from slora_flwr.tasks.generation import generate
 from slora_flwr.tasks.template import DialogueEncoder, Template
 
 # The most logits that are held at a time: 64 MB in float32.
 _MOST_LOGITS = 2**24
+# The most tokens of a response.
+MOST_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,24 @@ class TokenEvaluation(Evaluation):
             return math.exp(self.loss)
         except OverflowError:
             return math.inf
+
+
+@dataclass(frozen=True)
+class Response(Answer):
+    """A prompt, and what the model says to it."""
+
+    prompt: str
+    response: str
+
+    @property
+    def line(self) -> str:
+        """The response."""
+        return printable(self.response, 2000)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that is known of it, for JSON."""
+        return {"prompt": self.prompt, "response": self.response}
 
 
 class CausalLM(Task):
@@ -106,8 +129,21 @@ class CausalLM(Task):
                 counts[1] += len(right)
         return TokenEvaluation(total / max(1, int(counts[1])), counts)
 
+    def answer(
+        self,
+        model: Any,
+        encoder: DialogueEncoder,
+        classes: Sequence[str],
+        texts: Sequence[str],
+    ) -> Iterator[Response]:
+        """Yield the responses to prompts; see `Task.answer`."""
+        prompts = [encoder.prompt(ask([text])) for text in texts]
+        responses = generate(model, encoder.tokenizer, prompts, MOST_TOKENS)
+        for text, response in zip(texts, responses, strict=True):
+            yield Response(text, response)
+
     def read(
-        self, loss: float, counts: Mapping[str, Any], classes: Sequence[str]
+        self, loss: float, counts: Mapping[str, Any], classes: int
     ) -> TokenEvaluation:
         """Return the evaluation that a node has sent; see `Task.read`."""
         given = [counts[name] for name in TokenEvaluation.names]

@@ -5,12 +5,13 @@ from slora_flwr.tasks.base import Task
 from slora_flwr.tasks.causal_lm import CausalLM
 from slora_flwr.tasks.classification import Classification
 
-_TASKS: dict[str, type[Task]] = {
-    "classification": Classification,
-    "causal-lm": CausalLM,
+# Tasks have no state.
+_TASKS: dict[str, Task] = {
+    "classification": Classification(),
+    "causal-lm": CausalLM(),
 }
 
 
-def make_task(config: RunConfig) -> Task:
+def find_task(config: RunConfig) -> Task:
     """Return the task that a run config names."""
-    return _TASKS[config.task]()
+    return _TASKS[config.task]

@@ -1,7 +1,8 @@
 """Classification of texts."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from slora_flwr.common.text import printable
 from slora_flwr.config import DataConfig
 from slora_flwr.data.examples import Batch, Examples
 from slora_flwr.data.texts import Texts, in_one_array
-from slora_flwr.tasks.base import Evaluation, Task
+from slora_flwr.runs.events import ClassRecord
+from slora_flwr.tasks.base import Answer, Evaluation, Task
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,22 @@ class ClassifierEvaluation(Evaluation):
 
     `counts` has shape (3, classes): right predictions, predictions, and labels of each
     class.
+
+    Attributes
+    ----------
+    errors : list[tuple[int, int, int]]
+        Label, prediction and number of the commonest errors; never sent or pooled.
     """
 
     names = ("hits", "predictions", "labels")
 
+    errors: list[tuple[int, int, int]] = field(default_factory=list)
+
     @property
     def examples(self) -> int:
         """Number of examples."""
-        return int(self.counts[2].sum())
+        # In Python's integers, which do not overflow.
+        return sum(self.counts[2].tolist())
 
     @property
     def units(self) -> int:
@@ -50,6 +61,12 @@ class ClassifierEvaluation(Evaluation):
         hits, predicted, labels = self.counts
         found = predicted + labels > 0
         return float(np.mean(2 * hits[found] / (predicted + labels)[found]))
+
+    @property
+    def by_class(self) -> ClassRecord:
+        """What was predicted, by class."""
+        right, predicted, labels = self.counts.tolist()
+        return ClassRecord(right, predicted, labels, self.errors)
 
     @property
     def majority_accuracy(self) -> float:
@@ -91,6 +108,36 @@ class TextEncoder:
         return in_one_array(encoded)
 
 
+@dataclass(frozen=True)
+class Prediction(Answer):
+    """A text, its most probable label, and the probability of each label."""
+
+    text: str
+    label: str
+    probabilities: dict[str, float]
+
+    @property
+    def probability(self) -> float:
+        """The probability of the label."""
+        return self.probabilities[self.label]
+
+    @property
+    def line(self) -> str:
+        """The label, its probability and the text."""
+        text = printable(self.text, 80)
+        return f"{printable(self.label)}\t{self.probability:.3f}\t{text}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that is known of it, for JSON."""
+        return {
+            "text": self.text,
+            "label": self.label,
+            "probability": self.probability,
+            "probabilities": self.probabilities,
+        }
+
+
 class Classification(Task):
     """Give each text one of some labels, by a head on the pretrained model."""
 
@@ -128,25 +175,43 @@ class Classification(Task):
             total += float(F.cross_entropy(logits, right, reduction="sum"))
             predicted.append(logits.argmax(dim=-1).cpu())
             labels.append(right.cpu())
-        all_labels = torch.cat(labels).numpy()
-        counts = count(
-            torch.cat(predicted).numpy(), all_labels, model.config.num_labels
-        )
-        return ClassifierEvaluation(total / len(all_labels), counts)
+        given, found = torch.cat(labels).numpy(), torch.cat(predicted).numpy()
+        counts = count(found, given, model.config.num_labels)
+        errors = count_errors(found, given)
+        return ClassifierEvaluation(total / len(given), counts, errors)
+
+    def answer(
+        self,
+        model: Any,
+        encoder: TextEncoder,
+        classes: Sequence[str],
+        texts: Sequence[str],
+    ) -> Iterator[Prediction]:
+        """Yield the labels of texts; see `Task.answer`."""
+        rows = encoder.encode(Texts([*texts], [""] * len(texts)))
+        labels = np.zeros(len(texts), dtype=np.int64)
+        examples = Examples(**rows, labels=labels, pad=encoder.pad)
+        found = np.empty((len(texts), len(classes)), dtype=np.float32)
+        for batch in examples.in_order_of_length(64):
+            ids, mask, _ = examples.batch(batch).to(model.device)
+            logits = model(input_ids=ids, attention_mask=mask).logits.float()
+            found[batch] = logits.softmax(dim=-1).cpu().numpy()
+        for text, row in zip(texts, found, strict=True):
+            probabilities = dict(zip(classes, map(float, row), strict=True))
+            yield Prediction(text, classes[int(row.argmax())], probabilities)
 
     def read(
-        self, loss: float, counts: Mapping[str, Any], classes: Sequence[str]
+        self, loss: float, counts: Mapping[str, Any], classes: int
     ) -> ClassifierEvaluation:
         """Return the evaluation that a node has sent; see `Task.read`."""
         given = [counts[name] for name in ClassifierEvaluation.names]
         found = ClassifierEvaluation(loss, np.array(given, dtype=np.int64))
         hits, predictions, labels = found.counts
         if (
-            found.counts.shape != (3, len(classes))
+            found.counts.shape != (3, classes)
             or (hits < 0).any()
             or (hits > np.minimum(predictions, labels)).any()
-            # In Python's integers, which do not overflow.
-            or sum(predictions.tolist()) != sum(labels.tolist())
+            or sum(predictions.tolist()) != found.examples
         ):
             raise ValueError(found)
         return found
@@ -160,3 +225,16 @@ def count(
     return np.stack(
         [np.bincount(a, minlength=classes) for a in (hits, predicted, labels)]
     )
+
+
+def count_errors(
+    predicted: NDArray[np.int64], labels: NDArray[np.int64], most: int = 1000
+) -> list[tuple[int, int, int]]:
+    """Return label, prediction and number of the commonest errors.
+
+    They begin with the most frequent; among equals, with the lower class ids.
+    """
+    wrong = predicted != labels
+    pairs = Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
+    found = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))[:most]
+    return [(label, instead, number) for (label, instead), number in found]

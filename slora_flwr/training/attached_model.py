@@ -20,6 +20,7 @@ from slora_flwr.common.svd import truncated_svd
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig, refuse
 from slora_flwr.config.schedule import Phase, make_schedule
+from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.loop import precision_of
 from slora_flwr.training.process_data import ProcessData
 
@@ -52,9 +53,14 @@ class AttachedModel:
     def backbone(self) -> Backbone:
         """The resident backbone."""
         config, data = self._config, self._data
-        classes = len(data.classes)
+        task = find_task(config)
         backbone = load_backbone(
-            config.model, classes, config.seed, config.lora.targets, data.tokenizer
+            config.model,
+            task.outputs(data.classes),
+            config.seed,
+            config.lora.targets,
+            data.tokenizer,
+            task,
         )
         _check_fit(config, backbone)
         return backbone

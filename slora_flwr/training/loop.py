@@ -15,7 +15,7 @@ from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.random import key
 from slora_flwr.config import RecipeConfig
 from slora_flwr.data.examples import Batch, Examples
-from slora_flwr.tasks.base import Evaluation, Task
+from slora_flwr.tasks.base import Evaluation
 
 
 class DeadlineError(RuntimeError):
@@ -23,7 +23,6 @@ class DeadlineError(RuntimeError):
 
 
 def train(
-    task: Task,
     backbone: Backbone,
     adapter: Adapter,
     examples: Examples,
@@ -35,8 +34,6 @@ def train(
 
     Parameters
     ----------
-    task : Task
-        What the loss is.
     backbone : Backbone
         The resident backbone.
     adapter : Adapter
@@ -79,7 +76,7 @@ def train(
                 raise DeadlineError("the round's deadline passed as it trained")
             batch = examples.batch(rows).to(backbone.device)
             with precision_of(backbone, recipe.precision):
-                loss = task.loss(model, batch)
+                loss = backbone.task.loss(model, batch)
             # Over the mean size of batches: all examples, or tokens, weigh the same.
             loss = loss / size
             loss.backward()
@@ -98,7 +95,6 @@ def train(
 
 
 def evaluate(
-    task: Task,
     backbone: Backbone,
     examples: Examples,
     precision: str = "float32",
@@ -121,7 +117,7 @@ def evaluate(
             yield examples.batch(rows).to(backbone.device)
 
     with torch.inference_mode(), precision_of(backbone, precision):
-        return task.evaluate(model, batches())
+        return backbone.task.evaluate(model, batches())
 
 
 def make_optimizer(

@@ -27,7 +27,7 @@ from slora_flwr.data.texts import (
     public_classes,
     tokenise,
 )
-from slora_flwr.tasks.choice import make_task
+from slora_flwr.tasks.choice import find_task
 
 
 def held_out(examples: int, share: float) -> int:
@@ -90,7 +90,7 @@ class ProcessData:
 
     def __init__(self, config: RunConfig, classes: Sequence[str] = ()) -> None:
         self._config = config
-        self._task = make_task(config)
+        self._task = find_task(config)
         self._agreed = list(classes)
         self._own: dict[int, OwnExamples] = {}
 
@@ -141,9 +141,13 @@ class ProcessData:
         named = train.groups or train.labels
         known = self.classes if named is train.labels else []
         groups = number(named, known or sorted({*named}))
-        found = [tokenise(self.encoder, self.classes, texts) for texts in (train, test)]
+        found = Tokenised(
+            tokenise(self.encoder, self.classes, train),
+            tokenise(self.encoder, self.classes, test),
+            groups,
+        )
         del self.__dict__["_texts"]
-        return Tokenised(*found, groups)
+        return found
 
     @cached_property
     def partition(self) -> Partition:

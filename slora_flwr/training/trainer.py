@@ -8,7 +8,7 @@ from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.tasks.base import Evaluation
-from slora_flwr.tasks.choice import make_task
+from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.attack import is_flipped, spoil_update
 from slora_flwr.training.loop import DeadlineError, evaluate, train
@@ -60,7 +60,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.schedule = make_schedule(config)
-        self.task = make_task(config)
+        self.task = find_task(config)
         self.data = ProcessData(config, classes)
         self.model = model or AttachedModel(config, self.data)
 
@@ -91,7 +91,7 @@ class Trainer:
         rng_key = (self.config.seed, server_round, client)
         backbone, recipe = self.model.backbone, phase.recipe
         try:
-            loss = train(self.task, backbone, adapter, examples, recipe, rng_key, until)
+            loss = train(backbone, adapter, examples, recipe, rng_key, until)
         except DeadlineError as error:
             raise ClientError(str(error)) from error
         after = adapter.state()
@@ -121,7 +121,7 @@ class Trainer:
         self.model.adapter.load(self._own_ranks(client, state))
         backbone, precision = self.model.backbone, self.config.train.precision
         try:
-            return evaluate(self.task, backbone, held, precision, until=until)
+            return evaluate(backbone, held, precision, until=until)
         except DeadlineError as error:
             raise ClientError(str(error)) from error
 
@@ -132,7 +132,7 @@ class Trainer:
             return None
         self.model.adapter.load(state)
         backbone, precision = self.model.backbone, self.config.train.precision
-        return evaluate(self.task, backbone, test, precision)
+        return evaluate(backbone, test, precision)
 
     def _own_ranks(self, client: int, state: State) -> State:
         """Return low-rank factors cut to a client's rank, other states unchanged."""

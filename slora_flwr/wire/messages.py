@@ -363,9 +363,7 @@ def write_evaluation(evaluation: Evaluation | None) -> RecordDict:
     return RecordDict({"metrics": metrics})
 
 
-def read_evaluation(
-    content: RecordDict, task: Task, classes: Sequence[str]
-) -> Evaluation | None:
+def read_evaluation(content: RecordDict, task: Task, classes: int) -> Evaluation | None:
     """Return the evaluation in some records; None if no example is held out.
 
     Raises

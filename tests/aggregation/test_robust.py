@@ -18,7 +18,8 @@ from slora_flwr.client import handlers as node
 from slora_flwr.common.tensors import State
 from slora_flwr.config import ServerConfig, parse
 from slora_flwr.data.examples import Examples
-from slora_flwr.training.attack import is_hostile, spoil_examples, spoil_update
+from slora_flwr.tasks.classification import Classification
+from slora_flwr.training.attack import is_flipped, is_hostile, spoil_update
 from slora_flwr.wire.clipping import clip, largest_norm, norm
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.packing import pack
@@ -312,8 +313,10 @@ def test_attacks_by_hand() -> None:
     labels = np.array([0, 2, 1], dtype=np.int64)
     examples = Examples(np.arange(3, dtype=np.int32), np.arange(4), labels, pad=0)
     update = {"x": torch.tensor([1.0, -2.0])}
-    assert spoil_examples(flip, 0, examples, 3).labels.tolist() == [1, 0, 2]
-    assert spoil_examples(scale, 0, examples, 3) is examples
+    assert is_flipped(flip, 0)
+    assert not is_flipped(scale, 0)
+    spoilt = Classification().spoil(examples, ["a", "b", "c"])
+    assert spoilt.labels.tolist() == [1, 0, 2]
     assert spoil_update(scale, 0, update)["x"].tolist() == [-3.0, 6.0]
     assert spoil_update(flip, 0, update) is update
     assert labels.tolist() == [0, 2, 1]

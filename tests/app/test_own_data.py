@@ -15,7 +15,7 @@ from slora_flwr.client.process import make_process
 from slora_flwr.config import ConfigError
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
-from slora_flwr.training.metrics import Evaluation
+from slora_flwr.tasks.classification import ClassifierEvaluation
 from slora_flwr.wire.messages import write_evaluation
 from tests.support.own_data import (
     KINDS,
@@ -102,7 +102,7 @@ def test_a_node_cannot_evaluate_on_more_than_it_has(
             if (facts.message_type, facts.src_node_id) == ("evaluate", 1):
                 counts = np.zeros((3, 3), dtype=np.int64)
                 counts[:, 0] = 2**62
-                reply.content = write_evaluation(Evaluation(0.1, counts))
+                reply.content = write_evaluation(ClassifierEvaluation(0.1, counts))
             return reply
 
     summary = run(BoastfulGrid(config, nodes_of(tmp_path)), config, run_id=1)

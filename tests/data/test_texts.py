@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from slora_flwr.config import ConfigError, DataConfig
-from slora_flwr.data.texts import Task, Texts, list_classes, load_texts, make_task
+from slora_flwr.data.examples import Examples
+from slora_flwr.data.texts import Texts, list_classes, load_texts, tokenise
+from slora_flwr.tasks.classification import Classification
 
 COLORS = ["red", "blue", "green"]
 ROWS: list[dict[str, Any]] = [
@@ -242,14 +244,21 @@ TEXTS = (
 )
 
 
-def task(tokenizer: Words, texts: tuple[Texts, Texts] = TEXTS, length: int = 4) -> Task:
-    config = DataConfig(max_length=length)
-    return make_task(config, tokenizer, texts, list_classes(texts))
+class Made(NamedTuple):
+    """Tokenised texts."""
+
+    train: Examples
+    test: Examples
 
 
-def test_a_task_holds_tokens_and_numbered_labels() -> None:
-    made = task(Words())
-    assert made.classes == ["blue", "green", "red"]
+def make(tokenizer: Words, texts: tuple[Texts, Texts] = TEXTS, length: int = 4) -> Made:
+    encoder = Classification().encoder(DataConfig(max_length=length), tokenizer)
+    return Made(*(tokenise(encoder, list_classes(texts), part) for part in texts))
+
+
+def test_examples_hold_tokens_and_numbered_labels() -> None:
+    made = make(Words())
+    assert list_classes(TEXTS) == ["blue", "green", "red"]
     assert made.train.tokens.tolist() == [1, 2, 3, 4]
     assert made.train.offsets.tolist() == [0, 3, 4, 4]
     assert made.train.labels.tolist() == [2, 0, 2]
@@ -260,8 +269,8 @@ def test_a_task_holds_tokens_and_numbered_labels() -> None:
 
 def test_tokens_are_made_once_per_machine() -> None:
     first, second = Words(), Words()
-    made = task(first)
-    again = task(second)
+    made = make(first)
+    again = make(second)
     assert (first.calls, second.calls) == (2, 0)
     for one, other in ((made.train, again.train), (made.test, again.test)):
         np.testing.assert_array_equal(one.tokens, other.tokens)
@@ -270,23 +279,22 @@ def test_tokens_are_made_once_per_machine() -> None:
 
 
 def test_cached_tokens_are_those_of_this_text_tokenizer_and_length() -> None:
-    task(Words())
+    make(Words())
     other_length, other_tokenizer, other_text = Words(), Words("others"), Words()
-    assert task(other_length, length=5).test.tokens.tolist() == [1, 1, 1, 1, 1]
-    task(other_tokenizer)
+    assert make(other_length, length=5).test.tokens.tolist() == [1, 1, 1, 1, 1]
+    make(other_tokenizer)
     train = Texts(["a bb", "ccc dddd", ""], TEXTS[0].labels)
-    assert task(other_text, (train, TEXTS[1])).train.offsets.tolist() == [0, 2, 4, 4]
+    assert make(other_text, (train, TEXTS[1])).train.offsets.tolist() == [0, 2, 4, 4]
     assert (other_length.calls, other_tokenizer.calls, other_text.calls) == (2, 2, 1)
 
 
 def test_other_labels_are_not_taken_from_the_cache() -> None:
-    task(Words())
+    make(Words())
     train = Texts(TEXTS[0].texts, ["green", "green", "blue"])
-    made = task(Words(), (train, TEXTS[1]))
-    assert made.classes == ["blue", "green"]
+    made = make(Words(), (train, TEXTS[1]))
     assert made.train.labels.tolist() == [1, 1, 0]
 
 
 def test_no_texts_make_no_examples() -> None:
-    made = task(Words(), (TEXTS[0], Texts([], [])))
+    made = make(Words(), (TEXTS[0], Texts([], [])))
     assert (len(made.train), len(made.test)) == (3, 0)

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import tomli_w
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.cli import app
 from slora_flwr.config import parse
 from slora_flwr.config.schedule import make_schedule
+from slora_flwr.planning.assumptions import Assumptions
 from slora_flwr.planning.memory import Memory, plan_memory
 from slora_flwr.planning.rounds import PlannedRound, plan_rounds
 from tests.support.runs import (
@@ -141,9 +142,77 @@ def test_a_plan_for_nodes_data_needs_labels(config: Config, tmp_path: Path) -> N
     found = CliRunner().invoke(app, ["plan", "-c", str(path)])
     assert found.exit_code == 2
     assert "data.labels is ''" in found.output
+    assert "or --labels with their assumed number" in found.output
     path.write_text(tomli_w.dumps(config | changes | {"data.labels": "a,b,c"}))
     found = CliRunner().invoke(app, ["plan", "-c", str(path)], env={"COLUMNS": "160"})
     assert f"{LORA_VALUES + HEAD_VALUES:,}" in found.output
+
+
+OWN: Config = {"data.name": "node", "clients.count": 0, "clients.holdout": 0.2}
+
+
+def plan_own(config: Config, tmp_path: Path, *options: str) -> Result:
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(config | OWN))
+    arguments = ["plan", "-c", str(path), *options]
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
+
+
+def test_a_plan_assumes_labels_and_sizes_of_nodes_data(
+    config: Config, bert: Backbone, tmp_path: Path
+) -> None:
+    config |= {"method": "slora", "rounds": 9, "clients.per-round": 2}
+    config |= {"train.batch-size": 4}
+    few = plan_own(config, tmp_path, "--labels", "3")
+    assert few.exit_code == 0, few.output
+    assert "Assumed: 3 labels.\n" in few.output
+    # As many nodes as train in a round: each gets the base once.
+    base = SPARSE_VALUES + LORA_VALUES
+    lora = LORA_VALUES + HEAD_VALUES
+    assert f"{4 * (2 * 8 * lora + 2 * base) / 1e6:,.2f}" in few.output
+    sizes = "--nodes", "5", "--examples", "11"
+    many = plan_own(config, tmp_path, "--labels", "3", *sizes)
+    # Nine of eleven train, in batches of four.
+    told = "Assumed: 3 labels, 5 nodes, 11 examples of each node. "
+    assert f"{told}A client's steps in a round: sparse 3, lora 3.\n" in many.output
+    planned = plan_rounds(parse(config | OWN), bert, list(range(5)))
+    down = sum(done.down for done in planned if done.phase == 1)
+    assert down > 4 * (2 * 8 * lora + 2 * base)
+    assert f"{down / 1e6:,.2f}" in many.output
+
+
+def test_nodes_with_few_examples_need_less_memory(
+    config: Config, bert: Backbone
+) -> None:
+    settings = parse(config | OWN | {"method": "lora", "lora.batch-size": 8})
+    few = Assumptions(examples=4).in_batches(settings)
+    assert (few.train.batch_size, few.lora.batch_size) == (3, 3)
+    # 24 in three batches of eight, 25 in four of seven at most.
+    for examples, largest in ((30, 8), (31, 7)):
+        found = Assumptions(examples=examples).in_batches(settings)
+        assert found.lora.batch_size == largest
+    [phase] = make_schedule(settings)
+    [small] = make_schedule(few)
+    full = plan_memory(phase, settings, bert).activations
+    assert plan_memory(small, few, bert).activations < full / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "told"),
+    [
+        (OWN, ["--labels", "3", "--nodes", "2"], "--nodes is 2; allowed: at least"),
+        (OWN | {"data.labels": "a,b"}, ["--labels", "3"], "--labels is 3; allowed: 2,"),
+        ({}, ["--examples", "9"], "--examples is 9; allowed: none, since data.name"),
+    ],
+)
+def test_what_contradicts_the_config_is_not_assumed(
+    config: Config, tmp_path: Path, changes: Config, options: list[str], told: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(config | changes))
+    found = CliRunner().invoke(app, ["plan", "-c", str(path), *options])
+    assert found.exit_code == 2
+    assert told in found.output
 
 
 def test_a_bad_config_is_refused() -> None:

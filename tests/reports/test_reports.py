@@ -5,6 +5,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,11 +14,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from slora_flwr.cli import app
+from slora_flwr.reports.charts import COLOURS, GREY, INK, PALETTE
 from slora_flwr.reports.comparison_page import compare
 from slora_flwr.reports.groups import Group, curve, group_runs, modelled_seconds
 from slora_flwr.reports.page import Page, Table, render
 from slora_flwr.reports.run_page import report
+from slora_flwr.runs.events import ClassRecord
 from slora_flwr.runs.reader import by_layer, find_runs, read_run
+from slora_flwr.runs.roster import ROSTER, write_roster
 from tests.support.recorded import DOWN, write_run
 from tests.support.runs import Config
 
@@ -27,8 +32,10 @@ def groups_of(*paths: Path) -> list[Group]:
     return group_runs(map(read_run, paths))
 
 
-def page_of(*paths: Path, target: float | None = None) -> Page:
-    return compare([read_run(path) for path in paths], (1, 10), target)
+def page_of(
+    *paths: Path, target: float | None = None, names: Mapping[str, str] | None = None
+) -> Page:
+    return compare([read_run(path) for path in paths], (1, 10), target, names or {})
 
 
 def table_of(page: Page, name: str) -> Table:
@@ -97,6 +104,206 @@ def test_labels_name_what_differs(tmp_path: Path) -> None:
         "slora alpha=0.1 density=0.02",
         "lora alpha=0.1",
     ]
+
+
+def test_a_group_that_no_short_label_tells_gets_a_letter(tmp_path: Path) -> None:
+    configs: list[Config] = [
+        {"lora.targets": "query,key,value,attention.output.dense,output.dense"},
+        {"lora.targets": "query"},
+        {"lora.targets": "key", "upload.dtype": "int8"},
+    ]
+    paths = [write_run(tmp_path / str(i), config) for i, config in enumerate(configs)]
+    page = page_of(*paths)
+    assert [row["group"] for row in rows_of(page, "results")] == [
+        "lora targets=key upload.dtype=int8",
+        "lora targets=query",
+        "lora A",
+    ]
+    keys = ("method", "lora.targets", "upload.dtype")
+    assert [tuple(map(row.get, keys)) for row in rows_of(page, "groups")] == [
+        ("lora", "key", "int8"),
+        ("lora", "query", "float32"),
+        ("lora", configs[0]["lora.targets"], "float32"),
+    ]
+    # Labels that tell everything need no table.
+    assert "Groups" not in [section.title for section in page_of(*paths[1:]).sections]
+
+
+def test_rates_that_are_written_alike_are_two_groups(tmp_path: Path) -> None:
+    rates = (0.12345671, 0.12345672)
+    paths = [write_run(tmp_path / f"{rate}", {"lora.lr": rate}) for rate in rates]
+    page = page_of(*paths, target=0.1)
+    assert [row["group"] for row in rows_of(page, "results")] == ["lora A", "lora B"]
+    assert [row["lora.lr"] for row in rows_of(page, "groups")] == list(map(str, rates))
+    assert len(rows_of(page, "target")) == 2
+
+
+def test_groups_get_the_names_that_are_given(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / f"run-{alpha}", {"clients.alpha": alpha}, ended=alpha < 9)
+        for alpha in (0.1, 1.0, 10.0)
+    ]
+    out = tmp_path / "out"
+    named = ["lora alpha=0.1=uneven", f"{paths[1].name}=some", "lora alpha=10=even"]
+    options = [part for name in named for part in ("--name", name)]
+    done = slora("compare", *paths, "--out", out, *options)
+    assert done.exit_code == 0, done.output
+    rows = list(csv.DictReader((out / "compare-groups.csv").open()))
+    assert [(row["group"], row["heterogeneity"]) for row in rows] == [
+        ("even (stopped)", "alpha=10"),
+        ("some", "alpha=1"),
+        ("uneven", "alpha=0.1"),
+    ]
+    html = (out / "compare.html").read_text()
+    assert "lora alpha" not in html
+    for given, told in {
+        "uneven": "--name is 'uneven'; allowed: GROUP=NAME",
+        "lora=x": "--name is 'lora=x'; allowed: GROUP=NAME, where GROUP is one of",
+        f"run-0.1={'x' * 49}": "characters",
+    }.items():
+        done = slora("compare", *paths, "--out", out, "--name", given)
+        assert done.exit_code == 2
+        assert told in done.stderr
+    twice = ["--name", "run-0.1=x", "--name", "run-1.0=x"]
+    done = slora("compare", *paths, "--out", out, *twice)
+    assert "--name is 'x'; allowed: another NAME for each group" in done.stderr
+
+
+def test_runs_that_an_edited_study_no_longer_has_are_left_out(tmp_path: Path) -> None:
+    study = tmp_path / "results" / "few"
+    kept, gone = (
+        write_run(study / f"lora-rank{rank}", {"lora.rank": rank}) for rank in (4, 8)
+    )
+    other = write_run(tmp_path / "results" / "other" / "run", {"lora.rank": 16})
+    write_roster(study, "few", [gone.name])
+    write_roster(study, "few", [kept.name])
+    out = tmp_path / "out"
+
+    def compared(*given: Path) -> set[str]:
+        done = slora("compare", *given, "--out", out)
+        assert done.exit_code == 0, done.output
+        is_told = f"Left out of {study}" in done.stderr and gone.name in done.stderr
+        assert is_told == (f"Left out of {study}" in (out / "compare.html").read_text())
+        rows = list(csv.DictReader((out / "compare-runs.csv").open()))
+        found = {row["run"].split("/")[-1] for row in rows}
+        assert is_told != (gone.name in found)
+        return found
+
+    assert compared(study) == {kept.name}
+    assert compared(tmp_path / "results") == {kept.name, other.name}
+    assert compared(study, gone) == {kept.name, gone.name}
+    # A second study that was swept into the same folder.
+    write_roster(study, "more", [gone.name])
+    done = slora("compare", study, "--out", out)
+    assert "Left out" not in done.stderr
+    (study / ROSTER).unlink()
+    assert compared(study) == {kept.name, gone.name}
+    (study / ROSTER).write_text('{"few": [1]}')
+    done = slora("compare", study, "--out", out)
+    assert done.exit_code == 2
+    assert "studies.json: few.0 is 1; allowed: a valid string" in done.stderr
+
+
+def test_figures_by_class_and_confusions_by_hand(tmp_path: Path) -> None:
+    # Labels a, b, c, d: 6, 3, 1 and 0 examples.
+    #     a b c d
+    # a [ 4 2 0 0 ]
+    # b [ 1 2 0 0 ]
+    # c [ 1 0 0 0 ]
+    found = ClassRecord([4, 2, 0, 0], [6, 4, 0, 0], [6, 3, 1, 0], [(0, 1, 2)])
+    assert not found.is_whole
+    found = replace(found, confused=[(0, 1, 2), (1, 0, 1), (2, 0, 1)])
+    assert found.is_whole
+    path = write_run(
+        tmp_path / "run", classes=found, facts={"classes": ["a", "b", "c", "d"]}
+    )
+    page = report(read_run(path))
+    rows = [tuple(row.values()) for row in rows_of(page, "classes")]
+    assert rows == [
+        ("c", 1, None, 0, 0),
+        ("b", 3, 50, pytest.approx(200 / 3), pytest.approx(4 / 7)),
+        ("a", 6, pytest.approx(200 / 3), pytest.approx(200 / 3), pytest.approx(2 / 3)),
+        ("d", 0, None, None, None),
+    ]
+    matrix = table_of(page, "confusion")
+    assert matrix.rows == [
+        ["a", 4, 2, 0, 0],
+        ["b", 1, 2, 0, 0],
+        ["c", 1, 0, 0, 0],
+        ["d", 0, 0, 0, 0],
+    ]
+    assert matrix.shades[0][1:3] == [pytest.approx(2 / 3), pytest.approx(1 / 3)]
+    assert matrix.shades[3] == [0] * 5
+    assert [tuple(row.values()) for row in rows_of(page, "confused")] == [
+        ("a", "b", 2, pytest.approx(100 / 3)),
+        ("b", "a", 1, pytest.approx(100 / 3)),
+        ("c", "a", 1, 100),
+    ]
+    html = render(page)
+    assert "10 test examples after round 3, with 3 of 4 classes" in html
+    assert "1 of these is never predicted" in html
+    assert 'style="--share: 0.667">4</td>' in html
+
+
+def test_many_classes_are_the_worst_ones_and_the_commonest_confusions(
+    tmp_path: Path,
+) -> None:
+    count = 1000
+    pairs = [(i, (i + 1) % count, 900 - i) for i in range(800)]
+    labels = [1000] * count
+    right = [1000 - (900 - i if i < 800 else 0) for i in range(count)]
+    found = ClassRecord(right, labels, labels, pairs)
+    names = [f"class {i}" for i in range(count)]
+    path = write_run(tmp_path / "run", classes=found, facts={"classes": names})
+    page = report(read_run(path))
+    worst = rows_of(page, "worst-classes")
+    assert [row["class"] for row in worst] == names[:20]
+    assert len(rows_of(page, "classes")) == 500
+    assert len(rows_of(page, "confused")) == 10
+    assert "confusion" not in {t.name for s in page.sections for t in s.tables}
+    html = render(page)
+    assert len(html.encode()) < 300_000
+    check_page(html)
+
+
+def test_without_the_servers_test_data_no_class_is_counted(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", facts={"test_examples": 0})
+    assert "this run has none of" in render(report(read_run(path)))
+    older = write_run(tmp_path / "older")
+    titles = [section.title for section in report(read_run(older)).sections]
+    assert "Classes" not in titles
+
+
+def test_counts_of_other_classes_are_one_clear_error(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", classes=ClassRecord([1], [1], [1], []))
+    events = path / "events.jsonl"
+    text = events.read_text()
+    for bad in ('"confused": [[0, 1, 1]]', '"confused": [], "labels": [1, 1]'):
+        events.write_text(text.replace('"confused": []', bad))
+        done = slora("report", path)
+        assert done.exit_code == 2
+        assert "events.jsonl: line 3: classes is" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_every_colour_can_be_told_from_the_paper() -> None:
+    def light(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        parts = [
+            p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts
+        ]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted(map(light, (one, other)))
+        return (high + 0.05) / (low + 0.05)
+
+    for colour in (*COLOURS, GREY, INK):
+        assert contrast(colour, "#ffffff") >= 3
+        assert contrast(PALETTE[colour][1], "#16181a") >= 3
+    html = render(Page("title", "", ()))
+    assert "--paper: #fff;" in html
+    assert "--paper: #16181a;" in html
 
 
 def test_coded_runs_are_held_against_plain_full_fine_tuning(tmp_path: Path) -> None:
@@ -361,13 +568,16 @@ def test_pages_load_nothing_and_hostile_text_stays_text(tmp_path: Path) -> None:
             {"method": "slora", "seed": seed, "data.name": f"{HOSTILE}{seed}"},
             failures=[HOSTILE],
             energies={f"layer.0.{HOSTILE}": 0.1},
+            classes=ClassRecord([2, 1], [3, 2], [3, 2], [(0, 1, 1), (1, 0, 1)]),
+            facts={"classes": [HOSTILE[:30], "b"]},
         )
         for seed in (0, 1)
     ]
-    pages = [render(report(read_run(paths[0]))), render(page_of(*paths))]
-    assert pages[1] == render(page_of(*paths))
+    names = {"slora A": HOSTILE}
+    pages = [render(report(read_run(paths[0]))), render(page_of(*paths, names=names))]
+    assert pages[1] == render(page_of(*paths, names=names))
     # In a drawing too, where it is no formula either.
-    assert re.search(r"<text[^>]*>slora data\.name=&lt;/svg&gt;[^<]*\$x\^2\$", pages[1])
+    assert re.search(r"<text[^>]*>&lt;/svg&gt;[^<]*\$x\^2\$", pages[1])
     for html in pages:
         check_page(html)
         assert html.count("&lt;/svg&gt;&lt;script&gt;alert(") >= 2

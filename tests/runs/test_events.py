@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from slora_flwr.runs.events import (
+    ClassRecord,
     ClientRecord,
     ClientsFailed,
     Event,
@@ -40,6 +41,17 @@ LINES: dict[str, Event] = {
     '"clients": {"3": {"examples": 10, "loss": 0.5, "seconds": 0.25}}, "round": 2, '
     '"replied": 1, "train_loss": 0.5, "payload_bytes": 800, "client_loss": 2.0, '
     '"loss": 1.0, "accuracy": 0.75, "kept_energy": 0.9, "epsilon": 1.25}\n': ROUND,
+    '{"event": "round", "seconds": 0.0, "phase": "head", "cohort": [], "clients": {}, '
+    '"round": 4, "replied": 0, "payload_bytes": 0, "classes": {"right": [1, 0], '
+    '"predicted": [2, 0], "labels": [1, 1], "confused": [[1, 0, 1]]}}\n': RecordedRound(
+        phase="head",
+        cohort=[],
+        clients={},
+        round=4,
+        replied=0,
+        payload_bytes=0,
+        classes=ClassRecord([1, 0], [2, 0], [1, 1], [(1, 0, 1)]),
+    ),
     '{"event": "handoff", "seconds": 0.5, "base": "residual", '
     '"energies": {"a": 0.5}, "took": 0.1}\n': HandedOff(
         seconds=0.5, base="residual", energies={"a": 0.5}, took=0.1

@@ -8,7 +8,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from slora_flwr.engines.inline import InlineGrid
-from slora_flwr.training import loop
+from slora_flwr.tasks import classification
 from tests.support.grids import Grid
 from tests.support.runs import Config, make_config, start
 
@@ -74,7 +74,7 @@ def grid(
     config |= {"clients.count": 2, "clients.per-round": 2, "clients.holdout": 0.5}
     grid = KeepingGrid(config)
     start(config, grid)
-    entropy = loop.F.cross_entropy
+    entropy = classification.F.cross_entropy
 
     def step(*arguments: object, **options: object) -> object:
         clock.step(grid.seconds)
@@ -82,7 +82,7 @@ def grid(
 
     for module in ("training.loop", "client.handlers"):
         monkeypatch.setattr(f"slora_flwr.{module}.time", clock, raising=False)
-    monkeypatch.setattr(loop.F, "cross_entropy", step)
+    monkeypatch.setattr(classification.F, "cross_entropy", step)
     return grid
 
 

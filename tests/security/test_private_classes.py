@@ -59,7 +59,7 @@ def test_classes_of_a_private_run_may_be_named(config: Config) -> None:
 def test_named_classes_hold_those_of_the_test_data(config: Config) -> None:
     config["data.labels"] = ",".join(CLASSES[:2])
     with pytest.raises(ConfigError, match=r"data\.labels is .*such as clouds"):
-        _ = ProcessData(parse(config)).task
+        _ = ProcessData(parse(config)).tokenised
 
 
 def test_without_privacy_all_labels_are_classes(config: Config) -> None:

@@ -12,7 +12,7 @@ from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError
 from slora_flwr.server.run import run
 from slora_flwr.server.strategy import TooFewRepliesError
-from slora_flwr.training.metrics import Evaluation
+from slora_flwr.tasks.classification import ClassifierEvaluation
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.messages import Report
 from tests.support.grids import RecordingGrid, Tamper, values
@@ -134,9 +134,9 @@ def test_a_state_of_an_infinite_loss_is_not_the_best(
     losses = iter([1.0, math.inf, math.nan])
     hits = iter([5, 9, 8])
 
-    def evaluate(self: Trainer, state: State) -> Evaluation:
+    def evaluate(self: Trainer, state: State) -> ClassifierEvaluation:
         counts = np.array([[next(hits), 0, 0], [10, 0, 0], [10, 0, 0]])
-        return Evaluation(next(losses), counts)
+        return ClassifierEvaluation(next(losses), counts)
 
     monkeypatch.setattr(Trainer, "evaluate_test", evaluate)
     directory = start(config, RecordingGrid(config))
@@ -188,9 +188,9 @@ def test_a_best_state_of_a_later_round_is_dropped(
 ) -> None:
     hits = iter([5, 4, 9, 3])
 
-    def evaluate(self: Trainer, state: State) -> Evaluation:
+    def evaluate(self: Trainer, state: State) -> ClassifierEvaluation:
         counts = np.array([[next(hits), 0, 0], [10, 0, 0], [10, 0, 0]])
-        return Evaluation(1.0, counts)
+        return ClassifierEvaluation(1.0, counts)
 
     monkeypatch.setattr(Trainer, "evaluate_test", evaluate)
     config |= {"run.keep": 4}

@@ -13,7 +13,7 @@ from slora_flwr.reports.chance import foresee, tell_chance
 from slora_flwr.reports.run_page import report
 from slora_flwr.runs.reader import read_run
 from slora_flwr.server.run import run
-from slora_flwr.training.metrics import Evaluation
+from slora_flwr.tasks.classification import ClassifierEvaluation
 from slora_flwr.training.trainer import Trainer
 from tests.support.grids import RecordingGrid
 from tests.support.own_data import NodesGrid, make_own_data_config, nodes_of
@@ -33,9 +33,11 @@ SKEWED: Config = {
 
 def evaluate_as(monkeypatch: pytest.MonkeyPatch, hits: int) -> None:
     """Let every state get that many of 100 test texts right; 40 are of one class."""
-    found = Evaluation(1.0, np.array([[hits, 0, 0], [100, 0, 0], [40, 30, 30]]))
+    found = ClassifierEvaluation(
+        1.0, np.array([[hits, 0, 0], [100, 0, 0], [40, 30, 30]])
+    )
 
-    def evaluate(self: Trainer, state: State) -> Evaluation:
+    def evaluate(self: Trainer, state: State) -> ClassifierEvaluation:
         return found
 
     monkeypatch.setattr(Trainer, "evaluate_test", evaluate)

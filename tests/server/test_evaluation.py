@@ -1,5 +1,6 @@
 """Evaluation: by clients and by the server, when, and the round at the target."""
 
+import tomllib
 from collections.abc import Iterable
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from slora_flwr.common.tensors import State
+from slora_flwr.runs.events import ClassRecord
 from slora_flwr.server import collect
-from slora_flwr.training.loop import Evaluation
+from slora_flwr.tasks.classification import ClassifierEvaluation
 from slora_flwr.training.trainer import Trainer
 from tests.support.clock import Clock
 from tests.support.grids import RecordingGrid
@@ -41,6 +43,25 @@ def test_clients_evaluate_on_what_they_hold_out(config: Config) -> None:
         hits = sum(one["hits"]) + sum(other["hits"])
         assert event["client_accuracy"] == pytest.approx(hits / sum(weights))
         assert 0 <= event["client_accuracy"] <= 1
+
+
+def test_the_last_round_counts_the_servers_test_data_by_class(config: Config) -> None:
+    config |= {"clients.holdout": 0.25}
+    grid = RecordingGrid(config, nodes=2)
+    directory = start(config, grid)
+    *others, last = events(directory, "round")
+    assert all("classes" not in event for event in others)
+    found = ClassRecord(**last["classes"])
+    size = sum(found.labels)
+    assert sum(found.right) / size == pytest.approx(last["accuracy"])
+    assert max(found.labels) / size == pytest.approx(last["majority_accuracy"])
+    assert sum(found.predicted) == size
+    assert found.is_whole
+    resolved = tomllib.loads((directory / "resolved.toml").read_text())["resolved"]
+    assert size == resolved["test_examples"]
+    # Of what clients hold out, no counts by pair of classes are sent.
+    allowed = {"num-examples", "loss", "hits", "predictions", "labels"}
+    assert all(set(sent) <= allowed for sent in grid.evaluations)
 
 
 def test_without_a_holdout_clients_do_not_evaluate(config: Config) -> None:
@@ -98,9 +119,11 @@ def test_the_summary_names_the_first_round_at_the_target(
 ) -> None:
     accuracies = iter([0.4, 0.7, 0.6])
 
-    def evaluate(self: Trainer, state: State) -> Evaluation:
+    def evaluate(self: Trainer, state: State) -> ClassifierEvaluation:
         hits = round(10 * next(accuracies))
-        return Evaluation(1.0, np.array([[hits, 0, 0], [10, 0, 0], [10, 0, 0]]))
+        return ClassifierEvaluation(
+            1.0, np.array([[hits, 0, 0], [10, 0, 0], [10, 0, 0]])
+        )
 
     monkeypatch.setattr(Trainer, "evaluate_test", evaluate)
     config |= {"run.target": 0.6}

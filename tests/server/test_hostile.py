@@ -23,6 +23,7 @@ from slora_flwr.runs.events import Event, to_line
 from slora_flwr.server import fleet
 from slora_flwr.server.fleet import Fleet, FleetError
 from slora_flwr.server.own_data_fleet import OwnDataFleet
+from slora_flwr.tasks.classification import Classification
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.messages import MessageError, Report, read_evaluation
 from slora_flwr.wire.packing import PayloadError, pack
@@ -333,9 +334,9 @@ def evaluation(**changes: Any) -> RecordDict:
 )
 def test_an_evaluation_that_cannot_be_true_is_an_error(changes: dict[str, Any]) -> None:
     classes = max(2, *(len(v) for v in changes.values() if isinstance(v, list)), 2)
-    assert read_evaluation(evaluation(), 2) is not None
+    assert read_evaluation(evaluation(), Classification(), 2) is not None
     with pytest.raises(MessageError, match="its figures are off"):
-        read_evaluation(evaluation(**changes), classes)
+        read_evaluation(evaluation(**changes), Classification(), classes)
 
 
 # Descriptions

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typer.testing import CliRunner
 from slora_flwr.cli import app
 from slora_flwr.config import ConfigError
 from slora_flwr.engines.inline import InlineGrid
+from slora_flwr.runs.reader import is_run
 from slora_flwr.server.run import run
 from slora_flwr.studies import sweep as sweeping
 from slora_flwr.studies.runner import Runner
@@ -491,6 +493,27 @@ def test_what_is_finished_is_never_run_again(
     assert status == 0, output
     after = rows_of(swept.folder / "runs.csv")
     assert {row["run"] for row in after} == {row["run"] for row in before}
+
+
+def test_runs_of_an_edited_study_are_kept_apart(
+    swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(swept.folder, tmp_path / "few")
+    study = swept.study | {"grid": {"method": "lora", "seed": [1]}}
+    del study["also"]
+    status, output = invoke(write_study(tmp_path / "few.toml", study), "--out", folder)
+    assert status == 0, output
+    done = CliRunner().invoke(app, ["compare", str(folder)])
+    assert done.exit_code == 0, done.output
+    names = {path.name for path in swept.folder.iterdir() if is_run(path)}
+    kept = {swept.path("lora-lr0.01-seed1").name}
+    tuning = {name for name in names if name.startswith("tune-")}
+    assert len(tuning) == 2
+    told = done.stderr.splitlines()[0]
+    assert {name for name in names if name in told} == names - kept - tuning
+    rows = rows_of(tmp_path / "comparison" / "compare-runs.csv")
+    assert {row["run"].split("/")[-1] for row in rows} == kept
 
 
 def test_the_table_is_over_seeds() -> None:

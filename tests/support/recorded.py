@@ -4,11 +4,13 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from slora_flwr.config import parse
 from slora_flwr.runs.directory import RunDirectory
 from slora_flwr.runs.events import (
     EVENTS,
+    ClassRecord,
     ClientRecord,
     ClientsFailed,
     HandedOff,
@@ -31,13 +33,16 @@ def write_run(
     energies: Mapping[str, float] | None = None,
     ended: bool = True,
     planned: int | None = None,
+    classes: ClassRecord | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write what a run leaves in whose every round two clients took part."""
     common: Config = {"method": "lora", "rounds": 6, "run.dir": str(path)}
     parsed = parse(common | {"clients.per-round": 2} | (config or {}))
     directory = RunDirectory(parsed, 1)
     directory.release.write_config(parsed)
-    directory.release.write_resolved(parsed, {"classes": ["a", "b"]})
+    resolved = {"classes": ["a", "b"], "test_examples": 8, **(facts or {})}
+    directory.release.write_resolved(parsed, resolved)
     names = ["round", "phase", "direction", "clients", "payload_bytes", "message_bytes"]
     names += ["planned_payload_bytes"] if planned is not None else []
     lines = [names]
@@ -62,6 +67,7 @@ def write_run(
             train_loss=1.0 / number,
             payload_bytes=number * 2 * (UP + DOWN),
             metrics={"accuracy": accuracy, "macro_f1": accuracy / 2, "loss": 1.0},
+            classes=classes if number == len(accuracies) else None,
         )
         line = json.loads(to_line(done)) | {"new_fact": "of a later version"}
         with (path / EVENTS).open("a") as file:

@@ -37,7 +37,7 @@ def run(config: Config, **changes: Any) -> None:
 
 
 def lacks_its_model(message: Message, context: Context) -> Message:
-    load_backbone(ModelConfig("someone/of-a-node"), num_labels=2, seed=0)
+    load_backbone(ModelConfig("someone/of-a-node"), outputs=2, seed=0)
     raise AssertionError
 
 

@@ -7,7 +7,8 @@ from transformers import BertConfig, BertModel
 
 from slora_flwr.common.files import cache_folder
 from slora_flwr.config import ConfigError, Value, methods, parse
-from slora_flwr.data.texts import list_classes, load_texts, make_task
+from slora_flwr.data.texts import list_classes, load_texts, tokenise
+from slora_flwr.tasks.classification import Classification
 from slora_flwr.training.trainer import Trainer
 from tests.support.tiny import VOCAB, make_tokenizer, save_checkpoint
 
@@ -67,7 +68,8 @@ def test_real_tokenizers_find_their_tokens_in_the_cache(data: Path) -> None:
     texts = load_texts(config.data)
     cached = []
     for _ in range(2):  # as two processes would, each with a fresh tokenizer
-        make_task(config.data, make_tokenizer(), texts, list_classes(texts))
+        encoder = Classification().encoder(config.data, make_tokenizer())
+        tokenise(encoder, list_classes(texts), texts[0])
         cached.append({path.name for path in cache_folder().glob("tokens-*")})
     assert cached[0] == cached[1]
 

@@ -1,0 +1,72 @@
+"""Greedy generation: what a language model says to prompts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# Prompts of a batch, all of the same length.
+_BATCH = 32
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], most: int
+) -> list[str]:
+    """Return the most probable continuations, token by token, up to the end token.
+
+    Prompts of a batch have the same length, so that none is padded: padding changes
+    what some models compute.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model, in evaluation mode.
+    tokenizer : transformers.PreTrainedTokenizerFast
+        Its tokenizer.
+    prompts : Sequence[Sequence[int]]
+        The prompts' tokens.
+    most : int
+        The most tokens of a response.
+    """
+    # Imported here, since it takes seconds.
+    from transformers import GenerationConfig
+
+    found = [""] * len(prompts)
+    recipe = GenerationConfig(
+        max_new_tokens=most,
+        do_sample=False,
+        eos_token_id=_ends(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for batch in _batches(order, prompts):
+        ids = torch.tensor([list(prompts[i]) for i in batch], device=model.device)
+        with torch.inference_mode():
+            given = model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=recipe
+            )
+        texts = tokenizer.batch_decode(
+            given[:, ids.shape[1] :], skip_special_tokens=True
+        )
+        for i, text in zip(batch, texts, strict=True):
+            found[i] = text.strip()
+    return found
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a response: the tokenizer's, and the model's own."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    others = own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *(x for x in others if x is not None)})
+
+
+def _batches(order: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return prompts in batches of one length each."""
+    batches: list[list[int]] = []
+    for i in order:
+        last = batches[-1] if batches else []
+        if last and len(last) < _BATCH and len(prompts[last[0]]) == len(prompts[i]):
+            last.append(i)
+        else:
+            batches.append([i])
+    return batches
