@@ -60,7 +60,7 @@ def tell_chance(config: RunConfig, figures: Mapping[str, Any]) -> str:
     figures : Mapping[str, Any]
         The final `accuracy` and `majority_accuracy`; None if nothing was evaluated.
     """
-    accuracy, majority = figures["accuracy"], figures["majority_accuracy"]
+    accuracy, majority = figures["accuracy"], figures.get("majority_accuracy")
     if accuracy is None or majority is None:
         return ""
     above = round(accuracy - majority, 9)  # without the rounding errors of shares

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from slora_flwr.config.methods import REFERENCES
+from slora_flwr.reports.figures import FORMS, tell
 
 
 def closing_table(summary: dict[str, Any]) -> Table:
@@ -39,13 +40,10 @@ def tell_figures(summary: Mapping[str, Any]) -> str:
     """Return the figures on the test data, named as in summary.json, as a line."""
     if summary["accuracy"] is None:
         return "not evaluated"
-    # None if it overflowed.
-    loss = "-" if summary["loss"] is None else f"{summary['loss']:.3f}"
-    return (
-        f"accuracy {summary['accuracy']:.1%} "
-        f"(majority class {summary['majority_accuracy']:.1%}), "
-        f"macro-F1 {summary['macro_f1']:.3f}, loss {loss}"
-    )
+    told = {name: tell(name, summary[name]) for name in FORMS if name in summary}
+    if (majority := summary.get("majority_accuracy")) is not None:
+        told["accuracy"] += f" (majority class {majority:.1%})"
+    return ", ".join(told.values())
 
 
 def _add_traffic(table: Table, summary: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The progress line printed after each round."""
 
+from slora_flwr.reports.figures import FORMS, first_of
 from slora_flwr.runs.events import RecordedRound
 
 
@@ -17,14 +18,16 @@ def progress_line(rounds: int, done: RecordedRound) -> str:
         The round, with the seconds since the first round began.
     """
     metrics = done.metrics
-    accuracy = f"{metrics['accuracy']:6.1%}" if "accuracy" in metrics else "     -"
+    name, form = FORMS[first_of(metrics)]
+    value = metrics.get(first_of(metrics))
+    figure = f"{name} " + ("     -" if value is None else f"{value:6{form}}")
     head = f"round {done.round:>{len(str(rounds))}}/{rounds} {done.phase:<6} "
     if done.epsilon is not None:
-        return f"{head}accuracy {accuracy}  epsilon {done.epsilon:.2f}"
+        return f"{head}{figure}  epsilon {done.epsilon:.2f}"
     left = done.seconds / done.round * (rounds - done.round)
     return (
         f"{head}clients {done.replied}/{len(done.cohort)}  loss {done.train_loss:.3f}  "
-        f"accuracy {accuracy}  {done.payload_bytes / 1e6:.2f} MB  {clock(left)} left"
+        f"{figure}  {done.payload_bytes / 1e6:.2f} MB  {clock(left)} left"
     )
 
 

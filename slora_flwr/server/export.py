@@ -302,5 +302,9 @@ def _figures(
     [metrics] = [done.metrics for done in recorded.rounds if done.round == number]
     prefix = "plain_" if which == "last" and phase.average != "none" else ""
     # As in summary.json, None if it is not finite.
-    found = {name: metrics.get(f"{prefix}{name}") for name in METRICS}
-    return {} if found["accuracy"] is None else found
+    found = {
+        name: metrics[f"{prefix}{name}"]
+        for name in METRICS
+        if f"{prefix}{name}" in metrics
+    }
+    return {} if "accuracy" not in found else {"loss": None} | found

@@ -275,3 +275,9 @@ def _check_fit(config: RunConfig, backbone: Backbone) -> None:
         raise refuse("data.max-length", given, f"{allowed} ({error})") from error
     for phase in make_schedule(config):
         phase.adapter_type.check_fit(config, backbone)
+        if not phase.adapter_type.state_size(config, backbone):
+            allowed = (
+                f"a method that trains some weights of model {config.model.name!r}"
+            )
+            allowed += f", where the {phase.adapter} phase finds none for {config.task}"
+            raise refuse("method", config.method, allowed)
