@@ -1,9 +1,12 @@
 """Greedy generation: what a language model says to prompts."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from slora_flwr.config import ConfigError
 
 # Prompts of a batch, all of the same length.
 _BATCH = 32
@@ -26,21 +29,35 @@ def generate(
     prompts : Sequence[Sequence[int]]
         The prompts' tokens.
     most : int
-        The most tokens of a response.
+        The most tokens of a response, within the model's positions.
+
+    Raises
+    ------
+    ConfigError
+        If a prompt leaves no room for a response.
     """
     # Imported here, since it takes seconds.
     from transformers import GenerationConfig
 
     found = [""] * len(prompts)
-    recipe = GenerationConfig(
-        max_new_tokens=most,
-        do_sample=False,
-        eos_token_id=_ends(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
+    positions = getattr(
+        model.config.get_text_config(), "max_position_embeddings", math.inf
     )
+    longest = max(map(len, prompts), default=0)
+    if longest >= positions:
+        raise ConfigError(
+            f"a prompt has {longest} tokens; allowed: fewer than the model's "
+            f"{positions} positions, so that there is room for a response"
+        )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for batch in _batches(order, prompts):
         ids = torch.tensor([list(prompts[i]) for i in batch], device=model.device)
+        recipe = GenerationConfig(
+            max_new_tokens=min(most, positions - ids.shape[1]),
+            do_sample=False,
+            eos_token_id=_ends(model, tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+        )
         with torch.inference_mode():
             given = model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=recipe

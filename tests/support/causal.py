@@ -41,10 +41,17 @@ def make_language_model(family: str) -> PreTrainedModel:
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**_SHARED, **_SIZES))
     if family == "gemma":
-        own = {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0}
+        own: dict[str, Any] = {"head_dim": 8, "sliding_window": 8}
+        own |= {"final_logit_softcapping": 5.0}
         return Gemma3ForCausalLM(Gemma3TextConfig(**_SHARED, **_SIZES, **own))
-    own = {"n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48}
-    return GPT2LMHeadModel(GPT2Config(**_SHARED, **own))
+    sizes: dict[str, Any] = {
+        "n_positions": 40,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_inner": 48,
+    }
+    return GPT2LMHeadModel(GPT2Config(**_SHARED, **sizes))
 
 
 def save_language_model(family: str, folder: Path) -> Path:

@@ -1,0 +1,147 @@
+"""Loss, metrics and answers of language models, against transformers' own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+from transformers import AutoModelForCausalLM
+
+from slora_flwr.backbone.load import Backbone, load_backbone
+from slora_flwr.config import DataConfig, ModelConfig
+from slora_flwr.data.examples import Examples
+from slora_flwr.data.texts import Texts, load_texts, tokenise
+from slora_flwr.tasks import causal_lm
+from slora_flwr.tasks.base import pool
+from slora_flwr.tasks.causal_lm import CausalLM, TokenEvaluation
+from slora_flwr.training.loop import evaluate
+from tests.support.causal import (
+    LANGUAGE_MODELS,
+    save_language_model,
+    write_dialogues,
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("language-models")
+    return {f: save_language_model(f, root / f) for f in LANGUAGE_MODELS}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
+    path = write_dialogues(tmp_path_factory.mktemp("data") / "dialogues.csv")
+    config = DataConfig(name=str(path), text="prompt,input", response="response")
+    return load_texts(config, dialogues=True)[0]
+
+
+def load(folder: Path) -> Backbone:
+    return load_backbone(ModelConfig(name=str(folder)), None, 0, task=CausalLM())
+
+
+def make_examples(backbone: Backbone, texts: Texts) -> Examples:
+    encoder = CausalLM().encoder(DataConfig(max_length=16), backbone.tokenizer)
+    return tokenise(encoder, [], texts)
+
+
+def reference(folder: Path, examples: Examples) -> tuple[float, int, int]:
+    """Return summed loss, right tokens and tokens, a text at a time, unpadded."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    total, hits, tokens = 0.0, 0, 0
+    assert examples.learned is not None
+    for start, end in zip(examples.offsets, examples.offsets[1:], strict=False):
+        ids = torch.tensor(examples.tokens[start:end].tolist())
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0].double()
+        for at in range(1, len(ids)):
+            if examples.learned[start + at]:
+                log_probabilities = logits[at - 1].log_softmax(-1)
+                total -= float(log_probabilities[ids[at]])
+                hits += int(log_probabilities.argmax() == ids[at])
+                tokens += 1
+    return total, hits, tokens
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+@pytest.mark.parametrize("most", [2**24, 5 * 120])
+def test_loss_and_metrics_are_those_of_single_unpadded_texts(
+    folders: dict[str, Path],
+    texts: Texts,
+    family: str,
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the logits are made in chunks of five positions."""
+    monkeypatch.setattr(causal_lm, "_MOST_LOGITS", most)
+    backbone = load(folders[family])
+    assert not backbone.head
+    examples = make_examples(backbone, texts)
+    total, hits, tokens = reference(folders[family], examples)
+    found = evaluate(backbone, examples, batch_size=7)
+    assert isinstance(found, TokenEvaluation)
+    assert found.counts.tolist() == [hits, tokens, len(examples)]
+    assert found.loss == pytest.approx(total / tokens, abs=1e-5)
+    assert found.perplexity == pytest.approx(np.exp(total / tokens), rel=1e-5)
+    assert int(examples.units.sum()) == tokens
+
+    task, model = CausalLM(), backbone.model.eval()  # without dropout
+    weight = model.get_output_embeddings().weight.requires_grad_(True)
+    batch = examples.batch(np.arange(9))
+    loss = task.loss(model, batch)
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1]
+    whole = F.cross_entropy(
+        logits.transpose(1, 2), batch.labels[:, 1:], reduction="sum"
+    )
+    assert float(loss.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
+    [ours] = torch.autograd.grad(loss, weight)
+    [theirs] = torch.autograd.grad(whole, weight)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluations_pool_by_tokens() -> None:
+    one = TokenEvaluation(1.0, np.array([3, 10, 2]))
+    other = TokenEvaluation(4.0, np.array([5, 30, 1]))
+    both = pool([one, other])
+    assert both.loss == pytest.approx((10 * 1 + 30 * 4) / 40)
+    assert both.accuracy == 8 / 40
+    assert both.examples == 3
+    assert both.perplexity == pytest.approx(np.exp(130 / 40))
+    assert TokenEvaluation(1e4, np.array([0, 1, 1])).perplexity == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("counts", "loss"),
+    [([3, 2, 1], 1.0), ([-1, 2, 1], 1.0), ([0, 1, 2], 1.0), ([0, 1, 0], 1.0)],
+)
+def test_counts_that_cannot_be_are_refused(counts: list[int], loss: float) -> None:
+    given = dict(zip(TokenEvaluation.names, counts, strict=True))
+    with pytest.raises(ValueError, match="TokenEvaluation"):
+        CausalLM().read(loss, given, 0)
+    with pytest.raises(ValueError, match="TokenEvaluation"):
+        CausalLM().read(loss, {name: [1, 2] for name in given}, 0)
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_answers_are_transformers_own_greedy_ones(
+    folders: dict[str, Path], family: str
+) -> None:
+    backbone, task = load(folders[family]), CausalLM()
+    encoder = task.encoder(DataConfig(max_length=16), backbone.tokenizer)
+    prompts = ["w5 w6", "w7 w8 w9", "w10 w11", "w12"]
+    answers = list(task.answer(backbone.model.eval(), encoder, [], prompts))
+    model = AutoModelForCausalLM.from_pretrained(folders[family]).eval()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = backbone.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        given: list[int] = []
+        while len(given) < causal_lm.MOST_TOKENS:
+            with torch.no_grad():
+                whole = torch.cat([ids, torch.tensor([given], dtype=torch.int64)], 1)
+                token = int(model(input_ids=whole).logits[0, -1].argmax())
+            if token == 3 or whole.shape[1] > 30:
+                break
+            given.append(token)
+        expected = backbone.tokenizer.decode(given, skip_special_tokens=True)
+        assert answer.response.startswith(expected)
+        assert answer.facts == {"prompt": prompt, "response": answer.response}
