@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from tokenizers.trainers import WordPieceTrainer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -173,26 +173,28 @@ def write_table(path: Path, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def draw_texts(seed: int, count: int) -> Iterator[tuple[str, str]]:
-    """Yield texts in which most words that tell a label tell the right one."""
+    """Yield texts in which most words that tell a label tell the right one.
+
+    Some are longer than what is read of them.
+    """
     draw = random.Random(seed)
     for _ in range(count):
         label, wrong = draw.sample([*KINDS], 2)
-        words = draw.choices(OTHER.split(), k=draw.randint(2, 9))
+        words = draw.choices(OTHER.split(), k=draw.choice([*range(2, 12), 90]))
         words += draw.choices(KINDS[label].split(), k=draw.randint(1, 4))
         words += draw.choices(KINDS[wrong].split(), k=draw.randint(0, 2))
         draw.shuffle(words)
         yield f"{' '.join(words).capitalize()}.", label
 
 
-def make_model(texts: Path, folder: Path) -> Path:
-    """Save a pretrained BERT without a head, and a WordPiece tokenizer as MiniLM's."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+def make_model(folder: Path) -> Path:
+    """Save a pretrained BERT without a head, with a tokenizer like MiniLM's."""
+    words = sorted({*OTHER.split(), *" ".join(KINDS.values()).split()})
+    pieces = [*SPECIAL, ".", *(f"##{letter}" for letter in ascii_lowercase), *words]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = WordPieceTrainer(
-        vocab_size=300, special_tokens=[*SPECIAL], show_progress=False
-    )
-    tokenizer.train([str(texts)], trainer)
     ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
@@ -208,22 +210,27 @@ def make_model(texts: Path, folder: Path) -> Path:
     )
     fast.save_pretrained(folder)
     torch.manual_seed(3)
-    config = BertConfig(
-        vocab_size=len(fast),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=fast.pad_token_id,
-        num_labels=len(KINDS),
-    )
-    model = BertForSequenceClassification(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(fast),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "num_labels": len(KINDS),
+    }
+    model = BertForSequenceClassification(BertConfig(**sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     pretraining, names = [*draw_texts(4, 100 * 32)], [*KINDS]
     for at in range(0, len(pretraining), 32):
         batch = pretraining[at : at + 32]
-        given = fast([text for text, _ in batch], padding=True, return_tensors="pt")
+        given = fast(
+            [text for text, _ in batch],
+            truncation=True,
+            max_length=64,
+            padding=True,
+            return_tensors="pt",
+        )
         labels = torch.tensor([names.index(label) for _, label in batch])
         optimizer.zero_grad()
         model(**given, labels=labels).loss.backward()
@@ -238,7 +245,7 @@ def walk(request: pytest.FixtureRequest, tmp_path: Path) -> Walk:
     folder.mkdir()
     write_table(folder / "texts.csv", draw_texts(3, 500))
     if request.param == "tiny":
-        model = make_model(folder / "texts.csv", tmp_path / "tiny")
+        model = make_model(tmp_path / "tiny")
     else:
         assets: Path = request.getfixturevalue("assets")
         model = assets / "models" / request.param
