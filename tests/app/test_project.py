@@ -1,5 +1,6 @@
 """What the project's files say of it more than once."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from slora_flwr import __version__
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DEPENDENCIES: list[str] = PROJECT["dependencies"]
 
 
 def read(path: str) -> Any:
@@ -32,6 +34,18 @@ def test_the_python_versions_that_are_claimed_are_tried() -> None:
     ] == versions
     after = f"3.{int(versions[-1].split('.')[1]) + 1}"
     assert PROJECT["requires-python"] == f">={versions[0]},<{after}"
+
+
+def test_the_installation_page_has_the_ranges_of_versions() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    rows = re.findall(r"^\| `?([\w[\]]+)`? \| `(.+?)` \|", page, re.M)
+    claimed = dict(re.findall(r"^(.+?)([<>].*)", text)[0] for text in DEPENDENCIES)
+    assert dict(rows) == {"Python": PROJECT["requires-python"]} | {
+        name: claimed[name] for name, _ in rows[1:]
+    }
+    # With another bound, pip would replace the build for CPUs by the one with CUDA.
+    at_most = re.findall("<=.*", claimed["torch"])[0]
+    assert f'pip install "torch{at_most}" --index-url' in page
 
 
 def test_the_workflow_makes_the_readmes_checks() -> None:
