@@ -6,6 +6,8 @@ which transformers finds the checkpoint. None of it needs slora-flwr.
 
 from dataclasses import dataclass
 
+from slora_flwr.tasks.base import Task
+
 
 @dataclass(frozen=True)
 class Loading:
@@ -13,8 +15,8 @@ class Loading:
 
     Attributes
     ----------
-    code : str
-        Python that loads it.
+    template : str
+        Python that loads it, with `AUTO` in place of transformers' class.
     needs_base : bool
         True if the checkpoint is needed too.
     refused : str
@@ -22,15 +24,22 @@ class Loading:
         `because`; empty if they load it.
     """
 
-    code: str
+    template: str
     needs_base: bool = False
     refused: str = ""
 
+    def code(self, task: Task) -> str:
+        """Return Python that loads it for a task."""
+        base = _CLASSIFIER if task.has_classes else _LANGUAGE_MODEL
+        return self.template.replace(_BASE, base).replace("AUTO", task.auto_class)
 
-_BASE = """\
+
+_BASE = "BASE\n"
+_LANGUAGE_MODEL = "model = AUTO.from_pretrained(**base)\n"
+_CLASSIFIER = """\
 with open(f"{folder}/classes.json") as file:
     classes = json.load(file)
-model = AutoModelForSequenceClassification.from_pretrained(
+model = AUTO.from_pretrained(
     **base,
     num_labels=len(classes),
     id2label=dict(enumerate(classes)),
@@ -40,10 +49,10 @@ model = AutoModelForSequenceClassification.from_pretrained(
 """
 
 WHOLE = Loading("""\
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AUTO, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_pretrained(folder)
+model = AUTO.from_pretrained(folder)
 """)
 
 ADAPTER = Loading(
@@ -51,7 +60,7 @@ ADAPTER = Loading(
 import json
 
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AUTO, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 {_BASE}\
@@ -69,7 +78,7 @@ import json
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AUTO, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 {_BASE}\
@@ -103,13 +112,13 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
+    AUTO,
     AutoTokenizer,
 )
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 config = AutoConfig.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_config(config)
+model = AUTO.from_config(config)
 model.load_state_dict(load_file(f"{folder}/without_bottlenecks.safetensors"))
 values = load_file(f"{folder}/bottlenecks.safetensors")
 

@@ -14,8 +14,9 @@ def export_model(folder: Path, backbone: Backbone, classes: list[str]) -> None:
     """Write the whole model with its present weights, in transformers' format."""
     folder.mkdir(parents=True, exist_ok=True)
     config = backbone.model.config
-    config.id2label = dict(enumerate(classes))
-    config.label2id = {name: i for i, name in enumerate(classes)}
+    if classes:
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: i for i, name in enumerate(classes)}
     state = checkpoint_state(backbone.model)
     backbone.model.save_pretrained(str(folder), state_dict=state)
 
@@ -28,7 +29,12 @@ def export_classes(folder: Path, classes: list[str]) -> None:
 
 
 def read_classes(folder: Path) -> list[str]:
-    """Return the label names of an export, in the order of class ids."""
+    """Return the label names of an export, in the order of class ids; none without.
+
+    A language model has none.
+    """
+    if not (folder / CLASSES_FILE).exists():
+        return []
     return [*map(str, json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8")))]
 
 

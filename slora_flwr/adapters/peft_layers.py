@@ -57,8 +57,8 @@ def write_peft(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = copy(config)
-    config.task_type = TaskType.SEQ_CLS
-    config.modules_to_save = _head_modules(backbone)  # type: ignore[attr-defined]
+    config.task_type = TaskType(backbone.task.peft_type)
+    config.modules_to_save = _head_modules(backbone) or None  # type: ignore[attr-defined]
     with torch.no_grad():
         for name, parameter in backbone.head.items():
             parameter.copy_(head[name])

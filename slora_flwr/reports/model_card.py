@@ -13,6 +13,7 @@ from slora_flwr.common.text import printable
 from slora_flwr.config import RunConfig
 from slora_flwr.config.methods import list_methods
 from slora_flwr.reports.closing_table import tell_figures, tell_guarantee
+from slora_flwr.tasks.base import Task
 
 _TEMPLATE = """\
 ---
@@ -20,7 +21,7 @@ _TEMPLATE = """\
 base_model: {{ card.base | tojson }}
 {% endif %}
 library_name: {{ card.library }}
-pipeline_tag: text-classification
+pipeline_tag: {{ card.task.pipeline }}
 tags:
 - federated-learning
 - slora-flwr
@@ -29,7 +30,7 @@ tags:
 
 # {{ card.base }}, fine-tuned by {{ card.config.method }}
 
-A classifier of texts with {{ card.classes }} classes, which `classes.json` names.
+{{ card.task.describe(card.classes) }}
 It was trained by federated learning with
 [slora-flwr](https://github.com/slora-flwr/slora-flwr), and loads without it.
 
@@ -57,27 +58,12 @@ base = {
 {% endfor %}
 }
 {% endif %}
-{{ card.loading.code }}```
+{{ card.loading.code(card.task) }}```
 
 It answers so:
 
 ```python
-import torch
-
-model.eval()
-texts = ["A text to classify."]
-given = tokenizer(
-    texts,
-    truncation=True,
-    max_length={{ card.config.data.max_length }},
-    padding=True,
-    return_token_type_ids=False,
-    return_tensors="pt",
-)
-with torch.no_grad():
-    found = model(**given).logits.argmax(-1).tolist()
-print([model.config.id2label[label] for label in found])
-```
+{{ card.usage }}```
 
 ## The run
 
@@ -109,6 +95,10 @@ class ModelCard:
         The checkpoint: a Hub id, or `./NAME` for a folder.
     digest : str
         BLAKE2b of the checkpoint's weights.
+    task : Task
+        What it is for.
+    usage : str
+        Python that has it answer.
     classes : int
         Number of classes.
     which : str
@@ -128,6 +118,8 @@ class ModelCard:
     config: RunConfig
     base: str
     digest: str
+    task: Task
+    usage: str
     classes: int
     which: str
     number: int

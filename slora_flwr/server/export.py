@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from slora_flwr.adapters.loading import Loading
 from slora_flwr.adapters.model_files import (
-    CLASSES_FILE,
     export_classes,
     export_tokenizer,
     read_classes,
@@ -25,10 +24,12 @@ from slora_flwr.runs.events import METRICS
 from slora_flwr.runs.reader import RecordedRun, read_run
 from slora_flwr.runs.release import Release
 from slora_flwr.server.phase import ActivePhase
+from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.process_data import ProcessData
 from slora_flwr.training.trainer import Trainer
 
+_TOKENIZER_FILE = "tokenizer.json"
 # The states of a run that can be exported, and where their bases are if they have any.
 BASES = {
     "last": ("base",),
@@ -59,7 +60,7 @@ def export(
         sizes = [summary[f"payload_bytes_{direction}"] for direction in ("down", "up")]
         privacy = summary.get("privacy", {})
         found = _Exported(which, summary["rounds"], loading, summary, sizes, privacy)
-        _complete(folder, trainer.config, model, classes, found)
+        _complete(folder, trainer.config, trainer.data, model, classes, found)
 
 
 def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
@@ -103,7 +104,7 @@ def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
     found = _Exported(
         kept.which, kept.number, loading, kept.figures, kept.payload, kept.privacy
     )
-    _complete(to, kept.config, model, kept.classes, found)
+    _complete(to, kept.config, kept.data, model, kept.classes, found)
     return to
 
 
@@ -200,17 +201,22 @@ class _Exported:
 def _complete(
     folder: Path,
     config: RunConfig,
+    data: ProcessData,
     model: AttachedModel,
     classes: list[str],
     found: _Exported,
 ) -> None:
     """Add to an export what is not the adapter's: labels, tokeniser, model card."""
-    export_classes(folder, classes)
+    if classes:
+        export_classes(folder, classes)
+    usage = find_task(config).usage(data.encoder)
     export_tokenizer(folder, model.backbone.tokenizer)
     card = ModelCard(
         config=config,
         base=public_name(config.model.name),
         digest=model.backbone.digest,
+        task=find_task(config),
+        usage=usage,
         classes=len(classes),
         **vars(found),
     )
@@ -230,10 +236,10 @@ def own_export(run: Path) -> Path:
     ConfigError
         If there is none.
     """
-    for path in sorted(run.glob(f"*/{CLASSES_FILE}")):
+    for path in sorted(run.glob(f"*/{_TOKENIZER_FILE}")):
         return path.parent
     raise ConfigError(
-        f"{run} holds no {CLASSES_FILE}, which a run writes with its export as it "
+        f"{run} holds no {_TOKENIZER_FILE}, which a run writes with its export as it "
         "ends; allowed: a run that has it"
     )
 

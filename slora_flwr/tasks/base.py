@@ -86,6 +86,10 @@ class Task(ABC):
 
     Attributes
     ----------
+    auto_class, pipeline : str
+        transformers' names for its models.
+    peft_type : str
+        PEFT's name for it, a `peft.TaskType`.
     metrics : tuple[str, ...]
         The metrics of a state, as in summary.json.
     references : tuple[str, ...]
@@ -96,6 +100,9 @@ class Task(ABC):
         Whether each text has one of some labels. Otherwise texts are dialogues.
     """
 
+    auto_class: ClassVar[str]
+    peft_type: ClassVar[str]
+    pipeline: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
     references: ClassVar[tuple[str, ...]] = ()
     goal: ClassVar[str]
@@ -163,6 +170,20 @@ class Task(ABC):
             The label names.
         texts : Sequence[str]
             The texts, or prompts.
+        """
+
+    @abstractmethod
+    def describe(self, classes: int) -> str:
+        """Return what a model of the task is, as a sentence for its card."""
+
+    @abstractmethod
+    def usage(self, encoder: Any) -> str:
+        """Return Python that has `model` answer, with stock transformers.
+
+        Parameters
+        ----------
+        encoder : Encoder
+            The task's own, of the model's tokenizer.
         """
 
     @abstractmethod

@@ -1,5 +1,6 @@
 """Causal language modelling: responses to prompts, token by token."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,22 @@ from slora_flwr.tasks.template import DialogueEncoder, Template
 _MOST_LOGITS = 2**24
 # The most tokens of a response.
 MOST_TOKENS = 256
+
+
+_USAGE = """\
+import torch
+
+model.eval()
+# The text around the prompt is the one of the training.
+asked = ASKED
+given = tokenizer(
+    asked, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt"
+)
+with torch.no_grad():
+    said = model.generate(**given, max_new_tokens=64, do_sample=False)
+start = given["input_ids"].shape[1]
+print(tokenizer.decode(said[0, start:], skip_special_tokens=True))
+"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,9 @@ class Response(Answer):
 class CausalLM(Task):
     """Give each prompt its response, by the pretrained language model itself."""
 
+    auto_class = "AutoModelForCausalLM"
+    peft_type = "CAUSAL_LM"
+    pipeline = "text-generation"
     metrics = ("perplexity", "accuracy", "loss")
     goal = "loss"
     has_classes = False
@@ -141,6 +161,15 @@ class CausalLM(Task):
         responses = generate(model, encoder.tokenizer, prompts, MOST_TOKENS)
         for text, response in zip(texts, responses, strict=True):
             yield Response(text, response)
+
+    def describe(self, classes: int) -> str:
+        """Return what a model of the task is, as a sentence for its card."""
+        return "A language model that responds to prompts."
+
+    def usage(self, encoder: DialogueEncoder) -> str:
+        """Return Python that has `model` answer, with stock transformers."""
+        asked = encoder.template.prompt(ask(["What is it?"]))
+        return _USAGE.replace("ASKED", json.dumps(asked, ensure_ascii=False))
 
     def read(
         self, loss: float, counts: Mapping[str, Any], classes: int

@@ -18,6 +18,24 @@ from slora_flwr.data.texts import Texts, in_one_array
 from slora_flwr.runs.events import ClassRecord
 from slora_flwr.tasks.base import Answer, Evaluation, Task
 
+_USAGE = """\
+import torch
+
+model.eval()
+texts = ["A text to classify."]
+given = tokenizer(
+    texts,
+    truncation=True,
+    max_length=LENGTH,
+    padding=True,
+    return_token_type_ids=False,
+    return_tensors="pt",
+)
+with torch.no_grad():
+    found = model(**given).logits.argmax(-1).tolist()
+print([model.config.id2label[label] for label in found])
+"""
+
 
 @dataclass(frozen=True)
 class ClassifierEvaluation(Evaluation):
@@ -141,6 +159,9 @@ class Prediction(Answer):
 class Classification(Task):
     """Give each text one of some labels, by a head on the pretrained model."""
 
+    auto_class = "AutoModelForSequenceClassification"
+    peft_type = "SEQ_CLS"
+    pipeline = "text-classification"
     metrics = ("accuracy", "macro_f1", "loss")
     references = ("majority_accuracy",)
     goal = "accuracy"
@@ -199,6 +220,16 @@ class Classification(Task):
         for text, row in zip(texts, found, strict=True):
             probabilities = dict(zip(classes, map(float, row), strict=True))
             yield Prediction(text, classes[int(row.argmax())], probabilities)
+
+    def describe(self, classes: int) -> str:
+        """Return what a model of the task is, as a sentence for its card."""
+        return (
+            f"A classifier of texts with {classes} classes, which `classes.json` names."
+        )
+
+    def usage(self, encoder: TextEncoder) -> str:
+        """Return Python that has `model` answer, with stock transformers."""
+        return _USAGE.replace("LENGTH", str(encoder.max_length))
 
     def read(
         self, loss: float, counts: Mapping[str, Any], classes: int
