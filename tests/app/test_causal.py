@@ -69,7 +69,7 @@ def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(model: Path, dialogues: Path, directory: Path, **changes: Any) -> Config:
-    return {
+    config: Config = {
         "task": "causal-lm",
         "rounds": 3,
         "model.name": str(model),
@@ -86,7 +86,8 @@ def make(model: Path, dialogues: Path, directory: Path, **changes: Any) -> Confi
         "sparse.density": 0.05,
         "lora.rank": 4,
         "run.dir": str(directory),
-    } | changes
+    }
+    return config | changes
 
 
 @pytest.fixture(scope="module")
