@@ -51,6 +51,11 @@ def shorten(values: Collection[T], most: int = 20) -> list[T | str]:
     return [*shown, f"… and {more} more"] if more else shown
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun; `plural`, if not with s, unless it is 1."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def clean_label(text: str) -> str:
     """Return a label as it is compared: composed, without what a reader cannot see.
 

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from slora_flwr.aggregation.mean import FoldError, Mean
 from slora_flwr.common.random import sample_cohort
 from slora_flwr.common.tensors import State
-from slora_flwr.common.text import shorten
+from slora_flwr.common.text import counted, shorten
 from slora_flwr.runs.events import ClientRecord, RecordedRound
 from slora_flwr.runs.ledger import Entry
 from slora_flwr.server.collect import collect, is_gone
@@ -250,7 +250,7 @@ class Round:
             self.failure = "had updates far beyond the others"
             return False
         if done < wanted:
-            self.failure = f"got {done} good replies"
+            self.failure = f"got {counted(done, 'good reply', 'good replies')}"
             return False
         try:
             if privacy is not None:
@@ -424,5 +424,6 @@ class Round:
 def _check_examples(figures: Evaluation, most: int) -> None:
     if figures.examples > most:
         raise MessageError(
-            f"it evaluates on {figures.examples} examples, and holds out {most}"
+            f"it evaluates on {counted(figures.examples, 'example')}, and holds "
+            f"out {most}"
         )

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 
 from slora_flwr.common.memory import return_freed
 from slora_flwr.common.tensors import State
+from slora_flwr.common.text import counted
 from slora_flwr.config import flatten
 from slora_flwr.planning.rounds import plan_rounds
 from slora_flwr.reports.progress import progress_line
@@ -228,11 +229,11 @@ class PhasedStrategy:
             recipe = phase.recipe
             log(
                 INFO,
-                "%s: %d rounds of %d clients, %d epoch(s) of %s at lr %g, batch %d",
+                "%s: %s of %s, %s of %s at lr %g, batch %d",
                 phase.adapter,
-                phase.rounds,
-                self._config.clients.per_round,
-                recipe.epochs,
+                counted(phase.rounds, "round"),
+                counted(self._config.clients.per_round, "client"),
+                counted(recipe.epochs, "epoch"),
                 recipe.optimizer,
                 recipe.lr,
                 recipe.batch_size,

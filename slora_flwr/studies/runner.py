@@ -30,8 +30,10 @@ from typing import Any, BinaryIO
 import tomli_w
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from slora_flwr.common.files import write_atomically
+from slora_flwr.common.text import counted
 from slora_flwr.config import ConfigError, parse
 from slora_flwr.config.identity import code_identity
 from slora_flwr.config.methods import find_adapter
@@ -141,8 +143,8 @@ class Runner:
         self._seconds: dict[str, list[float]] = {}
         self._done: set[Path] = set()
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            TextColumn("{task.description}", table_column=Column(overflow="fold")),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}"),
             console=self.console,
@@ -174,8 +176,8 @@ class Runner:
         if isinstance(error, KeyboardInterrupt):
             left = self._all - len(self._done)
             raise KeyboardInterrupt(
-                f"{left} of {self._all} runs are left. The same command goes on with "
-                "them, from their last checkpoints."
+                f"{left} of {counted(self._all, 'run is', 'runs are')} left. The same "
+                "command goes on with what is left, from the last checkpoints."
             ) from error
 
     def _executor(self, slot: int) -> Executor:

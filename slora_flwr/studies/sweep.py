@@ -13,6 +13,7 @@ from rich.table import Table
 
 from slora_flwr.common.text import csv_cell
 from slora_flwr.config import ConfigError, Value, flatten, parse
+from slora_flwr.reports.narrow_tables import print_table
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.runs.roster import write_roster
 from slora_flwr.studies.runner import Runner, StudyRun
@@ -124,7 +125,8 @@ def sweep(
         varied = varying(configs.values())
         rows = [_row(run, varied) for run in finished]
         write_rows(folder / "runs.csv", rows)
-        runner.console.print(_table(rows, [key for key in varied if key in keys]))
+        shown = [key for key in varied if key in keys and key != "seed"]
+        print_table(runner.console, _table(rows, shown), len(shown))
         say(folder / "runs.csv")
     return runner.failed
 
@@ -209,7 +211,6 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _table(rows: list[dict[str, Any]], keys: list[str]) -> Table:
     """Return a table of means and standard deviations over seeds."""
-    keys = [key for key in keys if key != "seed"]
     table = Table()
     for key in keys:
         table.add_column(_last(key))

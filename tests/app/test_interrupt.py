@@ -164,8 +164,8 @@ def test_an_interrupted_sweep_says_how_it_goes_on_and_does(
         assert process.returncode == 130, told
         assert "Traceback" not in told
         assert (
-            "Interrupted. 1 of 1 runs are left. The same command goes on with them, "
-            "from their last checkpoints.\n" in told
+            "Interrupted. 1 of 1 run is left. The same command goes on with what is "
+            "left, from the last checkpoints.\n" in told
         )
 
 
