@@ -22,6 +22,7 @@ from slora_flwr.config.identity import code_identity
 from slora_flwr.reports.chance import foresee
 from slora_flwr.reports.closing_table import closing_table
 from slora_flwr.reports.narrow_tables import print_table
+from slora_flwr.reports.progress import CohortProgress
 from slora_flwr.runs.checkpoint import check_identity, find_checkpoint
 from slora_flwr.runs.directory import RunDirectory, how_to_resume, in_use
 from slora_flwr.runs.events import EVENTS, INTERRUPTED, Resumed, Stopped
@@ -45,6 +46,7 @@ def run(
     generator: np.random.Generator | None = None,
     share: Callable[[AttachedModel], None] | None = None,
     engine: str = "flwr",
+    progress: CohortProgress | None = None,
 ) -> dict[str, Any]:
     """Run a method as its config says.
 
@@ -62,6 +64,8 @@ def run(
         Gives the server's model to nodes that live in this process.
     engine : str
         What made the grid, as in `RecordedEngine`, for resolved.toml.
+    progress : CohortProgress or None
+        As in `PhasedStrategy`.
 
     Returns
     -------
@@ -81,7 +85,9 @@ def run(
     config = parse(run_config)
     with ExitStack() as held:
         checkpoint = _claim(config, held) if config.run.resume else None
-        return _run(grid, config, run_id, generator, share, engine, checkpoint, held)
+        return _run(
+            grid, config, run_id, generator, share, engine, progress, checkpoint, held
+        )
 
 
 def _claim(config: RunConfig, held: ExitStack) -> Snapshot:
@@ -106,6 +112,7 @@ def _run(
     generator: np.random.Generator | None,
     share: Callable[[AttachedModel], None] | None,
     engine: str,
+    progress: CohortProgress | None,
     checkpoint: Snapshot | None,
     held: ExitStack,
 ) -> dict[str, Any]:
@@ -153,7 +160,9 @@ def _run(
         if checkpoint is None:
             made_by = {"name": engine, "nodes": len(list(grid.get_node_ids()))}
             directory.release.write_resolved(config, resolved, made_by)
-        strategy = PhasedStrategy(trainer, directory, fleet, checkpoint, privacy)
+        strategy = PhasedStrategy(
+            trainer, directory, fleet, checkpoint, privacy, progress
+        )
         strategy.run(grid)
     except Exception as error:
         with suppress(RunDirectoryError):  # which may be the error itself

@@ -32,7 +32,7 @@ from slora_flwr.studies.study import (
 # whether the table shows the spread over seeds.
 FIGURES = {
     "accuracy": ("accuracy", ".1%", True),
-    "accuracy_last_5": ("mean of last 5", ".1%", True),
+    "accuracy_last_5": ("mean of\nlast 5", ".1%", True),
     "macro_f1": ("macro-F1", ".3f", True),
     "loss": ("loss", ".3f", True),
     "payload_mb_up": ("MB up", ".1f", False),
