@@ -56,6 +56,11 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
+def default_name(number: object) -> str:
+    """Return the name of a node that has none, from its number or its id."""
+    return f"node {number}"
+
+
 def clean_label(text: str) -> str:
     """Return a label as it is compared: composed, without what a reader cannot see.
 

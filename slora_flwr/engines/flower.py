@@ -70,9 +70,7 @@ def run_flower(
         )
     run_id = _start(folder, values, nodes)
     try:
-        typer.echo(
-            f"Run {run_id} has started; its log: `flwr log {run_id}`"
-        )
+        typer.echo(f"Run {run_id} has started; its log: `flwr log {run_id}`")
         status = _follow(run_id, verbose)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(_interrupt(run_id, values, may_go_on)) from error

@@ -1,4 +1,4 @@
-"""Lines that Flower and Ray print at a run's start, and that no user can act on."""
+"""Lines that Flower prints around a run, and that no user can act on."""
 
 import re
 
@@ -20,12 +20,17 @@ _KNOWN = (
     r"uv sync took \d\.\d+ seconds\.",
     r"No additional application dependencies needed installation\.",
     r"App dependencies installed successfully via uv sync\.",
+    r"Manually terminating ClientAppActor",  # at the end of each simulation
 )
 # Flower's last word is a level and nothing else.
-_LINES = re.compile(rf"(?:(?:INFO|WARNING) *:)?\s*(?:{'|'.join(_KNOWN)})|INFO *:\s*")
+_LINES = re.compile(
+    r"(?:\(ClientAppActor pid=\d+\) )?(?:(?:INFO|WARNING) *:)?\s*"
+    rf"(?:{'|'.join(_KNOWN)})|INFO *:\s*"
+)
+# What Ray tells whoever calls it without `num_gpus`, as Flower does.
 RAY_TIP = r"Tip: In future versions of Ray, Ray will no longer override accelerator"
 
 
 def is_noise(line: str) -> bool:
-    """Return whether a line without colours is one of those."""
+    """Return whether a line, without colours, is one that no user can act on."""
     return _LINES.fullmatch(line.rstrip()) is not None

@@ -13,7 +13,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from slora_flwr.common.protocol import installed_version
-from slora_flwr.common.text import counted, printable
+from slora_flwr.common.text import counted, default_name, printable
 from slora_flwr.runs.events import Event, NodeLeftOut, NodeVersion
 from slora_flwr.server.collect import (
     LAST_POLL_SECONDS,
@@ -118,7 +118,7 @@ class Fleet:
 
     def name(self, node: int) -> str:
         """Return a node's name for logs."""
-        return f"node {node}"
+        return default_name(node)
 
     def gather(
         self,

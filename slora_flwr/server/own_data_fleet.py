@@ -11,7 +11,14 @@ from flwr.common.logger import log
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from slora_flwr.common.text import clean_label, counted, lookalikes, printable, shorten
+from slora_flwr.common.text import (
+    clean_label,
+    counted,
+    default_name,
+    lookalikes,
+    printable,
+    shorten,
+)
 from slora_flwr.data.node_files import LONGEST_LABEL, MOST_LABELS
 from slora_flwr.runs.events import NodeJoined
 from slora_flwr.server.fleet import MOST_EXAMPLES, Fleet, FleetError
@@ -163,9 +170,17 @@ class OwnDataFleet(Fleet):
         self._numbers = {client: Owner(**owner) for client, owner in agreed["numbers"]}
 
     def name(self, node: int) -> str:
-        """Return the name under which a node is registered, or its own, and its id."""
+        """Return the name under which a node is registered, or its own, and its id.
+
+        A node that is named by its client's number, and has that client, needs no id.
+        """
         found = self._described.get(node)
-        return f"{found.name} (node {node})" if found else super().name(node)
+        if found is None or found.name == super().name(node):
+            return super().name(node)
+        if found.client is None or found.name != default_name(found.client):
+            return f"{found.name} (node {node})"
+        hosted = self._hosted.get(node, ())
+        return found.name if found.client in hosted else f"{found.name} (id {node})"
 
     def _admit(
         self, node: int, described: Mapping[str, Any], metrics: Mapping[str, Any]

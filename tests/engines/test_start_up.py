@@ -28,6 +28,7 @@ Successfully installed slora-flwr to /home/a/.flwr/apps/slora-flwr.0.1.0.958f3c1
 \x1b[92mINFO \x1b[0m:      No additional application dependencies needed installation.
 \x1b[92mINFO \x1b[0m:      App dependencies installed successfully via uv sync.
 \x1b[92mINFO \x1b[0m:      \x20
+(ClientAppActor pid=23504) \x1b[93mWARNING \x1b[0m:   Manually terminating ClientAppActor
 """.splitlines(keepends=True)  # noqa: E501
 SHOWN = [
     # What a user can act on, or what is not known.
@@ -38,6 +39,7 @@ SHOWN = [
     "\x1b[92mINFO \x1b[0m:      Starting Flower Simulation failed\n",
     "Traceback (most recent call last):\n",
     '  File "a.py", line 1\n',
+    "(ClientAppActor pid=23504) \x1b[93mWARNING \x1b[0m:   no space left\n",
     "\n",
     "RuntimeError: \x1b[1mno\x1b[0m\n",
     "\x1b[92mINFO \x1b[0m:      round 1/2 sparse: 1 of 2 clients answered after 0:10\n",
