@@ -113,11 +113,16 @@ def test_a_simulated_node_opens_the_files_that_a_run_names(
     written = " ".join(f"{key}={value}" for key, value in given.items())
     done = slora(flower, "--nodes", "2", "-c", written)
     assert done.returncode == 0, done.stdout + done.stderr
-    ours = ("slora-flwr ", "2 ", "node ", "lora", "round 1/1 ", "run directory ")
     first, *lines = done.stdout.splitlines()
     assert first.startswith("Run ")
     for line in lines[: lines.index(next(x for x in lines if x.startswith("┏")))]:
-        assert line.removeprefix("INFO :      ").startswith(ours), done.stdout
+        # Ours, and nothing of Flower's or Ray's start.
+        told = line.removeprefix("INFO :      ").removeprefix("WARNING :   ")
+        assert told.startswith(
+            ("slora-flwr ", "model.name is embedded", "3 labels agreed", "node ")
+            + ("2 nodes host 2 clients", "lora: ", "round 1/1 ")
+        ), done.stdout
+    assert "ClientAppActor" not in done.stdout
     for node in range(2):
         assert f"INFO :      node {node} is client {node}: 40 examples" in done.stdout
     assert not done.stderr
