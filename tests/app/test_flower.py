@@ -41,6 +41,11 @@ CODED: dict[str, Any] = {
 }
 
 
+# How the lines begin that the app logs in a run of a round on nodes' data.
+OURS = ("slora-flwr ", "model.name is embedded", "3 labels agreed", "node ")
+OURS += ("2 nodes host 2 clients", "lora: ", "round 1/1 ")
+
+
 @pytest.fixture(scope="module")
 def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Return an environment with its own SuperLink, and end what was started in it."""
@@ -118,10 +123,7 @@ def test_a_simulated_node_opens_the_files_that_a_run_names(
     for line in lines[: lines.index(next(x for x in lines if x.startswith("┏")))]:
         # Ours, and nothing of Flower's or Ray's start.
         told = line.removeprefix("INFO :      ").removeprefix("WARNING :   ")
-        assert told.startswith(
-            ("slora-flwr ", "model.name is embedded", "3 labels agreed", "node ")
-            + ("2 nodes host 2 clients", "lora: ", "round 1/1 ")
-        ), done.stdout
+        assert told.startswith(OURS), done.stdout
     assert "ClientAppActor" not in done.stdout
     for node in range(2):
         assert f"INFO :      node {node} is client {node}: 40 examples" in done.stdout
