@@ -42,8 +42,15 @@ CODED: dict[str, Any] = {
 
 
 # How the lines begin that the app logs in a run of a round on nodes' data.
-OURS = ("slora-flwr ", "model.name is embedded", "3 labels agreed", "node ")
-OURS += ("2 nodes host 2 clients", "lora: ", "round 1/1 ")
+OURS = (
+    "slora-flwr ",
+    "model.name is embedded",
+    "3 labels agreed",
+    "node ",
+    "2 nodes host 2 clients",
+    "lora: ",
+    "round 1/1 ",
+)
 
 
 @pytest.fixture(scope="module")
