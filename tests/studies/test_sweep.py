@@ -26,6 +26,7 @@ from slora_flwr.cli import app
 from slora_flwr.config import ConfigError
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.runs.reader import is_run
+from slora_flwr.runs.roster import ROSTER
 from slora_flwr.server.run import run
 from slora_flwr.studies import sweep as sweeping
 from slora_flwr.studies.runner import Runner
@@ -500,6 +501,8 @@ def test_runs_of_an_edited_study_are_kept_apart(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(swept.folder, tmp_path / "few")
+    # Another study may have been swept there too, which has all of the runs.
+    (folder / ROSTER).unlink()
     study = swept.study | {"grid": {"method": "lora", "seed": [1]}}
     del study["also"]
     status, output = invoke(write_study(tmp_path / "few.toml", study), "--out", folder)
