@@ -24,10 +24,10 @@ def runs(
     from rich.console import Console
 
     from slora_flwr.reports.runs_table import runs_table
-    from slora_flwr.runs.reader import find_runs, list_runs
+    from slora_flwr.runs.reader import list_runs
 
     with ending_cleanly():
-        found = find_runs(folders) if folders else list_runs()
+        found = list_runs(folders or ())
         if found:
             Console().print(runs_table(found))
         else:

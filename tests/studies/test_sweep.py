@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import psutil
 import pytest
 import tomli_w
+from rich.console import Console
 from typer.testing import CliRunner
 
 from slora_flwr.cli import app
@@ -521,6 +522,14 @@ def test_the_table_is_over_seeds() -> None:
     assert sweeping._mean([0.1, 0.3], ".1%", False) == "20.0%"
     assert sweeping._mean([0.1], ".3f", True) == "0.100"
     assert sweeping._mean([None], ".3f", True) == "-"
+
+
+def test_the_tables_values_are_no_markup() -> None:
+    row = dict.fromkeys(sweeping.FIGURES, 0.5) | {"data.name": "/x[/e]"}
+    console = Console(width=140)
+    with console.capture() as printed:
+        console.print(sweeping._table([row], ["data.name"]))
+    assert "/x[/e]" in printed.get()
 
 
 def test_a_process_that_dies_fails_its_run_alone(base: Config, tmp_path: Path) -> None:
