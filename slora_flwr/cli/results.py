@@ -45,7 +45,7 @@ def export(
     from slora_flwr.runs.reader import find_run
 
     with ending_cleanly(OSError):
-        path = find_run(run).absolute()
+        path = find_run(run).resolve()
         name = f"{path.name}-{which}" + ("-merged" if merge else "")
         to = Path(name) if to is None else expand(to)
         from slora_flwr.server.export import export_run

@@ -1,5 +1,6 @@
 """Exports of a run's states, with labels, tokeniser and model card."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone, public_name
 from slora_flwr.common.tensors import State
 from slora_flwr.common.text import printable
-from slora_flwr.config import ConfigError, RunConfig, parse
+from slora_flwr.config import ConfigError, RunConfig, parse, refuse
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.reports.model_card import ModelCard
 from slora_flwr.runs.events import METRICS
@@ -97,16 +98,20 @@ def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
     kept = KeptState.read(run, which)
     adapter, model = kept.model.adapter, kept.model
     write = adapter.merge if merge else adapter.export
-    to.mkdir(parents=True, exist_ok=True)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        allowed = f"a folder that can be made and written ({error.strerror})"
+        raise refuse("to", str(to), allowed) from error
     try:
         loading = write(to, kept.state, kept.base, kept.classes, model.detach)
-    except ConfigError:
-        to.rmdir()
+        found = _Exported(
+            kept.which, kept.number, loading, kept.figures, kept.payload, kept.privacy
+        )
+        _complete(to, kept.config, model, kept.classes, found)
+    except BaseException:  # Nobody is to take half an export for a whole one.
+        shutil.rmtree(to, ignore_errors=True)
         raise
-    found = _Exported(
-        kept.which, kept.number, loading, kept.figures, kept.payload, kept.privacy
-    )
-    _complete(to, kept.config, model, kept.classes, found)
     return to
 
 

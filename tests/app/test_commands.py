@@ -418,6 +418,22 @@ def test_what_cannot_be_predicted_is_refused(
         assert done.stderr.count("\n") == 1
 
 
+def test_a_reader_may_stop(finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("w5 w6\n" * 9)
+    command = [sys.executable, "-c", "from slora_flwr.cli import app; app()"]
+    with subprocess.Popen(
+        [*command, "predict", str(finished), "--file", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert "Error" not in process.stderr.read()
+
+
 @pytest.mark.parametrize("which", ["last", "best", "averaged"])
 def test_a_merged_export_predicts_what_the_run_does(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
@@ -442,6 +458,12 @@ def test_an_export_goes_to_a_folder_named_like_its_run(
     assert slora("export", finished, "--which", "last").exit_code == 0
     [folder] = tmp_path.iterdir()
     assert folder.name == "20260101-slora-7-last"
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    above = finished / "checkpoints" / ".."
+    assert slora("export", above, "--which", "last").exit_code == 0
+    assert (tmp_path / "below" / folder.name).is_dir()
+    monkeypatch.chdir(tmp_path)
     again = slora("export", finished, "--which", "last")
     assert again.exit_code == 2
     assert "allowed: a new or empty folder" in again.stderr

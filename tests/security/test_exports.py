@@ -225,6 +225,9 @@ def test_what_cannot_be_exported_is_said(
         export_run(run, "first", False, to)
     with pytest.raises(ConfigError, match="allowed: a new or empty folder"):
         export_run(run, "last", False, run)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="allowed: a folder that can be made"):
+        export_run(run, "last", False, tmp_path / "file" / "to")
     (run / "checkpoints" / "best-base.safetensors").unlink()
     with pytest.raises(ConfigError, match="does not keep the base of its best state"):
         export_run(run, "best", False, to)
@@ -241,6 +244,18 @@ def test_what_cannot_be_exported_is_said(
     with pytest.raises(ConfigError, match="has not ended"):
         export_run(run, "last", False, to)
     assert not to.exists()
+
+
+def test_a_failing_export_leaves_nothing(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("slora_flwr.server.export.export_tokenizer", fail)
+    with pytest.raises(OSError, match="no space left"):
+        export_run(directories["lora"], "last", False, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
 
 
 CLASSES_JSON = "adapter/classes.json"
