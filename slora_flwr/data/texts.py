@@ -23,6 +23,7 @@ from slora_flwr.common.files import (
     write_atomically,
 )
 from slora_flwr.common.text import (
+    is_unicode,
     lookalikes,
     printable,
     redact,
@@ -426,6 +427,11 @@ def _check_columns(table: Table, wanted: Iterable[tuple[str, str]]) -> None:
                 raise ConfigError(
                     f"{key} names {name!r}, which holds a {type(value).__name__} in "
                     f"row {number}; allowed: text or numbers"
+                )
+            if isinstance(value, str) and not is_unicode(value):
+                raise ConfigError(
+                    f"{key} names {name!r}, which holds {printable(repr(value))} in "
+                    f"row {number}; allowed: characters that UTF-8 has"
                 )
 
 

@@ -254,11 +254,13 @@ def _kept(run: Path, which: str) -> str:
     """Return the state that is meant, or raise ConfigError if it is not kept."""
     if which not in BASES:
         raise ConfigError(f"which is {which!r}; allowed: {', '.join(BASES)}")
-    if which == "averaged" and not _state_file(run, which).is_file():
-        which = "last"
-    if not _state_file(run, which).is_file():
-        raise ConfigError(f"{run} keeps no {which} state; allowed: a run that does")
-    return which
+    for kept in ("averaged", "last") if which == "averaged" else (which,):
+        if _state_file(run, kept).is_file():
+            return kept
+    raise ConfigError(
+        f"{run} keeps no {which} state; allowed: a run that does, such as one that was "
+        "evaluated, for the best, or of a sweep with --keep-states"
+    )
 
 
 def _state_file(run: Path, name: str) -> Path:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slora_flwr.common.files import expand
+from slora_flwr.common.text import is_unicode
 from slora_flwr.config import refuse
 from slora_flwr.data.texts import read_unlabelled, tokenise_unlabelled
 from slora_flwr.server.export import KeptState
@@ -48,7 +49,7 @@ def predict_texts(
     if file is not None:
         texts = [*texts, *read_unlabelled(config.data, expand(file))]
     for text in texts:
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise refuse("text", text, "characters that UTF-8 has")
     model.adapter.load(kept.state)
     examples = tokenise_unlabelled(config.data, model.backbone.tokenizer, texts)
@@ -57,12 +58,3 @@ def predict_texts(
         probabilities = dict(zip(kept.classes, map(float, row), strict=True))
         label = kept.classes[int(row.argmax())]
         yield Prediction(text, label, probabilities)
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether a text has no halves of characters, as of arguments not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -27,6 +27,7 @@ from slora_flwr.cli import app
 from slora_flwr.config import ConfigError
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.runs.reader import is_run
+from slora_flwr.server.export import read_state
 from slora_flwr.server.run import run
 from slora_flwr.studies import sweep as sweeping
 from slora_flwr.studies.runner import Runner
@@ -432,6 +433,9 @@ def test_states_are_not_kept(swept: Swept) -> None:
     kept = {path.name for path in swept.path("lora-lr0.01-seed0").iterdir()}
     tables = {"config.toml", "resolved.toml"}
     assert kept == tables | {"events.jsonl", "ledger.csv", "summary.json"}
+    told = "keeps no averaged state; allowed: .* of a sweep with --keep-states"
+    with pytest.raises(ConfigError, match=told):
+        read_state(swept.path("lora-lr0.01-seed0"), "averaged")
 
 
 def test_each_run_has_a_log_of_its_own(swept: Swept) -> None:
