@@ -25,10 +25,10 @@ def runs(
 
     from slora_flwr.reports.narrow_tables import print_table
     from slora_flwr.reports.runs_table import runs_table
-    from slora_flwr.runs.reader import find_runs, list_runs
+    from slora_flwr.runs.reader import list_runs
 
     with ending_cleanly():
-        found = find_runs(folders) if folders else list_runs()
+        found = list_runs(folders or ())
         if found:
             print_table(Console(), runs_table(found))
         else:

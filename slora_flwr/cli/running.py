@@ -74,13 +74,20 @@ def resume(
 
     with ending_cleanly():
         path = find_run(run)
-        had = read_run(path).engine
+        recorded = read_run(path)
+        had, given = recorded.engine, merge_arguments(run_config or [])
+        if recorded.state == "running":
+            raise refuse("RUN", path.name, "a run that no process is making")
+        if recorded.state == "finished" and not given:
+            allowed = "a run that has not finished; or -c run.resume with a checkpoint "
+            allowed += "of this one, to hold the rounds after it again"
+            raise refuse("RUN", path.name, allowed)
         if engine is None and had.name == "deployment":
             allowed = "for a run of nodes elsewhere: flwr run with run.resume (docs, "
             allowed += "Resuming), or here --engine, which simulates its nodes"
             raise refuse("RUN", path.name, allowed)
         values = read_file(path / "config.toml") | {"run.resume": str(path.absolute())}
-        values |= merge_arguments(run_config or [])
+        values |= given
         _start(
             values,
             engine or Engine(had.name),

@@ -44,6 +44,15 @@ def printable(text: object, most: int = 300) -> str:
     return "".join(shown) + more
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether UTF-8 has all characters: none is half of a pair of UTF-16's."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shorten(values: Collection[T], most: int = 20) -> list[T | str]:
     """Return the first values of many, and a text that says how many more there are."""
     shown: list[T | str] = list(islice(values, most))

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slora_flwr.common.files import expand
 from slora_flwr.common.text import clean_label, counted
 from slora_flwr.config import OWN_DATA, ConfigError, DataConfig
 from slora_flwr.data.shared_files import refuse_repeated
@@ -250,7 +251,7 @@ class OwnData:
             )
 
     def _files(self) -> list[Path]:
-        path = Path(self.path).expanduser()
+        path = expand(self.path)
         found = [path] if path.is_file() else []
         if path.is_dir():
             # A system's own files begin with a dot, such as those of macOS.

@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +149,14 @@ def _interrupt(
             f"Run {run_id} goes on: `flwr log {run_id} --stream` follows it, "
             f"`flwr stop {run_id}` stops it."
         )
+    # Until the run is stopped, further Ctrl-C would leave it running unsaid.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         _flwr("stop", run_id, "--format", "json")
     except FlowerError as error:
         return f"Run {run_id} could not be stopped: {error}"
+    finally:
+        signal.signal(signal.SIGINT, before)
     config = parse(values).run
     given = config.resumed if config.resume else config.dir or run_id
     try:
@@ -159,8 +165,9 @@ def _interrupt(
         return f"Run {run_id} is stopped."
     # Its process learns of it with its next heartbeat, after up to half a minute.
     until = time.monotonic() + _PATIENCE
-    while is_locked(path / EVENTS) and time.monotonic() < until:
-        time.sleep(0.2)
+    with suppress(KeyboardInterrupt):  # by one who will not wait for it
+        while is_locked(path / EVENTS) and time.monotonic() < until:
+            time.sleep(0.2)
     return f"Run {run_id} is stopped. {how_to_resume(path)}"
 
 

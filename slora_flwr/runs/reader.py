@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, StrictBool, StrictFloat, StrictStr
 
 from slora_flwr.common.facts import Count, Figure, check
-from slora_flwr.common.files import home, read_regular
+from slora_flwr.common.files import expand, home, read_regular
 from slora_flwr.common.text import default_name, printable, shorten
 from slora_flwr.config import RunConfig, Value, flatten
 from slora_flwr.config.arguments import flatten_tables
@@ -338,9 +338,22 @@ def find_run(given: str | None) -> Path:
     return begun[0]
 
 
-def list_runs() -> list[Path]:
-    """Return the run directories below `$SLORA_HOME/runs`, the newest first."""
-    found = [path for path in _runs().glob("*") if is_run(path)]
+def list_runs(folders: Iterable[str] = ()) -> list[Path]:
+    """Return the run directories in folders, the newest first.
+
+    Parameters
+    ----------
+    folders : Iterable[str]
+        As for `find_runs`; without any, `$SLORA_HOME/runs`, which may hold none.
+
+    Raises
+    ------
+    RunError
+        As `find_runs` does.
+    """
+    given = [*folders]
+    below = (path for path in _runs().glob("*") if is_run(path))
+    found = find_runs(given) if given else below
     return sorted(found, key=lambda path: (began(path), path), reverse=True)
 
 
@@ -430,7 +443,7 @@ def _id_of(path: Path) -> str:
 
 
 def _candidates(given: str) -> tuple[Path, Path]:
-    return Path(given).expanduser(), _runs() / given
+    return expand(given), _runs() / given
 
 
 def _runs() -> Path:

@@ -179,8 +179,9 @@ def _run(
     summary = summarise(trainer, strategy, directory, seconds)
     if privacy is not None:
         summary["privacy"] = privacy.facts(config.rounds)
-    directory.write_summary(summary)
     export(directory.release, trainer, strategy.phase, summary)
+    # Last, since a run that has it counts as finished.
+    directory.write_summary(summary)
     fleet.dismiss(grid)
     # That of nodes on this machine that have not answered.
     shutil.rmtree(run_folder(directory.lineage), ignore_errors=True)

@@ -39,6 +39,7 @@ from slora_flwr.config.identity import code_identity
 from slora_flwr.config.methods import find_adapter
 from slora_flwr.reports.progress import clock
 from slora_flwr.runs.events import EVENTS, RecordedRound, read_events
+from slora_flwr.runs.lock import is_locked
 from slora_flwr.studies.study import Config, Study, adapters_of, planned
 
 # Folders of a run directory that hold states.
@@ -88,6 +89,11 @@ class StudyRun:
         except ConfigError:
             return False
         return code_identity(config).items() <= checkpoint.facts["identity"].items()
+
+    def is_in_use(self) -> bool:
+        """Return whether a process is making the run."""
+        events = self.path / EVENTS
+        return events.is_file() and is_locked(events)
 
     @property
     def resuming(self) -> Config:
@@ -363,7 +369,8 @@ def _run_inline(run: StudyRun) -> bool:
 
 def _begin(run: StudyRun) -> Config:
     """Return the config that resumes a run or, if it cannot, that begins it anew."""
-    if run.can_resume():
+    # One that another process has in use is refused as it resumes, and stays as it is.
+    if run.can_resume() or run.is_in_use():
         return run.resuming
     shutil.rmtree(run.path, ignore_errors=True)
     return run.config

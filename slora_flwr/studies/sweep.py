@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from types import MappingProxyType
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from slora_flwr.common.text import csv_cell
@@ -224,7 +225,8 @@ def _table(rows: list[dict[str, Any]], keys: list[str]) -> Table:
             _mean([row[name] for row in group], form, spread)
             for name, (_, form, spread) in FIGURES.items()
         ]
-        table.add_row(*map(str, values), str(len(group)), *figures)
+        cells = [escape(str(value)) for value in values]
+        table.add_row(*cells, str(len(group)), *figures)
     return table
 
 
