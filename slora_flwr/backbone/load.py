@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from slora_flwr.backbone.families import to_linear
+from slora_flwr.common.files import expand
 from slora_flwr.common.text import printable, redact, redact_hub_logs
 from slora_flwr.config import ConfigError, ModelConfig
 from slora_flwr.tasks.base import Task
@@ -323,7 +324,7 @@ def locate(name: str) -> str:
     assets = os.environ.get("SLORA_ASSETS")
     if assets and (Path(assets, "models", name) / "config.json").is_file():
         return str(Path(assets, "models", name))
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    return str(expand(name)) if expand(name).is_dir() else name
 
 
 def public_name(name: str) -> str:

@@ -67,6 +67,8 @@ def ending_cleanly(*failures: type[Exception]) -> Iterator[None]:
         yield
     except (ConfigError, RunError) as error:
         raise fail(error, 2) from error
+    except BrokenPipeError:  # of a reader, such as `head`, that has read enough
+        raise
     except failures as error:
         raise fail(error, 1) from error
     except KeyboardInterrupt as error:

@@ -37,14 +37,17 @@ def plan(
         from rich.console import Console
 
         from slora_flwr.planning.assumptions import Assumptions
-        from slora_flwr.reports.plan_table import plan_table
+        from slora_flwr.reports.narrow_tables import print_table
+        from slora_flwr.reports.plan_table import plan_tables
         from slora_flwr.training.trainer import Trainer
 
         assumed = Assumptions(labels, nodes, examples)
         assumed.check(config)
         backbone = Trainer(config, assumed.classes(config)).model.backbone
         planned, clients = assumed.in_batches(config), assumed.clients(config)
-        Console().print(plan_table(planned, backbone, clients))
+        console = Console()
+        for table in plan_tables(planned, backbone, clients):
+            print_table(console, table)
         if told := assumed.tell(config):
             typer.echo(told)
 

@@ -23,13 +23,14 @@ def runs(
     """List runs, the newest first: state, method, data, accuracy, bytes, age."""
     from rich.console import Console
 
+    from slora_flwr.reports.narrow_tables import print_table
     from slora_flwr.reports.runs_table import runs_table
-    from slora_flwr.runs.reader import find_runs, list_runs
+    from slora_flwr.runs.reader import list_runs
 
     with ending_cleanly():
-        found = find_runs(folders) if folders else list_runs()
+        found = list_runs(folders or ())
         if found:
-            Console().print(runs_table(found))
+            print_table(Console(), runs_table(found))
         else:
             typer.echo("There are no runs yet. `slora run` makes one.")
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from slora_flwr.cli.options import RunArgument, ending_cleanly
+from slora_flwr.common.files import expand
 from slora_flwr.config import ConfigError
 
 
@@ -43,9 +44,9 @@ def export(
     from slora_flwr.runs.reader import find_run
 
     with ending_cleanly(OSError):
-        path = find_run(run).absolute()
+        path = find_run(run).resolve()
         name = f"{path.name}-{which}" + ("-merged" if merge else "")
-        to = Path(name) if to is None else to.expanduser()
+        to = Path(name) if to is None else expand(to)
         from slora_flwr.server.export import export_run
 
         typer.echo(export_run(path, which, merge, to))
@@ -98,7 +99,7 @@ def _divide(words: list[str], file: Path | None) -> tuple[str | None, list[str]]
         raise ConfigError(f"TEXT is {words[1]!r}; allowed: none besides --file")
     if file is not None:
         return next(iter(words), None), []
-    if not words or (len(words) == 1 and is_run(Path(words[0]).expanduser())):
+    if not words or (len(words) == 1 and is_run(expand(words[0]))):
         raise ConfigError("TEXT is missing; allowed: one or more, or --file")
     if len(words) == 1:
         return None, words

@@ -20,6 +20,12 @@ class Engine(StrEnum):
     INLINE = "inline"
 
 
+VerboseOption = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", help="Print what Flower and Ray say at the run's start too."
+    ),
+]
 FolderOption = Annotated[
     Path, typer.Option("--app", help="Folder of the app: a checkout of slora-flwr.")
 ]
@@ -40,13 +46,14 @@ def run(
             min=1, help="Simulated nodes; default: one per GPU or, without GPUs, core."
         ),
     ] = None,
+    verbose: VerboseOption = False,
 ) -> None:
     """Run a method. The exit status is 0 only if the run completes."""
     with ending_cleanly():
         if not folder.is_dir():
             allowed = "a folder; run config values follow -c"
             raise refuse("FOLDER", str(folder), allowed)
-        _start(merge_arguments(run_config or []), engine, folder, nodes)
+        _start(merge_arguments(run_config or []), engine, folder, nodes, verbose)
 
 
 def resume(
@@ -60,56 +67,74 @@ def resume(
         typer.Option(min=1, help="Simulated nodes; default: as many as the run had."),
     ] = None,
     folder: FolderOption = Path(),
+    verbose: VerboseOption = False,
 ) -> None:
     """Resume an interrupted run from its last checkpoint, with its own config."""
     from slora_flwr.runs.reader import find_run, read_run
 
     with ending_cleanly():
         path = find_run(run)
-        had = read_run(path).engine
+        recorded = read_run(path)
+        had, given = recorded.engine, merge_arguments(run_config or [])
+        if recorded.state == "running":
+            raise refuse("RUN", path.name, "a run that no process is making")
+        if recorded.state == "finished" and not given:
+            allowed = "a run that has not finished; or -c run.resume with a checkpoint "
+            allowed += "of this one, to hold the rounds after it again"
+            raise refuse("RUN", path.name, allowed)
         if engine is None and had.name == "deployment":
             allowed = "for a run of nodes elsewhere: flwr run with run.resume (docs, "
             allowed += "Resuming), or here --engine, which simulates its nodes"
             raise refuse("RUN", path.name, allowed)
         values = read_file(path / "config.toml") | {"run.resume": str(path.absolute())}
-        values |= merge_arguments(run_config or [])
+        values |= given
         _start(
             values,
             engine or Engine(had.name),
             folder,
             nodes or had.nodes,
+            verbose,
         )
 
 
 def _start(
-    values: Mapping[str, Value], engine: Engine, folder: Path, nodes: int | None
+    values: Mapping[str, Value],
+    engine: Engine,
+    folder: Path,
+    nodes: int | None,
+    verbose: bool,
 ) -> None:
     parse(values)  # Invalid values are refused here, before anything starts.
     if engine is Engine.INLINE:
         _run_inline(values, nodes or 1)
     else:
-        _run_flower(folder, values, nodes)
+        _run_flower(folder, values, nodes, verbose)
 
 
 def _run_inline(values: Mapping[str, Value], nodes: int) -> None:
     # Imported here, since torch and transformers take seconds.
+    from flwr.common.logger import update_console_handler
+
     from slora_flwr.adapters.priming import HandoffError
     from slora_flwr.engines.inline import run_inline
     from slora_flwr.runs.writing import RunDirectoryError
     from slora_flwr.server.fleet import FleetError
     from slora_flwr.server.strategy import TooFewRepliesError
 
+    update_console_handler(colored=sys.stderr.isatty())
     with ending_cleanly(
         FleetError, HandoffError, RunDirectoryError, TooFewRepliesError
     ):
         run_inline(values, nodes)
 
 
-def _run_flower(folder: Path, values: Mapping[str, Value], nodes: int | None) -> None:
+def _run_flower(
+    folder: Path, values: Mapping[str, Value], nodes: int | None, verbose: bool
+) -> None:
     from slora_flwr.engines.flower import FlowerError, run_flower
 
     with ending_cleanly(FlowerError):
-        run_flower(folder, values, nodes, _may_go_on)
+        run_flower(folder, values, nodes, _may_go_on, verbose)
 
 
 def _may_go_on(run_id: str) -> bool:

@@ -9,6 +9,7 @@ from slora_flwr.backbone.load import digest_of
 from slora_flwr.client.permits import masked
 from slora_flwr.client.process import get_process, read_config, read_source
 from slora_flwr.common.protocol import installed_version
+from slora_flwr.common.text import default_name
 from slora_flwr.config import RunConfig
 from slora_flwr.config.identity import code_identity
 from slora_flwr.tasks.choice import find_task
@@ -27,8 +28,10 @@ def describe(context: Context) -> RecordDict:
 
 
 def node_name(context: Context) -> str:
-    """Return the name that a node's operator gave it, or its id."""
-    return str(context.node_config.get("name", context.node_id))
+    """Return the name that a node's operator gave it, or one of its number or id."""
+    config = context.node_config
+    number = config.get("partition-id", context.node_id)
+    return str(config.get("name", default_name(number)))
 
 
 def _add_partition(

@@ -14,7 +14,12 @@ from slora_flwr.client.description import describe, node_name
 from slora_flwr.client.errors import MissingBaseError, MissingStateError
 from slora_flwr.client.keeping import kept_in, limit, remember, remove
 from slora_flwr.client.network_bytes import count_wire
-from slora_flwr.client.process import get_process, is_simulated, make_process
+from slora_flwr.client.process import (
+    get_process,
+    is_simulated,
+    make_process,
+    one_by_one,
+)
 from slora_flwr.client.sender import Sender
 from slora_flwr.common.text import printable
 from slora_flwr.data.node_files import OwnDataError
@@ -101,7 +106,7 @@ def train(message: Message, context: Context) -> Message:
         instruction.fingerprint,
         wire=count_wire(str(context.node_config.get("wire-interface", ""))),
     )
-    for client in instruction.clients:
+    for client in one_by_one(instruction.clients, context):
         started = time.perf_counter()
         try:
             number = instruction.server_round
@@ -138,7 +143,8 @@ def evaluate(message: Message, context: Context) -> Message:
     state = process.prepare(instruction, kept_in(context))
     evaluate_client = process.trainer.evaluate_client
     try:
-        results = [evaluate_client(c, state, until) for c in instruction.clients]
+        clients = one_by_one(instruction.clients, context)
+        results = [evaluate_client(c, state, until) for c in clients]
     except ClientError as error:
         return Message(Error(0, str(error)), reply_to=message)
     found = [result for result in results if result is not None]

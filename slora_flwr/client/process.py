@@ -1,5 +1,6 @@
 """What a node's process keeps between the messages of a run."""
 
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -37,9 +38,20 @@ class SharedContext(Context):
     ----------
     model : AttachedModel or None
         The server's model, which this node uses too; None for one of its own.
+    hear : Callable or None
+        Called with clients that are done, before the node's reply has all of them.
     """
 
     model: AttachedModel | None = None
+    hear: Callable[[Iterable[int]], None] | None = None
+
+
+def one_by_one(clients: Iterable[int], context: Context) -> Iterator[int]:
+    """Yield clients; tell a server in this process of each that is done."""
+    for client in clients:
+        yield client
+        if isinstance(context, SharedContext) and context.hear is not None:
+            context.hear([client])
 
 
 class ClientProcess:

@@ -13,6 +13,14 @@ from flwr.common.logger import log
 PART = ".part"
 
 
+def expand(path: str | Path) -> Path:
+    """Return a path with the home folder of its `~`; as it is if nobody has that."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(path)
+
+
 def home() -> Path:
     """Return the folder for runs and caches; it may not exist yet."""
     return Path(os.environ.get("SLORA_HOME") or "~/.slora").expanduser().absolute()

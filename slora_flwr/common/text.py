@@ -44,11 +44,30 @@ def printable(text: object, most: int = 300) -> str:
     return "".join(shown) + more
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether UTF-8 has all characters: none is half of a pair of UTF-16's."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shorten(values: Collection[T], most: int = 20) -> list[T | str]:
     """Return the first values of many, and a text that says how many more there are."""
     shown: list[T | str] = list(islice(values, most))
     more = len(values) - len(shown)
     return [*shown, f"… and {more} more"] if more else shown
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun; `plural`, if not with s, unless it is 1."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def default_name(number: object) -> str:
+    """Return the name of a node that has none, from its number or its id."""
+    return f"node {number}"
 
 
 def clean_label(text: str) -> str:

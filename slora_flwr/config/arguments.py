@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from slora_flwr.common.files import expand
 from slora_flwr.config.errors import ConfigError, refuse
 from slora_flwr.config.keys import list_keys
 from slora_flwr.config.sections import Value
@@ -44,13 +45,12 @@ def read_file(path: Path) -> dict[str, Value]:
         If it cannot be read.
     """
     try:
-        return flatten_tables(
-            tomllib.loads(path.expanduser().read_text(encoding="utf-8-sig"))
-        )
+        text = expand(path).read_text(encoding="utf-8-sig")
+        return flatten_tables(tomllib.loads(text))
     except OSError as error:
-        raise ConfigError(f"-c {path} cannot be read ({error.strerror})") from error
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise ConfigError(f"-c {path} cannot be read ({error})") from error
+        raise ConfigError(f"{path} cannot be read ({error})") from error
 
 
 def flatten_tables(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -66,7 +66,10 @@ def flatten_tables(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 def _is_file(argument: str) -> bool:
     if not argument.endswith(_SUFFIX):
         return False
-    return "=" not in argument or Path(argument).expanduser().is_file()
+    try:
+        return "=" not in argument or expand(argument).is_file()
+    except OSError:  # it is too long for a path
+        return False
 
 
 def _read(argument: str) -> dict[str, Value]:

@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from slora_flwr.common.files import expand
 from slora_flwr.common.text import clean_label
 from slora_flwr.config.allowed import (
     ABOVE_0_TO_1,
@@ -627,7 +628,7 @@ class OutputConfig:
     @property
     def resumed(self) -> Path:
         """The directory of the run that `resume` names."""
-        return self.resumed_as_written.expanduser()
+        return expand(self.resumed_as_written)
 
     @property
     def resumed_as_written(self) -> Path:

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slora_flwr.common.text import clean_label
+from slora_flwr.common.files import expand
+from slora_flwr.common.text import clean_label, counted
 from slora_flwr.config import OWN_DATA, ConfigError, DataConfig
 from slora_flwr.data.shared_files import refuse_repeated
 from slora_flwr.data.texts import Texts, at_most
@@ -206,8 +207,8 @@ class OwnData:
         if count < self.min_examples:
             rows = ", ".join(f"{n} {reason}" for reason, n in (skipped or {}).items())
             raise OwnDataError(
-                f"{count} examples are left to train on, and min-examples is "
-                f"{self.min_examples}; skipped: {rows or 'none'}"
+                f"{counted(count, 'example is', 'examples are')} left to train on, and "
+                f"min-examples is {self.min_examples}; skipped: {rows or 'none'}"
             )
 
     def held_out(self, count: int) -> int:
@@ -223,8 +224,8 @@ class OwnData:
         """
         if 0 < count < self.min_of_label:
             raise OwnDataError(
-                f"{count} examples are held out, and min-of-label is "
-                f"{self.min_of_label}; allowed: none, or as many"
+                f"{counted(count, 'example is', 'examples are')} held out, and "
+                f"min-of-label is {self.min_of_label}; allowed: none, or as many"
             )
         return count - count % self.min_of_label
 
@@ -250,7 +251,7 @@ class OwnData:
             )
 
     def _files(self) -> list[Path]:
-        path = Path(self.path).expanduser()
+        path = expand(self.path)
         found = [path] if path.is_file() else []
         if path.is_dir():
             # A system's own files begin with a dot, such as those of macOS.

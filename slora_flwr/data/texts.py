@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from slora_flwr.common.files import (
     cache_folder,
+    expand,
     home,
     make_folder,
     write_atomically,
 )
 from slora_flwr.common.text import (
+    is_unicode,
     lookalikes,
     printable,
     redact,
@@ -178,9 +180,13 @@ def read_unlabelled(config: DataConfig, path: Path) -> list[str]:
     """
     if path.suffix == ".txt":
         try:
-            return path.read_text(encoding="utf-8-sig").splitlines()
+            # `splitlines` also splits at characters that texts may hold.
+            with path.open(encoding="utf-8-sig") as file:
+                return [line.removesuffix("\n") for line in file]
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read ({error})") from error
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"data file is {path}; allowed: .txt, {', '.join(FORMATS)}")
     names = _names(config.text or _preset(config).text)
     table = read_file(path, names)
     _check_columns(table, [("data.text", name) for name in names])
@@ -348,7 +354,7 @@ def _preset(config: DataConfig, dialogues: bool = False) -> Preset:
 
 def _find(config: DataConfig, preset: Preset) -> Callable[[str, Sequence[str]], Table]:
     """Return the function that loads a split: from files, a folder or the Hub."""
-    name = Path(config.name).expanduser()
+    name = expand(config.name)
     assets = os.environ.get("SLORA_ASSETS")
     folder = None
     if name.is_dir():
@@ -357,7 +363,7 @@ def _find(config: DataConfig, preset: Preset) -> Callable[[str, Sequence[str]], 
         folder = _folder(Path(assets) / "data", config.name)
 
     def load(split: str, wanted: Sequence[str]) -> Table:
-        path = Path(split).expanduser()
+        path = expand(split)
         if path.suffix in FORMATS:
             return read_file((folder or Path()) / path, wanted)
         if name.is_file():
@@ -557,6 +563,11 @@ def _check_columns(table: Table, wanted: Iterable[tuple[str, str]]) -> None:
                 raise ConfigError(
                     f"{key} names {name!r}, which holds a {type(value).__name__} in "
                     f"row {number}; allowed: text or numbers"
+                )
+            if isinstance(value, str) and not is_unicode(value):
+                raise ConfigError(
+                    f"{key} names {name!r}, which holds {printable(repr(value))} in "
+                    f"row {number}; allowed: characters that UTF-8 has"
                 )
 
 

@@ -2,18 +2,25 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import click
 import tomli_w
 import torch
+import typer
 
 from slora_flwr.config import ConfigError, Value, parse
+from slora_flwr.engines.start_up import is_noise
+from slora_flwr.reports.live_line import LiveLine
+from slora_flwr.reports.progress import is_within_round
 from slora_flwr.runs.directory import how_to_resume
 from slora_flwr.runs.events import EVENTS
 from slora_flwr.runs.lock import is_locked
@@ -32,6 +39,7 @@ def run_flower(
     values: Mapping[str, Value],
     nodes: int | None = None,
     may_go_on: Callable[[str], bool] = lambda run_id: False,
+    verbose: bool = False,
 ) -> None:
     """Run the app in Flower's simulation on Ray, and wait until the run ends.
 
@@ -45,6 +53,8 @@ def run_flower(
         Number of simulated nodes; None for one per GPU or, without GPUs, per core.
     may_go_on : Callable[[str], bool]
         Called after Ctrl-C with the run's id: whether the run may go on.
+    verbose : bool
+        Print what Flower and Ray say at the start too.
 
     Raises
     ------
@@ -62,14 +72,15 @@ def run_flower(
         )
     run_id = _start(folder, values, nodes)
     try:
-        streamed = subprocess.run([*_FLWR, "log", run_id, "--stream"], check=False)
+        typer.echo(f"Run {run_id} has started; its log: `flwr log {run_id}`")
+        status = _follow(run_id, verbose)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(_interrupt(run_id, values, may_go_on)) from error
     listed = _flwr("list", "--run-id", run_id, "--format", "json")
-    status = listed["runs"][0]["status"]
+    became = listed["runs"][0]["status"]
     # `flwr log` exits with 0 even if the run failed.
-    if status != "finished:completed" or streamed.returncode:
-        raise FlowerError(f"run {run_id} is {status}")
+    if became != "finished:completed" or status:
+        raise FlowerError(f"run {run_id} is {became}")
 
 
 def _start(folder: Path, values: Mapping[str, Value], nodes: int | None) -> str:
@@ -88,6 +99,47 @@ def _start(folder: Path, values: Mapping[str, Value], nodes: int | None) -> str:
         return str(_flwr(*command, "--run-config", file.name)["run-id"])
 
 
+def _follow(run_id: str, verbose: bool) -> int:
+    """Print a run's log until it ends; return the exit status of `flwr log`."""
+    quiet = {} if verbose else {"FLWR_LOG_LEVEL": "WARNING"}  # of that command alone
+    with subprocess.Popen(
+        [sys.executable, "-u", *_FLWR[1:], "log", run_id, "--stream"],
+        stdout=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=quiet | os.environ,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            show(process.stdout, LiveLine.of_terminal(), verbose)
+        except KeyboardInterrupt:
+            process.kill()
+            raise
+    return process.returncode
+
+
+def show(lines: Iterable[str], live: LiveLine | None, verbose: bool = False) -> None:
+    """Print lines of a run's log as they come.
+
+    Parameters
+    ----------
+    lines : Iterable[str]
+        The lines.
+    live : LiveLine or None
+        Where to show how far a round is; None to print it as any other line.
+    verbose : bool
+        Print what Flower and Ray say at the start too.
+    """
+    for line in lines:
+        plain = click.unstyle(line).rstrip()
+        if live is not None and is_within_round(plain):
+            live.show(plain.partition(":")[2].strip())
+        elif verbose or not is_noise(plain):
+            if live is not None:
+                live.hide()
+            typer.echo(line, nl=False)  # without colours if it is no terminal
+
+
 def _interrupt(
     run_id: str, values: Mapping[str, Value], may_go_on: Callable[[str], bool]
 ) -> str:
@@ -97,10 +149,14 @@ def _interrupt(
             f"Run {run_id} goes on: `flwr log {run_id} --stream` follows it, "
             f"`flwr stop {run_id}` stops it."
         )
+    # Until the run is stopped, further Ctrl-C would leave it running unsaid.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         _flwr("stop", run_id, "--format", "json")
     except FlowerError as error:
         return f"Run {run_id} could not be stopped: {error}"
+    finally:
+        signal.signal(signal.SIGINT, before)
     config = parse(values).run
     given = config.resumed if config.resume else config.dir or run_id
     try:
@@ -109,8 +165,9 @@ def _interrupt(
         return f"Run {run_id} is stopped."
     # Its process learns of it with its next heartbeat, after up to half a minute.
     until = time.monotonic() + _PATIENCE
-    while is_locked(path / EVENTS) and time.monotonic() < until:
-        time.sleep(0.2)
+    with suppress(KeyboardInterrupt):  # by one who will not wait for it
+        while is_locked(path / EVENTS) and time.monotonic() < until:
+            time.sleep(0.2)
     return f"Run {run_id} is stopped. {how_to_resume(path)}"
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from logging import ERROR
 from typing import Any
 
@@ -16,6 +16,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from slora_flwr.client import handlers as node
 from slora_flwr.client.process import SharedContext, make_process
 from slora_flwr.config import Value
+from slora_flwr.reports.live_line import LiveLine
+from slora_flwr.reports.progress import CohortProgress
 from slora_flwr.server.run import run as run_on
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.wire.messages import release
@@ -33,7 +35,16 @@ def run_inline(run_config: Mapping[str, Value], nodes: int = 1) -> dict[str, Any
     """
     run_id = time.time_ns()
     grid = InlineGrid(run_config, nodes, run_id)
-    return run_on(grid, run_config, run_id, share=grid.share, engine="inline")
+    progress = CohortProgress(LiveLine.of_terminal(stderr=True))
+    grid.tell(progress.hear)
+    return run_on(
+        grid,
+        run_config,
+        run_id,
+        share=grid.share,
+        engine="inline",
+        progress=progress,
+    )
 
 
 class InlineGrid(Grid):
@@ -73,6 +84,11 @@ class InlineGrid(Grid):
         make_process.cache_clear()  # which may hold an earlier run's model
         for context in self._contexts.values():
             context.model = model
+
+    def tell(self, hear: Callable[[Iterable[int]], None]) -> None:
+        """Have all nodes tell of each client that is done."""
+        for context in self._contexts.values():
+            context.hear = hear
 
     def set_run(self, run: Run) -> None:
         """Set the run's metadata."""

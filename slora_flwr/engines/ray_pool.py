@@ -6,8 +6,10 @@ another worker and starts a new one. The reply is the same, since training depen
 on the message.
 """
 
+import sys
 import threading
 import time
+import warnings
 from logging import WARNING
 from textwrap import shorten
 from typing import Any
@@ -19,6 +21,7 @@ from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
 from slora_flwr.common.code_digest import code_digest
+from slora_flwr.engines.start_up import RAY_TIP
 
 # How often one message may lose its worker, and one worker die before it is ready.
 # Without a limit, a client that kills every process it trains in would never end.
@@ -200,4 +203,6 @@ def install() -> None:
         missing.append("its use")
     if missing:
         raise ImportError(f"Flower's BasicActorPool has changed: {', '.join(missing)}")
+    if not sys.warnoptions:  # of PYTHONWARNINGS
+        warnings.filterwarnings("ignore", RAY_TIP, FutureWarning)
     vars(raybackend)["BasicActorPool"] = LastingPool

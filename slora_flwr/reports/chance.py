@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slora_flwr.common.text import printable
+from slora_flwr.common.text import counted, printable
 from slora_flwr.config import RunConfig
 
 # How far above the majority class's share an accuracy says nothing yet: two points.
@@ -42,7 +42,8 @@ def foresee(config: RunConfig) -> list[str]:
         and amount <= _LITTLE
     ):
         told.append(
-            f"{config.rounds} rounds of {clients.per_round} clients at clients.alpha "
+            f"{counted(config.rounds, 'round')} of "
+            f"{counted(clients.per_round, 'client')} at clients.alpha "
             f"{clients.alpha:g}: the product is {amount:.3g}, and where it was "
             f"{_LITTLE:g} or less, runs have ended near the majority class (docs, "
             f"Your own text). Try {_list(_remedies(config))}"

@@ -22,7 +22,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     privacy = summary.get("privacy")
     seconds = "" if privacy else f", {summary['seconds']:.0f} s"
     title = f"{summary['method']}: {tell_figures(summary)}{seconds}"
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title)
     table.add_column("")
     table.add_column("rounds", justify="right")
     if privacy:
@@ -48,17 +48,17 @@ def tell_figures(summary: Mapping[str, Any]) -> str:
 
 def _add_traffic(table: Table, summary: Mapping[str, Any]) -> None:
     """Add rows with the bytes and seconds of the phases, and those of other methods."""
-    for name in ("MB up", "MB down", "MB in all", "share of FFT", "seconds"):
-        table.add_column(name, justify="right")
     fft = summary["same_rounds"][REFERENCES[0]]
+    for name in ("MB up", "down", "in all", "of FFT", "seconds"):
+        table.add_column(name, justify="right")
 
     def row(name: str, rounds: int, up: int, down: int, seconds: float | None) -> None:
         table.add_row(
             name,
             str(rounds),
-            f"{up / 1e6:.2f}",
-            f"{down / 1e6:.2f}",
-            f"{(up + down) / 1e6:.2f}",
+            f"{up / 1e6:,.2f}",
+            f"{down / 1e6:,.2f}",
+            f"{(up + down) / 1e6:,.2f}",
             f"{(up + down) / (2 * fft):.2%}",
             "-" if seconds is None else f"{seconds:.0f}",
         )

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from slora_flwr.adapters.loading import Loading
+from slora_flwr.common.files import expand
 from slora_flwr.common.text import printable
 from slora_flwr.config import RunConfig
 from slora_flwr.config.methods import list_methods
@@ -28,7 +28,7 @@ tags:
 - {{ card.config.method | tojson }}
 ---
 
-# {{ card.base }}, fine-tuned by {{ card.config.method }}
+# {{ card.shown }}, fine-tuned by {{ card.config.method }}
 
 {{ card.task.describe(card.classes) }}
 It was trained by federated learning with
@@ -38,7 +38,7 @@ It was trained by federated learning with
 
 The code below needs {{ card.packages }}. Run it in the folder of this file.
 {% if card.loading.needs_base and not card.is_public %}
-It looks there for the checkpoint, the folder `{{ card.base }}`: copy or link it.
+It looks there for the checkpoint, the folder `{{ card.shown }}`: copy or link it.
 {% if card.base == "./embedded" %}
 The package slora-flwr has it: `slora_embedded.folder()`.
 {% endif %}
@@ -69,7 +69,7 @@ It answers so:
 
 | | |
 |---|---|
-| base | `{{ card.base }}`{{ card.revision }} |
+| base | `{{ card.shown }}`{{ card.revision }} |
 | its weights' digest | `{{ card.digest }}` (BLAKE2b) |
 | method | {{ card.method }} |
 | data | {{ card.data }} |
@@ -134,6 +134,11 @@ class ModelCard:
         return not self.base.startswith("./")
 
     @property
+    def shown(self) -> str:
+        """The checkpoint's name, for Markdown."""
+        return _inline(self.base)
+
+    @property
     def library(self) -> str:
         """The library whose format it has."""
         return "peft" if self.loading.needs_base else "transformers"
@@ -169,8 +174,10 @@ class ModelCard:
         data = self.config.data
         if data.is_own:
             return "the clients' own files"
-        name = Path(data.name).expanduser()
-        return f"`{_inline(name.name if name.exists() else data.name)}`"
+        # Where the run was made, it may have been a file that is not here.
+        path = expand(data.name)
+        is_file = path.is_absolute() or path.exists()
+        return f"`{_inline(path.name if is_file else data.name)}`"
 
     @property
     def clients(self) -> str:

@@ -1,4 +1,4 @@
-"""The table of a run's plan, compared with full fine-tuning and LoRA."""
+"""The tables of a run's plan, compared with full fine-tuning and LoRA."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,6 +7,7 @@ from rich.table import Table
 
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.random import sample_cohort
+from slora_flwr.common.text import counted
 from slora_flwr.config import (
     ConfigError,
     DownloadConfig,
@@ -21,8 +22,10 @@ from slora_flwr.planning.memory import plan_memory
 from slora_flwr.planning.rounds import plan_rounds
 
 
-def plan_table(config: RunConfig, backbone: Backbone, clients: list[int]) -> Table:
-    """Return a table of a run's plan, compared with full fine-tuning and LoRA.
+def plan_tables(
+    config: RunConfig, backbone: Backbone, clients: list[int]
+) -> tuple[Table, Table]:
+    """Return tables of what a run trains and sends, beside full fine-tuning and LoRA.
 
     Parameters
     ----------
@@ -33,21 +36,9 @@ def plan_table(config: RunConfig, backbone: Backbone, clients: list[int]) -> Tab
     clients : list[int]
         The client population.
     """
-    table = Table(
-        title=f"{config.method}: {config.rounds} rounds", title_justify="left"
-    )
-    table.add_column("")
-    for name in (
-        "rounds",
-        "trained values",
-        "of the model",
-        "kB a client: down",
-        "up",
-        "MB in all: down",
-        "up",
-        "MB of a client's memory",
-    ):
-        table.add_column(name, justify="right")
+    title = f"{config.method}: {counted(config.rounds, 'round')}"
+    trains = _begin(title, "rounds", "trained values", "of the model", "MB of memory")
+    sends = _begin("", "kB a client:\ndown", "\nup", "MB in all:\ndown", "\nup")
     for name, other in _variants(config):
         rounds = plan_rounds(other, backbone, clients)
         cohort = len(sample_cohort(clients, config.clients.per_round, 0, 1))
@@ -57,23 +48,40 @@ def plan_table(config: RunConfig, backbone: Backbone, clients: list[int]) -> Tab
             turns = len(own) * cohort
             trained = _trained_values(phase, other, backbone)
             memory = plan_memory(phase, other, backbone)
-            table.add_row(
-                name if name in REFERENCES else f"{phase.adapter} phase",
+            label = name if name in REFERENCES else f"{phase.adapter} phase"
+            trains.add_row(
+                label,
                 f"{'up to ' if phase.is_open else ''}{len(own)}",
                 f"{trained:,}",
                 f"{trained / backbone.size:.2%}",
+                f"{memory.total / 1e6:,.0f}",
+            )
+            sends.add_row(
+                label,
                 f"{down / turns / 1e3:,.1f}",
                 f"{up / turns / 1e3:,.1f}",
                 f"{down / 1e6:,.2f}",
                 f"{up / 1e6:,.2f}",
-                f"{memory.total / 1e6:,.0f}",
             )
-        table.add_section()
-    table.caption = (
-        "bytes of the tensors if the whole cohort answers, counting each client as if "
-        "it were a separate node; memory of one step: weights and copies of them, "
-        "trained values with gradients and moments, activations of a full batch"
+        trains.add_section()
+        sends.add_section()
+    trains.caption = (
+        "a client's memory in one step: weights and copies of them, trained values "
+        "with gradients and moments, activations of a full batch"
     )
+    sends.caption = (
+        "bytes of the tensors if the whole cohort answers, counting each client as if "
+        "it were a separate node"
+    )
+    return trains, sends
+
+
+def _begin(title: str, *headings: str) -> Table:
+    """Return a table without rows."""
+    table = Table(title=title or None)
+    table.add_column("")
+    for heading in headings:
+        table.add_column(heading, justify="right")
     return table
 
 

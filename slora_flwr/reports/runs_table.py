@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from slora_flwr.common.text import printable
@@ -28,7 +29,8 @@ def runs_table(paths: Sequence[Path]) -> Table:
         table.add_column(heading, no_wrap=True, justify="right")
     names = [path.name for path in paths]
     for path in paths:
-        table.add_row(_shorten(path.name, names), *_describe(path))
+        cells = printable(_shorten(path.name, names)), *_describe(path)
+        table.add_row(*map(escape, cells))
     return table
 
 

@@ -19,7 +19,7 @@ from flwr.common.logger import log
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from slora_flwr.common.files import write_atomically
+from slora_flwr.common.files import expand, write_atomically
 from slora_flwr.common.tensors import State
 from slora_flwr.common.text import printable
 from slora_flwr.config import ConfigError, RunConfig, flatten
@@ -101,7 +101,7 @@ def find_checkpoint(config: RunConfig) -> Snapshot:
     """
     directory = config.run.resumed
     given = f"run.resume is {config.run.resume!r}"
-    named = Path(config.run.resume).expanduser()
+    named = expand(config.run.resume)
     paths = list_checkpoints(directory)
     if named != directory:
         paths = [path for path in paths if path == named]

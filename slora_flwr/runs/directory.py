@@ -13,6 +13,7 @@ from typing import Any
 from slora_flwr.common.files import (
     PART,
     append,
+    expand,
     home,
     make_folder,
     sync,
@@ -140,6 +141,8 @@ class RunDirectory:
 
     def _cut_back(self, checkpoint: Snapshot) -> None:
         sizes, number = checkpoint.facts["sizes"], checkpoint.facts["round"]
+        # If the run had ended, it does so anew.
+        (self.path / "summary.json").unlink(missing_ok=True)
         os.truncate(self.path / EVENTS, sizes[EVENTS])
         self.ledger = Ledger(self.path / LEDGER, sizes[LEDGER])
         for path in list_checkpoints(self.path):
@@ -184,7 +187,7 @@ def _make(config: RunConfig, run_id: int) -> Path:
     """Create and return a new run's folder."""
     date = time.strftime("%Y%m%d-%H%M%S")
     default = home() / "runs" / f"{date}-{config.method}-{run_id}"
-    path = Path(config.run.dir).expanduser() if config.run.dir else default
+    path = expand(config.run.dir) if config.run.dir else default
     path = path.absolute()
     try:
         if path.exists() and any(path.iterdir()):

@@ -35,9 +35,10 @@ def sole_use(path: Path, refusal: str) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(refusal) from error
+            while not _lock(descriptor, fcntl.LOCK_EX):
+                # `is_locked` shares the lock for an instant; whoever uses it does not.
+                if not _lock(descriptor, fcntl.LOCK_SH):
+                    raise ConfigError(refusal)
         except OSError as error:
             # Some network file systems have no locks. Most runs need none.
             log(WARNING, "%s cannot be locked against other runs (%s)", path, error)
@@ -50,11 +51,17 @@ def is_locked(path: Path) -> bool:
     """Return whether a process has sole use of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not _lock(descriptor, fcntl.LOCK_SH)
     except OSError:  # a file system without locks
         return False
     finally:
         os.close(descriptor)
-    return False
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Return whether a lock could be had at once, in place of one held before."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -11,15 +11,17 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, StrictBool, StrictFloat, StrictStr
 
 from slora_flwr.common.facts import Count, Figure, check
-from slora_flwr.common.files import home, read_regular
-from slora_flwr.common.text import printable, shorten
+from slora_flwr.common.files import expand, home, read_regular
+from slora_flwr.common.text import default_name, printable, shorten
 from slora_flwr.config import RunConfig, Value, flatten
 from slora_flwr.config.arguments import flatten_tables
 from slora_flwr.runs.events import (
     EVENTS,
     INTERRUPTED,
     ClientsFailed,
+    Event,
     HandedOff,
+    NodeJoined,
     NodeLeftOut,
     RecordedRound,
     Stopped,
@@ -50,13 +52,6 @@ class Failure:
     node: str
     clients: list[int]
     reason: str
-
-    @classmethod
-    def of(cls, event: ClientsFailed | NodeLeftOut) -> "Failure":
-        """Return the failure that an event reports."""
-        if isinstance(event, NodeLeftOut):
-            return cls(None, event.name, [], event.reason)
-        return cls(event.round, str(event.node), event.clients, event.reason)
 
 
 @dataclass(frozen=True)
@@ -231,9 +226,7 @@ def read_run(path: Path) -> RecordedRun:
         rounds=list(
             {e.round: e for e in events if isinstance(e, RecordedRound)}.values()
         ),
-        failures=[
-            Failure.of(e) for e in events if isinstance(e, ClientsFailed | NodeLeftOut)
-        ],
+        failures=_failures(events),
         energies=next((e.energies for e in events if isinstance(e, HandedOff)), {}),
         ledger=_read(path, LEDGER, read_entries),
         unreadable=sum(isinstance(e, Unreadable) for e in events),
@@ -345,9 +338,22 @@ def find_run(given: str | None) -> Path:
     return begun[0]
 
 
-def list_runs() -> list[Path]:
-    """Return the run directories below `$SLORA_HOME/runs`, the newest first."""
-    found = [path for path in _runs().glob("*") if is_run(path)]
+def list_runs(folders: Iterable[str] = ()) -> list[Path]:
+    """Return the run directories in folders, the newest first.
+
+    Parameters
+    ----------
+    folders : Iterable[str]
+        As for `find_runs`; without any, `$SLORA_HOME/runs`, which may hold none.
+
+    Raises
+    ------
+    RunError
+        As `find_runs` does.
+    """
+    given = [*folders]
+    below = (path for path in _runs().glob("*") if is_run(path))
+    found = find_runs(given) if given else below
     return sorted(found, key=lambda path: (began(path), path), reverse=True)
 
 
@@ -437,7 +443,7 @@ def _id_of(path: Path) -> str:
 
 
 def _candidates(given: str) -> tuple[Path, Path]:
-    return Path(given).expanduser(), _runs() / given
+    return expand(given), _runs() / given
 
 
 def _runs() -> Path:
@@ -451,3 +457,20 @@ def _refuse(given: str, *others: str) -> RunError:
         *others,
     )
     return RunError(f"{given} is not a run; allowed: {', or '.join(allowed)}")
+
+
+def _failures(events: Iterable[Event]) -> list[Failure]:
+    """Return the failures that events report, with nodes named as in the log."""
+    found: list[Failure] = []
+    names: dict[int, str] = {}
+    for event in events:
+        if isinstance(event, NodeJoined):
+            name, client = event.name, event.client
+            alone = name in (default_name(client), default_name(event.node))
+            names[event.node] = name if alone else f"{name} (node {event.node})"
+        elif isinstance(event, NodeLeftOut):
+            found.append(Failure(None, event.name, [], event.reason))
+        elif isinstance(event, ClientsFailed):
+            name = names.get(event.node, default_name(event.node))
+            found.append(Failure(event.round, name, event.clients, event.reason))
+    return found

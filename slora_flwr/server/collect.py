@@ -44,6 +44,7 @@ def collect(
     deadline: float,
     again: Callable[[Message], Message | None] = lambda reply: None,
     most: int = 0,
+    tick: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Message, int]]:
     """Send messages; yield each reply once, as it arrives, with its bytes.
 
@@ -61,6 +62,8 @@ def collect(
         Returns another message to send because of a reply; None to yield the reply.
     most : int
         Limit on the bytes of a reply's arrays.
+    tick : Callable
+        Called again and again while replies are missing.
     """
     until = time.monotonic() + deadline
     pending = push(grid, list(messages))
@@ -76,6 +79,7 @@ def collect(
                 release(reply)
             else:
                 pending |= push(grid, [instead])
+        tick()
         if late:
             return
         if len(pending) < before:

@@ -1,11 +1,12 @@
 """Exports of a run's states, with labels, tokeniser and model card."""
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from slora_flwr.adapters.loading import Loading
@@ -17,11 +18,12 @@ from slora_flwr.adapters.model_files import (
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone, public_name
 from slora_flwr.common.tensors import State
-from slora_flwr.config import ConfigError, RunConfig, parse
+from slora_flwr.common.text import printable
+from slora_flwr.config import ConfigError, RunConfig, parse, refuse
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.reports.model_card import ModelCard
 from slora_flwr.runs.events import METRICS
-from slora_flwr.runs.reader import RecordedRun, read_run
+from slora_flwr.runs.reader import RecordedRun, RunError, read_run
 from slora_flwr.runs.release import Release
 from slora_flwr.server.phase import ActivePhase
 from slora_flwr.tasks.choice import find_task
@@ -30,6 +32,8 @@ from slora_flwr.training.process_data import ProcessData
 from slora_flwr.training.trainer import Trainer
 
 _TOKENIZER_FILE = "tokenizer.json"
+T = TypeVar("T")
+
 # The states of a run that can be exported, and where their bases are if they have any.
 BASES = {
     "last": ("base",),
@@ -95,16 +99,20 @@ def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
     kept = KeptState.read(run, which)
     adapter, model = kept.model.adapter, kept.model
     write = adapter.merge if merge else adapter.export
-    to.mkdir(parents=True, exist_ok=True)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        allowed = f"a folder that can be made and written ({error.strerror})"
+        raise refuse("to", str(to), allowed) from error
     try:
         loading = write(to, kept.state, kept.base, kept.classes, model.detach)
-    except ConfigError:
-        to.rmdir()
+        found = _Exported(
+            kept.which, kept.number, loading, kept.figures, kept.payload, kept.privacy
+        )
+        _complete(to, kept.config, kept.data, model, kept.classes, found)
+    except BaseException:  # Nobody is to take half an export for a whole one.
+        shutil.rmtree(to, ignore_errors=True)
         raise
-    found = _Exported(
-        kept.which, kept.number, loading, kept.figures, kept.payload, kept.privacy
-    )
-    _complete(to, kept.config, kept.data, model, kept.classes, found)
     return to
 
 
@@ -157,12 +165,21 @@ class KeptState:
                 f"{run} is of a run that has not ended; allowed: one that has"
             )
         which = _kept(run, which)
-        facts = _facts(_state_file(run, which))
+        facts = _read(_state_file(run, which), _state_facts)
         schedule, number = make_schedule(config), int(facts["round"])
-        index = [phase.adapter for phase in schedule].index(facts["phase"])
-        phase = schedule[index]
-        before = sum(len(recorded.phases[p.adapter]) for p in schedule[:index])
-        classes = read_classes(own_export(run))
+        names = [phase.adapter for phase in schedule]
+        # The phases' lengths are counted by the events.
+        if (
+            recorded.damage
+            or len(recorded.rounds) < number
+            or facts["phase"] not in names
+        ):
+            why = recorded.damage or "its config and events are not those of its states"
+            raise RunError(f"{run} cannot be read: {why}")
+        phase = schedule[names.index(facts["phase"])]
+        earlier = names[: names.index(phase.adapter)]
+        before = sum(len(recorded.phases[name]) for name in earlier)
+        classes = _read(own_export(run), read_classes)
         data = ProcessData(config, classes)
         model = AttachedModel(config, data)
         _check_digest(config, recorded, model.backbone.digest)
@@ -170,7 +187,7 @@ class KeptState:
             run, which, facts["base"], config, phase, model.backbone, before
         )
         model.attach(phase, base, facts["base"]).begin(number - before)
-        state = load_file(_state_file(run, which))
+        state = _read(_state_file(run, which), load_file)
         return cls(
             which,
             number,
@@ -225,7 +242,7 @@ def _complete(
 
 def read_state(run: Path, which: str) -> State:
     """Return a state of a run; see `export_run`."""
-    return load_file(_state_file(run, _kept(run, which)))
+    return _read(_state_file(run, _kept(run, which)), load_file)
 
 
 def own_export(run: Path) -> Path:
@@ -248,20 +265,42 @@ def _kept(run: Path, which: str) -> str:
     """Return the state that is meant, or raise ConfigError if it is not kept."""
     if which not in BASES:
         raise ConfigError(f"which is {which!r}; allowed: {', '.join(BASES)}")
-    if which == "averaged" and not _state_file(run, which).is_file():
-        which = "last"
-    if not _state_file(run, which).is_file():
-        raise ConfigError(f"{run} keeps no {which} state; allowed: a run that does")
-    return which
+    for kept in ("averaged", "last") if which == "averaged" else (which,):
+        if _state_file(run, kept).is_file():
+            return kept
+    raise ConfigError(
+        f"{run} keeps no {which} state; allowed: a run that does, such as one that was "
+        "evaluated, for the best, or of a sweep with --keep-states"
+    )
 
 
 def _state_file(run: Path, name: str) -> Path:
     return run / "checkpoints" / f"{name}.safetensors"
 
 
-def _facts(path: Path) -> dict[str, str]:
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    """Return what a run's file holds, or raise RunError if it is damaged."""
+    try:
+        return read(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {printable(error)}") from error
+
+
+def _state_facts(path: Path) -> dict[str, str]:
+    return _facts(path, "round", "phase", "base")
+
+
+def _base_facts(path: Path) -> dict[str, str]:
+    return _facts(path, "digest")
+
+
+def _facts(path: Path, *names: str) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
-        return dict(file.metadata())
+        found = file.metadata() or {}
+    for name in names:
+        if name not in found:
+            raise ValueError(f"it has no {name}")
+    return dict(found)
 
 
 def _check_digest(config: RunConfig, recorded: RecordedRun, digest: str) -> None:
@@ -286,14 +325,14 @@ def _read_base(
     """Return the base of a state; None for W_0. `before` is the rounds of the past."""
     paths = (_state_file(run, name) for name in BASES[which])
     path = next((path for path in paths if path.is_file()), None)
-    if digest != ("" if path is None else _facts(path)["digest"]):
+    if digest != ("" if path is None else _read(path, _base_facts)["digest"]):
         raise ConfigError(
             f"{run} does not keep the base of its {which} state; allowed: a run that "
             "does"
         )
     if path is None:
         return None
-    state = load_file(path)
+    state = _read(path, load_file)
     if phase.changes_base:
         return BaseWeights(weights=state)
     layout = phase.adapter_type.base_layout(phase, config, backbone, before)
@@ -305,7 +344,7 @@ def _figures(
     recorded: RecordedRun, phase: Phase, which: str, number: int
 ) -> dict[str, float | None]:
     """Return the figures of a state that its round has; empty if it has none."""
-    [metrics] = [done.metrics for done in recorded.rounds if done.round == number]
+    metrics = next((d.metrics for d in recorded.rounds if d.round == number), {})
     prefix = "plain_" if which == "last" and phase.average != "none" else ""
     # As in summary.json, None if it is not finite.
     found = {

@@ -13,7 +13,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from slora_flwr.common.protocol import installed_version
-from slora_flwr.common.text import printable
+from slora_flwr.common.text import counted, default_name, printable
 from slora_flwr.runs.events import Event, NodeLeftOut, NodeVersion
 from slora_flwr.server.collect import (
     LAST_POLL_SECONDS,
@@ -118,7 +118,7 @@ class Fleet:
 
     def name(self, node: int) -> str:
         """Return a node's name for logs."""
-        return f"node {node}"
+        return default_name(node)
 
     def gather(
         self,
@@ -147,8 +147,9 @@ class Fleet:
         while (online := len(list(grid.get_nodes()))) < self._min_nodes:
             if time.monotonic() > registered:
                 raise FleetError(
-                    f"{online} nodes are online after {REGISTRATION_SECONDS:.0f} "
-                    f"seconds; clients.min-nodes is {self._min_nodes}"
+                    f"{counted(online, 'node is', 'nodes are')} online after "
+                    f"{REGISTRATION_SECONDS:.0f} seconds; clients.min-nodes is "
+                    f"{self._min_nodes}"
                 )
             time.sleep(0.1)
         described = time.monotonic() + self._deadline
@@ -157,7 +158,8 @@ class Fleet:
         self._hear_until(grid, described, lambda: self._told > 0)
         while (online := len(list(grid.get_nodes()))) < self._told:
             if time.monotonic() > registered:
-                log(WARNING, "only %d of %d nodes are online", online, self._told)
+                told = counted(self._told, "node is", "nodes are")
+                log(WARNING, "only %d of %s online", online, told)
                 break
             time.sleep(0.1)
             self._refresh(grid)
@@ -173,7 +175,8 @@ class Fleet:
                 f"{self.name(n)}: {r}" for n, r in sorted(self.left_out.items())
             )
             raise FleetError(f"no node can train ({reasons or 'none answered'})")
-        log(INFO, "%d nodes host %d clients", len(self._online), len(self.clients))
+        nodes, clients = len(self._online), counted(len(self.clients), "client")
+        log(INFO, "%s %s", counted(nodes, "node hosts", "nodes host"), clients)
 
     def refresh(self, grid: Grid, wanted: int = 0, number: int = 0) -> None:
         """Update the nodes online for a round, and query new or returning ones.
@@ -188,7 +191,8 @@ class Fleet:
         if len(self.clients) < wanted:
             self._rests.clear()
         if (online := len(self.clients)) < wanted:
-            log(WARNING, "%d clients are online; waiting for %d", online, wanted)
+            are = counted(online, "client is", "clients are")
+            log(WARNING, "%s online; waiting for %d", are, wanted)
         while len(self.clients) < wanted and time.monotonic() < until:
             time.sleep(LAST_POLL_SECONDS)
             self._refresh(grid)
@@ -221,7 +225,7 @@ class Fleet:
             self._leave_out(
                 node,
                 f"it did not reply to {kind} messages of {silent} rounds in a row, and "
-                f"rests for {rest} round{'s' if rest > 1 else ''}",
+                f"rests for {counted(rest, 'round')}",
             )
 
     def note_reply(self, node: int, kind: str) -> None:
@@ -375,7 +379,7 @@ class Fleet:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"its description is off: {error!r}") from error
         if told < 1:
-            raise ValueError(f"it is of {told} nodes; allowed: 1 or more")
+            raise ValueError(f"it is of {counted(told, 'node')}; allowed: 1 or more")
         self._told = min(self._told or told, told)
         return described, metrics
 

@@ -195,3 +195,5 @@ class Journal:
         if phase.is_averaged:
             with phase.on_average() as state:
                 save("averaged", state, **facts)
+        else:  # an earlier phase may have left one
+            self.directory.release.drop_state("averaged")

@@ -11,7 +11,14 @@ from flwr.common.logger import log
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from slora_flwr.common.text import clean_label, lookalikes, printable, shorten
+from slora_flwr.common.text import (
+    clean_label,
+    counted,
+    default_name,
+    lookalikes,
+    printable,
+    shorten,
+)
 from slora_flwr.data.node_files import LONGEST_LABEL, MOST_LABELS
 from slora_flwr.runs.events import NodeJoined
 from slora_flwr.server.fleet import MOST_EXAMPLES, Fleet, FleetError
@@ -163,9 +170,17 @@ class OwnDataFleet(Fleet):
         self._numbers = {client: Owner(**owner) for client, owner in agreed["numbers"]}
 
     def name(self, node: int) -> str:
-        """Return the name under which a node is registered, or its own, and its id."""
+        """Return the name under which a node is registered, or its own, and its id.
+
+        A node that is named by its client's number, and has that client, needs no id.
+        """
         found = self._described.get(node)
-        return f"{found.name} (node {node})" if found else super().name(node)
+        if found is None or found.name == super().name(node):
+            return super().name(node)
+        if found.client is None or found.name != default_name(found.client):
+            return f"{found.name} (node {node})"
+        hosted = self._hosted.get(node, ())
+        return found.name if found.client in hosted else f"{found.name} (id {node})"
 
     def _admit(
         self, node: int, described: Mapping[str, Any], metrics: Mapping[str, Any]
@@ -212,7 +227,7 @@ class OwnDataFleet(Fleet):
                 f"the nodes' labels are {self.classes}; at least two are needed"
             )
         shown = printable(", ".join(self.classes))
-        log(INFO, "%d labels agreed: %s", len(self.classes), shown)
+        log(INFO, "%s agreed: %s", counted(len(self.classes), "label"), shown)
         for alike in lookalikes(self.classes):
             names = printable(", ".join(alike))
             log(WARNING, "labels that look alike are different classes: %s", names)
@@ -313,8 +328,8 @@ class OwnDataFleet(Fleet):
             node = max(there, key=lambda n: (len(there[n].labels), n))
             self._leave_out(
                 node,
-                f"it has {len(there[node].labels)} labels, the most of all, and the "
-                f"nodes have {len(found)} together; allowed: {MOST_LABELS}",
+                f"it has {counted(len(there[node].labels), 'label')}, the most of all, "
+                f"and the nodes have {len(found)} together; allowed: {MOST_LABELS}",
             )
             del there[node]
 
@@ -336,7 +351,7 @@ class OwnDataFleet(Fleet):
         told = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "none"
         if usable < self._min_examples:
             raise ValueError(
-                f"it has {usable} usable examples, clients.min-examples is "
+                f"it has {counted(usable, 'usable example')}, clients.min-examples is "
                 f"{self._min_examples}; rows skipped: {told}"
             )
         name, client = described.name, described.client
@@ -350,10 +365,10 @@ class OwnDataFleet(Fleet):
         self._host(node, frozenset({client}), {client: usable})
         log(
             INFO,
-            "%s is client %d: %d examples; rows skipped: %s%s",
+            "%s is client %d: %s; rows skipped: %s%s",
             self.name(node),
             client,
-            usable,
+            counted(usable, "example"),
             told,
             f"; unknown labels: {printable(', '.join(others))}" if others else "",
         )

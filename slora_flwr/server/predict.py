@@ -4,6 +4,9 @@ from pathlib import Path
 
 import torch
 
+from slora_flwr.common.files import expand
+from slora_flwr.common.text import is_unicode
+from slora_flwr.config import refuse
 from slora_flwr.data.texts import read_unlabelled
 from slora_flwr.server.export import KeptState
 from slora_flwr.tasks.base import Answer
@@ -31,12 +34,16 @@ def predict_texts(
     RunError
         If it is no run directory, or cannot be read.
     ConfigError
-        If the run keeps no such state, or the file cannot be read.
+        If the run keeps no such state, the file cannot be read, or a text is not
+        Unicode.
     """
     kept = KeptState.read(run, which)
     config, model, data = kept.config, kept.model, kept.data
     if file is not None:
-        texts = [*texts, *read_unlabelled(config.data, file.expanduser())]
+        texts = [*texts, *read_unlabelled(config.data, expand(file))]
+    for text in texts:
+        if not is_unicode(text):
+            raise refuse("text", text, "characters that UTF-8 has")
     model.adapter.load(kept.state)
     backbone, task = model.backbone, find_task(config)
     with torch.inference_mode(), precision_of(backbone, config.train.precision):

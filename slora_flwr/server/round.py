@@ -12,7 +12,8 @@ from flwr.serverapp import Grid
 from slora_flwr.aggregation.mean import FoldError, Mean
 from slora_flwr.common.random import sample_cohort
 from slora_flwr.common.tensors import State
-from slora_flwr.common.text import shorten
+from slora_flwr.common.text import counted, shorten
+from slora_flwr.reports.progress import CohortProgress
 from slora_flwr.runs.events import ClientRecord, RecordedRound
 from slora_flwr.runs.ledger import Entry
 from slora_flwr.server.collect import collect, is_gone
@@ -155,6 +156,8 @@ class Round:
         The run's privacy; None without.
     counted : dict[int, int] or None
         Each client's last round that counted; None if clients keep no residuals.
+    progress : CohortProgress
+        Tells how much of the cohort has answered.
 
     Attributes
     ----------
@@ -175,6 +178,7 @@ class Round:
         journal: Journal,
         privacy: Privacy | None,
         counted: dict[int, int] | None,
+        progress: CohortProgress,
     ) -> None:
         self.number = number
         self.cohort: dict[int, list[int]] = {}
@@ -182,6 +186,7 @@ class Round:
         self.failure = ""
         self._trainer, self._phase, self._fleet = trainer, phase, fleet
         self._journal, self._privacy, self._counted = journal, privacy, counted
+        self._progress = progress
         self._failed: set[int] = set()
         # The size of each node's update.
         self._sizes: dict[int, float] = {}
@@ -228,12 +233,20 @@ class Round:
             fold.limit = phase.sizes.bound
         received = 0
         most = max(len(clients) for clients in self.cohort.values()) if messages else 0
+        progress = self._progress
         replies = collect(
-            grid, messages, config.clients.deadline, again, phase.most_bytes(most)
+            grid,
+            messages,
+            config.clients.deadline,
+            again,
+            phase.most_bytes(most),
+            progress.hear,
         )
-        for reply, reply_size in replies:
-            received += reply_size
-            self._take(reply, asked, fold)
+        with progress.follow(f"{self._label} {phase.name}", len(drawn)):
+            for reply, reply_size in replies:
+                received += reply_size
+                self._take(reply, asked, fold)
+                progress.hear(self.clients.keys() | self._failed)
         self._fail_silent()
         done, size, up = len(self.clients), self._payload, self._wire.get("up")
         record(Entry(number, phase.name, "up", done, size, received, plan.up, up))
@@ -248,7 +261,7 @@ class Round:
             self.failure = "had updates far beyond the others"
             return False
         if done < wanted:
-            self.failure = f"got {done} good replies"
+            self.failure = f"got {counted(done, 'good reply', 'good replies')}"
             return False
         try:
             if privacy is not None:
@@ -289,30 +302,38 @@ class Round:
         every = [client for clients in asked.values() for client in clients]
         size, received, silent = phase.bytes_due(every), 0, dict(asked)
         found: list[Evaluation] = []
-        for reply, reply_size in collect(
-            grid, messages, trainer.config.clients.deadline, again
-        ):
-            received += reply_size
-            node = reply.metadata.src_node_id
-            clients = silent.pop(node)
-            try:
-                if reply.has_error():
-                    raise MessageError(reply.error.reason)
-                figures = read_evaluation(
-                    reply.content, trainer.task, len(trainer.data.classes)
-                )
-                phase.versions.received(node, clients)
-                fleet.note_reply(node, MessageType.EVALUATE)
-                if figures is not None:
-                    own = trainer.config.clients
-                    held = [held_out(fleet.sizes[c], own.holdout) for c in clients]
-                    most = sum(map(own.weigh, held))
-                    _check_examples(figures, most)
-                    found.append(figures)
-                    self._journal.record_evaluation(number, node, figures)
-            except MessageError as error:
-                self._fail(node, clients, error)
-                fleet.count_unreadable(reply)
+        progress = self._progress
+        replies = collect(
+            grid,
+            messages,
+            trainer.config.clients.deadline,
+            again,
+            tick=progress.hear,
+        )
+        with progress.follow(f"{self._label} evaluation", len(every)):
+            for reply, reply_size in replies:
+                received += reply_size
+                node = reply.metadata.src_node_id
+                clients = silent.pop(node)
+                try:
+                    if reply.has_error():
+                        raise MessageError(reply.error.reason)
+                    figures = read_evaluation(
+                        reply.content, trainer.task, len(trainer.data.classes)
+                    )
+                    phase.versions.received(node, clients)
+                    fleet.note_reply(node, MessageType.EVALUATE)
+                    if figures is not None:
+                        own = trainer.config.clients
+                        held = [held_out(fleet.sizes[c], own.holdout) for c in clients]
+                        most = sum(map(own.weigh, held))
+                        _check_examples(figures, most)
+                        found.append(figures)
+                        self._journal.record_evaluation(number, node, figures)
+                except MessageError as error:
+                    self._fail(node, clients, error)
+                    fleet.count_unreadable(reply)
+                progress.hear(clients)
         record, sent = self._journal.directory.record, sum(map(message_bytes, messages))
         record(Entry(number, phase.name, "down", len(every), size, sent))
         record(Entry(number, phase.name, "up", len(every), 0, received))
@@ -378,6 +399,11 @@ class Round:
         self._fleet.note_reply(node, MessageType.TRAIN)
 
     @property
+    def _label(self) -> str:
+        rounds = str(self._trainer.config.rounds)
+        return f"round {self.number:>{len(rounds)}}/{rounds}"
+
+    @property
     def _is_bounded(self) -> bool:
         """Whether updates far beyond the others are refused.
 
@@ -424,5 +450,6 @@ class Round:
 def _check_examples(figures: Evaluation, most: int) -> None:
     if figures.examples > most:
         raise MessageError(
-            f"it evaluates on {figures.examples} examples, and holds out {most}"
+            f"it evaluates on {counted(figures.examples, 'example')}, and holds "
+            f"out {most}"
         )

@@ -15,11 +15,14 @@ from rich.console import Console
 from slora_flwr.backbone.load import digest_of
 from slora_flwr.common.files import run_folder
 from slora_flwr.common.protocol import installed_version
+from slora_flwr.common.text import counted
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
 from slora_flwr.config.errors import refuse
 from slora_flwr.config.identity import code_identity
 from slora_flwr.reports.chance import foresee
 from slora_flwr.reports.closing_table import closing_table
+from slora_flwr.reports.narrow_tables import print_table
+from slora_flwr.reports.progress import CohortProgress
 from slora_flwr.runs.checkpoint import check_identity, find_checkpoint
 from slora_flwr.runs.directory import RunDirectory, how_to_resume, in_use
 from slora_flwr.runs.events import EVENTS, INTERRUPTED, Resumed, Stopped
@@ -44,6 +47,7 @@ def run(
     generator: np.random.Generator | None = None,
     share: Callable[[AttachedModel], None] | None = None,
     engine: str = "flwr",
+    progress: CohortProgress | None = None,
 ) -> dict[str, Any]:
     """Run a method as its config says.
 
@@ -61,6 +65,8 @@ def run(
         Gives the server's model to nodes that live in this process.
     engine : str
         What made the grid, as in `RecordedEngine`, for resolved.toml.
+    progress : CohortProgress or None
+        As in `PhasedStrategy`.
 
     Returns
     -------
@@ -80,7 +86,9 @@ def run(
     config = parse(run_config)
     with ExitStack() as held:
         checkpoint = _claim(config, held) if config.run.resume else None
-        return _run(grid, config, run_id, generator, share, engine, checkpoint, held)
+        return _run(
+            grid, config, run_id, generator, share, engine, progress, checkpoint, held
+        )
 
 
 def _claim(config: RunConfig, held: ExitStack) -> Snapshot:
@@ -105,6 +113,7 @@ def _run(
     generator: np.random.Generator | None,
     share: Callable[[AttachedModel], None] | None,
     engine: str,
+    progress: CohortProgress | None,
     checkpoint: Snapshot | None,
     held: ExitStack,
 ) -> dict[str, Any]:
@@ -130,7 +139,8 @@ def _run(
     started -= directory.elapsed
     log(INFO, "slora-flwr %s, run directory %s", installed_version(), directory.path)
     if moved and privacy is None:
-        log(INFO, "%d examples were moved so that no client is empty", moved)
+        were = counted(moved, "example was", "examples were")
+        log(INFO, "%s moved so that no client is empty", were)
     if checkpoint is None:
         for warning in foresee(config):
             log(WARNING, "%s", warning)
@@ -151,7 +161,9 @@ def _run(
         if checkpoint is None:
             made_by = {"name": engine, "nodes": len(list(grid.get_node_ids()))}
             directory.release.write_resolved(config, resolved, made_by)
-        strategy = PhasedStrategy(trainer, directory, fleet, checkpoint, privacy)
+        strategy = PhasedStrategy(
+            trainer, directory, fleet, checkpoint, privacy, progress
+        )
         strategy.run(grid)
     except Exception as error:
         with suppress(RunDirectoryError):  # which may be the error itself
@@ -168,13 +180,14 @@ def _run(
     summary = summarise(trainer, strategy, directory, seconds)
     if privacy is not None:
         summary["privacy"] = privacy.facts(config.rounds)
-    directory.write_summary(summary)
     export(directory.release, trainer, strategy.phase, summary)
+    # Last, since a run that has it counts as finished.
+    directory.write_summary(summary)
     fleet.dismiss(grid)
     # That of nodes on this machine that have not answered.
     shutil.rmtree(run_folder(directory.lineage), ignore_errors=True)
-    console = Console(width=100)
-    console.print(closing_table(summary))
+    console = Console(width=80)  # Flower's log may be read in any terminal
+    print_table(console, closing_table(summary))
     if "warning" in summary:
         console.print(summary["warning"], style="bold", markup=False, highlight=False)
     log(INFO, "run directory %s", directory.path)
@@ -190,12 +203,12 @@ def _check_holdout(config: RunConfig, sizes: Sequence[int]) -> None:
             "clients.holdout",
             clients.holdout,
             f"a share that leaves clients.min-replies clients, {clients.min_replies}, "
-            f"some examples, and {empty} of {len(sizes)} clients have nothing left to "
-            "train on",
+            f"some examples, and {empty} of {counted(len(sizes), 'client')} have "
+            "nothing left to train on",
         )
     if empty:
-        told = "clients.holdout leaves %d of %d clients nothing to train on"
-        log(WARNING, told, empty, len(sizes))
+        told = "clients.holdout leaves %d of %s nothing to train on"
+        log(WARNING, told, empty, counted(len(sizes), "client"))
 
 
 def _shared_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:

@@ -9,9 +9,10 @@ from flwr.serverapp import Grid
 
 from slora_flwr.common.memory import return_freed
 from slora_flwr.common.tensors import State
+from slora_flwr.common.text import counted
 from slora_flwr.config import flatten
 from slora_flwr.planning.rounds import plan_rounds
-from slora_flwr.reports.progress import progress_line
+from slora_flwr.reports.progress import CohortProgress, progress_line
 from slora_flwr.runs.checkpoint import list_checkpoints
 from slora_flwr.runs.directory import RunDirectory
 from slora_flwr.runs.events import METRICS, ClassRecord
@@ -48,6 +49,8 @@ class PhasedStrategy:
         The checkpoint to resume from; None for a new run.
     privacy : Privacy or None
         The run's privacy; None without.
+    progress : CohortProgress or None
+        Tells how much of a cohort has answered; None for one that uses the log.
 
     Attributes
     ----------
@@ -66,12 +69,17 @@ class PhasedStrategy:
         fleet: Fleet,
         checkpoint: Snapshot | None = None,
         privacy: Privacy | None = None,
+        progress: CohortProgress | None = None,
     ) -> None:
         config = trainer.config
         self.journal = Journal(directory, trainer.task, fleet.name)
         self.lengths = [phase.rounds for phase in trainer.schedule]
         self._config, self._trainer, self._fleet = config, trainer, fleet
         self._privacy = privacy
+        if privacy is not None:
+            # How many answered, and how long it took, depend on who was drawn.
+            progress = CohortProgress(first=math.inf)
+        self._progress = progress or CohortProgress()
         self._server_round = 0
         # Each client's last round that counted.
         self._counted: dict[int, int] = {}
@@ -148,6 +156,7 @@ class PhasedStrategy:
                 self.journal,
                 self._privacy,
                 self._counted if self.phase.keeps_residuals else None,
+                self._progress,
             )
             if held.train(grid):
                 return held
@@ -229,11 +238,11 @@ class PhasedStrategy:
             recipe = phase.recipe
             log(
                 INFO,
-                "%s: %d rounds of %d clients, %d epoch(s) of %s at lr %g, batch %d",
+                "%s: %s of %s, %s of %s at lr %g, batch %d",
                 phase.adapter,
-                phase.rounds,
-                self._config.clients.per_round,
-                recipe.epochs,
+                counted(phase.rounds, "round"),
+                counted(self._config.clients.per_round, "client"),
+                counted(recipe.epochs, "epoch"),
                 recipe.optimizer,
                 recipe.lr,
                 recipe.batch_size,

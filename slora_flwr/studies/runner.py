@@ -30,13 +30,16 @@ from typing import Any, BinaryIO
 import tomli_w
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from slora_flwr.common.files import write_atomically
+from slora_flwr.common.text import counted
 from slora_flwr.config import ConfigError, parse
 from slora_flwr.config.identity import code_identity
 from slora_flwr.config.methods import find_adapter
 from slora_flwr.reports.progress import clock
 from slora_flwr.runs.events import EVENTS, RecordedRound, read_events
+from slora_flwr.runs.lock import is_locked
 from slora_flwr.studies.study import Config, Study, adapters_of, planned
 
 # Folders of a run directory that hold states.
@@ -86,6 +89,11 @@ class StudyRun:
         except ConfigError:
             return False
         return code_identity(config).items() <= checkpoint.facts["identity"].items()
+
+    def is_in_use(self) -> bool:
+        """Return whether a process is making the run."""
+        events = self.path / EVENTS
+        return events.is_file() and is_locked(events)
 
     @property
     def resuming(self) -> Config:
@@ -141,8 +149,8 @@ class Runner:
         self._seconds: dict[str, list[float]] = {}
         self._done: set[Path] = set()
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            TextColumn("{task.description}", table_column=Column(overflow="fold")),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}"),
             console=self.console,
@@ -174,8 +182,8 @@ class Runner:
         if isinstance(error, KeyboardInterrupt):
             left = self._all - len(self._done)
             raise KeyboardInterrupt(
-                f"{left} of {self._all} runs are left. The same command goes on with "
-                "them, from their last checkpoints."
+                f"{left} of {counted(self._all, 'run is', 'runs are')} left. The same "
+                "command goes on with what is left, from the last checkpoints."
             ) from error
 
     def _executor(self, slot: int) -> Executor:
@@ -361,7 +369,8 @@ def _run_inline(run: StudyRun) -> bool:
 
 def _begin(run: StudyRun) -> Config:
     """Return the config that resumes a run or, if it cannot, that begins it anew."""
-    if run.can_resume():
+    # One that another process has in use is refused as it resumes, and stays as it is.
+    if run.can_resume() or run.is_in_use():
         return run.resuming
     shutil.rmtree(run.path, ignore_errors=True)
     return run.config

@@ -146,7 +146,7 @@ def read_study(
         If a section or a run is invalid; the message names it and the file.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         study = _study(content, changes)
         for _ in planned(study):
             pass

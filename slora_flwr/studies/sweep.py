@@ -9,10 +9,12 @@ from statistics import fmean, stdev
 from types import MappingProxyType
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from slora_flwr.common.text import csv_cell
 from slora_flwr.config import ConfigError, Value, flatten, parse
+from slora_flwr.reports.narrow_tables import print_table
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.runs.roster import write_roster
 from slora_flwr.studies.runner import Runner, StudyRun
@@ -31,7 +33,7 @@ from slora_flwr.studies.study import (
 # whether the table shows the spread over seeds.
 FIGURES = {
     "accuracy": ("accuracy", ".1%", True),
-    "accuracy_last_5": ("mean of last 5", ".1%", True),
+    "accuracy_last_5": ("mean of\nlast 5", ".1%", True),
     "macro_f1": ("macro-F1", ".3f", True),
     "loss": ("loss", ".3f", True),
     "payload_mb_up": ("MB up", ".1f", False),
@@ -124,7 +126,8 @@ def sweep(
         varied = varying(configs.values())
         rows = [_row(run, varied) for run in finished]
         write_rows(folder / "runs.csv", rows)
-        runner.console.print(_table(rows, [key for key in varied if key in keys]))
+        shown = [key for key in varied if key in keys and key != "seed"]
+        print_table(runner.console, _table(rows, shown), len(shown))
         say(folder / "runs.csv")
     return runner.failed
 
@@ -209,7 +212,6 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _table(rows: list[dict[str, Any]], keys: list[str]) -> Table:
     """Return a table of means and standard deviations over seeds."""
-    keys = [key for key in keys if key != "seed"]
     table = Table()
     for key in keys:
         table.add_column(_last(key))
@@ -223,7 +225,8 @@ def _table(rows: list[dict[str, Any]], keys: list[str]) -> Table:
             _mean([row[name] for row in group], form, spread)
             for name, (_, form, spread) in FIGURES.items()
         ]
-        table.add_row(*map(str, values), str(len(group)), *figures)
+        cells = [escape(str(value)) for value in values]
+        table.add_row(*cells, str(len(group)), *figures)
     return table
 
 

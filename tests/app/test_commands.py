@@ -21,11 +21,17 @@ from slora_flwr import __version__
 from slora_flwr.cli import app
 from slora_flwr.config import parse
 from slora_flwr.data.texts import load_texts
+from slora_flwr.runs.checkpoint import list_checkpoints
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.runs.reader import read_run
 from slora_flwr.studies.study import read_study
 from tests.support.grids import Grid
-from tests.support.resuming import assert_same, stop
+from tests.support.resuming import (
+    InterruptionError,
+    StoppingGrid,
+    assert_same,
+    stop,
+)
 from tests.support.runs import (
     SLORA,
     Config,
@@ -151,10 +157,32 @@ def test_resume_takes_the_newest_run_and_its_engine(
     assert [p.name for p in (path / "checkpoints").glob("round-*")] == [
         "round-0002.safetensors"
     ]
+    done = slora("resume")
+    assert done.exit_code == 2
+    assert f"RUN is '{path.name}'; allowed: a run that has not finished" in done.stderr
     # What must not differ is refused.
     done = slora("resume", path.name, "-c", "rounds=3")
     assert done.exit_code == 2
     assert "rounds is 2 there and 3 here" in done.stderr
+
+
+def test_a_run_whose_rounds_are_held_again_has_not_ended(
+    config: Config, home: Path
+) -> None:
+    config |= {"rounds": 3, "run.keep": 3}
+    path = start(config, Grid(config))
+    whole = path.with_name("whole")
+    shutil.copytree(path, whole)
+    checkpoint = list_checkpoints(path)[0]
+    with pytest.raises(InterruptionError):
+        start(config | {"run.resume": str(checkpoint)}, StoppingGrid(config, 3))
+    assert read_run(path).state == "failed"
+    with sole_use(path / "events.jsonl", ""):
+        done = slora("resume", path)
+    assert done.exit_code == 2
+    assert "allowed: a run that no process is making" in done.stderr
+    assert slora("resume", path, "--nodes", 2).exit_code == 0
+    assert_same(path, whole)
 
 
 def test_resuming_a_deployments_run_does_not_simulate_it_unasked(
@@ -243,6 +271,16 @@ def test_runs_are_listed_within_80_columns(config: Config, home: Path) -> None:
     assert by_run["damaged"][0] == "unreadable"
     # The newest first.
     assert lines[-1].startswith(shown[0])
+    assert slora("runs", home / "runs").stdout.splitlines()[-1] == lines[-1]
+
+
+def test_names_are_no_markup(config: Config, home: Path) -> None:
+    config |= {"rounds": 1, "run.dir": str(name_of("a[b]\x1b[31mc"))}
+    path = start(config, Grid(config)) / "config.toml"
+    data = str(config["data.name"])
+    path.write_text(path.read_text().replace(data, "/x/my[e]"))
+    [_, line] = _lines("runs")
+    assert line.startswith("a[b]\\x1b[31mc finished lora   my[e] ")
 
 
 def test_a_failed_run_is_told_from_an_interrupted_one(
@@ -338,12 +376,30 @@ def test_a_text_is_given_or_read_from_a_file(
     assert slora("predict", "7").stdout.endswith("\t7\n")
 
 
+def test_any_text_is_a_text(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLORA_HOME", str(finished.parents[1]))
+    texts = ["~nobody has it", "", "w5\u2028w6\x85w7\x0c", "a [/b] \\ *c*", "w" * 9999]
+    path = tmp_path / "texts.txt"
+    path.write_bytes("\r\n".join(texts).encode())
+    for given in (texts, ["--file", str(path)]):
+        lines = slora("predict", "--json", *given).stdout.rstrip("\n").split("\n")
+        assert [json.loads(line)["text"] for line in lines] == texts
+    assert slora("predict", texts[0]).stdout.endswith(f"\t{texts[0]}\n")
+    path.write_text("")
+    assert (slora("predict", "--file", path).stdout, path.write_text("\n")) == ("", 1)
+    assert len(_lines("predict", "--file", path)) == 1
+
+
 def test_what_cannot_be_predicted_is_refused(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLORA_HOME", str(finished.parents[1]))
     other = tmp_path / "other.csv"
     other.write_text("title\nw5\n")
+    empty = tmp_path / "empty.csv"
+    empty.write_text("text,title\n")
     for given, told in {
         (): "TEXT is missing; allowed: one or more, or --file",
         (str(finished),): "TEXT is missing",
@@ -351,12 +407,31 @@ def test_what_cannot_be_predicted_is_refused(
         ("--file", str(other)): "data.text names 'text'; the columns are title",
         ("--file", str(tmp_path / "absent.txt")): "absent.txt cannot be read",
         ("absent", "--file", str(other)): "absent is not a run",
+        ("--file", "/dev/stdin"): "data file is /dev/stdin; allowed: .txt, .csv, ",
+        ("--file", str(empty)): "it has no rows below a header",
+        ("w5 \udcff",): "text is 'w5 \\udcff'; allowed: characters that UTF-8 has",
     }.items():
         done = slora("predict", *given)
         assert done.exit_code == 2, done.output
         assert done.stderr.startswith("Error: ")
         assert told in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_may_stop(finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("w5 w6\n" * 9)
+    command = [sys.executable, "-c", "from slora_flwr.cli import app; app()"]
+    with subprocess.Popen(
+        [*command, "predict", str(finished), "--file", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert "Error" not in process.stderr.read()
 
 
 @pytest.mark.parametrize("which", ["last", "best", "averaged"])
@@ -383,6 +458,12 @@ def test_an_export_goes_to_a_folder_named_like_its_run(
     assert slora("export", finished, "--which", "last").exit_code == 0
     [folder] = tmp_path.iterdir()
     assert folder.name == "20260101-slora-7-last"
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    above = finished / "checkpoints" / ".."
+    assert slora("export", above, "--which", "last").exit_code == 0
+    assert (tmp_path / "below" / folder.name).is_dir()
+    monkeypatch.chdir(tmp_path)
     again = slora("export", finished, "--which", "last")
     assert again.exit_code == 2
     assert "allowed: a new or empty folder" in again.stderr

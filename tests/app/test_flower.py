@@ -41,6 +41,18 @@ CODED: dict[str, Any] = {
 }
 
 
+# How the lines begin that the app logs in a run of a round on nodes' data.
+OURS = (
+    "slora-flwr ",
+    "model.name is embedded",
+    "3 labels agreed",
+    "node ",
+    "2 nodes host 2 clients",
+    "lora: ",
+    "round 1/1 ",
+)
+
+
 @pytest.fixture(scope="module")
 def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Return an environment with its own SuperLink, and end what was started in it."""
@@ -74,7 +86,7 @@ def test_a_simulation_gives_the_inline_engines_figures(
 ) -> None:
     given = VALUES | changes | {"run.dir": f"'{tmp_path}/ray'"}
     written = " ".join(f"{key}={value}" for key, value in given.items())
-    done = slora(flower, "--nodes", "2", "-c", written)
+    done = slora(flower, "--nodes", "2", "--verbose", "-c", written)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No additional application dependencies needed" in done.stdout
     assert "fft, same rounds" in done.stdout
@@ -113,6 +125,17 @@ def test_a_simulated_node_opens_the_files_that_a_run_names(
     written = " ".join(f"{key}={value}" for key, value in given.items())
     done = slora(flower, "--nodes", "2", "-c", written)
     assert done.returncode == 0, done.stdout + done.stderr
+    first, *lines = done.stdout.splitlines()
+    assert first.startswith("Run ")
+    for line in lines[: lines.index(next(x for x in lines if x.startswith("┏")))]:
+        # Ours, and nothing of Flower's or Ray's start.
+        told = line.removeprefix("INFO :      ").removeprefix("WARNING :   ")
+        assert told.startswith(OURS), done.stdout
+    assert "ClientAppActor" not in done.stdout
+    for node in range(2):
+        assert f"INFO :      node {node} is client {node}: 40 examples" in done.stdout
+    assert not done.stderr
+    assert "\x1b" not in done.stdout  # it is no terminal
     classes = (tmp_path / "run" / "adapter" / "classes.json").read_text()
     assert json.loads(classes) == KINDS
 

@@ -17,19 +17,20 @@ from typer.testing import CliRunner
 
 from slora_flwr.cli import app
 from slora_flwr.config import flatten, parse
-from slora_flwr.engines import inline
+from slora_flwr.engines import flower, inline
 from slora_flwr.runs.checkpoint import (
     list_checkpoints,
     read_checkpoint,
     write_checkpoint,
 )
-from slora_flwr.runs.lock import is_locked
+from slora_flwr.runs.lock import is_locked, sole_use
 from slora_flwr.runs.reader import read_run
+from slora_flwr.runs.writing import RunDirectoryError
 from slora_flwr.studies.study import digest_of
 from slora_flwr.studies.sweep import sweep
 from tests.support.grids import Grid
 from tests.support.processes import wait_until
-from tests.support.resuming import assert_same, stop
+from tests.support.resuming import assert_same, content, stop
 from tests.support.runs import (
     SLORA,
     Config,
@@ -111,6 +112,24 @@ def test_a_run_without_a_checkpoint_says_so(
     assert "Traceback" not in done.output
 
 
+def test_a_run_that_ends_before_its_export_goes_on(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would count as finished, and have no model."""
+    directory = Path(str(config["run.dir"]))
+
+    def fail(*_: object) -> None:
+        raise RunDirectoryError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slora_flwr.server.run.export", fail)
+        assert slora(*arguments(config)).exit_code == 1
+    assert read_run(directory).state == "interrupted"
+    assert slora("resume", str(directory)).exit_code == 0
+    assert read_run(directory).state == "finished"
+    assert (directory / "adapter" / "README.md").is_file()
+
+
 # Sweeps
 
 
@@ -147,6 +166,21 @@ def test_a_sweeps_run_of_another_protocol_begins_anew(
     assert summary(stopped)["rounds"] == 4
 
 
+def test_a_sweeps_run_that_another_process_makes_is_left_alone(
+    config: Config, tmp_path: Path
+) -> None:
+    """As `slora run`, which a sweep over Flower started, if the sweep is killed."""
+    given = run_of(config, tmp_path)
+    directory = stop(given, 1)
+    assert not list_checkpoints(directory)
+    before = content(directory)
+    path = write_study(tmp_path / "study.toml", config)
+    with sole_use(directory / "events.jsonl", ""):
+        assert sweep(path, tmp_path) == [directory.name]
+        assert content(directory) == before
+    assert "which another run is using" in directory.with_suffix(".log").read_text()
+
+
 def test_an_interrupted_sweep_says_how_it_goes_on_and_does(
     config: Config, tmp_path: Path
 ) -> None:
@@ -164,8 +198,8 @@ def test_an_interrupted_sweep_says_how_it_goes_on_and_does(
         assert process.returncode == 130, told
         assert "Traceback" not in told
         assert (
-            "Interrupted. 1 of 1 runs are left. The same command goes on with them, "
-            "from their last checkpoints.\n" in told
+            "Interrupted. 1 of 1 run is left. The same command goes on with what is "
+            "left, from the last checkpoints.\n" in told
         )
 
 
@@ -183,6 +217,28 @@ def so_far(directory: Path, kind: str) -> list[str]:
 
 
 # Flower
+
+
+FLWR = """
+import json, os, signal, sys, time
+command = sys.argv[1]
+if command in ("log", "stop"):
+    os.kill(os.getppid(), signal.SIGINT)
+if command == "log":
+    time.sleep(60)
+print(json.dumps({"success": True, "run-id": "7"}))
+"""
+
+
+def test_impatience_leaves_no_run_running(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in `flwr log`, and again in `flwr stop`."""
+    monkeypatch.setattr(flower, "_FLWR", (sys.executable, "-c", FLWR))
+    (tmp_path / "pyproject.toml").touch()
+    with pytest.raises(KeyboardInterrupt, match="Run 7 is stopped"):
+        flower.run_flower(tmp_path, config, 1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 class Terminal:

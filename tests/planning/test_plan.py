@@ -108,18 +108,20 @@ def test_nothing_stays_attached(config: Config, bert: Backbone) -> None:
 def test_the_command(config: Config, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(tomli_w.dumps(config | {"method": "slora"}))
-    found = CliRunner().invoke(app, ["plan", "-c", str(path)], env={"COLUMNS": "160"})
+    found = CliRunner().invoke(app, ["plan", "-c", str(path)], env={"COLUMNS": "80"})
     assert found.exit_code == 0, found.output
     rows = [
         [cell.strip() for cell in line.split("│")[1:-1]]
         for line in found.output.splitlines()
         if line.startswith("│")
     ]
-    assert [row[0] for row in rows] == ["sparse phase", "lora phase", "fft", "lora"]
+    phases = ["sparse phase", "lora phase", "fft", "lora"]
+    assert [row[0] for row in rows] == 2 * phases
+    trains, sends = rows[:4], rows[4:]
     trained = LORA_VALUES + HEAD_VALUES
-    assert rows[1][2] == f"{trained:,}"
-    assert rows[3][5] == f"{4 * trained / 1e3:,.1f}"
-    assert rows[3][7] == f"{4 * 3 * 6 * trained / 1e6:,.2f}"
+    assert trains[1][2] == f"{trained:,}"
+    assert sends[3][2] == f"{4 * trained / 1e3:,.1f}"
+    assert sends[3][4] == f"{4 * 3 * 6 * trained / 1e6:,.2f}"
     assert (RANK, len(CLASSES)) == (4, 3)
 
 
@@ -130,7 +132,7 @@ def test_bfloat16_can_be_planned(
     path = tmp_path / "run.toml"
     changes = {"model.dtype": "bfloat16", "train.precision": precision}
     path.write_text(tomli_w.dumps(config | changes))
-    found = CliRunner().invoke(app, ["plan", "-c", str(path)], env={"COLUMNS": "160"})
+    found = CliRunner().invoke(app, ["plan", "-c", str(path)], env={"COLUMNS": "80"})
     assert found.exit_code == 0, found.output
     assert "fft" not in found.output  # which has no bfloat16
 
@@ -144,7 +146,7 @@ def test_a_plan_for_nodes_data_needs_labels(config: Config, tmp_path: Path) -> N
     assert "data.labels is ''" in found.output
     assert "or --labels with their assumed number" in found.output
     path.write_text(tomli_w.dumps(config | changes | {"data.labels": "a,b,c"}))
-    found = CliRunner().invoke(app, ["plan", "-c", str(path)], env={"COLUMNS": "160"})
+    found = CliRunner().invoke(app, ["plan", "-c", str(path)], env={"COLUMNS": "80"})
     assert f"{LORA_VALUES + HEAD_VALUES:,}" in found.output
 
 

@@ -19,7 +19,15 @@ from slora_flwr.reports.comparison_page import compare
 from slora_flwr.reports.groups import Group, curve, group_runs, modelled_seconds
 from slora_flwr.reports.page import Page, Table, render
 from slora_flwr.reports.run_page import report
-from slora_flwr.runs.events import ClassRecord
+from slora_flwr.runs.events import (
+    EVENTS,
+    ClassRecord,
+    ClientsFailed,
+    Event,
+    NodeJoined,
+    NodeLeftOut,
+    to_line,
+)
 from slora_flwr.runs.reader import by_layer, find_runs, read_run
 from slora_flwr.runs.roster import ROSTER, write_roster
 from tests.support.recorded import DOWN, write_run
@@ -51,6 +59,30 @@ def rows_of(page: Page, name: str) -> list[dict[str, object]]:
 
 def slora(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_failure_names_its_node_as_the_log_does(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", failures=["bad"])
+    told: list[Event] = []
+    for node, name, client in ((5, "a", 3), (6, "node 0", 0), (8, "node 8", 4)):
+        told.append(
+            NodeJoined(
+                node=node,
+                name=name,
+                client=client,
+                examples=3,
+                skipped={},
+                unknown_labels=[],
+            )
+        )
+        told.append(ClientsFailed(round=2, node=node, clients=[client], reason="bad"))
+    told.append(NodeLeftOut(node=5, name="a (node 5)", reason="gone"))
+    with (path / EVENTS).open("a") as file:
+        file.writelines(map(to_line, told))
+    named = [failure.node for failure in read_run(path).failures]
+    assert named == ["node 4", "a (node 5)", "node 0", "node 8", "a (node 5)"]
+    [bad, gone] = rows_of(report(read_run(path)), "reasons")
+    assert (bad["nodes"], gone["nodes"]) == (4, 1)
 
 
 def test_a_round_lasts_as_long_as_transfer_and_the_slowest_client(

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from slora_flwr.cli import app
 from slora_flwr.config import ConfigError
 from slora_flwr.runs.checkpoint import list_checkpoints
-from slora_flwr.runs.lock import sole_use
+from slora_flwr.runs.lock import is_locked, sole_use
 from slora_flwr.server.run import run
 from tests.support.grids import Grid
 from tests.support.processes import wait_until
@@ -82,6 +82,23 @@ def test_a_run_that_failed_in_this_process_lets_go(config: Config) -> None:
     with pytest.raises(InterruptionError):
         run(StoppingGrid(config, 3), resumed(config), 2)
     del kept
+
+
+def test_a_look_at_the_lock_does_not_refuse_who_wants_it(tmp_path: Path) -> None:
+    """`is_locked` shares it for an instant, which here lasts until a timer ends it."""
+    path = tmp_path / "file"
+    path.touch()
+    looking = os.open(path, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    before = signal.signal(signal.SIGALRM, lambda *_: os.close(looking))
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with sole_use(path, "in use"):
+            assert is_locked(path)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not is_locked(path)
 
 
 def test_programs_that_a_run_starts_do_not_keep_its_lock(tmp_path: Path) -> None:

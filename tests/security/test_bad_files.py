@@ -90,6 +90,8 @@ LABELS = {
     "nan": ('{"text": "a", "label": NaN}\n', "missing in some rows"),
     "dict": ('{"text": "a", "label": {"b": 1}}\n', "holds a dict in row 1"),
     "list": ('{"text": "a", "label": ["b"]}\n', "holds a list in row 1"),
+    "half": ('{"text": "a", "label": "b\\ud800"}\n', "holds 'b.ud800' in row 1"),
+    "text-half": ('{"text": "a\\ud800", "label": "b"}\n', "holds 'a.ud800' in row 1"),
     "text-dict": ('{"text": {"a": 1}, "label": "b"}\n', "holds a dict in row 1"),
 }
 

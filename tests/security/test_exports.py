@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch.nn import functional as F  # noqa: N812
+from typer.testing import CliRunner
 
+from slora_flwr.cli import app
 from slora_flwr.config import ConfigError, parse
 from slora_flwr.config.methods import METHODS
 from slora_flwr.runs.reader import read_run
@@ -223,6 +225,9 @@ def test_what_cannot_be_exported_is_said(
         export_run(run, "first", False, to)
     with pytest.raises(ConfigError, match="allowed: a new or empty folder"):
         export_run(run, "last", False, run)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="allowed: a folder that can be made"):
+        export_run(run, "last", False, tmp_path / "file" / "to")
     (run / "checkpoints" / "best-base.safetensors").unlink()
     with pytest.raises(ConfigError, match="does not keep the base of its best state"):
         export_run(run, "best", False, to)
@@ -239,6 +244,73 @@ def test_what_cannot_be_exported_is_said(
     with pytest.raises(ConfigError, match="has not ended"):
         export_run(run, "last", False, to)
     assert not to.exists()
+
+
+def test_a_failing_export_leaves_nothing(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("slora_flwr.server.export.export_tokenizer", fail)
+    with pytest.raises(OSError, match="no space left"):
+        export_run(directories["lora"], "last", False, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+CLASSES_JSON = "adapter/classes.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (CLASSES_JSON, b'["a"', "adapter cannot be read: "),
+        ("checkpoints/averaged.safetensors", b"\0" * 99, "safetensors cannot be read"),
+        ("checkpoints/averaged.safetensors", save({}), "it has no round"),
+        ("checkpoints/base.safetensors", save({}), "it has no digest"),
+        ("events.jsonl", b"\0\n", "1 of the lines of events.jsonl cannot be read"),
+        ("events.jsonl", b"", "its config and events are not those of its states"),
+    ],
+)
+def test_a_damaged_run_is_one_clear_error(
+    directories: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    content: bytes,
+    told: str,
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(directories["slora"], run)
+    (run / name).write_bytes(content)
+    done = CliRunner().invoke(app, ["predict", str(run), "w5 w6"])
+    assert done.exit_code == 2, done.output
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_card_tells_no_folder_of_files_that_are_elsewhere(
+    directories: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(directories["lora"], run)
+    text = (run / "config.toml").read_text()
+    text = text.replace(str(corpus), f"/once/here/{corpus.name}")
+    (run / "config.toml").write_text(text)
+    card = (export_run(run, "last", False, tmp_path / "to") / "README.md").read_text()
+    assert f"| data | `{corpus.name}` |" in card
+
+
+def test_a_card_is_whole_whatever_its_checkpoints_folder_is_called(
+    config: Config, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "a|b`c"
+    folder.symlink_to(tiny_models["bert"])
+    config |= {"rounds": 1, "model.name": str(folder)}
+    directory = start(config, RecordingGrid(config))
+    card = (directory / "adapter" / "README.md").read_text()
+    assert "# ./a/b'c, fine-tuned by lora" in card
+    assert "| base | `./a/b'c` |" in card
+    assert '"pretrained_model_name_or_path": "./a|b`c"' in card
 
 
 def test_an_export_names_nothing_of_this_machine(directories: dict[str, Path]) -> None:

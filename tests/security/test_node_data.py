@@ -145,10 +145,10 @@ def test_a_node_evaluates_on_no_single_example(config: Config, tmp_path: Path) -
         node.run_config["data.test"] = "test.csv"
         get_process(node, instruct("a", "b"))
     node.run_config["clients.holdout"] = 0.02
-    with pytest.raises(OwnDataError, match="1 examples are held out"):
+    with pytest.raises(OwnDataError, match="1 example is held out"):
         get_process(node, instruct("a", "b"))
     node.run_config |= {"clients.holdout": 0.2, "clients.max-weight": 1}
-    with pytest.raises(OwnDataError, match="1 examples are held out"):
+    with pytest.raises(OwnDataError, match="1 example is held out"):
         get_process(node, instruct("a", "b"))
     for most, evaluated in ((0, 10), (9, 5), (8, 5), (5, 5)):
         node.run_config["clients.max-weight"] = most

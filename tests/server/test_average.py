@@ -11,6 +11,7 @@ from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError, parse
 from slora_flwr.config.schedule import make_schedule
 from slora_flwr.runs.checkpoint import list_checkpoints, read_checkpoint
+from slora_flwr.server.export import KeptState
 from slora_flwr.training.trainer import Trainer
 from tests.support.grids import RecordingGrid
 from tests.support.runs import (
@@ -131,6 +132,14 @@ def test_the_average_of_a_phase_is_kept_and_evaluated(
     # What was evaluated is what the files hold; stock libraries load the exports in
     # tests/adapters/test_export.py and compare their loss with the summary's.
     assert summary(directory)["loss"] == events(directory, "round")[-1]["loss"]
+
+
+def test_no_average_of_an_earlier_phase_is_left(config: Config) -> None:
+    """The clients cannot evaluate an averaged base, so there the last state counts."""
+    config |= RUNS["slora-exact"] | {"clients.holdout": 0.2}
+    assert [p.average for p in make_schedule(parse(config))] == ["ema", "none"]
+    directory = start(config, RecordingGrid(config))
+    assert KeptState.read(directory, "averaged").number == 3
 
 
 def test_the_last_state_is_evaluated_where_asked(config: Config) -> None:

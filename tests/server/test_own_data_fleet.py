@@ -38,6 +38,19 @@ def test_a_nodes_own_number_is_kept(clock: Clock) -> None:
     assert found.assign([0, 5]) == {7: [5], 8: [0]}
 
 
+def test_a_node_without_a_name_is_called_by_its_number(clock: Clock) -> None:
+    one = hospital("node 0", x=1, y=2) | {"client": 0}
+    other = hospital("node 1", x=1) | {"client": 0}
+    same = hospital("node 0", x=1) | {"client": 0}
+    grid = HospitalGrid({7: one, 8: other, 9: same, 10: hospital("node 10", y=1)})
+    found = gathered(grid)
+    assert found.name(7) == "node 0"
+    assert found.name(8) == "node 1 (node 8)"  # whose number is another
+    assert found.name(9) == "node 0 (id 9)"  # who does not have it
+    assert found.name(10) == "node 10"  # its id
+    assert found.left_out[9] == "the name node 0 is that of node 0"
+
+
 def test_numbers_of_their_own_go_first(clock: Clock) -> None:
     told = hospital("b", x=1) | {"client": 0}
     found = gathered(HospitalGrid({7: hospital("a", x=3, y=1), 8: told}))

@@ -20,12 +20,15 @@ from typing import Any, BinaryIO
 import psutil
 import pytest
 import tomli_w
+from rich.console import Console
 from typer.testing import CliRunner
 
 from slora_flwr.cli import app
 from slora_flwr.config import ConfigError
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.runs.reader import is_run
+from slora_flwr.runs.roster import ROSTER
+from slora_flwr.server.export import read_state
 from slora_flwr.server.run import run
 from slora_flwr.studies import sweep as sweeping
 from slora_flwr.studies.runner import Runner
@@ -431,6 +434,9 @@ def test_states_are_not_kept(swept: Swept) -> None:
     kept = {path.name for path in swept.path("lora-lr0.01-seed0").iterdir()}
     tables = {"config.toml", "resolved.toml"}
     assert kept == tables | {"events.jsonl", "ledger.csv", "summary.json"}
+    told = "keeps no averaged state; allowed: .* of a sweep with --keep-states"
+    with pytest.raises(ConfigError, match=told):
+        read_state(swept.path("lora-lr0.01-seed0"), "averaged")
 
 
 def test_each_run_has_a_log_of_its_own(swept: Swept) -> None:
@@ -500,6 +506,8 @@ def test_runs_of_an_edited_study_are_kept_apart(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(swept.folder, tmp_path / "few")
+    # Another study may have been swept there too, which has all of the runs.
+    (folder / ROSTER).unlink()
     study = swept.study | {"grid": {"method": "lora", "seed": [1]}}
     del study["also"]
     status, output = invoke(write_study(tmp_path / "few.toml", study), "--out", folder)
@@ -521,6 +529,14 @@ def test_the_table_is_over_seeds() -> None:
     assert sweeping._mean([0.1, 0.3], ".1%", False) == "20.0%"
     assert sweeping._mean([0.1], ".3f", True) == "0.100"
     assert sweeping._mean([None], ".3f", True) == "-"
+
+
+def test_the_tables_values_are_no_markup() -> None:
+    row = dict.fromkeys(sweeping.FIGURES, 0.5) | {"data.name": "/x[/e]"}
+    console = Console(width=140)
+    with console.capture() as printed:
+        console.print(sweeping._table([row], ["data.name"]))
+    assert "/x[/e]" in printed.get()
 
 
 def test_a_process_that_dies_fails_its_run_alone(base: Config, tmp_path: Path) -> None:

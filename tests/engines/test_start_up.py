@@ -1,0 +1,95 @@
+"""What `slora run` prints of a run's log."""
+
+import io
+import sys
+import warnings
+
+import pytest
+from rich.console import Console
+
+from slora_flwr.engines import ray_pool
+from slora_flwr.engines.flower import show
+from slora_flwr.reports.live_line import LiveLine
+
+# As Flower's simulation prints them, before this app has been loaded.
+NOISE = """\
+Using SuperLink: local (127.0.0.1:39091)
+\x1b[92mINFO \x1b[0m:      Starting logstream for run_id `11646280997549424866`
+\x1b[92mINFO \x1b[0m:      Starting Flower Simulation
+\x1b[93mWARNING \x1b[0m:   Since flwr 1.32, default simulated SuperNodes changed from 10 to 2.
+\x1b[92mINFO \x1b[0m:      Federation `@none/default` (2 simulated SuperNodes)
+\x1b[92mINFO \x1b[0m:      To change federation size, use the following command:
+\x1b[92mINFO \x1b[0m:      \tflwr federation simulation-config @none/default <superlink> --num-supernodes <N>
+Successfully installed slora-flwr to /home/a/.flwr/apps/slora-flwr.0.1.0.958f3c16.
+\x1b[93mWARNING \x1b[0m:   Skipping `flwr` dependency from app requirements to avoid replacing the running Flower installation.
+\x1b[92mINFO \x1b[0m:      Created env for run in: /home/a/.flwr/runtime-envs/11646280997549424866
+\x1b[92mINFO \x1b[0m:      Installing application dependencies...
+\x1b[92mINFO \x1b[0m:      uv sync took 0.0 seconds.
+\x1b[92mINFO \x1b[0m:      No additional application dependencies needed installation.
+\x1b[92mINFO \x1b[0m:      App dependencies installed successfully via uv sync.
+\x1b[92mINFO \x1b[0m:      \x20
+(ClientAppActor pid=23504) \x1b[93mWARNING \x1b[0m:   Manually terminating ClientAppActor
+""".splitlines(keepends=True)  # noqa: E501
+SHOWN = [
+    # What a user can act on, or what is not known.
+    "Using SuperLink: cluster (10.0.0.7:8000)\n",
+    "\x1b[92mINFO \x1b[0m:      uv sync took 312.4 seconds.\n",
+    "\x1b[91mERROR \x1b[0m:     Starting Flower Simulation\n",
+    "\x1b[93mWARNING \x1b[0m:   Federation `f` has no nodes\n",
+    "\x1b[92mINFO \x1b[0m:      Starting Flower Simulation failed\n",
+    "Traceback (most recent call last):\n",
+    '  File "a.py", line 1\n',
+    "(ClientAppActor pid=23504) \x1b[93mWARNING \x1b[0m:   no space left\n",
+    "\n",
+    "RuntimeError: \x1b[1mno\x1b[0m\n",
+    "\x1b[92mINFO \x1b[0m:      round 1/2 sparse: 1 of 2 clients answered after 0:10\n",
+]
+
+
+def plain(lines: list[str]) -> str:
+    text = "".join(lines)
+    for code in ("0", "1", "91", "92", "93"):
+        text = text.replace(f"\x1b[{code}m", "")
+    return text
+
+
+def test_only_known_lines_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = [line for pair in zip(NOISE, SHOWN * 2, strict=False) for line in pair]
+    show(NOISE + SHOWN, None)
+    assert capsys.readouterr().out == plain(SHOWN)  # and without colours
+    show(mixed, None, verbose=True)
+    assert capsys.readouterr().out == plain(mixed)
+
+
+def test_a_terminal_shows_how_far_a_round_is_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+    live = LiveLine(Console(force_terminal=True, width=80))
+    within = "INFO :      round 1/2 lora: {} of 9 clients answered after 0:{}\n"
+    closed = "INFO :      round 1/2 lora clients 9/9  loss 0.772\n"
+    show([within.format(2, 10), within.format(5, 20), closed], live)
+    text = shown.getvalue()
+    assert "INFO" not in text.partition("clients 9/9")[0].rpartition("\x1b[2K")[0]
+    # The last one; rich draws ten times a second.
+    assert "round 1/2 lora: 5 of 9 clients answered after 0:20" in text
+    assert text.endswith(f"\x1b[2K{closed}")
+    assert sys.stdout is shown
+
+
+@pytest.mark.parametrize("asked", [[], ["default"]])
+def test_rays_tip_is_told_only_if_warnings_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "warnoptions", asked)
+    monkeypatch.setitem(
+        vars(ray_pool.raybackend), "BasicActorPool", ray_pool.BasicActorPool
+    )
+    tip = "Tip: In future versions of Ray, Ray will no longer override accelerator vi"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ray_pool.install()
+        warnings.warn(tip, FutureWarning, stacklevel=1)
+        warnings.warn("This Ray is too old", FutureWarning, stacklevel=1)
+    assert len(told) == 1 + len(asked)
