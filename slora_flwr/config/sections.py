@@ -167,6 +167,12 @@ class DataConfig:
         """Whether each node trains on its own data."""
         return self.name == OWN_DATA
 
+    @property
+    def tested_on(self) -> str:
+        """Whose texts accuracies are of."""
+        held_out = self.is_own and not self.test
+        return "clients' held-out texts" if held_out else "test texts"
+
 
 @dataclass(frozen=True, config=STRICT)
 class ClientsConfig:

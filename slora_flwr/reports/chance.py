@@ -67,16 +67,13 @@ def tell_chance(config: RunConfig, figures: Mapping[str, Any]) -> str:
     above = round(accuracy - majority, 9)  # without the rounding errors of shares
     if above > _NEAR:
         return ""
-    texts = "test texts"
-    if config.data.is_own and not config.data.test:
-        texts = "clients' held-out texts"
     where, well = "within two points of", "about as well"
     if above < -_NEAR:
         where, well = "below", "better"
     return (
         f"The accuracy, {accuracy:.1%}, is {where} the majority class's share of the "
-        f"{texts}, {majority:.1%}: always giving that class would do {well}. "
-        f"Try {_list(_remedies(config))}."
+        f"{config.data.tested_on}, {majority:.1%}: always giving that class would do "
+        f"{well}. Try {_list(_remedies(config))}."
     )
 
 

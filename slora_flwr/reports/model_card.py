@@ -75,7 +75,7 @@ It answers so:
 | data | {{ card.data }} |
 | clients | {{ card.clients }} |
 | rounds | {{ card.rounds }} |
-| test data | {{ card.tested }} |
+| {{ card.config.data.tested_on }} | {{ card.tested }} |
 {% for name, value in card.traffic.items() %}
 | {{ name }} | {{ value }} |
 {% endfor %}
@@ -108,7 +108,7 @@ class ModelCard:
     loading : Loading
         How it is loaded.
     figures : Mapping[str, Any]
-        Its figures on the test data, named as in summary.json; empty if unknown.
+        Its figures, named as in summary.json; empty if unknown.
     payload : Sequence[int]
         Payload bytes that clients received and sent. With privacy they are not told.
     privacy : Mapping[str, float]
@@ -195,7 +195,7 @@ class ModelCard:
 
     @property
     def tested(self) -> str:
-        """The figures on the test data."""
+        """The figures on the test texts."""
         return tell_figures(self.figures) if self.figures else "not evaluated"
 
     @property

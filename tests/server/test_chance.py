@@ -107,6 +107,8 @@ def test_held_out_texts_of_nodes_count_where_the_server_has_none(
     assert "Try more rounds" in told["warning"]
     assert "clients.alpha" not in told["warning"]
     assert told["warning"] in printed(capsys)
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "| clients' held-out texts | accuracy " in card
 
 
 def test_it_names_what_the_config_can_change() -> None:
