@@ -27,13 +27,25 @@ from transformers import (
 
 from slora_flwr.adapters.export import load_adapter
 from slora_flwr.backbone.load import load_backbone
+from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError, ModelConfig, Value, parse
+from slora_flwr.config.schedule import make_schedule
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
 from slora_flwr.training.trainer import Trainer
+from tests.support.causal import (
+    FAMILIES,
+    LANGUAGE_MODELS,
+    MIXTURES,
+    WITHOUT_CLASSIFIER,
+    save_language_model,
+    write_dialogues,
+)
+from tests.support.plain_rounds import PlainRounds
 from tests.support.tiny import (
     LABELS,
     VOCAB,
+    copy_parameters,
     load_tiny,
     logits,
     make_examples,
@@ -197,3 +209,100 @@ def test_an_export_loads_in_stock_libraries(
     test = Trainer(parse(given)).data.tokenised.test
     loss = F.cross_entropy(logits(model, test), torch.from_numpy(test.labels))
     assert float(loss) == pytest.approx(summary["loss"], abs=1e-4)
+
+
+# --- every family, for both tasks
+
+
+METHODS = (
+    "fft",
+    "bitfit",
+    "head",
+    "sft",
+    "slora",
+    "lora",
+    "ffa-lora",
+    "alternate-lora",
+    "fedex-lora",
+    "flexlora",
+    "head-lora",
+)
+DENSE = tuple(family for family in FAMILIES if family not in MIXTURES)
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """Every method on three families, and one with both phases on all others."""
+    return [
+        (family, task, method)
+        for family in FAMILIES
+        for task in ("classification", "causal-lm")
+        for method in (METHODS if family in LANGUAGE_MODELS else ("fft", "slora"))
+        if task == "causal-lm" or family not in WITHOUT_CLASSIFIER
+        if task == "classification" or method not in ("head", "head-lora")
+        if method != "bitfit" or family == "gpt2"  # the others have no biases
+    ]
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every family, without dropout."""
+    torch.manual_seed(5)
+    root = tmp_path_factory.mktemp("families")
+    off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"), 0.0)
+    return {name: save_language_model(name, root / name, **off) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dialogues(tmp_path_factory.mktemp("data") / "dialogues.csv")
+
+
+@pytest.mark.parametrize(("family", "task", "method"), cases())
+def test_rounds_equal_those_of_plain_pytorch(
+    family: str,
+    task: str,
+    method: str,
+    families: dict[str, Path],
+    corpus: Path,
+    dialogues: Path,
+) -> None:
+    """One round of each phase; the resident weights are W_0's bits again after each."""
+    given = make_config(families[family], corpus, method) | {
+        "clients.count": 3,
+        "clients.per-round": 3,
+        "lora.targets": "q_proj,v_proj" if family in MIXTURES else "all-linear",
+        "server.average": "none",
+        "train.batch-size": 200,
+        "train.epochs": 2,
+        "train.lr": 0.2,
+        "train.optimizer": "sgd",
+    }
+    if task == "causal-lm":
+        given |= {
+            "task": task,
+            "data.name": str(dialogues),
+            "data.text": "prompt,input",
+            "data.response": "response",
+            "clients.by": "category",
+            "clients.partitioner": "natural",
+        }
+    config = parse(given)
+    if len(make_schedule(config)) == 1:
+        config = parse(given := given | {"rounds": 1})
+    trainer = Trainer(config)
+    before = copy_parameters(trainer.model.backbone.model)
+    start: State = {}
+    for phase in trainer.schedule:
+        adapter = trainer.model.attach(phase)
+        adapter.begin(1)
+        state = adapter.state()
+        start |= adapter.whole(state)
+        trainer.train_client(0, state, phase, 1)
+        trainer.model.detach()
+        after = dict(trainer.model.backbone.model.named_parameters())
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    plain = PlainRounds(config, trainer, start)
+    expected = plain.run()
+    assert abs(expected - plain.first) > 1e-3
+    assert run(InlineGrid(given), given, 1)["loss"] == pytest.approx(expected, abs=1e-5)
