@@ -140,8 +140,8 @@ class CausalLM(Task):
         if bool(error <= share * theirs.abs().max()):
             return ""
         return (
-            f"architecture {type(model).__name__} makes its logits otherwise than by an "
-            "output layer with a scale or a soft cap"
+            f"{type(model).__name__} makes logits otherwise than by an output layer "
+            "with a scale or a soft cap"
         )
 
     def loss(self, model: Any, batch: Batch) -> Tensor:

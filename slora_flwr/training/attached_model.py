@@ -276,7 +276,7 @@ def _check_fit(config: RunConfig, backbone: Backbone) -> None:
     with torch.inference_mode(), precision_of(backbone, config.train.precision):
         why = backbone.task.misfit(backbone.model)
     if why:
-        allowed = f"a model that fits task {config.task}, where its {why}"
+        allowed = f"a model that task {config.task} can use, but {why}"
         raise refuse("model.name", config.model.name, allowed)
     for phase in make_schedule(config):
         phase.adapter_type.check_fit(config, backbone)

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from tests.support.tiny import SPECIAL, VOCAB, make_tokenizer
 
@@ -33,8 +39,8 @@ _EXPERTS: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
 }
-# Families by name: transformers' type, and its sizes. Queries are grouped in most,
-# embeddings tied in half of them, GPT-2's layers transposed, OPT's embeddings projected.
+# Families by name: transformers' type, and its sizes. Most group queries, half of them
+# tie embeddings, GPT-2 transposes its layers, OPT projects its embeddings.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _GROUPED),
     "mistral": ("mistral", {**_GROUPED, "sliding_window": 8}),
@@ -80,7 +86,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt-neox": ("gpt_neox", _SIZES),
     "cohere": ("cohere", {**_GROUPED, "logit_scale": 0.25}),
-    "granite": ("granite", {**_GROUPED, "logits_scaling": 4.0}),
+    "granite": ("granite", {**_GROUPED, "logits_scaling": 0.5}),
     # Mixtures of experts, whose weights are arrays or, with DBRX, long matrices.
     "mixtral": ("mixtral", {**_GROUPED, "num_local_experts": 4}),
     "qwen2-moe": ("qwen2_moe", {**_EXPERTS, "shared_expert_intermediate_size": 16}),
@@ -89,7 +95,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Those that transformers has no classifier of.
 WITHOUT_CLASSIFIER = ("cohere", "granite", "jetmoe")
-MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "jetmoe")
+# Mixtures of experts, each with what is trained beside the experts.
+MIXTURES = {
+    "mixtral": "q_proj,v_proj",
+    "qwen2-moe": "q_proj,v_proj",
+    "qwen3-moe": "q_proj,v_proj",
+    "jetmoe": "kv_proj",
+}
 
 
 def make_language_model(family: str, **changes: Any) -> PreTrainedModel:
@@ -104,10 +116,20 @@ def make_language_model(family: str, **changes: Any) -> PreTrainedModel:
 def save_language_model(family: str, folder: Path, **changes: Any) -> Path:
     """Save a random model with the tiny tokenizer, which ends texts with [SEP]."""
     make_language_model(family, **changes).save_pretrained(folder)
-    tokenizer = make_tokenizer()
+    # For Qwen2, transformers makes a tokenizer of byte pairs of any vocabulary.
+    tokenizer = _of_characters() if family == "qwen2" else make_tokenizer()
     tokenizer.eos_token = "[SEP]"
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _of_characters() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of byte pairs that has no pairs."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *"w0123456789\u0120"])}
+    model = models.BPE(vocabulary, [], unk_token=SPECIAL[1])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(model), pad_token=SPECIAL[0], unk_token=SPECIAL[1]
+    )
 
 
 def write_dialogues(path: Path, count: int = 60) -> Path:

@@ -41,15 +41,17 @@ class PlainRounds:
         self._model = auto.from_pretrained(config.model.name, **sizes).eval()
         self._model.config.pad_token_id = trainer.data.tokenizer.pad_token_id
         named = dict(self._model.named_parameters())
-        self._all = {n: start.get(n, p).detach().clone() for n, p in named.items()}
-        self._head = {name: self._all[name] for name in trainer.model.backbone.head}
+        self._head = {name: start[name] for name in trainer.model.backbone.head}
+        self._all = {name: p.detach() for name, p in named.items()} | self._head
         modules = dict(self._model.named_modules())
         self._transposed = {n for n, m in modules.items() if isinstance(m, Conv1D)}
+        ends = tuple(config.lora.targets.split(","))
         self._weights = {
             name: self._turn(name, module.weight.detach())
             for name, module in modules.items()
             if isinstance(module, torch.nn.Linear | Conv1D)
             and any(part.isdecimal() for part in name.split("."))
+            and (ends == ("all-linear",) or name.endswith(ends))
         }
         self.first = self.test_loss({})
 
@@ -92,7 +94,7 @@ class PlainRounds:
             given_up = {name: scaling * b[name] @ a[name] for name in moved}
 
         def low_rank(v: Tensors) -> Tensors:
-            factors = fixed | v
+            factors = fixed | dict(v)
             product = {n: factors[f"{n}.B"] @ factors[f"{n}.A"] for n in moved}
             total = {n: moved[n] - given_up[n] + scaling * product[n] for n in moved}
             return self._changed(total, v)
