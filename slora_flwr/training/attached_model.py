@@ -278,6 +278,10 @@ def _check_fit(config: RunConfig, backbone: Backbone) -> None:
     if why:
         allowed = f"a model that task {config.task} can use, but {why}"
         raise refuse("model.name", config.model.name, allowed)
+    can_checkpoint = backbone.model.supports_gradient_checkpointing
+    if config.train.checkpointing and not can_checkpoint:
+        allowed = f"false, since model {config.model.name!r} does without"
+        raise refuse("train.checkpointing", True, allowed)
     for phase in make_schedule(config):
         phase.adapter_type.check_fit(config, backbone)
         if not phase.adapter_type.state_size(config, backbone):

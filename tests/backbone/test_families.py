@@ -174,13 +174,13 @@ METHODS = (
 )
 
 
-def cases() -> list[tuple[str, str, str]]:
+def cases() -> list[tuple[str, str, str, bool]]:
     """Every method on three families, and one with both phases on all others.
 
-    Mixtures train their experts too with `fft`.
+    Mixtures train their experts too with `fft`. The last is whether steps are in parts.
     """
     return [
-        (family, task, method)
+        (family, task, method, in_parts)
         for family in FAMILIES
         for task in ("classification", "causal-lm")
         for method in (METHODS if family in LANGUAGE_MODELS else ("fft", "slora"))
@@ -188,6 +188,8 @@ def cases() -> list[tuple[str, str, str]]:
         if task == "classification" or method not in ("head", "head-lora")
         if method != "bitfit" or family == "gpt2"  # the others have no biases
         if method != "fft" or family in (*LANGUAGE_MODELS, *MIXTURES)
+        for in_parts in (False, True)
+        if not in_parts or (family in LANGUAGE_MODELS and method == "slora")
     ]
 
 
@@ -196,11 +198,12 @@ def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dialogues(tmp_path_factory.mktemp("data") / "dialogues.csv")
 
 
-@pytest.mark.parametrize(("family", "task", "method"), cases())
+@pytest.mark.parametrize(("family", "task", "method", "in_parts"), cases())
 def test_rounds_equal_those_of_plain_pytorch(
     family: str,
     task: str,
     method: str,
+    in_parts: bool,
     families: dict[str, Path],
     corpus: Path,
     dialogues: Path,
@@ -224,6 +227,12 @@ def test_rounds_equal_those_of_plain_pytorch(
             "data.response": "response",
             "clients.by": "category",
             "clients.partitioner": "natural",
+        }
+    if in_parts:
+        given |= {
+            "train.accumulate": 3,
+            "train.tokens": 60,
+            "train.checkpointing": True,
         }
     config = parse(given)
     if len(make_schedule(config)) == 1:

@@ -107,7 +107,7 @@ MIXTURES = {
 def make_language_model(family: str, **changes: Any) -> PreTrainedModel:
     """Return a tiny random model of a family."""
     kind, sizes = FAMILIES[family]
-    config = AutoConfig.for_model(kind, **_SHARED, **sizes, **changes)
+    config = AutoConfig.for_model(kind, **{**_SHARED, **sizes, **changes})
     model = AutoModelForCausalLM.from_config(config)
     assert isinstance(model, PreTrainedModel)
     return model
