@@ -121,11 +121,17 @@ def _checkpointing(model: Any, *, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Newer versions of transformers warn of the older name.
+    name = (
+        "activation"
+        if hasattr(model, "activation_checkpointing_enable")
+        else "gradient"
+    )
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     try:
         yield
-    finally:  # PEFT prepares a model otherwise where it is on.
-        model.gradient_checkpointing_disable()
+    finally:  # PEFT would prepare the model for it.
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def evaluate(

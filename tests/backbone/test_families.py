@@ -207,11 +207,13 @@ def test_rounds_equal_those_of_plain_pytorch(
     families: dict[str, Path],
     corpus: Path,
     dialogues: Path,
+    tmp_path: Path,
 ) -> None:
     """One round of each phase; the resident weights are W_0's bits again after each."""
     given = make_config(families[family], corpus, method) | {
         "clients.count": 3,
         "clients.per-round": 3,
+        "run.dir": str(tmp_path / "run"),
         "lora.targets": MIXTURES.get(family, "all-linear"),
         "server.average": "none",
         "train.batch-size": 200,
