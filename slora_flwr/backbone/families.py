@@ -57,10 +57,14 @@ def is_conv1d(module: nn.Module) -> bool:
 def expert_weights(model: nn.Module) -> dict[str, torch.Size]:
     """Return the weights of a mixture's experts, which lie in arrays of all of them.
 
-    No adapter acts on them, since they are no linear layers of their own.
+    No adapter acts on them, since they are no linear layers of their own. Families name
+    them differently, and some lay all experts below one another in a matrix.
     """
+    layers = (nn.Linear, nn.Embedding, nn.Conv1d)
     return {
-        name: parameter.shape
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and "experts" in name.split(".")
+        f"{place}.{name}": parameter.shape
+        for place, module in model.named_modules()
+        if not isinstance(module, layers)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > (1 if "experts" in place.split(".") else 2)
     }

@@ -122,6 +122,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
             f"model.name is {config.name!r}, which has no tokenizer files: all text "
             "would become unknown words"
         )
+    if not tokenizer("a text", add_special_tokens=False)["input_ids"]:
+        raise ConfigError(
+            f"model.name is {config.name!r}, whose tokenizer, as transformers loads it "
+            f"({type(tokenizer).__name__}), makes no tokens of text; allowed: a model "
+            "with the tokenizer of its family"
+        )
     if tokenizer.pad_token_id is None:
         # As is usual for decoders. The attention mask hides padding, and a decoder
         # reads its class at the last other token.

@@ -13,6 +13,8 @@ TRANSFORMERS = {
     "learning_rate": "train.lr",
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch-size",
+    "gradient_accumulation_steps": "train.accumulate",
+    "gradient_checkpointing": "train.checkpointing",
     "optim": "train.optimizer",
     "lr_scheduler_type": "train.schedule",
     "warmup_steps": "train.warmup-rounds",

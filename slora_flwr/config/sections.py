@@ -257,6 +257,23 @@ class RecipeConfig:
     batch_size: Annotated[int, between(1, _MOST_EXAMPLES)] = Field(
         default=16, description="The number of examples of a step."
     )
+    accumulate: Annotated[int, between(1, _MOST_EXAMPLES)] = Field(
+        default=1,
+        description="The number of parts of a step's batch, whose gradients are added "
+        "up: a step needs less memory, and its result is the same up to rounding.",
+    )
+    tokens: Natural = Field(
+        default=0,
+        description="The most tokens, padding included, that a forward pass reads at a "
+        "time, in training and evaluation; 0 for no limit. Parts of a step are split "
+        "until they fit, down to single texts.",
+    )
+    checkpointing: bool = Field(
+        default=False,
+        description="Whether a step keeps only what goes into each transformer block "
+        "and computes the rest again for the gradients: less memory, about a third "
+        "more time, the same result.",
+    )
     optimizer: Annotated[str, one_of("adamw", "sgd")] = Field(
         default="adamw", description="The local optimiser."
     )
@@ -295,6 +312,11 @@ class RecipeConfig:
     precision: Annotated[str, one_of("float32", "bf16")] = Field(
         default="float32", description="The precision of training; `bf16` is autocast."
     )
+
+    def most_rows(self, length: int) -> int:
+        """Return the most texts of a length that a forward pass of training reads."""
+        rows = -(-self.batch_size // self.accumulate)
+        return max(1, min(rows, self.tokens // length)) if self.tokens else rows
 
 
 @dataclass(frozen=True, config=STRICT)

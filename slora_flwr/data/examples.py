@@ -132,8 +132,43 @@ class Examples:
         late = stream.random_raw(len(rows)) / 2.0**64 * blur
         return rows[np.argsort(np.arange(len(rows)) + late, kind="stable")]
 
-    def in_order_of_length(self, batch_size: int) -> Iterator[NDArray[np.int64]]:
-        """Yield batches of all rows with the least padding, for evaluation."""
+    def in_order_of_length(
+        self, batch_size: int, tokens: int = 0
+    ) -> Iterator[NDArray[np.int64]]:
+        """Yield batches of all rows with the least padding, for evaluation.
+
+        None has more than `tokens` tokens, padding included, unless it is a single text
+        or `tokens` is 0.
+        """
         order = np.argsort(self.lengths, kind="stable")
         for start in range(0, len(order), batch_size):
-            yield order[start : start + batch_size]
+            yield from self._within(order[start : start + batch_size], tokens)
+
+    def parts(
+        self, rows: NDArray[np.int64], count: int, tokens: int = 0
+    ) -> Iterator[NDArray[np.int64]]:
+        """Yield a batch's rows in `count` parts, if there are as many rows.
+
+        Each is split further until it has at most `tokens` tokens, as in
+        `in_order_of_length`. Rows are sorted by length if they are split at all.
+        """
+        if count == 1 and self._fits(rows, tokens):
+            yield rows
+            return
+        rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+        for part in np.array_split(rows, min(count, len(rows))):
+            yield from self._within(part, tokens)
+
+    def _within(
+        self, rows: NDArray[np.int64], tokens: int
+    ) -> Iterator[NDArray[np.int64]]:
+        """Yield rows, sorted by length, in as few batches of `tokens` as they fill."""
+        start = 0
+        for end in range(1, len(rows)):
+            if not self._fits(rows[start : end + 1], tokens):
+                yield rows[start:end]
+                start = end
+        yield rows[start:]
+
+    def _fits(self, rows: NDArray[np.int64], tokens: int) -> bool:
+        return not tokens or len(rows) * int(self.lengths[rows].max()) <= tokens

@@ -108,7 +108,7 @@ def _activation_bytes(backbone: Backbone, recipe: RecipeConfig, length: int) -> 
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    size = (recipe.batch_size, length)
+    size = (recipe.most_rows(length), length)
     ids = torch.ones(size, dtype=torch.long, device=backbone.device)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, precision_of(backbone, recipe.precision):

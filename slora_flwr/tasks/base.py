@@ -130,6 +130,20 @@ class Task(ABC):
     def outputs(self, classes: Sequence[str]) -> int | None:
         """Return a classifier's number of outputs; None for a language model."""
 
+    def run(self, model: Any, ids: Tensor, mask: Tensor) -> None:
+        """Run a model on texts, as far as the loss needs it."""
+        model(input_ids=ids, attention_mask=mask)
+
+    def misfit(self, model: Any) -> str:
+        """Return what keeps the task from using a model; empty if nothing does.
+
+        Parameters
+        ----------
+        model : transformers.PreTrainedModel
+            The backbone's model, in evaluation mode.
+        """
+        return ""
+
     @abstractmethod
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Return the sum of a batch's losses, for the backward pass.

@@ -24,7 +24,8 @@ from slora_flwr.tasks.template import DialogueEncoder, Template
 _MOST_LOGITS = 2**24
 # The most tokens of a response.
 MOST_TOKENS = 256
-
+# The tokens on which a model's own logits are compared with those of `project`.
+_TRIED = 8
 
 _USAGE = """\
 import torch
@@ -124,6 +125,25 @@ class CausalLM(Task):
         """Return None: it has no head of its own."""
         return
 
+    def run(self, model: Any, ids: Tensor, mask: Tensor) -> None:
+        """Run a model on texts, without the logits, which may be large."""
+        hidden_states(model, ids, mask)
+
+    def misfit(self, model: Any) -> str:
+        """Return what keeps the task from using a model; empty if nothing does."""
+        ids = torch.arange(_TRIED, device=model.device)[None]
+        mask = torch.ones_like(ids)
+        theirs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        error = (project(model, hidden_states(model, ids, mask)) - theirs).abs().max()
+        # Kernels round differently, by the type in which they compute.
+        share = max(1e-4, 2 * torch.finfo(theirs.dtype).eps)
+        if bool(error <= share * theirs.abs().max()):
+            return ""
+        return (
+            f"{type(model).__name__} makes logits otherwise than by an output layer "
+            "with a scale or a soft cap"
+        )
+
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Return the sum of the cross-entropies of the learned tokens."""
         hidden, labels = _positions(model, batch)
@@ -189,6 +209,10 @@ def project(model: Any, hidden: Tensor) -> Tensor:
     """Return the logits of hidden states, as the model's own forward pass has them."""
     logits: Tensor = model.get_output_embeddings()(hidden)
     config = model.config.get_text_config()
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scale
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = torch.tanh(logits / cap) * cap
     return logits

@@ -268,11 +268,20 @@ def _check_fit(config: RunConfig, backbone: Backbone) -> None:
     ids = torch.full((1, config.data.max_length), token, device=backbone.device)
     try:  # Other tables of positions show only when they are read.
         with torch.inference_mode(), precision_of(backbone, config.train.precision):
-            backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            backbone.task.run(backbone.model, ids, torch.ones_like(ids))
     except (IndexError, RuntimeError) as error:
         allowed = f"the length of texts that model {config.model.name!r} reads"
         given = config.data.max_length
         raise refuse("data.max-length", given, f"{allowed} ({error})") from error
+    with torch.inference_mode(), precision_of(backbone, config.train.precision):
+        why = backbone.task.misfit(backbone.model)
+    if why:
+        allowed = f"a model that task {config.task} can use, but {why}"
+        raise refuse("model.name", config.model.name, allowed)
+    can_checkpoint = backbone.model.supports_gradient_checkpointing
+    if config.train.checkpointing and not can_checkpoint:
+        allowed = f"false, since model {config.model.name!r} does without"
+        raise refuse("train.checkpointing", True, allowed)
     for phase in make_schedule(config):
         phase.adapter_type.check_fit(config, backbone)
         if not phase.adapter_type.state_size(config, backbone):

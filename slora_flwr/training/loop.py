@@ -3,11 +3,12 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slora_flwr.adapters.base import Adapter
@@ -70,28 +71,67 @@ def train(
     losses: list[Tensor] = []
     batches = -(-len(examples) // recipe.batch_size)
     size = max(1, int(examples.units.sum())) / max(1, batches)
-    for _ in range(recipe.epochs):
-        for rows in examples.shuffled(recipe.batch_size, stream):
-            if time.monotonic() >= until:
-                raise DeadlineError("the round's deadline passed as it trained")
-            batch = examples.batch(rows).to(backbone.device)
-            with precision_of(backbone, recipe.precision):
-                loss = backbone.task.loss(model, batch)
-            # Over the mean size of batches: all examples, or tokens, weigh the same.
-            loss = loss / size
-            loss.backward()
-            for parameter, origin in zip(parameters, sent, strict=False):
-                if parameter.grad is not None:  # None if the loss does not use it
-                    parameter.grad.add_(parameter.detach() - origin, alpha=recipe.prox)
-            if recipe.clip_norm:
-                nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-            _decay(anchored, recipe)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            adapter.commit()
-            losses.append(loss.detach())
+    with _checkpointing(model, on=recipe.checkpointing):
+        for _ in range(recipe.epochs):
+            for rows in examples.shuffled(recipe.batch_size, stream):
+                # Over the mean size of batches: all examples, or tokens, weigh the
+                # same.
+                loss = _add_gradients(backbone, examples, rows, recipe, size, until)
+                for parameter, origin in zip(parameters, sent, strict=False):
+                    if parameter.grad is not None:  # None if the loss does not use it
+                        parameter.grad.add_(
+                            parameter.detach() - origin, alpha=recipe.prox
+                        )
+                if recipe.clip_norm:
+                    nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+                _decay(anchored, recipe)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                adapter.commit()
+                losses.append(loss)
     # One transfer from the device at the end instead of one per step.
     return float(torch.stack(losses).mean()) if losses else float("nan")
+
+
+def _add_gradients(
+    backbone: Backbone,
+    examples: Examples,
+    rows: NDArray[np.int64],
+    recipe: RecipeConfig,
+    size: float,
+    until: float,
+) -> Tensor:
+    """Add the gradients of a step's loss over `size` to the parameters; return it."""
+    losses = []
+    for part in examples.parts(rows, recipe.accumulate, recipe.tokens):
+        if time.monotonic() >= until:
+            raise DeadlineError("the round's deadline passed as it trained")
+        batch = examples.batch(part).to(backbone.device)
+        with precision_of(backbone, recipe.precision):
+            loss = backbone.task.loss(backbone.model, batch)
+        loss = loss / size
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+@contextmanager
+def _checkpointing(model: Any, *, on: bool) -> Iterator[None]:
+    """Have the blocks keep only what goes into them, for the while of a training."""
+    if not on:
+        yield
+        return
+    # Newer versions of transformers warn of the older name.
+    name = (
+        "activation"
+        if hasattr(model, "activation_checkpointing_enable")
+        else "gradient"
+    )
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:  # PEFT would prepare the model for it.
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def evaluate(
@@ -99,19 +139,31 @@ def evaluate(
     examples: Examples,
     precision: str = "float32",
     batch_size: int = 64,
+    tokens: int = 0,
     until: float = math.inf,
 ) -> Evaluation:
     """Evaluate the backbone as it is now, attached adapter included.
 
+    Parameters
+    ----------
+    backbone, examples
+        As for `train`.
+    precision : str
+        `train.precision`.
+    batch_size, tokens : int
+        The most texts, and tokens with padding, of a batch; 0 tokens for no limit.
+    until : float
+        Time by the monotonic clock after which no batch is begun.
+
     Raises
     ------
     DeadlineError
-        If batches are left at the time `until` of the monotonic clock.
+        If batches are left at that time.
     """
     model = backbone.model.eval()
 
     def batches() -> Iterator[Batch]:
-        for rows in examples.in_order_of_length(batch_size):
+        for rows in examples.in_order_of_length(batch_size, tokens):
             if time.monotonic() >= until:
                 raise DeadlineError("the round's deadline passed as it evaluated")
             yield examples.batch(rows).to(backbone.device)

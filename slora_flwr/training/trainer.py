@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig
 from slora_flwr.config.schedule import Phase, make_schedule
+from slora_flwr.data.examples import Examples
 from slora_flwr.tasks.base import Evaluation
 from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.attached_model import AttachedModel
@@ -119,9 +120,8 @@ class Trainer:
         if not len(held):
             return None
         self.model.adapter.load(self._own_ranks(client, state))
-        backbone, precision = self.model.backbone, self.config.train.precision
         try:
-            return evaluate(backbone, held, precision, until=until)
+            return self._evaluate(held, until)
         except DeadlineError as error:
             raise ClientError(str(error)) from error
 
@@ -131,8 +131,17 @@ class Trainer:
         if not len(test):
             return None
         self.model.adapter.load(state)
-        backbone, precision = self.model.backbone, self.config.train.precision
-        return evaluate(backbone, test, precision)
+        return self._evaluate(test)
+
+    def _evaluate(self, examples: Examples, until: float = math.inf) -> Evaluation:
+        train = self.config.train
+        return evaluate(
+            self.model.backbone,
+            examples,
+            train.precision,
+            tokens=train.tokens,
+            until=until,
+        )
 
     def _own_ranks(self, client: int, state: State) -> State:
         """Return low-rank factors cut to a client's rank, other states unchanged."""

@@ -67,6 +67,9 @@ CHANGED: dict[str, Value] = {
     "clients.holdout": 0.1,
     "train.epochs": 2,
     "train.batch-size": 8,
+    "train.accumulate": 2,
+    "train.tokens": 512,
+    "train.checkpointing": True,
     "train.optimizer": "sgd",
     "train.lr": 0.1,
     "train.schedule": "cosine",
@@ -187,6 +190,8 @@ BAD: list[tuple[str, Value, str]] = [
     ("train.epochs", 0, "a number from 1 up to 1000"),
     ("train.batch-size", 0, "a number from 1 up to 4096"),
     ("train.optimizer", "", OPTIMIZERS),
+    ("train.accumulate", 0, "a number from 1 up to 4096"),
+    ("train.tokens", -1, "a number of at least 0"),
     ("train.lr", -0.1, "a number of at least 0"),
     ("train.schedule", "step", "constant, cosine, linear"),
     ("train.warmup-rounds", -1, "a number of at least 0"),
@@ -261,7 +266,12 @@ BAD: list[tuple[str, Value, str]] = [
 # Any string will do here; what they name is looked up later.
 FREE = {"data.train", "data.test", "data.text", "data.label"}
 # Both values will do.
-FREE |= {"upload.feedback", "upload.lossless", "download.lossless"}
+FREE |= {
+    "train.checkpointing",
+    "upload.feedback",
+    "upload.lossless",
+    "download.lossless",
+}
 
 WRONG_TYPES: dict[type, tuple[list[Value], str]] = {
     bool: ([1, 0.0, "true"], "true or false"),

@@ -1,8 +1,10 @@
 """How a client's examples become batches, and what each weighs in its training."""
 
+import itertools
 import math
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from slora_flwr.common.tensors import State
 from slora_flwr.config import RecipeConfig
 from slora_flwr.data.examples import Examples
 from slora_flwr.training.loop import train
+from tests.support.tiny import make_examples
 
 
 def of_lengths(lengths: list[int]) -> Examples:
@@ -98,3 +101,32 @@ def test_each_example_weighs_the_same_in_an_epoch(backbone: Backbone) -> None:
         moved = (before[name] - after[name]) / 1e-3
         largest = float(gradient.abs().max())
         torch.testing.assert_close(moved, gradient, rtol=0, atol=0.02 * largest)
+
+
+@pytest.mark.parametrize("tokens", [0, 5, 40])
+@pytest.mark.parametrize("count", [1, 3, 50])
+def test_parts_have_each_row_once_within_the_bound(count: int, tokens: int) -> None:
+    examples = make_examples()
+    rows = np.arange(3, 20)
+    parts = list(examples.parts(rows, count, tokens))
+    assert sorted(np.concatenate(parts).tolist()) == rows.tolist()
+    assert all(len(part) <= -(-len(rows) // count) for part in parts)
+    for part in parts:
+        longest = int(examples.lengths[part].max())
+        assert not tokens or len(part) == 1 or len(part) * longest <= tokens
+    if tokens == 40 and count == 1:
+        # One more row would not have fitted.
+        for part, after in itertools.pairwise(parts):
+            assert (len(part) + 1) * int(examples.lengths[after[0]]) > tokens
+    if (count, tokens) == (1, 0):
+        assert parts[0] is rows
+
+
+def test_batches_of_an_evaluation_keep_to_the_bound() -> None:
+    examples = make_examples()
+    whole = list(examples.in_order_of_length(8))
+    assert [len(rows) for rows in whole] == [8, 8, 8]
+    small = list(examples.in_order_of_length(8, 40))
+    assert np.concatenate(small).tolist() == np.concatenate(whole).tolist()
+    assert all(len(r) * int(examples.lengths[r].max()) <= 40 for r in small)
+    assert len(small) > 3

@@ -1,26 +1,32 @@
 """Loss, metrics and answers of language models, against transformers' own."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+from slora_flwr.adapters import LowRankAdapter, SparseAdapter
 from slora_flwr.backbone.load import Backbone, load_backbone
-from slora_flwr.config import DataConfig, ModelConfig
-from slora_flwr.data.examples import Examples
+from slora_flwr.config import DataConfig, ModelConfig, RecipeConfig
+from slora_flwr.data.examples import Batch, Examples
 from slora_flwr.data.texts import Texts, load_texts, tokenise
 from slora_flwr.tasks import causal_lm
 from slora_flwr.tasks.base import pool
 from slora_flwr.tasks.causal_lm import CausalLM, TokenEvaluation
-from slora_flwr.training.loop import evaluate
+from slora_flwr.training.loop import evaluate, train
 from tests.support.causal import (
     LANGUAGE_MODELS,
     save_language_model,
     write_dialogues,
 )
+from tests.support.tiny import copy_parameters
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +151,60 @@ def test_answers_are_transformers_own_greedy_ones(
         expected = backbone.tokenizer.decode(given, skip_special_tokens=True)
         assert answer.response.startswith(expected)
         assert answer.facts == {"prompt": prompt, "response": answer.response}
+
+
+class Largest(TorchDispatchMode):
+    """The most entries of a tensor that is made within the context."""
+
+    entries = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.untyped_storage().nbytes() // 4)
+        return out
+
+
+def test_logits_of_a_large_vocabulary_are_never_held_whole(tmp_path: Path) -> None:
+    """Gemma's 262,144 entries: 256 positions would be 256 MB of logits."""
+    sizes = {"vocab_size": 2**18, "max_position_embeddings": 64}
+    save_language_model("gemma", tmp_path, **sizes)
+    backbone, task = load(tmp_path), CausalLM()
+    adapter = LowRankAdapter(4, 8.0)
+    adapter.attach(backbone)
+    ids = torch.randint(5, 2**18, (4, 64))
+    batch = Batch(ids, torch.ones_like(ids), ids)
+    with Largest() as mode:
+        task.loss(backbone.model.train(), batch).backward()
+    assert mode.entries <= 2**24 < 4 * 63 * 2**18
+    with Largest() as mode, torch.inference_mode():
+        found = task.evaluate(backbone.model.eval(), [batch])
+        task.run(backbone.model, ids, torch.ones_like(ids))
+    assert found.units == 4 * 63
+    assert mode.entries <= 2**24
+
+
+def test_resident_weights_in_bf16_train_values_in_float32(
+    folders: dict[str, Path], texts: Texts
+) -> None:
+    config = ModelConfig(name=str(folders["gemma"]), dtype="bfloat16")
+    backbone = load_backbone(config, None, 0, task=CausalLM())
+    examples = make_examples(backbone, texts)
+    before = copy_parameters(backbone.model)
+    recipe = RecipeConfig(lr=0.02, epochs=4)
+    for adapter in (LowRankAdapter(4, 8.0), SparseAdapter(0.1, "unstructured", 5)):
+        first = evaluate(backbone, examples, "bf16").loss
+        adapter.attach(backbone)
+        train(backbone, adapter, examples, recipe, (0, 1, 2))
+        assert evaluate(backbone, examples, "bf16").loss < 0.9 * first
+        assert all(p.dtype == torch.float32 for p in adapter.parameters())
+        # Not rounded to bf16 between steps.
+        values = torch.cat([t.reshape(-1) for t in adapter.state().values()])
+        assert (values.bfloat16().float() != values).float().mean() > 0.5
+        adapter.detach()
+        for name, parameter in backbone.model.named_parameters():
+            assert parameter.dtype == torch.bfloat16
+            assert torch.equal(parameter, before[name])

@@ -1,15 +1,25 @@
 """Local training: FedProx, clipping, random streams and the order of examples."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from slora_flwr.adapters import HeadAdapter, SparseAdapter
+from slora_flwr.adapters import (
+    Adapter,
+    FullAdapter,
+    HeadAdapter,
+    HoulsbyAdapter,
+    LowRankAdapter,
+    SparseAdapter,
+)
 from slora_flwr.adapters.masks import make_mask
 from slora_flwr.backbone.load import Backbone
+from slora_flwr.common.tensors import State
 from slora_flwr.config import RecipeConfig
 from slora_flwr.data.examples import Examples
 from slora_flwr.training.loop import train
@@ -17,6 +27,12 @@ from tests.support.tiny import load_tiny, loss_of, make_examples, no_dropout, sh
 
 ADAMW = RecipeConfig(epochs=2, batch_size=8, lr=0.01, weight_decay=0.1)
 KEY = (0, 1, 2)
+ADAPTERS: dict[str, Callable[[], Adapter]] = {
+    "sparse": lambda: SparseAdapter(0.1, "unstructured", 5),
+    "lora": lambda: LowRankAdapter(4, 12.0),
+    "houlsby": lambda: HoulsbyAdapter(4),
+    "full": FullAdapter,
+}
 
 
 @pytest.fixture
@@ -144,3 +160,65 @@ def test_training_order_covers_every_example_once() -> None:
     rows = np.concatenate(batches)
     assert sorted(rows.tolist()) == list(range(50))
     assert sorted(len(batch) for batch in batches) == [7, 7, 7, 7, 7, 7, 8]
+
+
+SPLIT: dict[str, dict[str, Any]] = {
+    "parts": {"accumulate": 3},
+    "tokens": {"tokens": 40},
+    "both": {"accumulate": 2, "tokens": 30},
+}
+
+
+@pytest.mark.parametrize("split", SPLIT)
+@pytest.mark.parametrize("adapter", ["sparse", "lora", "full"])
+def test_a_step_in_parts_is_the_whole_step(
+    tiny_models: dict[str, Path], examples: Examples, adapter: str, split: str
+) -> None:
+    found = [
+        _trained(tiny_models["bert"], adapter, examples, changes)
+        for changes in ({}, SPLIT[split])
+    ]
+    (whole, loss, passes), (parts, other, more) = found
+    assert passes < more
+    assert other == pytest.approx(loss, rel=1e-5)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["sparse", "lora", "houlsby", "full"])
+def test_checkpointing_computes_twice_and_changes_no_bit(
+    tiny_models: dict[str, Path], examples: Examples, adapter: str
+) -> None:
+    """With dropout too."""
+    found = [
+        _trained(tiny_models["bert"], adapter, examples, {"checkpointing": on}, 0.1)
+        for on in (False, True)
+    ]
+    (plain, loss, passes), (again, other, more) = found
+    assert more == 2 * passes
+    assert other == loss
+    assert all(torch.equal(again[name], tensor) for name, tensor in plain.items())
+
+
+def _trained(
+    folder: Path,
+    name: str,
+    examples: Examples,
+    changes: dict[str, Any],
+    dropout: float = 0.0,
+) -> tuple[State, float, int]:
+    """Return an adapter's state after two steps, the loss and a block's passes."""
+    backbone = load_tiny(folder)
+    for module in backbone.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    passes: list[None] = []
+    block = backbone.model.bert.encoder.layer[1].attention
+    block.register_forward_hook(lambda *_: passes.append(None))
+    adapter = ADAPTERS[name]()
+    adapter.attach(backbone)
+    recipe = RecipeConfig(batch_size=12, lr=0.1, prox=0.1, optimizer="sgd", **changes)
+    loss = train(backbone, adapter, examples, recipe, KEY)
+    modules = backbone.model.modules()
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in modules)
+    return adapter.state(), loss, len(passes)
