@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slora_flwr.config import DataConfig
+from slora_flwr.config import DataConfig, RunConfig
 from slora_flwr.data.examples import Batch, Examples
 from slora_flwr.data.texts import Encoder
 from slora_flwr.runs.events import ClassRecord
@@ -107,6 +107,10 @@ class Task(ABC):
     references: ClassVar[tuple[str, ...]] = ()
     goal: ClassVar[str]
     has_classes: ClassVar[bool]
+
+    @abstractmethod
+    def check(self, config: RunConfig) -> None:
+        """Raise ConfigError for what a run asks of the task that cannot be had here."""
 
     @abstractmethod
     def encoder(self, config: DataConfig, tokenizer: Any) -> Encoder:

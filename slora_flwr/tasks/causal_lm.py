@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from slora_flwr.common.text import printable
-from slora_flwr.config import DataConfig
+from slora_flwr.config import DataConfig, RunConfig, refuse
 from slora_flwr.data.dialogues import ask
 from slora_flwr.data.examples import IGNORED, Batch, Examples
 from slora_flwr.tasks.base import Answer, Evaluation, Task
@@ -22,6 +22,7 @@ from slora_flwr.tasks.template import DialogueEncoder, Template
 
 # The most logits that are held at a time: 64 MB in float32.
 _MOST_LOGITS = 2**24
+_NO_LABELS = "task is causal-lm, which has no labels"
 # The most tokens of a response.
 MOST_TOKENS = 256
 
@@ -102,6 +103,13 @@ class CausalLM(Task):
     metrics = ("perplexity", "accuracy", "loss")
     goal = "loss"
     has_classes = False
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse labels; see `Task.check`."""
+        if config.data.labels:
+            raise refuse(
+                "data.labels", config.data.labels, f"empty, since {_NO_LABELS}"
+            )
 
     def encoder(self, config: DataConfig, tokenizer: Any) -> DialogueEncoder:
         """Return what makes tokens of dialogues; see `Task.encoder`."""

@@ -96,9 +96,10 @@ class ProcessData:
 
     @cached_property
     def _texts(self) -> tuple[Texts, Texts]:
-        if self._config.data.is_own:
-            return Texts([], []), load_test_texts(self._config.data)
         by, dialogues = self._config.clients.by, not self._task.has_classes
+        if self._config.data.is_own:
+            test = load_test_texts(self._config.data, dialogues=dialogues)
+            return Texts([], []), test
         train, test = load_texts(self._config.data, by, dialogues=dialogues)
         if self._config.privacy.is_on and self._task.has_classes:
             # Even a client that is the only one with a label must not show.
@@ -198,7 +199,8 @@ class ProcessData:
                 self._own[client] = self._own.pop(other)
                 return
         texts, _ = source.usable()
-        texts = of_classes(texts, self.classes)
+        if self._task.has_classes:
+            texts = of_classes(texts, self.classes)
         count = len(texts.texts)
         held = source.held_out(held_out(count, self._config.clients.holdout))
         source.check_count(count - held)
