@@ -8,6 +8,9 @@ FORMS = {
     "accuracy": ("accuracy", ".1%"),
     "macro_f1": ("macro-F1", ".3f"),
     "loss": ("loss", ".3f"),
+    "exact_match": ("exact match", ".1%"),
+    "rouge_l": ("ROUGE-L", ".3f"),
+    "choice_accuracy": ("choice accuracy", ".1%"),
 }
 
 

@@ -129,6 +129,7 @@ def _run(
         # Made now, so that an impossible partition fails before any message.
         moved = trainer.data.partition.moved
         _check_holdout(config, trainer.data.partition.sizes.tolist())
+    _ = trainer.probes  # made now, so that what cannot be fails before any message
     fleet_of = _own_data_fleet if config.data.is_own else _shared_data_fleet
     fleet = fleet_of(trainer, {**code_identity(config)})
     if checkpoint is not None:

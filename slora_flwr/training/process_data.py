@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 from slora_flwr.backbone.load import load_tokenizer
 from slora_flwr.config import RunConfig
+from slora_flwr.data.dialogues import Dialogue
 from slora_flwr.data.examples import Examples
 from slora_flwr.data.node_files import OwnData, load_test_texts
 from slora_flwr.data.partition import Partition, make_partition
 from slora_flwr.data.texts import (
     Encoder,
     Texts,
+    at_most,
     count_common,
     list_classes,
     load_texts,
@@ -69,11 +71,14 @@ class Tokenised:
         `train` is divided among the clients; the server evaluates on `test`.
     groups : NDArray[np.int64]
         The group of each training example, by which it is dealt to clients.
+    asked : list[Dialogue]
+        The test dialogues to which the server has responses generated.
     """
 
     train: Examples
     test: Examples
     groups: NDArray[np.int64]
+    asked: list[Dialogue]
 
 
 class ProcessData:
@@ -142,10 +147,12 @@ class ProcessData:
         named = train.groups or train.labels
         known = self.classes if named is train.labels else []
         groups = number(named, known or sorted({*named}))
+        asked = self._config.run.generate
         found = Tokenised(
             tokenise(self.encoder, self.classes, train),
             tokenise(self.encoder, self.classes, test),
             groups,
+            at_most(asked, test).dialogues if asked else [],
         )
         del self.__dict__["_texts"]
         return found
