@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from slora_flwr.config import refuse
 from slora_flwr.data.dialogues import Dialogue, answered, ask, text_of
@@ -52,7 +53,8 @@ class Conversation:
             If the text is not Unicode.
         """
         dialogue = self.dialogue + ask([text])
-        encoder, model = self._kept.data.encoder, self._kept.model.backbone.model
+        encoder: Any = self._kept.data.encoder
+        model = self._kept.model.backbone.model
         longest = longest_prompt(model, encoder, MOST_TOKENS)
         while len(dialogue) > 1 and (
             len(encoder.prompt(dialogue, sys.maxsize)) > longest

@@ -297,13 +297,13 @@ def test_a_chat_keeps_the_dialogue_until_a_blank_line(runs: dict[str, Path]) -> 
 
 def test_a_long_chat_forgets_what_is_oldest(runs: dict[str, Path]) -> None:
     talk = Conversation(runs["llama fft"], "averaged")
-    for number in range(6):
+    for number in range(12):
         talk.say(f"w{10 + number} w{20 + number}")
         said = [t["content"] for t in talk.dialogue if t["role"] == "user"]
         assert said[-1] == f"w{10 + number} w{20 + number}"
         # Prompts have up to 24 tokens.
         assert sum(len(t["content"].split()) for t in talk.dialogue[:-1]) <= 24
-    assert len(said) < 6
+    assert len(said) < 12
 
 
 def test_ctrl_c_ends_a_chat_without_a_traceback(runs: dict[str, Path]) -> None:
