@@ -1,6 +1,7 @@
 """Whole runs of language models, and their exports in stock libraries."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -178,6 +179,30 @@ def test_exports_have_the_runs_loss_and_say_the_same_in_stock_libraries(
         assert response.startswith(said), place["folder"]
 
 
+def test_the_guides_loading_code_is_right(
+    runs: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "language-models.md"
+    adapter, merged = re.findall(r"```python\n(.*?)```", guide.read_text(), re.S)
+    assert 'PeftModel.from_pretrained(model, "RUN/adapter")' in adapter
+    directory = runs["llama lora"]
+    export_run(directory, "averaged", True, tmp_path / "merged")
+    [expected] = predict_texts(directory, "averaged", ["w9 w8"])
+    for code in (adapter, merged):
+        code = code.replace("RUN", str(directory)).replace(
+            '"merged', f'"{tmp_path}/merged'
+        )
+        code = code.replace("CHECKPOINT", str(folders["llama"]))
+        given: dict[str, Any] = {}
+        exec(code, given)
+        tokenizer, model = given["tokenizer"], given["model"].eval()
+        ids = tokenizer("w9 w8\n", add_special_tokens=False, return_tensors="pt")
+        ids = ids["input_ids"]
+        said = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+        text = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+        assert expected.facts["response"].startswith(text.strip())
+
+
 def test_a_killed_run_goes_on_bit_for_bit(
     folders: dict[str, Path], dialogues: Path, tmp_path: Path
 ) -> None:
@@ -248,7 +273,8 @@ def test_a_result_is_that_of_a_language_model(runs: dict[str, Path]) -> None:
     best = min(found.history, key=lambda done: done.metrics["perplexity"])
     assert found.best == best
     assert found.plot().get_ylabel() == "perplexity"
-    model, tokenizer = found.model(), found.tokenizer()
+    model: Any = found.model()
+    tokenizer = found.tokenizer()
     given = tokenizer("w9 w8\n", add_special_tokens=False, return_tensors="pt")
     ids = given["input_ids"]
     said = model.generate(ids, max_new_tokens=8, do_sample=False)
