@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from slora_flwr.config import ConfigError
 from slora_flwr.config.arguments import flatten_tables, read_file
+from slora_flwr.reports.figures import headline_of
 from slora_flwr.runs.events import RecordedRound
 from slora_flwr.runs.ledger import Entry
 from slora_flwr.runs.reader import RecordedRun, find_run, read_run
@@ -111,9 +112,9 @@ class Result:
 
     @property
     def best(self) -> RecordedRound | None:
-        """The round with the best accuracy; None if none was evaluated."""
+        """The round with the best accuracy, or perplexity; None without evaluations."""
         finite = [done for done in self.run.evaluated if "loss" in done.metrics]
-        return max(finite, key=lambda done: done.metrics["accuracy"], default=None)
+        return headline_of(finite).best(finite)
 
     def state(self, which: str = "averaged") -> "State":
         """Return the tensors that clients trained, by name.
@@ -149,11 +150,15 @@ class Result:
             If the run keeps no such state, or no model of transformers computes what
             its method's does: bottlenecks cannot be merged. `predict` works then too.
         """
-        from transformers import AutoModelForSequenceClassification
+        import transformers
 
+        from slora_flwr.config import parse
+        from slora_flwr.tasks.choice import find_task
+
+        auto = getattr(transformers, find_task(parse(self.run.config)).auto_class)
         with tempfile.TemporaryDirectory() as folder:
             self.export(folder, which, merge=True)
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            model: PreTrainedModel = auto.from_pretrained(
                 folder, trust_remote_code=False
             )
         return model
@@ -170,7 +175,7 @@ class Result:
         return cast("PreTrainedTokenizerFast", tokenizer)
 
     def predict(self, texts: str | Iterable[str], which: str = "averaged") -> list[Any]:
-        """Return the labels that the model gives to texts.
+        """Return the labels, or the responses, that the model gives to texts.
 
         The model is loaded for each call, so pass texts together.
 
@@ -220,7 +225,7 @@ class Result:
         return export_run(self.directory, which, merge, Path(to))
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
-        """Draw the accuracy against the rounds, and return the axes of matplotlib.
+        """Draw the accuracy, or perplexity, by round, and return matplotlib's axes.
 
         Parameters
         ----------

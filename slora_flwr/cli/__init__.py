@@ -9,7 +9,7 @@ from slora_flwr import __version__
 from slora_flwr.cli.options import MergingCommand
 from slora_flwr.cli.planning import plan, show_config
 from slora_flwr.cli.reports import compare, report, runs
-from slora_flwr.cli.results import export, predict
+from slora_flwr.cli.results import chat, export, predict
 from slora_flwr.cli.running import resume, run
 from slora_flwr.cli.studies import sweep
 
@@ -20,6 +20,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "config": show_config,
     "runs": runs,
     "predict": predict,
+    "chat": chat,
     "export": export,
     "report": report,
     "compare": compare,

@@ -1,6 +1,8 @@
-"""`slora export` and `slora predict`: what has come of a run, for use."""
+"""`slora export`, `predict` and `chat`: what has come of a run, for use."""
 
 import json
+import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +11,8 @@ import typer
 
 from slora_flwr.cli.options import RunArgument, ending_cleanly
 from slora_flwr.common.files import expand
-from slora_flwr.config import ConfigError
+from slora_flwr.common.text import printable
+from slora_flwr.config import ConfigError, refuse
 
 
 class Which(StrEnum):
@@ -65,18 +68,20 @@ def predict(
         Path | None,
         typer.Option(
             help="File of texts: a line each in a .txt file; in a table, such as .csv "
-            "or .jsonl, the columns of the run's data.text."
+            "or .jsonl, the columns of the run's data.text or data.messages."
         ),
     ] = None,
     which: WhichOption = Which.AVERAGED,
     as_json: Annotated[
         bool,
         typer.Option(
-            "--json", help="Print a JSON object a line, with all probabilities."
+            "--json",
+            help="Print a JSON object a line: with all probabilities, or prompt and "
+            "response.",
         ),
     ] = False,
 ) -> None:
-    """Print the label, its probability and the text, for each text."""
+    """Print the label, its probability and the text, or the response, for each text."""
     from slora_flwr.runs.reader import find_run
 
     with ending_cleanly(OSError):
@@ -89,6 +94,50 @@ def predict(
                 typer.echo(json.dumps(found.facts, ensure_ascii=False))
             else:
                 typer.echo(found.line)
+
+
+def chat(
+    run: RunArgument = None,
+    which: WhichOption = Which.AVERAGED,
+) -> None:
+    """Talk with a finished run's language model, a prompt a line.
+
+    The dialogue is kept, and a blank line begins another. Ctrl-D or Ctrl-C ends it.
+    """
+    from slora_flwr.runs.reader import find_run
+
+    with ending_cleanly(OSError):
+        path = find_run(run)
+        from slora_flwr.server.conversation import Conversation
+
+        conversation = Conversation(path, which)
+        try:
+            for text in _prompts():
+                if text.strip():
+                    typer.echo(_lines(conversation.say(text)))
+                else:
+                    conversation.begin()
+        except KeyboardInterrupt:  # the usual way out, in the middle of a line too
+            typer.echo()
+
+
+def _prompts() -> Iterator[str]:
+    """Yield the lines of stdin; ask for each on a terminal."""
+    mark = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    while True:
+        try:
+            yield input(mark)
+        except EOFError:
+            if mark:
+                typer.echo()
+            return
+        except UnicodeDecodeError as error:
+            raise refuse("a line", error.reason, "characters that UTF-8 has") from error
+
+
+def _lines(text: str) -> str:
+    """Return a text of several lines, safe to print."""
+    return "\n".join(printable(line, len(line)) for line in text.splitlines())
 
 
 def _divide(words: list[str], file: Path | None) -> tuple[str | None, list[str]]:

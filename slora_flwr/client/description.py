@@ -53,16 +53,19 @@ def _add_partition(
 def _add_own_data(
     config: RunConfig, context: Context, described: ConfigRecord
 ) -> MetricRecord:
-    """Add counts and label names, and nothing else about the data."""
+    """Add counts, label names if the task has any, and nothing else about the data."""
     texts, skipped = read_source(context, config).usable()
-    labels = dict(sorted(Counter(texts.labels).items()))
+    task = find_task(config)
     with masked():
-        described["backbone"] = digest_of(config.model, find_task(config))
+        described["backbone"] = digest_of(config.model, task)
     described["name"] = node_name(context)
-    described["labels"] = list(labels)
+    counts = [len(texts.texts)]
+    if task.has_classes:
+        labels = dict(sorted(Counter(texts.labels).items()))
+        described["labels"], counts = list(labels), list(labels.values())
     if "partition-id" in context.node_config:
         described["client"] = int(context.node_config["partition-id"])
-    metrics = MetricRecord({"examples": list(labels.values())})
+    metrics = MetricRecord({"examples": counts})
     if skipped:  # Flower cannot count the bytes of an empty list
         described["skipped"] = list(skipped)
         metrics["skipped"] = list(skipped.values())

@@ -17,6 +17,7 @@ from slora_flwr.client.resident import in_simulation
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig, flatten, parse
 from slora_flwr.data.node_files import OwnData, OwnDataError
+from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.codec import Codec
@@ -241,9 +242,14 @@ def _load(
         process = make_process(config, classes, model)
         _ = process.trainer.data.partition
         return process
-    if instruction is None or not classes:
-        # Without them, they would be those of a file that the run names.
-        raise OwnDataError("the instruction has no classes; allowed: those agreed")
+    # Without those of a task that has some, they would be those of a file that the run
+    # names. Those of a task that has none could only tell examples apart.
+    wanted = find_task(config).has_classes
+    if instruction is None or bool(classes) != wanted:
+        allowed = "those agreed" if wanted else f"none, since the task is {config.task}"
+        raise OwnDataError(
+            f"the instruction has {len(classes)} classes; allowed: {allowed}"
+        )
     client = pinned_client(context, instruction)
     process = make_process(config, classes, model)
     source = read_source(context, config)
@@ -260,7 +266,8 @@ def read_source(context: Context, config: RunConfig) -> OwnData:
         If the node's config does not say where it is.
     """
     train = config.data.train if is_simulated(context) else ""
-    return OwnData.of(context.node_config, config.data, train)
+    dialogues = not find_task(config).has_classes
+    return OwnData.of(context.node_config, config.data, train, dialogues=dialogues)
 
 
 def _one_client_per_node(config: RunConfig, context: Context) -> RunConfig:

@@ -647,6 +647,21 @@ class OutputConfig:
         description="Whether the last state is evaluated too, beside the average of "
         "`server.average`; its metrics begin with `plain_`.",
     )
+    generate: Natural = Field(
+        default=0,
+        description="The number of test examples, chosen by a hash, to which each "
+        "evaluation of a `causal-lm` generates responses, for exact match and ROUGE-L; "
+        "0 for none.",
+    )
+    max_tokens: Annotated[int, between(1, _MOST_EXAMPLES)] = Field(
+        default=64, description="The most tokens of a response of `run.generate`."
+    )
+    choices: AbsolutePath = Field(
+        default="",
+        description="A file of multiple-choice questions on the server, with columns "
+        "`question`, `choices` and `answer`, that each evaluation of a `causal-lm` "
+        "answers; empty for none.",
+    )
     target: Annotated[float, FROM_0_TO_1] = Field(
         default=0.0,
         description="A test accuracy whose first round and bytes the summary names; 0 "

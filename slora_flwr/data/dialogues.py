@@ -31,8 +31,15 @@ def answered(dialogue: Dialogue, response: str) -> Dialogue:
     return [*dialogue, {"role": "assistant", "content": response}]
 
 
-def read_messages(given: object) -> Dialogue:
+def read_messages(given: object, *, is_prompt: bool = False) -> Dialogue:
     """Return the dialogue in a value of a column of messages.
+
+    Parameters
+    ----------
+    given : object
+        The value.
+    is_prompt : bool
+        Whether a response is due: it may lack one, and one at its end is left out.
 
     Raises
     ------
@@ -54,7 +61,12 @@ def read_messages(given: object) -> Dialogue:
                 f"{', '.join(ROLES)}, and a content that is text"
             )
         dialogue.append({"role": role, "content": content})
-    if not any(turn["role"] == "assistant" for turn in dialogue):
+    if is_prompt:
+        while dialogue and dialogue[-1]["role"] == "assistant":
+            dialogue.pop()
+        if not dialogue:
+            raise ValueError("it has no message to respond to")
+    elif not any(turn["role"] == "assistant" for turn in dialogue):
         raise ValueError("no message has the role assistant")
     return dialogue
 

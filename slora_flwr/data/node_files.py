@@ -2,17 +2,20 @@
 
 The node's config (`flower-supernode --node-config`) says where they are:
 
-================ ==============================================================
-``data-path``    a csv, jsonl or parquet file, or a folder of such files
-``data-text``    text column, or several, comma-separated
-``data-label``   label column
-``data-labels``  labels that the server may learn, comma-separated; default: all
-``min-examples`` fewest examples to train on; default 10
-``min-of-label`` fewest examples of a label that the server may learn, and to
-                 evaluate on; default 5
-``name``         the node's name in the server's output
-``partition-id`` id of the node's client; by default the server numbers nodes
-================ ==============================================================
+================= =============================================================
+``data-path``     a csv, jsonl or parquet file, or a folder of such files
+``data-text``     text column, or several, comma-separated; for a language model that
+                  of prompts or, without a response, of the texts to learn
+``data-label``    label column
+``data-labels``   labels that the server may learn, comma-separated; default: all
+``data-response`` column of responses, for a language model
+``data-messages`` column of conversations, in place of text and response
+``min-examples``  fewest examples to train on; default 10
+``min-of-label``  fewest examples of a label that the server may learn, and to
+                  evaluate on; default 5
+``name``          the node's name in the server's output
+``partition-id``  id of the node's client; by default the server numbers nodes
+================= =============================================================
 
 A run config has no say in any of these. Unusable rows are skipped and counted. An
 unreadable file or a missing column is an error.
@@ -22,7 +25,7 @@ import csv
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +36,12 @@ from numpy.typing import NDArray
 from slora_flwr.common.files import expand
 from slora_flwr.common.text import clean_label, counted
 from slora_flwr.config import OWN_DATA, ConfigError, DataConfig
+from slora_flwr.data.dialogues import Dialogue, answered, ask, read_messages, text_of
 from slora_flwr.data.shared_files import refuse_repeated
-from slora_flwr.data.texts import Texts, at_most
+from slora_flwr.data.texts import Columns, Preset, Texts, at_most
 
 BROKEN, NO_TEXT, NO_LABEL = "broken", "no text", "no label"
+NO_RESPONSE = "no response"
 OTHER_LABEL, RARE_LABEL = "other label", "rare label"
 # Yields a file's rows by column, None for a broken row; returns the file's columns.
 Rows = Generator[dict[str, Any] | None, None, list[str]]
@@ -59,12 +64,15 @@ class OwnData:
     ----------
     path, text, label : str
         The file or folder, and its columns; `text` may name several, separated by
-        commas.
+        commas. `label` is empty for dialogues.
     labels : tuple[str, ...]
         The labels that may leave the node; empty for all.
     min_examples, min_of_label : int
         The fewest examples to train on; the fewest of a label that may leave the node,
         and to evaluate on.
+    response, messages : str
+        The columns of the responses and of the conversations; empty for none. Without
+        either, the texts of dialogues are learned themselves.
     """
 
     path: str
@@ -73,10 +81,17 @@ class OwnData:
     labels: tuple[str, ...] = ()
     min_examples: int = 10
     min_of_label: int = 5
+    response: str = ""
+    messages: str = ""
 
     @classmethod
     def of(
-        cls, node_config: Mapping[str, Any], config: DataConfig, train: str = ""
+        cls,
+        node_config: Mapping[str, Any],
+        config: DataConfig,
+        train: str = "",
+        *,
+        dialogues: bool = False,
     ) -> "OwnData":
         """Return the location from a node's config.
 
@@ -89,37 +104,33 @@ class OwnData:
         train : str
             Path of simulated nodes' data, with {} for the node's number; empty for a
             node that is not simulated.
+        dialogues : bool
+            True for dialogues, False for a classifier's texts.
 
         Raises
         ------
         OwnDataError
             If a key is missing or its value is not allowed.
         """
-        limits = [
-            _natural(node_config, key, default)
-            for key, default in (("min-examples", 10), ("min-of-label", 5))
-        ]
+        least = _natural(node_config, "min-examples", 10)
+        of_label = _natural(node_config, "min-of-label", 5)
         names = str(node_config.get("data-labels", "")).split(",")
         labels = tuple(filter(None, map(clean_label, names)))
         path = str(node_config.get("data-path", ""))
         if not path and train:
             # A simulated node's config has only a partition id.
             path = train.replace("{}", str(node_config.get("partition-id")))
-            text, label = config.text or "text", config.label or "label"
-            return cls(path, text, label, labels, *limits)
-        if not path:
+            columns = columns_of(config, dialogues=dialogues)
+        elif not path:
             raise OwnDataError(
                 f"data.name is {OWN_DATA!r}, and this node's config has no data-path; "
                 "allowed: --node-config 'data-path=\"/file/or/folder\"', or, in a "
                 "simulation, data.train with {} in place of the node's number"
             )
-        text, label = (
-            str(node_config.get(key, "")) for key in ("data-text", "data-label")
-        )
-        for key, given in (("data-text", text), ("data-label", label)):
-            if not given.strip():
-                raise OwnDataError(f"{key} is {given!r}; allowed: the name of a column")
-        return cls(path, text, label, labels, *limits)
+        else:
+            columns = _own_columns(node_config, dialogues=dialogues)
+        text, label, response, messages = columns
+        return cls(path, text, label, labels, least, of_label, response, messages)
 
     def load(self) -> tuple[Texts, dict[str, int]]:
         """Read the files.
@@ -136,7 +147,7 @@ class OwnData:
             If there is no file, one cannot be read, or a column is missing.
         """
         try:
-            return self._load()
+            return self._load() if self.label else self._load_dialogues()
         except OwnDataError:
             raise
         except Exception as error:
@@ -171,6 +182,44 @@ class OwnData:
                     labels.append(label)
         return Texts(texts, labels), dict(skipped)
 
+    def _load_dialogues(self) -> tuple[Texts, dict[str, int]]:
+        prompts = [] if self.messages else [n.strip() for n in self.text.split(",")]
+        names = [*prompts, *filter(None, (self.response, self.messages))]
+        dialogues: list[Dialogue] = []
+        skipped: Counter[str] = Counter()
+        for path in self._files():
+            for row in _read(path, names):
+                found = self._dialogue(row, names)
+                if isinstance(found, str):
+                    skipped[found] += 1
+                else:
+                    dialogues.append(found)
+        texts = list(map(text_of, dialogues))
+        return Texts(texts, [""] * len(texts), dialogues=dialogues), dict(skipped)
+
+    def _dialogue(
+        self, row: Mapping[str, Any] | None, names: Sequence[str]
+    ) -> Dialogue | str:
+        """Return a row's dialogue, or the reason to skip it."""
+        if row is None:
+            return BROKEN
+        if self.messages:
+            try:
+                dialogue = read_messages(row.get(self.messages))
+            except ValueError:
+                return BROKEN
+            return dialogue if _is_unicode(text_of(dialogue)) else BROKEN
+        values = [row.get(name) for name in names]
+        parts = ["" if value is None else str(value) for value in values]
+        if not (all(map(_is_plain, values)) and _is_unicode("".join(parts))):
+            return BROKEN
+        response = parts.pop() if self.response else ""
+        if not any(part.strip() for part in parts):
+            return NO_TEXT
+        if not self.response:
+            return answered([], "\n".join(filter(None, parts)))
+        return answered(ask(parts), response) if response.strip() else NO_RESPONSE
+
     def usable(self) -> tuple[Texts, dict[str, int]]:
         """Read the files and leave out the rows whose labels may not leave the node.
 
@@ -178,7 +227,7 @@ class OwnData:
         -------
         tuple
             As `load`. Rows of labels that `labels` lacks, or that have fewer than
-            `min_of_label` rows, are among the skipped ones.
+            `min_of_label` rows, are among the skipped ones. Dialogues have no labels.
 
         Raises
         ------
@@ -187,6 +236,13 @@ class OwnData:
             fewer than `min_examples` rows are usable.
         """
         texts, skipped = self.load()
+        if self.label:
+            texts = self._of_told_labels(texts, skipped)
+        self.check_count(len(texts.texts), skipped)
+        return texts, skipped
+
+    def _of_told_labels(self, texts: Texts, skipped: dict[str, int]) -> Texts:
+        """Return the rows whose labels may leave the node; count the others."""
         self._check_labels(texts)
         if self.labels:
             known = np.array([label in self.labels for label in texts.labels], bool)
@@ -199,8 +255,7 @@ class OwnData:
                 f"column {self.label!r} has one usable value; allowed: two or more, "
                 "or data-labels, which lists what the server may learn"
             )
-        self.check_count(len(texts.texts), skipped)
-        return texts, skipped
+        return texts
 
     def check_count(self, count: int, skipped: Mapping[str, int] | None = None) -> None:
         """Raise OwnDataError if so few examples should not be trained on."""
@@ -266,6 +321,39 @@ class OwnData:
                 f"{', '.join(_READERS)}, or a folder that holds some"
             )
         return found
+
+
+def columns_of(config: DataConfig, *, dialogues: bool) -> tuple[str, str, str, str]:
+    """Return the columns of text, label, response and messages that a run names."""
+    default = Preset("", "text", "label")
+    if dialogues:
+        default = Preset("", "prompt", response="response")
+    found = Columns.of(config, default, "", dialogues=dialogues)
+    return ",".join(found.text), found.label, found.response, found.messages
+
+
+def _own_columns(
+    node_config: Mapping[str, Any], *, dialogues: bool
+) -> tuple[str, str, str, str]:
+    """Return the columns of text, label, response and messages that a node names."""
+    keys = ("data-text", "data-label", "data-response", "data-messages")
+    text, label, response, messages = (
+        str(node_config.get(key, "")).strip() for key in keys
+    )
+    if dialogues and messages:
+        return "", "", "", messages
+    if dialogues and label and not response:
+        # Its operator means the texts to be told apart, not to be learned by heart.
+        raise OwnDataError(
+            f"data-label is {label!r}, and the run trains a language model; allowed: "
+            "a data-response or data-messages beside it, or none, to have the texts "
+            "themselves learned"
+        )
+    needed = {"data-text": text} | ({} if dialogues else {"data-label": label})
+    for key, given in needed.items():
+        if not given:
+            raise OwnDataError(f"{key} is {given!r}; allowed: the name of a column")
+    return (text, "", response, "") if dialogues else (text, label, "", "")
 
 
 def _read(path: Path, columns: list[str]) -> Rows:
@@ -378,8 +466,15 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def load_test_texts(config: DataConfig) -> Texts:
+def load_test_texts(config: DataConfig, *, dialogues: bool = False) -> Texts:
     """Return the texts of the server's own test file; empty if it has none.
+
+    Parameters
+    ----------
+    config : DataConfig
+        The file and its columns.
+    dialogues : bool
+        True for dialogues, False for a classifier's texts.
 
     Raises
     ------
@@ -388,7 +483,8 @@ def load_test_texts(config: DataConfig) -> Texts:
     """
     if not config.test:
         return Texts([], [])
-    source = OwnData(config.test, config.text or "text", config.label or "label")
+    text, label, response, messages = columns_of(config, dialogues=dialogues)
+    source = OwnData(config.test, text, label, response=response, messages=messages)
     try:
         texts, skipped = source.load()
     except OwnDataError as error:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -170,8 +170,25 @@ def load_texts(
     return train, at_most(config.max_test, test)
 
 
-def read_unlabelled(config: DataConfig, path: Path) -> list[str]:
+def prompts_of(texts: Sequence[str]) -> Texts:
+    """Return dialogues that begin and end with a prompt each."""
+    none = [""] * len(texts)
+    return Texts([*texts], none, dialogues=[ask([text]) for text in texts])
+
+
+def read_unlabelled(
+    config: DataConfig, path: Path, *, dialogues: bool = False
+) -> Texts:
     """Return the texts in a file: its lines, or the columns that the data has them in.
+
+    Parameters
+    ----------
+    config : DataConfig
+        The columns.
+    path : Path
+        The file.
+    dialogues : bool
+        Whether they are prompts, or conversations in which a response is due.
 
     Raises
     ------
@@ -182,15 +199,16 @@ def read_unlabelled(config: DataConfig, path: Path) -> list[str]:
         try:
             # `splitlines` also splits at characters that texts may hold.
             with path.open(encoding="utf-8-sig") as file:
-                return [line.removesuffix("\n") for line in file]
+                lines = [line.removesuffix("\n") for line in file]
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read ({error})") from error
+        return prompts_of(lines) if dialogues else Texts(lines, [""] * len(lines))
     if path.suffix not in FORMATS:
         raise ConfigError(f"data file is {path}; allowed: .txt, {', '.join(FORMATS)}")
-    names = _names(config.text or _preset(config).text)
-    table = read_file(path, names)
-    _check_columns(table, [("data.text", name) for name in names])
-    return _join(table, names, path.name)
+    columns = Columns.of(config, _preset(config, dialogues), "", dialogues=dialogues)
+    columns = replace(columns, label="", response="")
+    table = read_file(path, columns.names)
+    return columns.read_unlabelled(table, path.name)
 
 
 def at_most(count: int, texts: Texts) -> Texts:
@@ -513,6 +531,23 @@ class Columns:
         texts = list(map(text_of, dialogues))
         return Texts(texts, groups or [""] * len(texts), dialogues=dialogues)
 
+    def read_unlabelled(self, table: Table, split: str) -> Texts:
+        """Return the texts, or the dialogues in which a response is due; see `read`."""
+        _check_columns(table, [("data.text", name) for name in self.text])
+        if not self.dialogues:
+            texts = _join(table, self.text, split)
+            return Texts(texts, [""] * len(texts))
+        if self.messages:
+            dialogues = self._conversations(table, is_prompt=True)
+        else:
+            dialogues = list(map(ask, self._parts(table)))
+        return Texts([*map(text_of, dialogues)], [""] * len(dialogues), [], dialogues)
+
+    def _parts(self, table: Table) -> list[tuple[str, ...]]:
+        """Return each row's text, by column."""
+        columns = (map(_text, table.columns[name]) for name in self.text)
+        return list(zip(*columns, strict=True))
+
     def _whole(self, table: Table, key: str, name: str) -> list[str]:
         """Return the values of a column that may not lack any."""
         found = table.columns[name]
@@ -522,23 +557,8 @@ class Columns:
 
     def _dialogues(self, table: Table) -> list[Dialogue]:
         if self.messages:
-            if self.messages not in table.names:
-                raise ConfigError(
-                    f"data.messages names {self.messages!r}; the columns are "
-                    f"{', '.join(table.names)}"
-                )
-            found = []
-            for number, value in enumerate(table.columns[self.messages], start=1):
-                try:
-                    found.append(read_messages(value))
-                except ValueError as error:
-                    raise ConfigError(
-                        f"data.messages names {self.messages!r}: row {number}: {error}"
-                    ) from None
-            return found
-        prompts = list(
-            zip(*(map(_text, table.columns[n]) for n in self.text), strict=True)
-        )
+            return self._conversations(table)
+        prompts = self._parts(table)
         if not self.response:
             return [answered([], "\n".join(filter(None, parts))) for parts in prompts]
         responses = map(_text, table.columns[self.response])
@@ -546,6 +566,24 @@ class Columns:
             answered(ask(parts), response)
             for parts, response in zip(prompts, responses, strict=True)
         ]
+
+    def _conversations(
+        self, table: Table, *, is_prompt: bool = False
+    ) -> list[Dialogue]:
+        if self.messages not in table.names:
+            raise ConfigError(
+                f"data.messages names {self.messages!r}; the columns are "
+                f"{', '.join(table.names)}"
+            )
+        found = []
+        for number, value in enumerate(table.columns[self.messages], start=1):
+            try:
+                found.append(read_messages(value, is_prompt=is_prompt))
+            except ValueError as error:
+                raise ConfigError(
+                    f"data.messages names {self.messages!r}: row {number}: {error}"
+                ) from None
+        return found
 
 
 def _text(value: object) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from slora_flwr.config import ConfigError, PhaseRecipeConfig, RunConfig, refuse
 from slora_flwr.config.schedule import make_schedule
 from slora_flwr.planning.rounds import population
+from slora_flwr.tasks.choice import find_task
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class Assumptions:
             if given is not None and not data.is_own:
                 allowed = f"none, since data.name is {data.name!r} and not 'node'"
                 raise refuse(f"--{name}", given, allowed)
-        if data.is_own and not (data.labels or self.labels):
+        has_classes = find_task(config).has_classes
+        if self.labels and not has_classes:
+            raise refuse("--labels", self.labels, f"none for {config.task}")
+        if data.is_own and has_classes and not (data.labels or self.labels):
             raise ConfigError(
                 "data.labels is ''; allowed: the label names, separated by commas, or "
                 "--labels with their assumed number: without either the head's size is "

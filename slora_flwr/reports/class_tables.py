@@ -33,11 +33,13 @@ class ClassFigures:
 
 
 def class_sections(run: RecordedRun) -> list[Section]:
-    """Return the section on classes; none if the run was not evaluated or is older."""
+    """Return the section on classes; none without classes or evaluations."""
     last = next((done for done in reversed(run.rounds) if done.classes), None)
     if last is not None and last.classes is not None:
         return [_section(last.classes, last.round, run)]
-    if not run.evaluated or run.facts["resolved"].get("test_examples") != 0:
+    resolved = run.facts["resolved"]
+    has_classes = resolved.get("classes") != []  # which a language model's run lacks
+    if not (run.evaluated and has_classes) or resolved.get("test_examples") != 0:
         return []
     text = (
         "There are no figures by class: they are counted on the server's own test data "

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import fmean, stdev
 from types import MappingProxyType
 
@@ -17,6 +18,7 @@ from slora_flwr.reports.charts import (
     line_chart,
     looks,
 )
+from slora_flwr.reports.figures import ACCURACY, FORMS, Headline, headline_of
 from slora_flwr.reports.groups import (
     LAST,
     Group,
@@ -70,13 +72,16 @@ def compare(
     # Tuning runs are evaluated on other data and comparable only with each other.
     tested = [run for run in runs if not run.config["data.validation"]] or list(runs)
     groups = group_runs(tested, names)
-    curves = {group.label: curve(group, rates) for group in groups}
+    heads = [headline_of(r.evaluated) for g in groups for r in g.runs if r.evaluated]
+    head = heads[0] if len({*heads}) == 1 else ACCURACY
+    curves = {group.label: curve(group, rates, head) for group in groups}
     sections = [
-        _results(groups),
+        _results(groups, head),
         *_differences(groups),
-        *_curves(groups, curves, rates),
-        *_targets(groups, curves, rates, target),
-        *_heterogeneity(groups),
+        *_curves(groups, curves, rates, head),
+        # What follows compares accuracies.
+        *([] if head.is_lower_better else _targets(groups, curves, rates, target)),
+        *([] if head.is_lower_better else _heterogeneity(groups)),
         *_energies(groups),
         *_spread(groups),
         *_failures(groups),
@@ -94,29 +99,39 @@ def compare(
         subtitle=f"{len(tested)} runs in {len(groups)} groups, one per config",
         notice=" ".join(notices),
         sections=sections,
-        data=[_points(curves, rates)],
+        data=[_points(curves, rates, head)],
     )
 
 
-def _results(groups: list[Group]) -> Section:
+def _results(groups: list[Group], head: Headline) -> Section:
+    percent = "_percent" if head.scale > 1 else ""
+    also = [
+        name
+        for name in FORMS
+        if name not in (head.metric, "loss", "macro_f1")
+        and (name != ACCURACY.metric or head is not ACCURACY)
+        and any(final(run, name) is not None for group in groups for run in group.runs)
+    ]
     columns = [
         GROUP,
         Column("runs", "runs", "d"),
         Column("seeds", "seeds"),
         Column("rounds", "rounds", "d"),
-        Column("accuracy, %", "accuracy_percent", ".1f"),
-        Column("± sd", "accuracy_sd", ".1f"),
-        Column(f"last {LAST}, %", f"last_{LAST}_percent", ".1f"),
-        Column("± sd", f"last_{LAST}_sd", ".1f"),
-        Column("macro-F1", "macro_f1", ".3f"),
+        Column(head.axis, f"{head.metric}{percent}", head.spec),
+        Column("± sd", f"{head.metric}_sd", head.spec),
+        Column(f"last {LAST}{head.unit}", f"last_{LAST}{percent}", head.spec),
+        Column("± sd", f"last_{LAST}_sd", head.spec),
+        *([] if head.is_lower_better else [Column("macro-F1", "macro_f1", ".3f")]),
+        *(Column(FORMS[name][0], name, ".3f") for name in also),
         Column("MB up", "megabytes_up", ".2f"),
         Column("MB down", "megabytes_down", ".2f"),
         Column("seconds", "seconds", ".0f"),
     ]
 
     def row(group: Group) -> list[Cell]:
-        accuracy = over_runs(group, lambda run: final(run, "accuracy"))
-        steady = over_runs(group, last_mean)
+        value = over_runs(group, lambda run: final(run, head.metric))
+        steady = over_runs(group, lambda run: last_mean(run, head))
+        others = [*([] if head.is_lower_better else ["macro_f1"]), *also]
         up, down = (
             fmean((run.total("payload", direction) or 0) / 1e6 for run in group.runs)
             for direction in ("up", "down")
@@ -126,19 +141,23 @@ def _results(groups: list[Group]) -> Section:
             len(group.runs),
             ", ".join(str(run.config["seed"]) for run in group.runs),
             max(len(run.rounds) for run in group.runs),
-            *(_percent(_mean(accuracy)), _percent(_deviation(accuracy))),
-            *(_percent(_mean(steady)), _percent(_deviation(steady))),
-            _mean(over_runs(group, lambda run: final(run, "macro_f1"))),
+            *(_scaled(_mean(value), head), _scaled(_deviation(value), head)),
+            *(_scaled(_mean(steady), head), _scaled(_deviation(steady), head)),
+            *(_mean(over_runs(group, partial(final, metric=n))) for n in others),
             *(up, down),
             _mean(over_runs(group, _seconds)),
         ]
 
+    told = "Accuracy and macro-F1 are"
+    if head is not ACCURACY:
+        told = f"{head.name.capitalize()} and what follows it are"
     caption = (
-        "Means over runs with standard deviations (n - 1). Accuracy and macro-F1 are "
-        f"those of the last evaluation; last {LAST} is the mean accuracy of a run's "
-        f"last {LAST} evaluations, which is steadier if clients differ so much that "
-        "one cohort can change accuracy by points. MB of tensors count each client as "
-        "if it were a separate node. Seconds are as measured."
+        f"Means over runs with standard deviations (n - 1). {told} those of the last "
+        f"evaluation; last {LAST} is the mean {head.name} of a run's last {LAST} "
+        f"evaluations, which is steadier if clients differ so much that one cohort can "
+        f"change {head.name} by {'points' if head.scale > 1 else 'much'}. MB of "
+        "tensors count each client as if it were a separate node. Seconds are as "
+        "measured."
     )
     rows = [row(group) for group in groups]
     return Section("Results", tables=[Table("results", caption, columns, rows)])
@@ -173,6 +192,10 @@ def _deviation(values: Sequence[float]) -> float | None:
     return stdev(values) if len(values) > 1 else None
 
 
+def _scaled(value: float | None, head: Headline) -> float | None:
+    return None if value is None else head.scale * value
+
+
 def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
@@ -188,7 +211,10 @@ def _model(rates: Sequence[float]) -> str:
 
 
 def _curves(
-    groups: list[Group], curves: dict[str, list[Point]], rates: Sequence[float]
+    groups: list[Group],
+    curves: dict[str, list[Point]],
+    rates: Sequence[float],
+    head: Headline,
 ) -> list[Section]:
     """Return sections of mean curves, one per heterogeneity."""
     panels: dict[str, list[Group]] = {}
@@ -206,7 +232,7 @@ def _curves(
         axes[f"modelled seconds at {rate:g} Mbit/s"] = _seconds_at(i)
 
     def charts(panel: list[Group], found: dict[str, Look]) -> list[Chart]:
-        made = []
+        made, scale = [], head.scale
         for x, at in axes.items():
             lines = []
             for group in panel:
@@ -217,17 +243,17 @@ def _curves(
                         group.label,
                         found[group.label],
                         [at(point) for point in points],
-                        [100 * point.accuracy for point in points],
-                        [100 * min(p.accuracies) for p in points] if several else (),
-                        [100 * max(p.accuracies) for p in points] if several else (),
+                        [scale * point.accuracy for point in points],
+                        [scale * min(p.accuracies) for p in points] if several else (),
+                        [scale * max(p.accuracies) for p in points] if several else (),
                     )
                 )
             made.append(
                 line_chart(
-                    f"Accuracy against {x}.",
+                    f"{head.name.capitalize()} against {x}.",
                     lines,
                     x=x,
-                    y="accuracy, %",
+                    y=head.axis,
                     log=x != "round",
                     whole=x == "round",
                 )
@@ -252,13 +278,16 @@ def _curves(
     return sections
 
 
-def _points(curves: dict[str, list[Point]], rates: Sequence[float]) -> Table:
+def _points(
+    curves: dict[str, list[Point]], rates: Sequence[float], head: Headline
+) -> Table:
+    percent = "_percent" if head.scale > 1 else ""
     columns = [
         GROUP,
         Column("round", "round", "d"),
         Column("phase", "phase"),
         *(
-            Column(f"{name}, %", f"{name}_percent", ".1f")
+            Column(f"{name}{head.unit}", f"{name}{percent}", head.spec)
             for name in ("mean", "minimum", "maximum")
         ),
         Column("MB", "megabytes", ".2f"),
@@ -269,9 +298,9 @@ def _points(curves: dict[str, list[Point]], rates: Sequence[float]) -> Table:
             label,
             point.round,
             point.phase,
-            100 * point.accuracy,
-            100 * min(point.accuracies),
-            100 * max(point.accuracies),
+            head.scale * point.accuracy,
+            head.scale * min(point.accuracies),
+            head.scale * max(point.accuracies),
             point.megabytes,
             *point.seconds,
         ]

@@ -1,6 +1,9 @@
 """How metrics are told: their names and forms."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from slora_flwr.runs.events import RecordedRound
 
 # Name and form by metric, in the order in which they are told.
 FORMS = {
@@ -8,6 +11,9 @@ FORMS = {
     "accuracy": ("accuracy", ".1%"),
     "macro_f1": ("macro-F1", ".3f"),
     "loss": ("loss", ".3f"),
+    "exact_match": ("exact match", ".1%"),
+    "rouge_l": ("ROUGE-L", ".3f"),
+    "choice_accuracy": ("choice accuracy", ".1%"),
 }
 
 
@@ -20,3 +26,59 @@ def tell(metric: str, value: float | None) -> str:
 def first_of(metrics: Mapping[str, float]) -> str:
     """Return the name of the metric by which a run is told in short."""
     return next((name for name in FORMS if name in metrics), "accuracy")
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The metric by which a run is told in short, as charts and tables show it.
+
+    Attributes
+    ----------
+    metric : str
+        Its name in events.
+    form : str
+        Its form in a text.
+    scale : int
+        What it is multiplied with in charts and tables.
+    unit : str
+        What follows its name there.
+    is_lower_better : bool
+        Whether less of it is better.
+    """
+
+    metric: str
+    form: str
+    scale: int = 1
+    unit: str = ""
+    is_lower_better: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name in a text."""
+        return FORMS[self.metric][0]
+
+    @property
+    def axis(self) -> str:
+        """Its name with the unit."""
+        return f"{self.name}{self.unit}"
+
+    @property
+    def spec(self) -> str:
+        """The format of numbers in tables."""
+        return ".1f" if self.scale > 1 else ".2f"
+
+    def best(self, rounds: Sequence[RecordedRound]) -> RecordedRound | None:
+        """Return the first round with the best value; None if none has one."""
+        known = [done for done in rounds if self.metric in done.metrics]
+        choose = min if self.is_lower_better else max
+        return choose(known, key=lambda done: done.metrics[self.metric], default=None)
+
+
+ACCURACY = Headline("accuracy", ".1%", 100, ", %")
+PERPLEXITY = Headline("perplexity", ".2f", is_lower_better=True)
+
+
+def headline_of(rounds: Sequence[RecordedRound]) -> Headline:
+    """Return the metric by which rounds are told: perplexity if any has one."""
+    has_perplexity = any(PERPLEXITY.metric in done.metrics for done in rounds)
+    return PERPLEXITY if has_perplexity else ACCURACY

@@ -32,6 +32,7 @@ from slora_flwr.config.methods import (
     list_methods,
     section_of,
 )
+from slora_flwr.reports.figures import ACCURACY, Headline
 from slora_flwr.runs.reader import RecordedRun
 
 LAST = 5  # number of evaluations in the steadier accuracy
@@ -144,7 +145,7 @@ class Point:
     phase : str
         The phase of that round.
     accuracies : list[float]
-        The accuracy of each run.
+        The accuracy of each run, or its perplexity.
     megabytes : float
         Payload so far in both directions, mean over runs.
     seconds : list[float]
@@ -241,10 +242,17 @@ def _rename(groups: list[Group], names: Mapping[str, str]) -> list[Group]:
     return renamed
 
 
-def curve(group: Group, rates: Sequence[float]) -> list[Point]:
+def curve(
+    group: Group, rates: Sequence[float], head: Headline = ACCURACY
+) -> list[Point]:
     """Return a group's mean curve, with modelled seconds at each rate in Mbit/s."""
     common = sorted(
-        set.intersection(*({r.round for r in run.evaluated} for run in group.runs))
+        set.intersection(
+            *(
+                {r.round for r in run.evaluated if head.metric in r.metrics}
+                for run in group.runs
+            )
+        )
     )
     done = [{r.round: r for r in run.rounds} for run in group.runs]
     seconds = [
@@ -258,7 +266,7 @@ def curve(group: Group, rates: Sequence[float]) -> list[Point]:
         Point(
             round=number,
             phase=done[0][number].phase,
-            accuracies=[rounds[number].metrics["accuracy"] for rounds in done],
+            accuracies=[rounds[number].metrics[head.metric] for rounds in done],
             megabytes=fmean(rounds[number].payload_bytes / 1e6 for rounds in done),
             seconds=[fmean(by_round[number] for by_round in at) for at in seconds],
         )
@@ -304,10 +312,11 @@ def final(run: RecordedRun, metric: str) -> float | None:
     return run.evaluated[-1].metrics.get(metric) if run.evaluated else None
 
 
-def last_mean(run: RecordedRun) -> float | None:
-    """Return the mean accuracy of a run's last evaluations."""
-    accuracies = [done.metrics["accuracy"] for done in run.evaluated[-LAST:]]
-    return fmean(accuracies) if accuracies else None
+def last_mean(run: RecordedRun, head: Headline = ACCURACY) -> float | None:
+    """Return the mean of a metric in a run's last evaluations."""
+    metric = head.metric
+    last = [r.metrics[metric] for r in run.evaluated if metric in r.metrics][-LAST:]
+    return fmean(last) if last else None
 
 
 def over_runs(

@@ -10,6 +10,7 @@ import numpy as np
 from slora_flwr.config import RunConfig, flatten
 from slora_flwr.reports.charts import Chart, Line, bar_chart, keys, line_chart, looks
 from slora_flwr.reports.class_tables import class_sections
+from slora_flwr.reports.figures import FORMS, Headline, headline_of
 from slora_flwr.reports.groups import LAST, heterogeneity, last_mean
 from slora_flwr.reports.page import LISTED, Cell, Column, Page, Section, Table
 from slora_flwr.runs.events import ClientRecord, RecordedRound
@@ -54,16 +55,22 @@ def _notice(run: RecordedRun) -> str:
 
 def _figures(run: RecordedRun) -> list[tuple[str, str]]:
     figures = []
-    steady = last_mean(run)
-    if run.evaluated and steady is not None:
-        last, best = run.evaluated[-1], max(run.evaluated, key=_accuracy)
+    head = headline_of(run.evaluated)
+    best, steady = head.best(run.evaluated), last_mean(run, head)
+    if best is not None and steady is not None:
+        last = _last(run, head)
         figures += [
-            (f"accuracy, round {last.round}", f"{_accuracy(last):.1%}"),
-            (f"mean of the last {LAST} evaluations", f"{steady:.1%}"),
-            (f"best accuracy, round {best.round}", f"{_accuracy(best):.1%}"),
+            (f"{head.name}, round {last.round}", f"{_value(last, head):{head.form}}"),
+            (f"mean of the last {LAST} evaluations", f"{steady:{head.form}}"),
+            (
+                f"best {head.name}, round {best.round}",
+                f"{_value(best, head):{head.form}}",
+            ),
         ]
-        if (macro_f1 := last.metrics.get("macro_f1")) is not None:
-            figures.append(("macro-F1", f"{macro_f1:.3f}"))
+        for name, (told, form) in FORMS.items():
+            is_told = name in (head.metric, "loss")
+            if not is_told and (value := last.metrics.get(name)) is not None:
+                figures.append((told, f"{value:{form}}"))
     majority = _majority(run)
     if majority is not None:
         figures.append(("majority class", f"{majority:.1%}"))
@@ -80,8 +87,13 @@ def _figures(run: RecordedRun) -> list[tuple[str, str]]:
     ]
 
 
-def _accuracy(done: RecordedRound) -> float:
-    return done.metrics["accuracy"]
+def _value(done: RecordedRound, head: Headline) -> float:
+    return done.metrics[head.metric]
+
+
+def _last(run: RecordedRun, head: Headline) -> RecordedRound:
+    """Return the last round that has a metric; one has."""
+    return next(r for r in reversed(run.evaluated) if head.metric in r.metrics)
 
 
 def _majority(run: RecordedRun) -> float | None:
@@ -104,10 +116,12 @@ def _megabytes(
 
 
 def _phases(run: RecordedRun) -> Section:
+    head = headline_of(run.evaluated)
+    name = f"{head.metric}_percent" if head.scale > 1 else head.metric
     columns = [
         Column("", "phase"),
         Column("rounds", "rounds", "d"),
-        Column("accuracy, %", "accuracy_percent", ".1f"),
+        Column(head.axis, name, head.spec),
         Column("MB up", "payload_megabytes_up", ".2f"),
         Column("MB down", "payload_megabytes_down", ".2f"),
     ]
@@ -128,9 +142,11 @@ def _phases(run: RecordedRun) -> Section:
     def row(
         name: str, rounds: list[RecordedRound], phase: str | None, seconds: float
     ) -> None:
-        accuracies = [100 * _accuracy(r) for r in rounds if "accuracy" in r.metrics]
+        values = [
+            head.scale * _value(r, head) for r in rounds if head.metric in r.metrics
+        ]
         sizes = [_megabytes(run, u, d, phase) for u in units for d in ("up", "down")]
-        last = accuracies[-1] if accuracies else None
+        last = values[-1] if values else None
         rows.append([name, len(rounds), last, *sizes, seconds])
 
     rows: list[list[Cell]] = []
@@ -149,8 +165,8 @@ def _phases(run: RecordedRun) -> Section:
         rows.append([name, len(run.rounds), None, size / 1e6, size / 1e6, *empty])
     caption = (
         "MB up and down: bytes of the tensors, counting each client as if it were a "
-        "separate node. Message MB: what was sent, one message per node. Accuracy: at "
-        "the phase's last evaluation."
+        "separate node. Message MB: what was sent, one message per node. "
+        f"{head.name.capitalize()}: at the phase's last evaluation."
     )
     return Section("Phases", tables=[Table("phases", caption, columns, rows)])
 
@@ -166,11 +182,12 @@ def _boundaries(
 
 
 def accuracy_charts(run: RecordedRun) -> list[Chart]:
-    """Return charts of accuracy against rounds, megabytes and seconds.
+    """Return charts of accuracy, or perplexity, against rounds, megabytes and seconds.
 
     At least one round of the run was evaluated.
     """
-    metrics = _accuracies(run)
+    head = headline_of(run.evaluated)
+    metrics = _measured(run, head)
     found = looks(metrics.values(), metrics)
     majority = _majority(run)
     axes: dict[str, Callable[[RecordedRound], float]] = {
@@ -183,16 +200,16 @@ def accuracy_charts(run: RecordedRun) -> list[Chart]:
         lines = []
         for metric, label in metrics.items():
             points = [done for done in run.evaluated if metric in done.metrics]
-            y = [100 * done.metrics[metric] for done in points]
+            y = [head.scale * done.metrics[metric] for done in points]
             lines.append(Line(label, found[label], [at(done) for done in points], y))
-        last = 100 * _accuracy(run.evaluated[-1])
+        last = f"{_value(_last(run, head), head):{head.form}}"
         dotted = "" if majority is None else " Dotted: always the majority class."
-        caption = f"Accuracy against {x}; at the end {last:.1f}%.{dotted}"
+        caption = f"{head.name.capitalize()} against {x}; at the end {last}.{dotted}"
         return line_chart(
             caption,
             lines,
             x=x,
-            y="accuracy, %",
+            y=head.axis,
             whole=x == "round",
             boundaries=_boundaries(run, at),
             level=None if majority is None else 100 * majority,
@@ -202,23 +219,27 @@ def accuracy_charts(run: RecordedRun) -> list[Chart]:
 
 
 def _curves(run: RecordedRun) -> Section:
-    metrics = _accuracies(run)
+    head = headline_of(run.evaluated)
+    metrics = _measured(run, head)
     found = looks(metrics.values(), metrics)
     return Section(
-        "Accuracy",
+        head.name.capitalize(),
         keys=keys(found) if len(metrics) > 1 else (),
         charts=accuracy_charts(run),
     )
 
 
-def _accuracies(run: RecordedRun) -> dict[str, str]:
-    """Return the metrics that are accuracies, each with what it was measured on."""
-    metrics = {"accuracy": "server's test data"}
-    if any("client_accuracy" in done.metrics for done in run.evaluated):
-        metrics["client_accuracy"] = "the clients' held-out examples"
-    if any("plain_accuracy" in done.metrics for done in run.evaluated):
-        metrics["plain_accuracy"] = "the last state, not averaged"
-    return metrics
+def _measured(run: RecordedRun, head: Headline) -> dict[str, str]:
+    """Return the names under which a metric is recorded, each with what it is of."""
+    others = {
+        f"client_{head.metric}": "the clients' held-out examples",
+        f"plain_{head.metric}": "the last state, not averaged",
+    }
+    return {head.metric: "server's test data"} | {
+        name: told
+        for name, told in others.items()
+        if any(name in done.metrics for done in run.evaluated)
+    }
 
 
 def _handoff(run: RecordedRun) -> Section:

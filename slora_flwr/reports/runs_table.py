@@ -9,10 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from slora_flwr.common.text import printable
+from slora_flwr.reports.figures import ACCURACY, headline_of
 from slora_flwr.runs.reader import RunError, began, read_run
 
 # Of a name such as 20260102-093000-slora-1234, the date and the time.
 _SHORTEST = 15
+_PERPLEXITY = "ppl "  # before a figure among accuracies
 
 
 def runs_table(paths: Sequence[Path]) -> Table:
@@ -25,11 +27,12 @@ def runs_table(paths: Sequence[Path]) -> Table:
     for heading in ("state", "method"):
         table.add_column(heading, no_wrap=True)
     table.add_column("data", no_wrap=True, overflow="ellipsis", max_width=12)
-    for heading in ("accuracy", "MB", "age"):
-        table.add_column(heading, no_wrap=True, justify="right")
     names = [path.name for path in paths]
-    for path in paths:
-        cells = printable(_shorten(path.name, names)), *_describe(path)
+    rows = [(printable(_shorten(p.name, names)), *_describe(p)) for p in paths]
+    has_others = any(cells[4].startswith(_PERPLEXITY) for cells in rows)
+    for heading in ("result" if has_others else "accuracy", "MB", "age"):
+        table.add_column(heading, no_wrap=True, justify="right")
+    for cells in rows:
         table.add_row(*map(escape, cells))
     return table
 
@@ -41,9 +44,13 @@ def _describe(path: Path) -> list[str]:
     except RunError:
         return ["unreadable", "", "", "", "", age]
     sent = sum(run.total("payload", way) or 0 for way in ("up", "down"))
-    accuracy = "-" if run.accuracy is None else f"{run.accuracy:.1%}"
+    figure = "-"
+    head = headline_of(run.evaluated)
+    value = run.evaluated[-1].metrics.get(head.metric) if run.evaluated else None
+    if value is not None:
+        figure = f"{'' if head is ACCURACY else _PERPLEXITY}{value:{head.form}}"
     data = printable(Path(str(run.config["data.name"])).name)
-    return [run.state, printable(run.method), data, accuracy, f"{sent / 1e6:.1f}", age]
+    return [run.state, printable(run.method), data, figure, f"{sent / 1e6:.1f}", age]
 
 
 def _shorten(name: str, names: Sequence[str]) -> str:

@@ -12,7 +12,16 @@ from slora_flwr.common.files import read_regular
 EVENTS = "events.jsonl"
 # The reason of a `Stopped` that is no failure.
 INTERRUPTED = "interrupted"
-METRICS = ("loss", "accuracy", "macro_f1", "majority_accuracy", "perplexity")
+METRICS = (
+    "loss",
+    "accuracy",
+    "macro_f1",
+    "majority_accuracy",
+    "perplexity",
+    "exact_match",
+    "rouge_l",
+    "choice_accuracy",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

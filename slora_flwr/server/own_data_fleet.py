@@ -1,4 +1,4 @@
-"""Nodes that train on their own data: one client per node, labels agreed."""
+"""Nodes that train on their own data: one client per node, labels agreed if any."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -50,18 +50,33 @@ NOBODY = Owner("", False)
 
 @dataclass(frozen=True)
 class Description:
-    """A node's description of its own data: counts and label names, no examples."""
+    """A node's description of its own data: counts and label names, no examples.
+
+    `labels` is empty if the task has none.
+    """
 
     name: str
     client: int | None
+    examples: int
     labels: dict[str, int]
     skipped: dict[str, int]
 
     @classmethod
     def read(
-        cls, described: Mapping[str, Any], metrics: Mapping[str, Any]
+        cls,
+        described: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        *,
+        has_classes: bool = True,
     ) -> "Description":
         """Return the description in a node's records.
+
+        Parameters
+        ----------
+        described, metrics : Mapping[str, Any]
+            The records, unchecked.
+        has_classes : bool
+            Whether it names labels.
 
         Raises
         ------
@@ -70,7 +85,11 @@ class Description:
         """
         try:
             counts = list(metrics["examples"])
-            labels = dict(zip(described["labels"], counts, strict=True))
+            labels = {}
+            if has_classes:
+                labels = dict(zip(described["labels"], counts, strict=True))
+            elif len(counts) != 1 or "labels" in described:
+                raise ValueError("it tells labels, which the task has none of")
             skipped = dict(
                 zip(
                     described.get("skipped", []),
@@ -83,18 +102,18 @@ class Description:
             if len(skipped) > MOST_REASONS:
                 raise ValueError(f"it skips rows for {len(skipped)} reasons")
             skipped = {printable(reason): n for reason, n in skipped.items()}
-            found = cls(name, client, labels, skipped)
+            found = cls(name, client, sum(counts), labels, skipped)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"its description is off: {error!r}") from error
-        numbers = [*labels.values(), *skipped.values(), 0 if client is None else client]
+        numbers = [*counts, *skipped.values(), 0 if client is None else client]
         if (
             not all(type(n) is int and n >= 0 for n in numbers)
             or not all(type(text) is str for text in (*labels, *skipped))
             or not all(labels)
             # Labels that an honest node would not send.
-            or not 0 < len(labels) <= MOST_LABELS
-            or max(map(len, labels)) > LONGEST_LABEL
-            or max(sum(labels.values()), *skipped.values(), 0) > MOST_EXAMPLES
+            or not has_classes <= len(labels) <= MOST_LABELS
+            or max(map(len, labels), default=0) > LONGEST_LABEL
+            or max(found.examples, *skipped.values(), 0) > MOST_EXAMPLES
         ):
             raise ValueError(f"its description is off: {found}")
         for label in labels:
@@ -126,6 +145,8 @@ class OwnDataFleet(Fleet):
         Label names of the server's test data.
     min_examples : int
         A node with fewer examples of these labels is left out.
+    has_classes : bool
+        Whether the task has labels. Otherwise no node tells any.
     """
 
     def __init__(
@@ -137,10 +158,11 @@ class OwnDataFleet(Fleet):
         labels: Iterable[str] = (),
         also: Iterable[str] = (),
         min_examples: int = 1,
+        has_classes: bool = True,
     ) -> None:
         super().__init__(expected, min_nodes, deadline)
         self.classes = sorted(labels)
-        self._also = set(also)
+        self._also, self._has_classes = set(also), has_classes
         self._min_examples = min_examples
         self._described: dict[int, Description] = {}
         self._clients: dict[str, int] = {}
@@ -185,7 +207,8 @@ class OwnDataFleet(Fleet):
     def _admit(
         self, node: int, described: Mapping[str, Any], metrics: Mapping[str, Any]
     ) -> None:
-        found = Description.read(described, metrics)
+        has_classes = self._has_classes
+        found = Description.read(described, metrics, has_classes=has_classes)
         name = self._registered.get(node) or found.name
         self._described[node] = replace(found, name=name)
         if self._settled:
@@ -220,6 +243,19 @@ class OwnDataFleet(Fleet):
 
     def _settle(self) -> None:
         there = {n: d for n, d in self._described.items() if n not in self.left_out}
+        if self._has_classes:
+            self._agree(there)
+        self._settled = True
+        # In order of names, after the nodes that chose their client numbers.
+        order = sorted((d.client is None, d.name, n) for n, d in there.items())
+        # Names' owners go before them.
+        for _, _, node in sorted(
+            order, key=lambda of: not self._owns(of[2], self._owners.get(of[1], NOBODY))
+        ):
+            self._try_to_place(node)
+
+    def _agree(self, there: dict[int, Description]) -> None:
+        """Make the classes the labels of all, unless they are given."""
         if not self.classes:
             self.classes = self._unite(there)
         if there and len(self.classes) < 2:
@@ -231,14 +267,6 @@ class OwnDataFleet(Fleet):
         for alike in lookalikes(self.classes):
             names = printable(", ".join(alike))
             log(WARNING, "labels that look alike are different classes: %s", names)
-        self._settled = True
-        # In order of names, after the nodes that chose their client numbers.
-        order = sorted((d.client is None, d.name, n) for n, d in there.items())
-        # Names' owners go before them.
-        for _, _, node in sorted(
-            order, key=lambda of: not self._owns(of[2], self._owners.get(of[1], NOBODY))
-        ):
-            self._try_to_place(node)
 
     def _try_to_place(self, node: int) -> None:
         try:
@@ -347,7 +375,7 @@ class OwnDataFleet(Fleet):
         skipped = dict(described.skipped)
         if others:
             skipped["unknown label"] = sum(described.labels[name] for name in others)
-        usable = sum(known.values())
+        usable = sum(known.values()) if self._has_classes else described.examples
         told = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "none"
         if usable < self._min_examples:
             raise ValueError(

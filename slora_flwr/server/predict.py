@@ -7,7 +7,7 @@ import torch
 from slora_flwr.common.files import expand
 from slora_flwr.common.text import is_unicode
 from slora_flwr.config import refuse
-from slora_flwr.data.texts import read_unlabelled
+from slora_flwr.data.texts import Texts, prompts_of, read_unlabelled
 from slora_flwr.server.export import KeptState
 from slora_flwr.tasks.base import Answer
 from slora_flwr.tasks.choice import find_task
@@ -26,8 +26,8 @@ def predict_texts(
     texts : list[str]
         The texts.
     file : Path or None
-        A file of further texts: a line each in a `.txt` file, else in the columns in
-        which the run's data has its text.
+        A file of texts in their place: a line each in a `.txt` file, else in the
+        columns in which the run's data has its texts, prompts or conversations.
 
     Raises
     ------
@@ -38,14 +38,28 @@ def predict_texts(
         Unicode.
     """
     kept = KeptState.read(run, which)
-    config, model, data = kept.config, kept.model, kept.data
+    config = kept.config
+    dialogues = not find_task(config).has_classes
     if file is not None:
-        texts = [*texts, *read_unlabelled(config.data, expand(file))]
-    for text in texts:
+        given = read_unlabelled(config.data, expand(file), dialogues=dialogues)
+    else:
+        given = prompts_of(texts) if dialogues else Texts(texts, [""] * len(texts))
+    return answer_texts(kept, given)
+
+
+def answer_texts(kept: KeptState, texts: Texts) -> list[Answer]:
+    """Return the answers of a kept state to texts; its adapter is attached.
+
+    Raises
+    ------
+    ConfigError
+        If a text is not Unicode.
+    """
+    for text in texts.texts:
         if not is_unicode(text):
             raise refuse("text", text, "characters that UTF-8 has")
-    model.adapter.load(kept.state)
-    backbone, task = model.backbone, find_task(config)
-    with torch.inference_mode(), precision_of(backbone, config.train.precision):
-        answers = task.answer(backbone.model.eval(), data.encoder, kept.classes, texts)
-        return list(answers)
+    kept.model.adapter.load(kept.state)
+    backbone, task = kept.model.backbone, find_task(kept.config)
+    model, encoder = backbone.model.eval(), kept.data.encoder
+    with torch.inference_mode(), precision_of(backbone, kept.config.train.precision):
+        return list(task.answer(model, encoder, kept.classes, texts))

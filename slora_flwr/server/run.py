@@ -84,6 +84,7 @@ def run(
         If the run directory can no longer be written.
     """
     config = parse(run_config)
+    find_task(config).check(config)
     with ExitStack() as held:
         checkpoint = _claim(config, held) if config.run.resume else None
         return _run(
@@ -128,6 +129,7 @@ def _run(
         # Made now, so that an impossible partition fails before any message.
         moved = trainer.data.partition.moved
         _check_holdout(config, trainer.data.partition.sizes.tolist())
+    _ = trainer.probes  # made now, so that what cannot be fails before any message
     fleet_of = _own_data_fleet if config.data.is_own else _shared_data_fleet
     fleet = fleet_of(trainer, {**code_identity(config)})
     if checkpoint is not None:
@@ -152,7 +154,7 @@ def _run(
         log(INFO, "resuming after round %d of %d", number, config.rounds)
     try:
         fleet.gather(grid, directory.event, directory.lineage)
-        if isinstance(fleet, OwnDataFleet):
+        if isinstance(fleet, OwnDataFleet) and fleet.classes:
             trainer = Trainer(config, fleet.classes)
             share(trainer.model)
         resolved = resolve(trainer, moved)
@@ -228,6 +230,9 @@ def _own_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
     config = trainer.config
     expected["backbone"] = digest_of(config.model, find_task(config))
     labels = {*config.data.label_names}
+    if not trainer.task.has_classes:
+        # Now, so that a test file without use fails before any message.
+        _ = trainer.data.tokenised
     # Until the nodes' labels are known, the classes are those of the test data.
     if labels and (others := {*trainer.data.classes} - labels):
         raise ConfigError(
@@ -242,4 +247,5 @@ def _own_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
         labels=labels,
         also=trainer.data.classes,
         min_examples=config.clients.min_examples,
+        has_classes=trainer.task.has_classes,
     )

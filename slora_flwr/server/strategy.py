@@ -189,7 +189,8 @@ class PhasedStrategy:
         # Without test data on the server, the clients' metrics are the run's.
         own = "client_" if len(self._trainer.data.tokenised.test) else ""
         task = self._trainer.task
-        return _metrics(task, clients, own) | _metrics(task, server), server
+        found = _metrics(task, clients, own) | _metrics(task, server)
+        return found | self._trainer.probe(state), server
 
     def _write(
         self, held: Round, metrics: dict[str, float], classes: ClassRecord | None

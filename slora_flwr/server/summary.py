@@ -1,5 +1,6 @@
 """The summary of a run, and what its config resolved to."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from slora_flwr.backbone.load import Backbone
@@ -67,17 +68,16 @@ def summarise(
             "rounds": length,
             "seconds": last.seconds - before,
             # None if no client could evaluate and the server has no test data.
-            **{name: last.metrics.get(name) for name in trainer.task.metrics},
+            **_figures(trainer, last.metrics),
             **_bytes(ledger, phase.adapter),
         }
         before, first = last.seconds, first + length
-    figures = (*trainer.task.metrics, *trainer.task.references)
     turns = sum(done.replied for done in history)
     summary = {
         "directory": str(directory.path),
         "method": config.method,
         "rounds": config.rounds,
-        **{name: last.metrics.get(name) for name in figures},
+        **_figures(trainer, last.metrics, *trainer.task.references),
         "best": strategy.journal.best,
         **_bytes(ledger),
         "seconds": seconds,
@@ -96,6 +96,14 @@ def summarise(
         keys = ("round", "payload_bytes", "seconds")
         summary["target"] = {name: getattr(reached[0], name) for name in keys}
     return summary
+
+
+def _figures(
+    trainer: Trainer, metrics: Mapping[str, float], *others: str
+) -> dict[str, float | None]:
+    task = trainer.task
+    asked = [name for name in task.extras if name in metrics]
+    return {name: metrics.get(name) for name in (*task.metrics, *others, *asked)}
 
 
 def _bytes(ledger: Ledger, phase: str | None = None) -> dict[str, int]:

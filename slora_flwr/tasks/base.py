@@ -1,7 +1,7 @@
 """What a task says: a batch's loss, and metrics whose counts add up over clients."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -9,12 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slora_flwr.config import DataConfig
+from slora_flwr.config import DataConfig, RunConfig
+from slora_flwr.data.dialogues import Dialogue
 from slora_flwr.data.examples import Batch, Examples
-from slora_flwr.data.texts import Encoder
+from slora_flwr.data.texts import Encoder, Texts
 from slora_flwr.runs.events import ClassRecord
 
 E = TypeVar("E", bound="Evaluation")
+# Measures more of a model in evaluation mode; returns metrics by name.
+Probe = Callable[[Any], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Task(ABC):
         PEFT's name for it, a `peft.TaskType`.
     metrics : tuple[str, ...]
         The metrics of a state, as in summary.json.
+    extras : tuple[str, ...]
+        Metrics that a run config can ask for besides; see `probes`.
     references : tuple[str, ...]
         Metrics of the test data alone, which a state's are compared with.
     goal : str
@@ -104,9 +109,14 @@ class Task(ABC):
     peft_type: ClassVar[str]
     pipeline: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
+    extras: ClassVar[tuple[str, ...]] = ()
     references: ClassVar[tuple[str, ...]] = ()
     goal: ClassVar[str]
     has_classes: ClassVar[bool]
+
+    @abstractmethod
+    def check(self, config: RunConfig) -> None:
+        """Raise ConfigError for what a run asks of the task that cannot be had here."""
 
     @abstractmethod
     def encoder(self, config: DataConfig, tokenizer: Any) -> Encoder:
@@ -168,9 +178,30 @@ class Task(ABC):
             On the model's device.
         """
 
+    def probes(
+        self, config: RunConfig, encoder: Any, asked: Sequence[Dialogue]
+    ) -> list[Probe]:
+        """Return what a run config has the server measure besides; nothing here.
+
+        Parameters
+        ----------
+        config : RunConfig
+            The run.
+        encoder : Encoder
+            The task's own.
+        asked : Sequence[Dialogue]
+            The test dialogues to which `run.generate` has responses generated.
+
+        Raises
+        ------
+        ConfigError
+            If that cannot be measured.
+        """
+        return []
+
     @abstractmethod
     def answer(
-        self, model: Any, encoder: Any, classes: Sequence[str], texts: Sequence[str]
+        self, model: Any, encoder: Any, classes: Sequence[str], texts: Texts
     ) -> Iterator[Answer]:
         """Yield a model's answers to texts, in their order.
 
@@ -182,8 +213,8 @@ class Task(ABC):
             The task's own, of the model's tokenizer.
         classes : Sequence[str]
             The label names.
-        texts : Sequence[str]
-            The texts, or prompts.
+        texts : Texts
+            The texts, or the dialogues in which a response is due.
         """
 
     @abstractmethod

@@ -13,15 +13,19 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from slora_flwr.common.text import printable
-from slora_flwr.config import DataConfig
-from slora_flwr.data.dialogues import ask
+from slora_flwr.config import DataConfig, RunConfig, refuse
+from slora_flwr.data.dialogues import Dialogue, ask
 from slora_flwr.data.examples import IGNORED, Batch, Examples
-from slora_flwr.tasks.base import Answer, Evaluation, Task
-from slora_flwr.tasks.generation import generate
+from slora_flwr.data.texts import Texts
+from slora_flwr.tasks.base import Answer, Evaluation, Probe, Task
+from slora_flwr.tasks.generation import respond
+from slora_flwr.tasks.multiple_choice import ChoiceProbe
+from slora_flwr.tasks.responses import ResponseProbe
 from slora_flwr.tasks.template import DialogueEncoder, Template
 
 # The most logits that are held at a time: 64 MB in float32.
 _MOST_LOGITS = 2**24
+_NO_LABELS = "task is causal-lm, which has no labels"
 # The most tokens of a response.
 MOST_TOKENS = 256
 # The tokens on which a model's own logits are compared with those of `project`.
@@ -101,8 +105,16 @@ class CausalLM(Task):
     peft_type = "CAUSAL_LM"
     pipeline = "text-generation"
     metrics = ("perplexity", "accuracy", "loss")
+    extras = ("exact_match", "rouge_l", "choice_accuracy")
     goal = "loss"
     has_classes = False
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse labels; see `Task.check`."""
+        if config.data.labels:
+            raise refuse(
+                "data.labels", config.data.labels, f"empty, since {_NO_LABELS}"
+            )
 
     def encoder(self, config: DataConfig, tokenizer: Any) -> DialogueEncoder:
         """Return what makes tokens of dialogues; see `Task.encoder`."""
@@ -169,17 +181,27 @@ class CausalLM(Task):
                 counts[1] += len(right)
         return TokenEvaluation(total / max(1, int(counts[1])), counts)
 
+    def probes(
+        self, config: RunConfig, encoder: Any, asked: Sequence[Dialogue]
+    ) -> list[Probe]:
+        """Return what measures responses and choices; see `Task.probes`."""
+        run, found = config.run, list[Probe]()
+        if run.generate:
+            found.append(ResponseProbe(encoder, asked, run.max_tokens, run.generate))
+        if run.choices:
+            found.append(ChoiceProbe(encoder, run.choices, log_likelihoods))
+        return found
+
     def answer(
         self,
         model: Any,
         encoder: DialogueEncoder,
         classes: Sequence[str],
-        texts: Sequence[str],
+        texts: Texts,
     ) -> Iterator[Response]:
-        """Yield the responses to prompts; see `Task.answer`."""
-        prompts = [encoder.prompt(ask([text])) for text in texts]
-        responses = generate(model, encoder.tokenizer, prompts, MOST_TOKENS)
-        for text, response in zip(texts, responses, strict=True):
+        """Yield the responses to dialogues; see `Task.answer`."""
+        responses = respond(model, encoder, texts.dialogues, MOST_TOKENS)
+        for text, response in zip(texts.texts, responses, strict=True):
             yield Response(text, response)
 
     def describe(self, classes: int) -> str:
@@ -203,6 +225,17 @@ class CausalLM(Task):
         if not (0 <= hits <= tokens and 0 < examples <= tokens):
             raise ValueError(found)
         return found
+
+
+def log_likelihoods(model: Any, batch: Batch) -> Tensor:
+    """Return the log-likelihood of each row's learned tokens; shape (rows,)."""
+    rows, _ = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    losses = [
+        F.cross_entropy(project(model, states).float(), right, reduction="none")
+        for states, right in _chunks(model, *_positions(model, batch))
+    ]
+    found = torch.zeros(len(batch.ids), device=rows.device)
+    return found.index_add(0, rows, -torch.cat(losses))
 
 
 def project(model: Any, hidden: Tensor) -> Tensor:

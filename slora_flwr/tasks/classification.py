@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from slora_flwr.common.text import printable
-from slora_flwr.config import DataConfig
+from slora_flwr.config import DataConfig, RunConfig, refuse
 from slora_flwr.data.examples import Batch, Examples
 from slora_flwr.data.texts import Texts, in_one_array
 from slora_flwr.runs.events import ClassRecord
@@ -167,6 +167,17 @@ class Classification(Task):
     goal = "accuracy"
     has_classes = True
 
+    def check(self, config: RunConfig) -> None:
+        """Refuse what takes a language model; see `Task.check`."""
+        for key, given, off in (
+            ("run.generate", config.run.generate, 0),
+            ("run.choices", config.run.choices, ""),
+        ):
+            if given != off:
+                raise refuse(
+                    key, given, f"{off or 'empty'}, since task is {config.task}"
+                )
+
     def encoder(self, config: DataConfig, tokenizer: Any) -> TextEncoder:
         """Return what makes tokens of texts."""
         return TextEncoder(tokenizer, config.max_length)
@@ -206,18 +217,18 @@ class Classification(Task):
         model: Any,
         encoder: TextEncoder,
         classes: Sequence[str],
-        texts: Sequence[str],
+        texts: Texts,
     ) -> Iterator[Prediction]:
         """Yield the labels of texts; see `Task.answer`."""
-        rows = encoder.encode(Texts([*texts], [""] * len(texts)))
-        labels = np.zeros(len(texts), dtype=np.int64)
+        rows = encoder.encode(texts)
+        labels = np.zeros(len(texts.texts), dtype=np.int64)
         examples = Examples(**rows, labels=labels, pad=encoder.pad)
-        found = np.empty((len(texts), len(classes)), dtype=np.float32)
+        found = np.empty((len(labels), len(classes)), dtype=np.float32)
         for batch in examples.in_order_of_length(64):
             ids, mask, _ = examples.batch(batch).to(model.device)
             logits = model(input_ids=ids, attention_mask=mask).logits.float()
             found[batch] = logits.softmax(dim=-1).cpu().numpy()
-        for text, row in zip(texts, found, strict=True):
+        for text, row in zip(texts.texts, found, strict=True):
             probabilities = dict(zip(classes, map(float, row), strict=True))
             yield Prediction(text, classes[int(row.argmax())], probabilities)
 

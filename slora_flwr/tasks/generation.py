@@ -1,15 +1,47 @@
-"""Greedy generation: what a language model says to prompts."""
+"""Greedy generation: what a language model says to prompts and dialogues."""
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from slora_flwr.config import ConfigError
+from slora_flwr.data.dialogues import Dialogue
 
 # Prompts of a batch, all of the same length.
 _BATCH = 32
+
+
+def respond(
+    model: Any, encoder: Any, dialogues: Sequence[Dialogue], most: int
+) -> list[str]:
+    """Return the model's responses to dialogues.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model, in evaluation mode.
+    encoder : DialogueEncoder
+        What makes tokens of dialogues. Those beyond `longest_prompt` lose their middle.
+    dialogues : Sequence[Dialogue]
+        The dialogues, each of which ends with a prompt.
+    most : int
+        The most tokens of a response.
+    """
+    longest = longest_prompt(model, encoder, most)
+    prompts = [encoder.prompt(dialogue, longest) for dialogue in dialogues]
+    return generate(model, encoder.tokenizer, prompts, most)
+
+
+def longest_prompt(model: Any, encoder: Any, most: int) -> int:
+    """Return the most tokens of a prompt: as in training, with room for a response.
+
+    The room within the model's positions is `most` tokens, or a quarter of those in
+    training if they are fewer.
+    """
+    whole: int = encoder.max_length
+    return min(whole, _positions(model) - min(most, whole // 4))
 
 
 def generate(
@@ -40,9 +72,7 @@ def generate(
     from transformers import GenerationConfig
 
     found = [""] * len(prompts)
-    positions = getattr(
-        model.config.get_text_config(), "max_position_embeddings", math.inf
-    )
+    positions = _positions(model)
     longest = max(map(len, prompts), default=0)
     if longest >= positions:
         raise ConfigError(
@@ -68,6 +98,11 @@ def generate(
         for i, text in zip(batch, texts, strict=True):
             found[i] = text.strip()
     return found
+
+
+def _positions(model: Any) -> int:
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", sys.maxsize))
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

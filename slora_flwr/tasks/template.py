@@ -206,16 +206,17 @@ class DialogueEncoder:
         own = f"{self.max_length}\x1f{self.template.description}"
         return f"{own}\x1f{backend.to_str()}"
 
-    def prompt(self, dialogue: Dialogue) -> list[int]:
+    def prompt(self, dialogue: Dialogue, longest: int) -> list[int]:
         """Return the tokens after which the model is to respond.
 
-        The middle of a prompt beyond `max_length` is left out, as in training.
+        The middle of a prompt of more than `longest` tokens is left out, as in
+        training.
         """
         text = self.template.prompt(dialogue)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) > self.max_length:
-            tail = self.max_length // 2
-            ids = ids[: self.max_length - tail] + ids[-tail:]
+        if len(ids) > longest:
+            tail = longest // 2
+            ids = ids[: longest - tail] + ids[len(ids) - tail :]
         return ids
 
     def encode(self, texts: Texts) -> dict[str, NDArray[Any]]:

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 from slora_flwr.backbone.load import load_tokenizer
 from slora_flwr.config import RunConfig
+from slora_flwr.data.dialogues import Dialogue
 from slora_flwr.data.examples import Examples
 from slora_flwr.data.node_files import OwnData, load_test_texts
 from slora_flwr.data.partition import Partition, make_partition
 from slora_flwr.data.texts import (
     Encoder,
     Texts,
+    at_most,
     count_common,
     list_classes,
     load_texts,
@@ -69,11 +71,14 @@ class Tokenised:
         `train` is divided among the clients; the server evaluates on `test`.
     groups : NDArray[np.int64]
         The group of each training example, by which it is dealt to clients.
+    asked : list[Dialogue]
+        The test dialogues to which the server has responses generated.
     """
 
     train: Examples
     test: Examples
     groups: NDArray[np.int64]
+    asked: list[Dialogue]
 
 
 class ProcessData:
@@ -96,9 +101,10 @@ class ProcessData:
 
     @cached_property
     def _texts(self) -> tuple[Texts, Texts]:
-        if self._config.data.is_own:
-            return Texts([], []), load_test_texts(self._config.data)
         by, dialogues = self._config.clients.by, not self._task.has_classes
+        if self._config.data.is_own:
+            test = load_test_texts(self._config.data, dialogues=dialogues)
+            return Texts([], []), test
         train, test = load_texts(self._config.data, by, dialogues=dialogues)
         if self._config.privacy.is_on and self._task.has_classes:
             # Even a client that is the only one with a label must not show.
@@ -141,10 +147,12 @@ class ProcessData:
         named = train.groups or train.labels
         known = self.classes if named is train.labels else []
         groups = number(named, known or sorted({*named}))
+        asked = self._config.run.generate
         found = Tokenised(
             tokenise(self.encoder, self.classes, train),
             tokenise(self.encoder, self.classes, test),
             groups,
+            at_most(asked, test).dialogues if asked else [],
         )
         del self.__dict__["_texts"]
         return found
@@ -198,7 +206,8 @@ class ProcessData:
                 self._own[client] = self._own.pop(other)
                 return
         texts, _ = source.usable()
-        texts = of_classes(texts, self.classes)
+        if self._task.has_classes:
+            texts = of_classes(texts, self.classes)
         count = len(texts.texts)
         held = source.held_out(held_out(count, self._config.clients.holdout))
         source.check_count(count - held)

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import torch
 
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.data.examples import Examples
-from slora_flwr.tasks.base import Evaluation
+from slora_flwr.tasks.base import Evaluation, Probe
 from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.attack import is_flipped, spoil_update
-from slora_flwr.training.loop import DeadlineError, evaluate, train
+from slora_flwr.training.loop import DeadlineError, evaluate, precision_of, train
 from slora_flwr.training.process_data import ProcessData
 
 
@@ -142,6 +145,30 @@ class Trainer:
             tokens=train.tokens,
             until=until,
         )
+
+    @cached_property
+    def probes(self) -> list[Probe]:
+        """What the run config has the server measure besides; see `Task.probes`."""
+        run = self.config.run
+        if not (run.generate or run.choices):
+            return []
+        asked = self.data.tokenised.asked
+        return self.task.probes(self.config, self.data.encoder, asked)
+
+    def probe(self, state: State) -> dict[str, float]:
+        """Return what `probes` measure of a state."""
+        if not self.probes:
+            return {}
+        self.model.adapter.load(state)
+        backbone, found = self.model.backbone, dict[str, float]()
+        model = backbone.model.eval()
+        with (
+            torch.inference_mode(),
+            precision_of(backbone, self.config.train.precision),
+        ):
+            for probe in self.probes:
+                found |= probe(model)
+        return found
 
     def _own_ranks(self, client: int, state: State) -> State:
         """Return low-rank factors cut to a client's rank, other states unchanged."""

@@ -1,6 +1,8 @@
 """Whole runs of language models, and their exports in stock libraries."""
 
 import json
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +12,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
-from slora_flwr.config import ConfigError, parse
+from slora_flwr.cli import app
+from slora_flwr.config import ConfigError, DataConfig, parse
+from slora_flwr.data.dialogues import answered, ask, text_of
 from slora_flwr.data.examples import IGNORED
+from slora_flwr.data.shared_files import read_file
+from slora_flwr.data.texts import Texts, read_unlabelled
+from slora_flwr.result import Result
 from slora_flwr.runs.reader import read_run
-from slora_flwr.server.export import export_run
-from slora_flwr.server.predict import predict_texts
+from slora_flwr.server.conversation import Conversation
+from slora_flwr.server.export import KeptState, export_run
+from slora_flwr.server.predict import answer_texts, predict_texts
 from slora_flwr.training.trainer import Trainer
 from tests.support.causal import (
     CATEGORIES,
@@ -28,6 +37,7 @@ from tests.support.resuming import assert_same, go_on, stop
 from tests.support.runs import Config, elsewhere, events, ledger, start, summary
 from tests.support.stock import read_code
 
+OWN = {"clients.count": 0, "clients.holdout": 0.2, "clients.partitioner": "iid"}
 METHODS = ("fft", "sft", "slora", "lora", "ffa-lora", "fedex-lora", "flexlora")
 # Loads exports as their README says; slora_flwr cannot be imported.
 STOCK = """
@@ -169,6 +179,30 @@ def test_exports_have_the_runs_loss_and_say_the_same_in_stock_libraries(
         assert response.startswith(said), place["folder"]
 
 
+def test_the_guides_loading_code_is_right(
+    runs: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "language-models.md"
+    adapter, merged = re.findall(r"```python\n(.*?)```", guide.read_text(), re.S)
+    assert 'PeftModel.from_pretrained(model, "RUN/adapter")' in adapter
+    directory = runs["llama lora"]
+    export_run(directory, "averaged", True, tmp_path / "merged")
+    [expected] = predict_texts(directory, "averaged", ["w9 w8"])
+    for code in (adapter, merged):
+        code = code.replace("RUN", str(directory)).replace(
+            '"merged', f'"{tmp_path}/merged'
+        )
+        code = code.replace("CHECKPOINT", str(folders["llama"]))
+        given: dict[str, Any] = {}
+        exec(code, given)
+        tokenizer, model = given["tokenizer"], given["model"].eval()
+        ids = tokenizer("w9 w8\n", add_special_tokens=False, return_tensors="pt")
+        ids = ids["input_ids"]
+        said = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+        text = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+        assert expected.facts["response"].startswith(text.strip())
+
+
 def test_a_killed_run_goes_on_bit_for_bit(
     folders: dict[str, Path], dialogues: Path, tmp_path: Path
 ) -> None:
@@ -234,9 +268,167 @@ def test_coded_uploads_and_privacy_hold_for_language_models(
     assert found["perplexity"] > 1
 
 
+def test_a_result_is_that_of_a_language_model(runs: dict[str, Path]) -> None:
+    found = Result.of(runs["llama lora"])
+    best = min(found.history, key=lambda done: done.metrics["perplexity"])
+    assert found.best == best
+    assert found.plot().get_ylabel() == "perplexity"
+    model: Any = found.model()
+    tokenizer = found.tokenizer()
+    given = tokenizer("w9 w8\n", add_special_tokens=False, return_tensors="pt")
+    ids = given["input_ids"]
+    said = model.generate(ids, max_new_tokens=8, do_sample=False)
+    [answer] = found.predict("w9 w8")
+    text = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answer.response.startswith(text)
+
+
+def slora(*arguments: object, given: str | None = None) -> str:
+    done = CliRunner().invoke(app, [*map(str, arguments)], input=given)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_file_of_prompts_keeps_an_instructions_input_apart(
+    runs: dict[str, Path], folders: dict[str, Path], dialogues: Path, tmp_path: Path
+) -> None:
+    """As in training: templates such as alpaca's write it elsewhere."""
+    alpaca = {"method": "lora", "rounds": 1, "data.template": "alpaca"}
+    config = make(folders["llama"], dialogues, tmp_path / "run", **alpaca)
+    # Long enough for the template, whose words the tokenizer does not know.
+    config |= {"data.max-length": 40}
+    for directory in (start(config, Grid(config)), runs["llama lora"]):
+        kept = KeptState.read(directory, "averaged")
+        rows = read_file(dialogues, ["prompt", "input"]).columns
+        asked = [ask([p, i or ""]) for p, i in zip(*rows.values(), strict=True)]
+        texts = Texts(list(map(text_of, asked)), [""] * len(asked), dialogues=asked)
+        expected = [answer.facts for answer in answer_texts(kept, texts)]
+        told = slora("predict", directory, "--file", dialogues, "--json")
+        assert list(map(json.loads, told.splitlines())) == expected
+        assert expected[1]["prompt"].count("\n") == 1
+
+
+def test_a_file_of_conversations_is_answered_at_its_end(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    turns = ask(["w9 w8"])
+    other = [*answered(turns, "w5"), *ask(["w7"])]
+    rows = [turns, answered(turns, "w6"), other]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"chat": row}) + "\n" for row in rows))
+    data = DataConfig(messages="chat")
+    found = read_unlabelled(data, path, dialogues=True)
+    assert found.dialogues == [turns, turns, other]
+    path.write_text(json.dumps({"chat": [{"role": "assistant", "content": "w5"}]}))
+    with pytest.raises(ConfigError, match="row 1: it has no message to respond to"):
+        read_unlabelled(data, path, dialogues=True)
+
+
+def test_a_chat_keeps_the_dialogue_until_a_blank_line(runs: dict[str, Path]) -> None:
+    directory = runs["llama fft"]
+    told = slora("chat", directory, given="w9 w8\n\nw9 w8\nw7\n").splitlines()
+    first, again, second = told
+    assert first == again
+    [answer] = predict_texts(directory, "averaged", ["w9 w8"])
+    assert first == answer.facts["response"]
+    talk = Conversation(directory, "averaged")
+    assert [talk.say("w9 w8"), talk.say("w7")] == [first, second]
+    assert talk.dialogue[:3] == [*answered(ask(["w9 w8"]), first), *ask(["w7"])]
+
+
+def test_a_long_chat_forgets_what_is_oldest(runs: dict[str, Path]) -> None:
+    talk = Conversation(runs["llama fft"], "averaged")
+    for number in range(12):
+        talk.say(f"w{10 + number} w{20 + number}")
+        said = [t["content"] for t in talk.dialogue if t["role"] == "user"]
+        assert said[-1] == f"w{10 + number} w{20 + number}"
+        # Prompts have up to 24 tokens.
+        assert sum(len(t["content"].split()) for t in talk.dialogue[:-1]) <= 24
+    assert len(said) < 12
+
+
+def test_ctrl_c_ends_a_chat_without_a_traceback(runs: dict[str, Path]) -> None:
+    code = "from slora_flwr.cli import app; app()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "chat", runs["llama fft"]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as chat:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        chat.stdin.write("w9 w8\n")
+        chat.stdin.flush()
+        assert chat.stdout.readline().endswith("\n")  # it may say nothing
+        chat.send_signal(signal.SIGINT)
+        _, errors = chat.communicate()
+    assert (chat.returncode, "Traceback" in errors) == (0, False)
+
+
+def test_only_language_models_chat(config: Config) -> None:
+    directory = start(config, Grid(config))
+    done = CliRunner().invoke(app, ["chat", str(directory)], input="w5\n")
+    assert done.exit_code == 2
+    assert "allowed: a run of a language model" in " ".join(done.output.split())
+
+
+QUESTIONS = [
+    {"question": "w10 w11", "choices": ["w11 w12", "w40 w41"], "answer": 0},
+    {"question": "w20", "choices": ["w60", "w21"], "answer": 1},
+]
+
+
+def test_what_is_asked_besides_is_in_events_summary_and_card(
+    folders: dict[str, Path], dialogues: Path, tmp_path: Path
+) -> None:
+    """And the same after each round of a run that is resumed."""
+    pytest.importorskip("rouge_score")
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    asked = {"run.generate": 4, "run.max-tokens": 6, "run.choices": str(questions)}
+    changes = asked | {"method": "slora", "run.eval-plain": True}
+    config = make(folders["llama"], dialogues, tmp_path / "run", **changes)
+    directory = start(config, Grid(config, nodes=2))
+    names = ("exact_match", "rouge_l", "choice_accuracy")
+    trainer = Trainer(parse(config))
+    asked_for = trainer.data.tokenised.asked
+    assert len(asked_for) == 4
+    rounds = events(directory, "round")
+    for done in rounds:
+        assert {
+            f"{prefix}{n}" for prefix in ("", "plain_") for n in names
+        } <= done.keys()
+        assert done["exact_match"] * 4 == round(done["exact_match"] * 4)
+        assert done["choice_accuracy"] in (0, 0.5, 1)
+    found = summary(directory)
+    assert [found[n] for n in names] == [rounds[-1][n] for n in names]
+    assert found["phases"]["lora"]["rouge_l"] == rounds[-1]["rouge_l"]
+    card = next(directory.glob("*/README.md")).read_text()
+    assert f"ROUGE-L {found['rouge_l']:.3f}, choice accuracy" in card
+
+    def first(dialogue: list[dict[str, str]]) -> str:
+        return "\n".join(
+            filter(None, (dialogue[0]["content"], dialogue[0].get("input")))
+        )
+
+    answers = predict_texts(directory, "averaged", [first(d) for d in asked_for])
+    expected = [d[-1]["content"].split() for d in asked_for]
+    given = [answer.facts["response"].split()[:6] for answer in answers]
+    right = sum(a == b for a, b in zip(given, expected, strict=True))
+    assert found["exact_match"] == right / 4
+
+    config = elsewhere(config)
+    stopped = stop(config, 2)
+    go_on(config)
+    assert_same(stopped, directory)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        ({"run.choices": "/nowhere/questions.jsonl"}, "questions.jsonl does not exist"),
+        ({"data.labels": "a,b", "data.name": "node"} | OWN, "data.labels is 'a,b'"),
         ({"method": "head"}, "finds none for causal-lm"),
         ({"method": "bitfit"}, "finds none for causal-lm"),
         ({"clients.count": 4, "clients.per-round": 4}, "the values of the column"),

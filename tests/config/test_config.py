@@ -39,6 +39,7 @@ DEFAULTS = flatten(RunConfig())
 # For every key another value that is fine, all of them together too.
 CHANGED: dict[str, Value] = {
     "method": "lora",
+    "task": "causal-lm",
     "rounds": 7,
     "seed": 2**63 - 1,
     "model.name": "some/model",
@@ -49,6 +50,9 @@ CHANGED: dict[str, Value] = {
     "data.test": "b.csv",
     "data.text": "title,body",
     "data.label": "topic",
+    "data.response": "answer",
+    "data.messages": "chat",
+    "data.template": "alpaca",
     "data.labels": "",
     "data.max-length": 4,
     "data.validation": 0.25,
@@ -56,10 +60,12 @@ CHANGED: dict[str, Value] = {
     "clients.count": 0,
     "clients.per-round": 11,
     "clients.partitioner": "virtual",
+    "clients.by": "author",
     "clients.alpha": 0.5,
     "clients.classes": 3,
     "clients.examples": 50,
     "clients.min-examples": 2,
+    "clients.weight": "tokens",
     "clients.max-weight": 500,
     "clients.min-nodes": 2,
     "clients.min-replies": 11,
@@ -134,6 +140,9 @@ CHANGED: dict[str, Value] = {
     "run.keep": 1,
     "run.eval-every": 0,
     "run.eval-plain": True,
+    "run.generate": 20,
+    "run.max-tokens": 9,
+    "run.choices": "/srv/questions.jsonl",
     "run.target": 1.0,
 }
 # What flexlora and lora.ranks leave no choice of, privacy among it, and data.labels,
@@ -161,6 +170,7 @@ OPTIMIZERS = "adamw, sgd"
 BAD: list[tuple[str, Value, str]] = [
     ("method", "fedavg", "slora, sft, lora, fft, bitfit, houlsby, pfeiffer, head"),
     ("method", "fedex", "ffa-lora, alternate-lora, fedex-lora, flexlora, head-lora"),
+    ("task", "regression", "classification, causal-lm"),
     ("rounds", 0, "a number from 1 up to 1000000"),
     ("seed", -1, "a whole number from 0 to 2^63 - 1"),
     ("seed", 2**63, "a whole number from 0 to 2^63 - 1"),
@@ -168,6 +178,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("model.revision", "../v2", "a branch, a tag or a commit, or empty"),
     ("model.dtype", "float16", "float32, bfloat16"),
     ("data.name", "", "a data set's name or a path"),
+    ("data.template", "vicuna", "auto, chat, alpaca, plain"),
     ("data.labels", "a,b", "empty, or data.name node, or privacy"),
     ("data.max-length", 3, "a number from 4 up to 131072"),
     ("data.validation", 1.0, "a number from 0 below 1"),
@@ -181,6 +192,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("clients.classes", 0, "a number of at least 1"),
     ("clients.examples", 0, "a number of at least 1"),
     ("clients.min-examples", 0, "a number of at least 1"),
+    ("clients.weight", "bytes", "examples, tokens"),
     ("clients.max-weight", -1, "a number of at least 0"),
     ("clients.min-nodes", 0, "a number of at least 1"),
     ("clients.min-replies", 0, "1 to clients.per-round, which is 5"),
@@ -261,10 +273,14 @@ BAD: list[tuple[str, Value, str]] = [
     ("run.keep", 0, "a number of at least 1"),
     ("run.eval-every", -1, "a number of at least 0"),
     ("run.eval-plain", "no", "true or false"),
+    ("run.generate", -1, "a number of at least 0"),
+    ("run.max-tokens", 0, "a number from 1 up to 4096"),
+    ("run.choices", "questions.jsonl", "an absolute path, or empty"),
     ("run.target", 1.1, "a number from 0 up to 1"),
 ]
 # Any string will do here; what they name is looked up later.
-FREE = {"data.train", "data.test", "data.text", "data.label"}
+FREE = {"data.train", "data.test", "data.text", "data.label", "clients.by"}
+FREE |= {"data.response", "data.messages"}
 # Both values will do.
 FREE |= {
     "train.checkpointing",
@@ -379,7 +395,7 @@ def test_an_unknown_key_suggests_the_near_one(unknown: str, near: str) -> None:
 
 def test_a_key_like_no_other_lists_those_there_are() -> None:
     message = refusal({"xyzzy": 1})
-    assert message.startswith("xyzzy is not a run config key; known: method, rounds, ")
+    assert message.startswith("xyzzy is not a run config key; known: method, task, ")
     assert all(key in message for key in DEFAULTS)
 
 

@@ -1,5 +1,6 @@
 """Data that never leaves its node: what is read, what the server learns, who is in."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from slora_flwr.config import DataConfig
+from slora_flwr.config import ConfigError, DataConfig
+from slora_flwr.data.dialogues import answered, ask
 from slora_flwr.data.node_files import OwnData, OwnDataError, load_test_texts
 from slora_flwr.data.texts import Texts
 from tests.support.own_data import ROWS, write
@@ -202,3 +204,101 @@ def test_a_nodes_own_config_goes_before_the_runs() -> None:
 def test_a_limit_is_a_whole_number(key: str, given: object) -> None:
     with pytest.raises(OwnDataError, match=f"{key} is .*; allowed: a whole number"):
         OwnData.of({"data-path": "/d", key: given}, DataConfig(name="node"))
+
+
+# Dialogues
+
+
+TURNS = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+
+
+def write_dialogues(path: Path, rows: list[dict[str, object]]) -> Path:
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_prompts_and_responses_are_read_and_skipped_rows_counted(
+    tmp_path: Path, suffix: str
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"ask": "Add.", "with": "1 and 2", "say": "3"},
+        {"ask": "Hi", "with": None, "say": "Ho"},
+        {"ask": "Hi", "with": "", "say": " "},
+        {"ask": " ", "with": None, "say": "Ho"},
+        {"ask": "Hi", "with": None, "say": None},
+    ]
+    path = write_dialogues(tmp_path / f"a{suffix}", rows)
+    source = OwnData(str(path), "ask, with", "", min_examples=2, response="say")
+    found, skipped = source.usable()
+    assert found.dialogues == [
+        answered(ask(["Add.", "1 and 2"]), "3"),
+        answered(ask(["Hi"]), "Ho"),
+    ]
+    assert found.texts == ["Add.\n1 and 2\n3", "Hi\nHo"]
+    assert skipped == {"no response": 2, "no text": 1}
+    with pytest.raises(OwnDataError, match="2 no response, 1 no text"):
+        OwnData(str(path), "ask", "", response="say").usable()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_conversations_are_read_and_others_are_broken(
+    tmp_path: Path, suffix: str
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"chat": TURNS * 2},
+        {"chat": TURNS[:1]},
+        {"chat": [{"role": "robot", "content": "w1"}]},
+        {"chat": None},
+    ]
+    path = write_dialogues(tmp_path / f"a{suffix}", rows)
+    found, skipped = OwnData(str(path), "", "", messages="chat").load()
+    assert found.dialogues == [TURNS * 2]
+    assert skipped == {"broken": 3}
+
+
+def test_a_message_with_half_a_character_is_broken(tmp_path: Path) -> None:
+    turns = [TURNS[0], {"role": "assistant", "content": "\ud800"}]
+    path = write_dialogues(tmp_path / "a.jsonl", [{"chat": turns}])
+    assert OwnData(str(path), "", "", messages="chat").load()[1] == {"broken": 1}
+
+
+def test_texts_of_their_own_are_learned_themselves(tmp_path: Path) -> None:
+    path = write_dialogues(tmp_path / "a.jsonl", [{"text": "w1 w2"}, {"text": 3}])
+    found, _ = OwnData(str(path), "text", "").load()
+    assert found.dialogues == [answered([], "w1 w2"), answered([], "3")]
+
+
+def test_a_language_models_columns(tmp_path: Path) -> None:
+    config, path = DataConfig(name="node"), {"data-path": "/d"}
+
+    def of(train: str = "", **given: str) -> OwnData:
+        named = {f"data-{key}": value for key, value in given.items()}
+        node = (path if not train else {"partition-id": 3}) | named
+        return OwnData.of(node, config, train, dialogues=True)
+
+    assert of(text="a,b", response="c") == OwnData("/d", "a,b", "", response="c")
+    assert of(messages="m", text="a") == OwnData("/d", "", "", messages="m")
+    assert of(text="a") == OwnData("/d", "a", "")
+    both = of(text="a", label="l", response="c")
+    assert both == OwnData("/d", "a", "", response="c")
+    with pytest.raises(OwnDataError, match="data-label is 'l', and the run trains"):
+        of(text="a", label="l")
+    with pytest.raises(OwnDataError, match="data-text is ''"):
+        of(response="c")
+    simulated = OwnData("/s/3.csv", "prompt", "", response="response")
+    assert of("/s/{}.csv") == simulated
+
+
+def test_the_servers_test_dialogues_are_those_of_the_runs_columns(
+    tmp_path: Path,
+) -> None:
+    path = write_dialogues(tmp_path / "a.jsonl", [{"chat": TURNS}] * 3)
+    config = DataConfig(name="node", test=str(path), messages="chat")
+    assert load_test_texts(config, dialogues=True).dialogues == [TURNS] * 3
+    config = DataConfig(name="node", test=str(path))
+    with pytest.raises(ConfigError, match="no column prompt, response; its columns"):
+        load_test_texts(config, dialogues=True)

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from slora_flwr.cli import app
+from slora_flwr.config import Value
 from slora_flwr.reports.charts import COLOURS, GREY, INK, PALETTE
 from slora_flwr.reports.comparison_page import compare
 from slora_flwr.reports.groups import Group, curve, group_runs, modelled_seconds
@@ -712,3 +713,61 @@ def test_reports_need_no_torch(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Language models
+
+
+def write_language_run(
+    path: Path, perplexities: tuple[float, ...], **config: Value
+) -> Path:
+    told: Config = {"task": "causal-lm", **config}
+    facts = {"classes": [], "test_examples": 8}
+    return write_run(path, told, perplexities=perplexities, facts=facts)
+
+
+def test_a_language_models_page_is_of_perplexity(tmp_path: Path) -> None:
+    page = report(read_run(write_language_run(tmp_path / "a", (9.5, 4.25, 5.5))))
+    told = dict(page.figures)
+    assert told["perplexity, round 3"] == "5.50"
+    assert told["best perplexity, round 2"] == "4.25"
+    assert told["mean of the last 5 evaluations"] == "6.42"
+    assert (told["accuracy"], told["ROUGE-L"]) == ("40.0%", "0.300")
+    [curves] = [s for s in page.sections if s.title == "Perplexity"]
+    assert curves.charts[0].caption == "Perplexity against round; at the end 5.50."
+    assert rows_of(page, "phases")[0]["perplexity"] == 5.5
+    assert "ajority" not in render(page)
+    assert not [s for s in page.sections if s.title == "Classes"]
+
+
+def test_language_models_are_compared_by_perplexity(tmp_path: Path) -> None:
+    """Neither targets nor gaps, which are of accuracy, are drawn up."""
+    paths = [
+        write_language_run(tmp_path / "a", (9.0, 5.0, 4.0), seed=0),
+        write_language_run(tmp_path / "b", (9.0, 5.0, 2.0), seed=1),
+        write_language_run(tmp_path / "c", (9.0, 8.0, 7.0), method="fft"),
+    ]
+    page = page_of(*paths)
+    lora, fft = sorted(rows_of(page, "results"), key=lambda row: -int(str(row["runs"])))
+    assert (lora["perplexity"], fft["perplexity"]) == (3.0, 7.0)
+    assert lora["last_5"] == pytest.approx((18 / 3 + 16 / 3) / 2)
+    assert (lora["accuracy"], lora["rouge_l"]) == (0.4, pytest.approx(0.3))
+    assert "macro_f1" not in lora
+    [points] = page.data
+    assert [column.name for column in points.columns][3:6] == [
+        "mean",
+        "minimum",
+        "maximum",
+    ]
+    assert [row[3] for row in points.rows if row[0] == fft["group"]] == [9.0, 8.0, 7.0]
+    titles = [section.title for section in page.sections]
+    assert not {"Bytes and time to the target", "Methods by heterogeneity"} & {*titles}
+
+
+def test_the_list_of_runs_tells_perplexities(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "one", accuracies=(0.2, 0.0))
+    write_language_run(tmp_path / "runs" / "two", (9.0, 5.0, 4.0))
+    told = slora("runs", tmp_path / "runs").output
+    assert "result" in told
+    assert "ppl 4.00" in told
+    assert "0.0%" in told

@@ -11,8 +11,9 @@ from slora_flwr.config import ConfigError, DataConfig
 from slora_flwr.data.node_files import OwnData, OwnDataError
 from slora_flwr.data.texts import load_texts
 from slora_flwr.wire.messages import Instruction
-from tests.support.own_data import KINDS, columns_of, texts, write
-from tests.support.own_node import MASKED, a_node, ask, make_config
+from tests.support.causal import save_language_model
+from tests.support.own_data import KINDS, as_dialogues, columns_of, texts, write
+from tests.support.own_node import MASKED, a_node, ask, first_instruction, make_config
 from tests.support.runs import Config
 
 SECRET = "s3cret"
@@ -298,6 +299,80 @@ def test_an_instruction_without_classes_opens_nothing(
     config |= {"data.test": str(test)}
     reply = ask(kind, a_node(config, **columns(records)), instruct().content())
     assert reply.error.reason == MASKED
+
+
+# Language models, which have no labels
+
+
+@pytest.fixture
+def dialogues(config: Config, tmp_path: Path) -> Config:
+    """The config of a run that is evaluated on what nodes hold out."""
+    model = save_language_model("llama", tmp_path / "llama")
+    return as_dialogues(config | {"model.name": str(model)}, model)
+
+
+def responses(path: Path) -> dict[str, str]:
+    given = columns_of(path, "causal-lm")
+    return {key.replace("-", "_"): value for key, value in given.items()}
+
+
+def test_nothing_of_labels_leaves_a_node_for_a_language_model(
+    dialogues: Config, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLORA_ASSETS", str(dialogues["model.name"]))
+    reply = ask("query", a_node(dialogues, **responses(records)))
+    assert not any(kind.encode() in told(reply) for kind in KINDS)
+    assert "labels" not in reply.content.config_records["config"]
+    assert reply.content.metric_records["metrics"] == {"examples": [40]}
+
+
+@pytest.mark.parametrize("kind", [MessageType.TRAIN, MessageType.EVALUATE])
+def test_a_node_refuses_a_server_that_asks_a_language_model_for_classes(
+    dialogues: Config, records: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures of the examples of one label or another would tell them apart."""
+    monkeypatch.setenv("SLORA_ASSETS", str(dialogues["model.name"]))
+    for classes in ([], KINDS[:2]):
+        content = first_instruction(dialogues, classes).content()
+        reply = ask(kind, a_node(dialogues, **responses(records)), content)
+        assert reply.has_error() == bool(classes)
+    assert reply.error.reason == MASKED
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"data_text": "text", "data_label": "label"},
+        {"data_response": "label"},
+        {"data_text": "text", "data_response": "nothing"},
+        {"data_messages": "text"},
+    ],
+)
+def test_a_node_has_a_language_model_learn_what_its_config_names_for_it(
+    dialogues: Config,
+    records: Path,
+    columns: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Texts that its operator has told apart by labels are not learned by heart."""
+    monkeypatch.setenv("SLORA_ASSETS", str(dialogues["model.name"]))
+    reply = ask("query", a_node(dialogues, data_path=str(records), **columns))
+    assert reply.error.reason == MASKED
+
+
+def test_limits_hold_for_language_models(
+    dialogues: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLORA_ASSETS", str(dialogues["model.name"]))
+    path = write(tmp_path / "a.csv", texts(0, 24, KINDS))
+    assert not ask("query", a_node(dialogues, **responses(path))).has_error()
+    strict = a_node(dialogues, **responses(path), min_examples=25)
+    assert ask("query", strict).error.reason == MASKED
+    for share, is_good in ((0.3, True), (0.9, False), (0.05, False)):
+        node = a_node(dialogues | {"clients.holdout": share}, **responses(path))
+        content = first_instruction(dialogues, []).content()
+        assert ask(MessageType.EVALUATE, node, content).has_error() != is_good
+        make_process.cache_clear()
 
 
 # Errors

@@ -7,7 +7,7 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from slora_flwr.server.fleet import FleetError
 from tests.support.clock import Clock
-from tests.support.own_data import HospitalGrid, gathered, hospital
+from tests.support.own_data import HospitalGrid, count_alone, gathered, hospital
 
 
 def test_labels_are_the_union_and_nodes_are_numbered_by_name(clock: Clock) -> None:
@@ -153,3 +153,26 @@ def test_a_description_that_cannot_be_true_is_left_out(
     found = gathered(HospitalGrid({7: bad, 8: hospital("b", x=1, y=1)}))
     assert found.left_out[7].startswith("its description is off")
     assert found.classes == ["x", "y"]
+
+
+def test_without_classes_nodes_tell_counts_alone(clock: Clock) -> None:
+    grid = HospitalGrid({7: count_alone("b", 4), 8: count_alone("a", 5)})
+    found = gathered(grid, has_classes=False)
+    assert found.classes == []
+    assert found.sizes == {0: 5, 1: 4}
+    assert found.agreed()["classes"] == []
+
+
+def test_without_classes_who_tells_labels_is_left_out(clock: Clock) -> None:
+    nodes = {7: hospital("a", flu=3), 8: count_alone("b", 4), 9: count_alone("c", -1)}
+    found = gathered(HospitalGrid(nodes), has_classes=False)
+    assert found.sizes == {0: 4}
+    assert "it tells labels, which the task has none of" in found.left_out[7]
+    assert "its description is off" in found.left_out[9]
+
+
+def test_without_classes_small_nodes_are_left_out(clock: Clock) -> None:
+    grid = HospitalGrid({7: count_alone("b", 4), 8: count_alone("a", 5)})
+    found = gathered(grid, has_classes=False, min_examples=5)
+    assert found.sizes == {0: 5}
+    assert "it has 4 usable examples, clients.min-examples is 5" in found.left_out[7]

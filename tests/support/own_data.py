@@ -59,11 +59,13 @@ class HospitalGrid(InlineGrid):
             {
                 "protocol": told.get("protocol", 7),
                 "name": told["name"],
-                "labels": list(told["labels"]),
                 "nodes": self.of_nodes,
             }
         )
-        metrics = MetricRecord({"examples": list(told["labels"].values())})
+        metrics = MetricRecord({"examples": told.get("examples", [])})
+        if "labels" in told:
+            config["labels"] = list(told["labels"])
+            metrics["examples"] = list(told["labels"].values())
         if "client" in told:
             config["client"] = told["client"]
         if "skipped" in told:
@@ -82,6 +84,10 @@ def gathered(grid: HospitalGrid, **options: Any) -> OwnDataFleet:
 
 def hospital(name: str, **labels: int) -> dict[str, Any]:
     return {"name": name, "labels": labels}
+
+
+def count_alone(name: str, examples: int) -> dict[str, Any]:
+    return {"name": name, "examples": [examples]}
 
 
 WORDS = [f"w{i}" for i in range(len(SPECIAL), VOCAB)]
@@ -119,9 +125,19 @@ def make_own_data_config(tmp_path: Path, model: Path) -> Config:
     }
 
 
-def columns_of(path: Path) -> dict[str, str]:
-    """Return the node config of a file with columns `text` and `label`."""
-    return {"data-path": str(path), "data-text": "text", "data-label": "label"}
+def columns_of(path: Path, task: object = "classification") -> dict[str, str]:
+    """Return the node config of a file with columns `text` and `label`.
+
+    A language model learns to say the label.
+    """
+    key = "data-response" if task == "causal-lm" else "data-label"
+    return {"data-path": str(path), "data-text": "text", key: "label"}
+
+
+def as_dialogues(config: Config, model: Path) -> Config:
+    """Return the config of a run on the same files by a language model."""
+    named = {"data.text": "text", "data.response": "label"}
+    return config | {"task": "causal-lm", "model.name": str(model)} | named
 
 
 class NodesGrid(InlineGrid):
@@ -133,7 +149,8 @@ class NodesGrid(InlineGrid):
         for context, (name, path) in zip(
             self._contexts.values(), nodes.items(), strict=True
         ):
-            context.node_config = {"name": name, **columns_of(path)}
+            columns = columns_of(path, config.get("task", "classification"))
+            context.node_config = {"name": name, **columns}
 
     def _answer(self, message: Message) -> Message:
         reply = super()._answer(message)

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def write_run(
     planned: int | None = None,
     classes: ClassRecord | None = None,
     facts: Mapping[str, Any] | None = None,
+    perplexities: Sequence[float] = (),
 ) -> Path:
     """Write what a run leaves in whose every round two clients took part."""
     common: Config = {"method": "lora", "rounds": 6, "run.dir": str(path)}
@@ -69,6 +71,10 @@ def write_run(
             metrics={"accuracy": accuracy, "macro_f1": accuracy / 2, "loss": 1.0},
             classes=classes if number == len(accuracies) else None,
         )
+        if perplexities:
+            others = {"perplexity": perplexities[number - 1], "rouge_l": number / 10}
+            metrics = {"accuracy": accuracy, "loss": 1.0, **others}
+            done = replace(done, metrics=metrics)
         line = json.loads(to_line(done)) | {"new_fact": "of a later version"}
         with (path / EVENTS).open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -79,9 +85,9 @@ def write_run(
     if energies:
         directory.event(HandedOff(base="residual", energies=dict(energies), took=0.1))
     if ended:
-        directory.write_summary(
-            {"seconds": 99.0, "majority_accuracy": 0.1, "phases": {}, "same_rounds": {}}
-        )
+        summary = {"seconds": 99.0, "phases": {}, "same_rounds": {}}
+        chance = {} if perplexities else {"majority_accuracy": 0.1}
+        directory.write_summary(summary | chance)
     else:
         directory.event(Stopped(reason="TooFewRepliesError: 0 good replies twice"))
     return path

@@ -16,7 +16,7 @@ from slora_flwr.adapters import LowRankAdapter, SparseAdapter
 from slora_flwr.backbone.load import Backbone, load_backbone
 from slora_flwr.config import DataConfig, ModelConfig, RecipeConfig
 from slora_flwr.data.examples import Batch, Examples
-from slora_flwr.data.texts import Texts, load_texts, tokenise
+from slora_flwr.data.texts import Texts, load_texts, prompts_of, tokenise
 from slora_flwr.tasks import causal_lm
 from slora_flwr.tasks.base import pool
 from slora_flwr.tasks.causal_lm import CausalLM, TokenEvaluation
@@ -136,7 +136,7 @@ def test_answers_are_transformers_own_greedy_ones(
     backbone, task = load(folders[family]), CausalLM()
     encoder = task.encoder(DataConfig(max_length=16), backbone.tokenizer)
     prompts = ["w5 w6", "w7 w8 w9", "w10 w11", "w12"]
-    answers = list(task.answer(backbone.model.eval(), encoder, [], prompts))
+    answers = list(task.answer(backbone.model.eval(), encoder, [], prompts_of(prompts)))
     model = AutoModelForCausalLM.from_pretrained(folders[family]).eval()
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = backbone.tokenizer(prompt, return_tensors="pt")["input_ids"]
