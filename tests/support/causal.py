@@ -12,6 +12,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -56,7 +57,14 @@ def make_language_model(family: str) -> PreTrainedModel:
 
 def save_language_model(family: str, folder: Path) -> Path:
     """Save a random model with the tiny tokenizer, which ends texts with [SEP]."""
-    make_language_model(family).save_pretrained(folder)
+    model = make_language_model(family)
+    model.save_pretrained(folder)
+    return save_outline(model.config, folder)
+
+
+def save_outline(described: PreTrainedConfig, folder: Path) -> Path:
+    """Save a model's config and the tiny tokenizer, without weights."""
+    described.save_pretrained(folder)
     tokenizer = make_tokenizer()
     tokenizer.eos_token = "[SEP]"
     tokenizer.save_pretrained(folder)
