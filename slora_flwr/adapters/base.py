@@ -117,6 +117,19 @@ class Adapter:
         raise NotImplementedError
 
     @classmethod
+    def kept_bytes(cls, config: RunConfig, backbone: Backbone) -> int:
+        """Return the bytes that an attached adapter holds beside what it trains.
+
+        That is what restores W_0, and what tells which weights are trained.
+
+        Parameters
+        ----------
+        config, backbone
+            As for `state_size`.
+        """
+        return 4 * backbone.head_size
+
+    @classmethod
     def traffic(
         cls,
         phase: Phase,

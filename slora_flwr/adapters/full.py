@@ -28,6 +28,12 @@ class FullAdapter(Adapter):
         """Return the number of values in a complete state."""
         return backbone.size
 
+    @classmethod
+    def kept_bytes(cls, config: RunConfig, backbone: Backbone) -> int:
+        """Return the bytes of the copy of the trained weights."""
+        # They are float32, as the head is.
+        return 4 * cls.state_size(config, backbone)
+
     def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
         """Return the weights themselves, after keeping a copy of them."""
         body = {

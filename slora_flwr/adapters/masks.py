@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from slora_flwr.common.random import draw_distinct, key
@@ -125,6 +126,29 @@ def mask_size(shape: tuple[int, int], density: float, structure: str) -> int:
     """Return the number of entries of a mask."""
     lines = _lines(shape, structure)
     return max(1, round(density * lines)) * (shape[0] * shape[1] // lines)
+
+
+def undrawn_lines(
+    shape: tuple[int, int], density: float, structure: str
+) -> NDArray[np.int64]:
+    """Return as many lines as `draw_lines`, all of them 0 and held once."""
+    return _zeros(max(1, round(density * _lines(shape, structure))))
+
+
+def undrawn_positions(
+    shape: tuple[int, int], density: float, structure: str, rounds: int = 1
+) -> NDArray[np.int64]:
+    """Return as many positions as masks cover together, all of them 0 and held once.
+
+    Their number is exact for one round's mask, and expected for several rounds'.
+    """
+    entries = shape[0] * shape[1]
+    missed = 1 - mask_size(shape, density, structure) / entries
+    return _zeros(round(entries * (1 - missed**rounds)))
+
+
+def _zeros(count: int) -> NDArray[np.int64]:
+    return as_strided(np.zeros(1, dtype=np.int64), (count,), (0,))
 
 
 def _lines(shape: tuple[int, int], structure: str) -> int:

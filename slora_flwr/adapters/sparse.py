@@ -22,6 +22,8 @@ from slora_flwr.adapters.masks import (
     fingerprint,
     mask_size,
     positions,
+    undrawn_lines,
+    undrawn_positions,
 )
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
@@ -125,6 +127,21 @@ class SparseAdapter(Adapter):
         )
 
     @classmethod
+    def kept_bytes(cls, config: RunConfig, backbone: Backbone) -> int:
+        """Return the bytes of the mask, and of what restores the values at it."""
+        sparse, kept = config.sparse, 4 * backbone.head_size
+        shapes = {name: _shape(module) for name, module in backbone.targets.items()}
+        densities = allocate_densities(shapes, sparse.density, sparse.budget)
+        for name, shape in shapes.items():
+            density, weight = densities[name], backbone.targets[name].weight
+            size = mask_size(shape, density, sparse.mask)
+            lines = len(undrawn_lines(shape, density, sparse.mask))
+            kept += size * weight.element_size() + 8 * lines
+            if sparse.mask == "unstructured" and density <= SAMPLED_DENSITY:
+                kept += 12 * size + 8 * (shape[0] + 1)  # the pattern on a CPU
+        return kept
+
+    @classmethod
     def traffic(
         cls,
         phase: Phase,
@@ -158,7 +175,20 @@ class SparseAdapter(Adapter):
             The backbone with the target matrices.
         rounds : int
             If masks are redrawn, return the union over this many first rounds.
+
+        Returns
+        -------
+        dict
+            For an outline, as many positions, all of them 0.
         """
+        if backbone.outline is not None:
+            shapes = {name: _shape(module) for name, module in backbone.targets.items()}
+            densities = allocate_densities(shapes, self._density, self._budget)
+            drawn = rounds if self._redrawn else 1
+            return {
+                name: undrawn_positions(shape, densities[name], self._structure, drawn)
+                for name, shape in shapes.items()
+            }
         numbers = range(1, rounds + 1) if self._redrawn else (0,)
         masks = [self.mask_of(backbone, number) for number in numbers]
         if len(masks) == 1:
@@ -245,6 +275,11 @@ class SparseAdapter(Adapter):
         shapes = {name: _shape(module) for name, module in backbone.targets.items()}
         densities = allocate_densities(shapes, self._density, self._budget)
         structure = self._structure
+        if backbone.outline is not None:
+            return {
+                name: undrawn_lines(shape, densities[name], structure)
+                for name, shape in shapes.items()
+            }
         return {
             name: draw_lines(
                 self._seed, name, shape, densities[name], structure, number
@@ -263,16 +298,19 @@ class SparseAdapter(Adapter):
         """Replace the target matrices' forward passes, and return the masked values."""
         trained = {}
         masks = {}
+        is_drawn = backbone.outline is None
         for name, drawn in self._draw(backbone, self._number).items():
             module = backbone.targets[name]
-            masks[name] = positions(drawn, _shape(module), self._structure)
+            if is_drawn:
+                masks[name] = positions(drawn, _shape(module), self._structure)
             self._lines[name] = lines = torch.from_numpy(drawn).to(module.weight.device)
             before = _gather(module.weight.detach(), lines, self._structure)
             self._before[name] = before.clone()
             values = nn.Parameter(before.to(torch.float32, copy=True))
             trained[f"{name}.values"] = values
             pattern = None
-            if self._structure == "unstructured" and _is_sampled(lines, module):
+            is_single = self._structure == "unstructured"
+            if is_drawn and is_single and _is_sampled(lines, module):
                 pattern = sparse_pattern(lines, _shape(module))
             mask = _Mask(lines, self._structure, pattern)
             module.forward = partial(_forward, module, values, mask)  # type: ignore[method-assign]

@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slora_flwr.backbone.families import to_linear
 from slora_flwr.common.files import expand
@@ -40,6 +42,8 @@ class Backbone:
         Empty for a language model.
     task : Task
         What the model is for.
+    outline : FakeTensorMode or None
+        Set if the weights have shapes and types alone, see `outline_backbone`.
     size, head_size : int
         Number of weights, including the head's; number of the head's weights.
     """
@@ -49,6 +53,7 @@ class Backbone:
     targets: dict[str, nn.Linear]
     head: dict[str, nn.Parameter]
     task: Task = field(default_factory=Classification)
+    outline: FakeTensorMode | None = None
     size: int = field(init=False)
     head_size: int = field(init=False)
 
@@ -60,6 +65,10 @@ class Backbone:
     def device(self) -> torch.device:
         """The device that holds the weights."""
         return next(self.model.parameters()).device
+
+    def computing(self) -> AbstractContextManager[object]:
+        """Return the context of computations with the weights."""
+        return nullcontext() if self.outline is None else self.outline
 
     @property
     def target_size(self) -> int:
@@ -170,19 +179,13 @@ def load_backbone(
     ConfigError
         If there is no such model, or it has no such target matrices.
     """
-    # Imported here, since it takes seconds and a node may not get this far.
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    family: Any = AutoModelForSequenceClassification
-    if outputs is None:
-        family = AutoModelForCausalLM
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
     _quiet_transformers()
     described = _describe(config, outputs)
     torch.manual_seed(seed)
     try:
-        model, info = family.from_pretrained(
+        model, info = _family(outputs).from_pretrained(
             config=described,
             dtype=_DTYPES[config.dtype],
             ignore_mismatched_sizes=True,
@@ -193,17 +196,76 @@ def load_backbone(
         )
     except (OSError, ValueError) as error:
         raise _not_found(config, error) from None
-    model.config.pad_token_id = tokenizer.pad_token_id
-    # Exports name it. They must not name a folder of this machine.
-    model.name_or_path = model.config.name_or_path = public_name(config.name)
-    to_linear(model)
-    model.requires_grad_(False)
     model.to(best_device())
     # The key of a size mismatch is (name, found shape, expected shape).
     fresh = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
     if outputs is None and fresh:
         allowed = "a language model's, which has all of its weights"
         raise _refuse(config, "checkpoint", f"without {min(fresh)}", allowed)
+    return _prepare(model, config, outputs, fresh, targets, tokenizer, task)
+
+
+def outline_backbone(
+    config: ModelConfig,
+    outputs: int | None,
+    targets: str = "all-linear",
+    tokenizer: Any = None,
+    task: Task | None = None,
+) -> Backbone:
+    """Return a backbone of shapes and types, from config.json and the tokeniser alone.
+
+    No weights are looked for, and none take memory: its tensors are PyTorch's fake
+    ones, which compute shapes as the CPU would. Weights inside the body that the
+    checkpoint may lack count as its own, not the head's.
+
+    Parameters and errors are those of `load_backbone`.
+    """
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config)
+    _quiet_transformers()
+    described = _describe(config, outputs)
+    outline = FakeTensorMode(allow_non_fake_inputs=True)
+    # Not by weak references: PyTorch moves no modules that have any.
+    outline.fake_tensor_converter.meta_converter.tensor_memo = {}  # type: ignore[assignment]
+    with outline:
+        try:
+            model = _family(outputs).from_config(described, dtype=_DTYPES[config.dtype])
+        except (ValueError, AttributeError) as error:
+            raise _not_found(config, error) from None
+        found = _prepare(model, config, outputs, set(), targets, tokenizer, task)
+    return replace(found, outline=outline)
+
+
+def has_weights(config: ModelConfig) -> bool:
+    """Return whether a model's folder holds weights; True for a Hub id."""
+    place = Path(locate(config.name))
+    return not place.is_dir() or any(place.glob("*.safetensors"))
+
+
+def _family(outputs: int | None) -> Any:
+    # Imported here, since it takes seconds and a node may not get this far.
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if outputs is None:
+        return AutoModelForCausalLM
+    return AutoModelForSequenceClassification
+
+
+def _prepare(
+    model: Any,
+    config: ModelConfig,
+    outputs: int | None,
+    fresh: set[str],
+    targets: str,
+    tokenizer: Any,
+    task: Task | None,
+) -> Backbone:
+    """Return the backbone of a model, with the named weights fresh."""
+    model.config.pad_token_id = tokenizer.pad_token_id
+    # Exports name it. They must not name a folder of this machine.
+    model.name_or_path = model.config.name_or_path = public_name(config.name)
+    to_linear(model)
+    model.requires_grad_(False)
     body = f"{model.base_model_prefix}."
     head = {
         name: parameter
@@ -357,6 +419,17 @@ def block_modules(model: Any) -> dict[str, nn.Module]:
         for name, module in body.named_modules()
         if any(name.startswith(f"{block}.") for block in lists)
     }
+
+
+def find_blocks(model: Any) -> list[nn.Module]:
+    """Return the transformer blocks: members of the body's outermost `ModuleList`s."""
+    found: list[nn.Module] = []
+    inside: list[str] = []
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, nn.ModuleList) and not name.startswith(tuple(inside)):
+            inside.append(f"{name}.")
+            found += module
+    return found
 
 
 def find_targets(model: Any, targets: str = "all-linear") -> dict[str, nn.Linear]:

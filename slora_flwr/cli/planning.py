@@ -8,6 +8,12 @@ from slora_flwr.cli.options import RunConfigOption, ending_cleanly
 from slora_flwr.config import parse
 from slora_flwr.config.arguments import merge_arguments
 
+_OUTLINE = (
+    "Planned from config.json, without weights. Their digest, by which server and "
+    "nodes compare their models, is therefore unknown; a union of several rounds' "
+    "masks has its expected size."
+)
+
 
 def plan(
     run_config: RunConfigOption = None,
@@ -27,6 +33,15 @@ def plan(
         int | None,
         typer.Option(min=1, help="Assumed number of examples of each such node."),
     ] = None,
+    no_weights: Annotated[
+        bool,
+        typer.Option(
+            "--no-weights",
+            help="Plan from the model's config.json and tokenizer alone: weights are "
+            "neither downloaded nor loaded. So it is anyway if the model's folder has "
+            "none.",
+        ),
+    ] = False,
 ) -> None:
     """Print what a run would train, send and need in memory, without training.
 
@@ -36,18 +51,27 @@ def plan(
         config = parse(merge_arguments(run_config or []))
         from rich.console import Console
 
+        from slora_flwr.backbone.load import has_weights
         from slora_flwr.planning.assumptions import Assumptions
+        from slora_flwr.planning.outline import outline
         from slora_flwr.reports.narrow_tables import print_table
         from slora_flwr.reports.plan_table import plan_tables
         from slora_flwr.training.trainer import Trainer
 
         assumed = Assumptions(labels, nodes, examples)
         assumed.check(config)
-        backbone = Trainer(config, assumed.classes(config)).model.backbone
+        classes = assumed.classes(config)
+        is_outline = no_weights or not has_weights(config.model)
+        if is_outline:
+            backbone = outline(config, classes)
+        else:
+            backbone = Trainer(config, classes).model.backbone
         planned, clients = assumed.in_batches(config), assumed.clients(config)
         console = Console()
         for table in plan_tables(planned, backbone, clients):
             print_table(console, table)
+        if is_outline:
+            typer.echo(_OUTLINE)
         if told := assumed.tell(config):
             typer.echo(told)
 

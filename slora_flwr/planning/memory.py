@@ -1,13 +1,14 @@
-"""The memory that a training step needs, measured by one forward pass."""
+"""The memory that a training step needs, measured by one forward pass of shapes."""
 
 import math
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from slora_flwr.backbone.load import Backbone
+from slora_flwr.backbone.load import Backbone, find_blocks
 from slora_flwr.config import RecipeConfig, RunConfig
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.training.loop import precision_of
@@ -21,25 +22,38 @@ class Memory:
     ----------
     weights : int
         The resident backbone.
+    aside : int
+        What the phase's base holds beside the weights, and what the adapter and the
+        base hold for restoring W_0.
     trained : int
-        Trained values that the backbone does not hold, all gradients, and the
-        optimiser's moments.
+        Trained values that the backbone does not hold.
+    moments : int
+        The optimiser's moments.
+    state : int
+        The state that the client was sent, from which its update is taken.
+    gradients : int
+        Gradients of all trained values, and the largest of them once more, as it is
+        made before it is added.
     activations : int
         What a forward pass of one full batch keeps for the backward pass.
-    aside : int
-        What the phase's base holds beside the weights, and the weights of W_0 that the
-        phase changes, for restoring them.
+    outputs : int
+        Logits that the loss holds at a time, with their gradients.
     """
 
     weights: int
-    trained: int
-    activations: int
     aside: int
+    trained: int
+    moments: int
+    state: int
+    gradients: int
+    activations: int
+    outputs: int
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
-        return self.weights + self.trained + self.activations + self.aside
+        """The peak: activations are freed as gradients are made."""
+        lasting = self.weights + self.aside + self.trained + self.moments + self.state
+        return lasting + max(self.activations + self.outputs, self.gradients)
 
 
 def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
@@ -52,37 +66,40 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
     config : RunConfig
         The run.
     backbone : Backbone
-        The backbone with W_0 and nothing attached, both before and after the call.
+        The backbone with W_0 and nothing attached, both before and after the call. An
+        outline will do, and takes no memory itself.
     """
-    adapter = phase.adapter_type.from_config(config, phase.aggregator_type.trains)
-    resident = {p.untyped_storage().data_ptr() for p in backbone.model.parameters()}
-    adapter.attach(backbone)
-    adapter.begin(1)
-    parameters = adapter.parameters()
-    trained = sum(parameter.numel() for parameter in parameters)
-    beside = sum(
-        parameter.numel()
-        for parameter in parameters
-        if parameter.untyped_storage().data_ptr() not in resident
-    )
+    with backbone.computing():
+        adapter = phase.adapter_type.from_config(config, phase.aggregator_type.trains)
+        resident = {_place(p) for p in backbone.model.parameters()}
+        adapter.attach(backbone)
+        adapter.begin(1)
+        parameters: list[nn.Parameter] = adapter.parameters()
+        sizes = [parameter.numel() for parameter in parameters]
+        beside = sum(p.numel() for p in parameters if _place(p) not in resident)
+        length = config.data.max_length
+        activations = _activation_bytes(backbone, phase.recipe, length)
+        adapter.detach()
     # Adam has two moments, and SGD one with momentum.
     moments = 2 if phase.recipe.optimizer == "adamw" else phase.recipe.momentum > 0
-    kept = _activation_bytes(backbone, phase.recipe, config.data.max_length)
-    adapter.detach()
-    weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
-    aside = _base_bytes(phase, config, backbone)
-    if adapter.copies_weights:
-        aside += weights
-    elif phase.changes_base:
-        aside += 4 * backbone.target_size
-    return Memory(weights, 4 * (beside + (1 + moments) * trained), kept, aside)
+    tokens = phase.recipe.most_rows(length) * length
+    return Memory(
+        weights=sum(p.numel() * p.element_size() for p in backbone.model.parameters()),
+        aside=_aside_bytes(phase, config, backbone),
+        trained=4 * beside,
+        moments=4 * moments * sum(sizes),
+        state=4 * phase.adapter_type.state_size(config, backbone),
+        gradients=4 * (sum(sizes) + max(sizes, default=0)),
+        activations=activations,
+        outputs=backbone.task.output_bytes(backbone.model, tokens),
+    )
 
 
-def _base_bytes(phase: Phase, config: RunConfig, backbone: Backbone) -> int:
-    """Return the bytes of the base from which a phase starts, 0 for W_0.
+def _aside_bytes(phase: Phase, config: RunConfig, backbone: Backbone) -> int:
+    """Return the bytes of a phase's base, and of what restores W_0.
 
-    It holds sparse values with their positions and the weights that they replace, and
-    frozen factors.
+    A base holds sparse values with their positions and the weights that they replace,
+    and frozen factors.
     """
     earlier = takewhile(lambda other: other != phase, make_schedule(config))
     rounds_before = sum(other.rounds for other in earlier)
@@ -93,26 +110,63 @@ def _base_bytes(phase: Phase, config: RunConfig, backbone: Backbone) -> int:
         len(at) * (at.itemsize + backbone.targets[name].weight.element_size())
         for name, at in positions.items()
     )
-    return 4 * sum(math.prod(shape) for shape in shapes.values()) + replaced
+    base = 4 * sum(math.prod(shape) for shape in shapes.values()) + replaced
+    if phase.changes_base:
+        base += 4 * backbone.target_size
+    kept: int = phase.adapter_type.kept_bytes(config, backbone)
+    return base + kept
 
 
 def _activation_bytes(backbone: Backbone, recipe: RecipeConfig, length: int) -> int:
-    """Return the bytes that a forward pass on a batch keeps, except weights."""
+    """Return the bytes that a forward pass on a batch keeps, except weights.
+
+    With checkpointing these are the inputs of all blocks, what one block keeps as it is
+    computed again, and what is kept outside of blocks.
+    """
     model = backbone.model.train()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, int] = {}
+    own = {_place(p) for p in model.parameters()}
+    # By place; what is kept outside of blocks, then in each pass through a block.
+    kept: list[dict[int, int]] = [{}]
+    inputs: list[int] = []
+    found: set[int] = set()
+    where = 0
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
+        if (place := _place(tensor)) not in own | found:
+            found.add(place)
+            kept[where][place] = tensor.untyped_storage().nbytes()
         return tensor
 
+    def enter(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        nonlocal where
+        where = len(kept)
+        kept.append({})
+        read = [x for x in (*given, *named.values()) if isinstance(x, Tensor)]
+        inputs.append(read[0].numel() * read[0].element_size())
+
+    def leave(*_: object) -> None:
+        nonlocal where
+        where = 0
+
+    blocks = find_blocks(model)
+    handles = [b.register_forward_pre_hook(enter, with_kwargs=True) for b in blocks]
+    handles += [block.register_forward_hook(leave) for block in blocks]
     size = (recipe.most_rows(length), length)
     ids = torch.ones(size, dtype=torch.long, device=backbone.device)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, precision_of(backbone, recipe.precision):
-        # Held until counted, since new storages could reuse the address of freed ones.
-        kept = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    del kept
-    return sum(storages.values())
+        # Held until counted, since new storages could reuse the place of freed ones.
+        out = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    del out
+    for handle in handles:
+        handle.remove()
+    outside, *passes = (sum(part.values()) for part in kept)
+    if recipe.checkpointing:
+        return outside + sum(inputs) + max(passes, default=0)
+    return outside + sum(passes)
+
+
+def _place(tensor: Tensor) -> int:
+    """Return what tells a tensor's storage from others that exist."""
+    place: Any = tensor.untyped_storage()._cdata
+    return int(place)

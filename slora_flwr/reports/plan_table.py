@@ -21,11 +21,16 @@ from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.planning.memory import plan_memory
 from slora_flwr.planning.rounds import plan_rounds
 
+# Megabits a second, as links are sold.
+SPEEDS = {"10 Mbit/s": 10, "100 Mbit/s": 100, "1 Gbit/s": 1000}
+
 
 def plan_tables(
     config: RunConfig, backbone: Backbone, clients: list[int]
-) -> tuple[Table, Table]:
+) -> tuple[Table, Table, Table]:
     """Return tables of what a run trains and sends, beside full fine-tuning and LoRA.
+
+    The last has the time that a client's bytes take.
 
     Parameters
     ----------
@@ -39,6 +44,8 @@ def plan_tables(
     title = f"{config.method}: {counted(config.rounds, 'round')}"
     trains = _begin(title, "rounds", "trained values", "of the model", "MB of memory")
     sends = _begin("", "kB a client:\ndown", "\nup", "MB in all:\ndown", "\nup")
+    first, *others = SPEEDS
+    takes = _begin("", f"seconds at\n{first}", *(f"\n{name}" for name in others))
     for name, other in _variants(config):
         rounds = plan_rounds(other, backbone, clients)
         cohort = len(sample_cohort(clients, config.clients.per_round, 0, 1))
@@ -63,17 +70,36 @@ def plan_tables(
                 f"{down / 1e6:,.2f}",
                 f"{up / 1e6:,.2f}",
             )
-        trains.add_section()
-        sends.add_section()
+            seconds = (
+                transfer_seconds((down + up) / turns, s) for s in SPEEDS.values()
+            )
+            takes.add_row(label, *(_short(time) for time in seconds))
+        for table in (trains, sends, takes):
+            table.add_section()
     trains.caption = (
-        "a client's memory in one step: weights and copies of them, trained values "
-        "with gradients and moments, activations of a full batch"
+        "a client's peak in a step of a full batch: weights, copies of them, masks, "
+        "trained values, moments, the state sent, and activations or gradients"
     )
     sends.caption = (
         "bytes of the tensors if the whole cohort answers, counting each client as if "
         "it were a separate node"
     )
-    return trains, sends
+    takes.caption = (
+        "a client's transfers in a round, both ways, if its link does nothing else"
+    )
+    return trains, sends, takes
+
+
+def transfer_seconds(size: float, speed: float) -> float:
+    """Return how long bytes take over a link of so many megabits a second."""
+    return 8 * size / (speed * 1e6)
+
+
+def _short(seconds: float) -> str:
+    """Return seconds with two digits that tell, whole from ten on."""
+    if seconds >= 9.95:
+        return f"{seconds:,.0f}"
+    return f"{seconds:.1f}" if seconds >= 0.95 else f"{seconds:.2g}"
 
 
 def _begin(title: str, *headings: str) -> Table:

@@ -166,6 +166,20 @@ class Task(ABC):
             On the model's device.
         """
 
+    def output_bytes(self, model: Any, tokens: int) -> int:
+        """Return the most bytes of outputs that `loss` holds at a time.
+
+        Their gradients count. A classifier's few do not.
+
+        Parameters
+        ----------
+        model : transformers.PreTrainedModel
+            The backbone's model.
+        tokens : int
+            Number of the batch's tokens.
+        """
+        return 0
+
     @abstractmethod
     def evaluate(self, model: Any, batches: Iterable[Batch]) -> Evaluation:
         """Return a model's results on batches; there is at least one.

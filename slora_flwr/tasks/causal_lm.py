@@ -169,6 +169,14 @@ class CausalLM(Task):
                 )
         return total
 
+    def output_bytes(self, model: Any, tokens: int) -> int:
+        """Return the bytes of a chunk's log-probabilities and of two gradients.
+
+        They are float32: the gradients of the log-probabilities and of the logits.
+        """
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        return 3 * 4 * min(tokens, max(1, _MOST_LOGITS // vocabulary)) * vocabulary
+
     def evaluate(self, model: Any, batches: Iterable[Batch]) -> TokenEvaluation:
         """Return a model's results on batches; there is at least one."""
         total, counts = 0.0, np.zeros(3, dtype=np.int64)

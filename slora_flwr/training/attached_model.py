@@ -62,7 +62,7 @@ class AttachedModel:
             data.tokenizer,
             task,
         )
-        _check_fit(config, backbone)
+        check_fit(config, backbone)
         return backbone
 
     @property
@@ -258,16 +258,17 @@ class AttachedModel:
         return known
 
 
-def _check_fit(config: RunConfig, backbone: Backbone) -> None:
+def check_fit(config: RunConfig, backbone: Backbone) -> None:
     """Raise ConfigError for what this backbone cannot do, before any training."""
     most = most_positions(backbone.model)
     if most is not None and config.data.max_length > most:
         allowed = f"4 to {most}, the positions of model {config.model.name!r}"
         raise refuse("data.max-length", config.data.max_length, allowed)
     token = int(backbone.tokenizer.pad_token_id == 0)  # any but padding
-    ids = torch.full((1, config.data.max_length), token, device=backbone.device)
+    precision = precision_of(backbone, config.train.precision)
     try:  # Other tables of positions show only when they are read.
-        with torch.inference_mode(), precision_of(backbone, config.train.precision):
+        with torch.inference_mode(), backbone.computing(), precision:
+            ids = torch.full((1, config.data.max_length), token, device=backbone.device)
             backbone.task.run(backbone.model, ids, torch.ones_like(ids))
     except (IndexError, RuntimeError) as error:
         allowed = f"the length of texts that model {config.model.name!r} reads"

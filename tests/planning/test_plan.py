@@ -66,19 +66,29 @@ def test_memory_by_hand(config: Config, bert: Backbone) -> None:
     full = memory(config, bert, method="fft")
     lora = memory(config, bert, method="lora")
     sparse = memory(config, bert, method="sft")
-    assert (full.weights, full.trained) == (weights, 4 * 3 * bert.size)
-    assert lora.trained == 4 * (4 * LORA_VALUES + 3 * head)
-    assert sparse.trained == 4 * (4 * SPARSE_VALUES + 3 * head)
+    assert (full.weights, full.trained) == (weights, 0)
+    assert (full.moments, full.state) == (2 * weights, weights)
+    largest = 120 * 32  # the embedding's, which is made before it is added
+    assert full.gradients == weights + 4 * largest
+    assert lora.trained == 4 * LORA_VALUES
+    assert lora.moments == 2 * 4 * (LORA_VALUES + head) == 2 * lora.state
+    assert sparse.trained == 4 * SPARSE_VALUES
     plain = memory(config, bert, method="fft", **{"train.optimizer": "sgd"})
-    assert plain.trained == 4 * bert.size
-    assert full.total == full.weights + full.trained + full.activations + full.aside
-    assert (full.aside, lora.aside) == (weights, 0)  # to give W_0 back
+    assert plain.moments == 0
+    lasting = full.weights + full.aside + full.trained + full.moments + full.state
+    assert full.total == lasting + max(full.activations, full.gradients)
+    assert full.outputs == 0  # a classifier's are few
+    assert (full.aside, lora.aside) == (weights, 4 * head)  # to give W_0 back
+    # What restores the values, their positions, and a CSR pattern of them.
+    rows = LAYERS * (4 * 32 + 48 + 32 + 6)
+    assert sparse.aside == (4 + 8 + 12) * SPARSE_VALUES + 8 * rows + 4 * head
     second = make_schedule(parse(config | {"method": "slora"}))[1]
     slora = plan_memory(second, parse(config | {"method": "slora"}), bert)
     # Values, their int64 positions and what they replace; A and B of the start.
-    assert slora.aside == (4 + 8 + 4) * SPARSE_VALUES + 4 * LORA_VALUES
+    base = (4 + 8 + 4) * SPARSE_VALUES + 4 * LORA_VALUES
+    assert slora.aside == base + 4 * head
     exact = memory(config, bert, method="fedex-lora")
-    assert exact.aside == 4 * LAYERS * (4 * 32 * 32 + 2 * 32 * 48)
+    assert exact.aside == 4 * LAYERS * (4 * 32 * 32 + 2 * 32 * 48) + 4 * head
 
 
 def test_columns_keep_a_slice_of_the_activations(
@@ -116,13 +126,18 @@ def test_the_command(config: Config, tmp_path: Path) -> None:
         if line.startswith("│")
     ]
     phases = ["sparse phase", "lora phase", "fft", "lora"]
-    assert [row[0] for row in rows] == 2 * phases
-    trains, sends = rows[:4], rows[4:]
+    assert [row[0] for row in rows] == 3 * phases
+    trains, sends, takes = rows[:4], rows[4:8], rows[8:]
     trained = LORA_VALUES + HEAD_VALUES
     assert trains[1][2] == f"{trained:,}"
     assert sends[3][2] == f"{4 * trained / 1e3:,.1f}"
     assert sends[3][4] == f"{4 * 3 * 6 * trained / 1e6:,.2f}"
     assert (RANK, len(CLASSES)) == (4, 3)
+    # Down and up, in bits, over links of 10, 100 and 1000 Mbit/s.
+    [bits] = {2 * 8 * 4 * trained}
+    assert [float(x) for x in takes[3][1:]] == pytest.approx(
+        [bits / 1e7, bits / 1e8, bits / 1e9], rel=0.05
+    )
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -115,9 +116,17 @@ def make_language_model(family: str, **changes: Any) -> PreTrainedModel:
 
 def save_language_model(family: str, folder: Path, **changes: Any) -> Path:
     """Save a random model with the tiny tokenizer, which ends texts with [SEP]."""
-    make_language_model(family, **changes).save_pretrained(folder)
+    model = make_language_model(family, **changes)
+    model.save_pretrained(folder)
+    return save_outline(model.config, folder)
+
+
+def save_outline(described: PreTrainedConfig, folder: Path) -> Path:
+    """Save a model's config and the tiny tokenizer, without weights."""
+    described.save_pretrained(folder)
     # For Qwen2, transformers makes a tokenizer of byte pairs of any vocabulary.
-    tokenizer = _of_characters() if family == "qwen2" else make_tokenizer()
+    own = described.model_type == "qwen2"
+    tokenizer = _of_characters() if own else make_tokenizer()
     tokenizer.eos_token = "[SEP]"
     tokenizer.save_pretrained(folder)
     return folder

@@ -1,0 +1,167 @@
+"""Compare the memory that `slora plan` says a client needs with what it takes.
+
+Each case is a process of its own: it loads a causal language model, attaches a phase's
+adapter over its base, and trains a client on full batches. Its peak is that of its
+resident memory from the load on, minus what it held before, after a step of a tiny
+model. Without `--model` the model is a random Llama of about 20 million weights.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Method and the phase of it; weights.
+CASES = {
+    "lora, float32": ("lora", 0, "float32"),
+    "lora, bfloat16": ("lora", 0, "bfloat16"),
+    "slora sparse, float32": ("slora", 0, "float32"),
+    "slora sparse, bfloat16": ("slora", 0, "bfloat16"),
+    "slora low-rank, float32": ("slora", 1, "float32"),
+    "slora low-rank, bfloat16": ("slora", 1, "bfloat16"),
+    "fft, float32": ("fft", 0, "float32"),
+}
+WORDS = [f"w{i}" for i in range(8000)]
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8}
+
+
+def save_model(folder: Path, sizes: dict[str, int]) -> None:
+    """Save a random Llama with a tokenizer of whole words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("llama", vocab_size=len(WORDS), **heads, **sizes)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="w0", eos_token="w1", unk_token="w2"
+    ).save_pretrained(folder)
+
+
+def save_texts(path: Path, length: int, count: int) -> None:
+    """Save texts that fill the length with any tokenizer."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text"])
+        rows.writerows([f"w{i} " + "w3 " * length] for i in range(count))
+
+
+def status(field: str) -> int:
+    """Return a field of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [found] = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return 1024 * int(found)
+
+
+def train(config: dict[str, Any], phase_index: int) -> int:
+    """Train one client in a phase; return what the plan says its step needs."""
+    import torch
+
+    from slora_flwr.backbone.base_weights import BaseWeights
+    from slora_flwr.config import parse
+    from slora_flwr.config.schedule import make_schedule
+    from slora_flwr.planning.memory import plan_memory
+    from slora_flwr.planning.outline import outline
+    from slora_flwr.training.trainer import Trainer
+
+    settings = parse(config)
+    phase = make_schedule(settings)[phase_index]
+    before = make_schedule(settings)[phase_index - 1].rounds if phase_index else 0
+    planned = plan_memory(phase, settings, outline(settings)).total
+    trainer = Trainer(settings)
+    layout = phase.adapter_type.base_layout(
+        phase, settings, trainer.model.backbone, before
+    )
+    shapes, positions, scaling = layout
+    base = None
+    if shapes:
+        state = {name: torch.full(shape, 1e-3) for name, shape in shapes.items()}
+        base = BaseWeights.from_state(state, positions, scaling)
+    del layout, positions
+    adapter = trainer.model.attach(phase, base)
+    trainer.train_client(0, adapter.state(), phase, 1)
+    return planned
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, int]:
+    """Train in this process; return the peak, and the plan's figure."""
+    method, phase, dtype = CASES[options.case]
+    config = {
+        "task": "causal-lm",
+        "method": method,
+        "model.name": str(folder / "tiny"),
+        "model.dtype": dtype,
+        "data.name": str(folder / "texts.csv"),
+        "data.text": "text",
+        "data.template": "plain",
+        "data.max-length": options.length,
+        "clients.count": 1,
+        "clients.per-round": 1,
+        "clients.partitioner": "iid",
+        "clients.by": "text",
+        "train.batch-size": options.batch,
+    }
+    train(config, phase)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    planned = train(config | {"model.name": options.model}, phase)
+    return {"planned": planned, "peak": status("VmHWM") - before}
+
+
+def call(*options: str) -> dict[str, int]:
+    """Measure in a process of its own."""
+    command = [sys.executable, __file__, *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Measure each case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(options.child, options)))
+        return
+    figures = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_model(folder / "tiny", TINY)
+        model = options.model
+        if not model:
+            model = str(folder / "small")
+            save_model(folder / "small", SMALL)
+        # A fifth is set aside for tests, and the rest makes a few batches.
+        save_texts(folder / "texts.csv", options.length, 4 * options.batch)
+        sizes = ("--batch", str(options.batch), "--length", str(options.length))
+        for case in options.cases:
+            one = ("--child", str(folder), "--case", case, "--model", model)
+            figures[case] = call(*one, *sizes)
+    if options.json:
+        print(json.dumps(figures, indent=2))
+        return
+    for case, found in figures.items():
+        off = found["planned"] / found["peak"] - 1
+        parts = (f"{key} {found[key] / 1e6:,.0f} MB" for key in ("planned", "peak"))
+        print(f"{case}: {', '.join(parts)}, {off:+.0%}")
+
+
+if __name__ == "__main__":
+    main()
