@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,12 @@ import torch
 from torch import nn
 
 from slora_flwr.backbone.families import to_linear
+from slora_flwr.backbone.gguf import (
+    gguf_source,
+    is_gguf,
+    load_dequantised,
+    public_folder,
+)
 from slora_flwr.common.files import expand
 from slora_flwr.common.text import printable, redact, redact_hub_logs
 from slora_flwr.config import ConfigError, ModelConfig
@@ -173,11 +179,13 @@ def load_backbone(
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
     _quiet_transformers()
-    described = _describe(config, outputs)
+    described = describe(config, outputs)
+    load = partial(family.from_pretrained, config=described)
+    if is_gguf(config.name):
+        load = partial(load_dequantised, family, described)
     torch.manual_seed(seed)
     try:
-        model, info = family.from_pretrained(
-            config=described,
+        model, info = load(
             dtype=_DTYPES[config.dtype],
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -211,7 +219,7 @@ def load_backbone(
     return Backbone(model, tokenizer, found, head, task or Classification())
 
 
-def _describe(config: ModelConfig, outputs: int | None) -> Any:
+def describe(config: ModelConfig, outputs: int | None) -> Any:
     """Return what a model's config.json says, a `transformers.PreTrainedConfig`.
 
     Raises
@@ -298,6 +306,8 @@ def _quiet_transformers() -> None:
 
 def _source(config: ModelConfig) -> dict[str, str]:
     """Return the arguments by which transformers finds a model."""
+    if is_gguf(config.name):
+        return gguf_source(config.name)
     source = {"pretrained_model_name_or_path": locate(config.name)}
     return source | ({"revision": config.revision} if config.revision else {})
 
@@ -305,7 +315,7 @@ def _source(config: ModelConfig) -> dict[str, str]:
 def _not_found(config: ModelConfig, error: Exception) -> ConfigError:
     return ConfigError(
         f"model.name is {config.name!r}; allowed: embedded, a folder with "
-        "config.json, model.safetensors and tokenizer.json, a name below "
+        "config.json, model.safetensors and tokenizer.json, a .gguf file, a name below "
         f"$SLORA_ASSETS/models, or a Hub id that can be reached ({redact(error)})"
     )
 
@@ -332,6 +342,8 @@ def public_name(name: str) -> str:
 
     The latter is no Hub id, so no other model is loaded in the folder's place.
     """
+    if is_gguf(name):
+        return public_folder(name)
     place = locate(name)
     if name == "embedded" or not Path(place).is_dir():
         return "./embedded" if name == "embedded" else name
