@@ -57,5 +57,4 @@ def load_dequantised(family: Any, described: Any, **arguments: Any) -> tuple[Any
     found, info = family.from_pretrained(config=described, **arguments)
     model = family.from_config(plain, dtype=found.dtype)
     model.load_state_dict(found.state_dict())
-    model.generation_config = found.generation_config
     return model, info

@@ -25,6 +25,7 @@ from slora_flwr.config import ConfigError, ModelConfig
 from slora_flwr.tasks.base import Task
 from slora_flwr.tasks.classification import Classification
 
+_EMBEDDED = ("embedded", "embedded-llama")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -204,7 +205,7 @@ def load_backbone(
     # The key of a size mismatch is (name, found shape, expected shape).
     fresh = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
     if outputs is None and fresh:
-        allowed = "a language model's, which has all of its weights"
+        allowed = "a language model's, such as embedded-llama, with all its weights"
         raise _refuse(config, "checkpoint", f"without {min(fresh)}", allowed)
     body = f"{model.base_model_prefix}."
     head = {
@@ -314,7 +315,7 @@ def _source(config: ModelConfig) -> dict[str, str]:
 
 def _not_found(config: ModelConfig, error: Exception) -> ConfigError:
     return ConfigError(
-        f"model.name is {config.name!r}; allowed: embedded, a folder with "
+        f"model.name is {config.name!r}; allowed: {', '.join(_EMBEDDED)}, a folder with "
         "config.json, model.safetensors and tokenizer.json, a .gguf file, a name below "
         f"$SLORA_ASSETS/models, or a Hub id that can be reached ({redact(error)})"
     )
@@ -322,15 +323,15 @@ def _not_found(config: ModelConfig, error: Exception) -> ConfigError:
 
 def locate(name: str) -> str:
     """Return the folder or Hub id from which transformers loads `model.name`."""
-    if name == "embedded":
+    if name in _EMBEDDED:
         try:
             import slora_embedded
         except ImportError as error:
             raise ConfigError(
-                "model.name is 'embedded', and this environment lacks the package "
+                f"model.name is {name!r}, and this environment lacks the package "
                 "slora_embedded that holds its weights: install slora-flwr here"
             ) from error
-        return str(slora_embedded.folder())
+        return str(slora_embedded.folder(name))
     assets = os.environ.get("SLORA_ASSETS")
     if assets and (Path(assets, "models", name) / "config.json").is_file():
         return str(Path(assets, "models", name))
@@ -345,8 +346,8 @@ def public_name(name: str) -> str:
     if is_gguf(name):
         return public_folder(name)
     place = locate(name)
-    if name == "embedded" or not Path(place).is_dir():
-        return "./embedded" if name == "embedded" else name
+    if name in _EMBEDDED or not Path(place).is_dir():
+        return f"./{name}" if name in _EMBEDDED else name
     return f"./{Path(place).absolute().name}"
 
 

@@ -74,8 +74,9 @@ class ModelConfig:
 
     name: Annotated[str, allow("embedded, a folder or a Hub id", bool)] = Field(
         default="embedded",
-        description="The pretrained model: `embedded`, a local folder, the name of a "
-        "folder below `$SLORA_ASSETS/models`, or a Hub id.",
+        description="The pretrained model: `embedded`, a classifier; `embedded-llama`, "
+        "a language model; a local folder, a `.gguf` file, the name of a folder below "
+        "`$SLORA_ASSETS/models`, or a Hub id.",
     )
     revision: Annotated[
         str,

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +79,14 @@ class Answer(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """All that is known of it, for JSON."""
+
+
+class Sample(NamedTuple):
+    """One of the test data's prompts, what is right, and what a model says."""
+
+    prompt: str
+    right: str
+    said: str
 
 
 class Task(ABC):
@@ -171,6 +179,18 @@ class Task(ABC):
         texts : Sequence[str]
             The texts, or prompts.
         """
+
+    def sample(self, model: Any, encoder: Any, examples: Examples) -> list[Sample]:
+        """Return what a model says to a few examples, if people like to read it.
+
+        Parameters
+        ----------
+        model, encoder
+            As in `answer`.
+        examples : Examples
+            The server's test data.
+        """
+        return []
 
     @abstractmethod
     def describe(self, classes: int) -> str:

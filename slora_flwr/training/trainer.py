@@ -4,14 +4,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig
 from slora_flwr.config.schedule import Phase, make_schedule
-from slora_flwr.tasks.base import Evaluation
+from slora_flwr.tasks.base import Evaluation, Sample
 from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.attack import is_flipped, spoil_update
-from slora_flwr.training.loop import DeadlineError, evaluate, train
+from slora_flwr.training.loop import (
+    DeadlineError,
+    evaluate,
+    precision_of,
+    train,
+)
 from slora_flwr.training.process_data import ProcessData
 
 
@@ -133,6 +140,14 @@ class Trainer:
         self.model.adapter.load(state)
         backbone, precision = self.model.backbone, self.config.train.precision
         return evaluate(backbone, test, precision)
+
+    def sample_test(self) -> list[Sample]:
+        """Return what the model says, as it is now, to some of the test data."""
+        backbone = self.model.backbone
+        with torch.inference_mode(), precision_of(backbone, self.config.train.precision):
+            return self.task.sample(
+                backbone.model.eval(), self.data.encoder, self.data.tokenised.test
+            )
 
     def _own_ranks(self, client: int, state: State) -> State:
         """Return low-rank factors cut to a client's rank, other states unchanged."""
