@@ -99,9 +99,9 @@ class DataConfig:
 
     name: Annotated[str, allow("a data set's name or a path", bool)] = Field(
         default="stdlib-docs",
-        description="The data set: `stdlib-docs`, `20newsgroups`, `news-category`, a "
-        "local file or folder, a name below `$SLORA_ASSETS/data`, a Hub id, or `node`: "
-        "each node trains on data of its own.",
+        description="The data set: `stdlib-docs`, `stdlib-summaries`, `20newsgroups`, "
+        "`news-category`, a local file or folder, a name below `$SLORA_ASSETS/data`, a "
+        "Hub id, or `node`: each node trains on data of its own.",
     )
     train: str = Field(
         default="",
