@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slora_flwr.backbone.families import to_linear
+from slora_flwr.backbone.gguf import (
+    gguf_source,
+    is_gguf,
+    load_dequantised,
+    public_folder,
+)
 from slora_flwr.common.files import expand
 from slora_flwr.common.text import printable, redact, redact_hub_logs
 from slora_flwr.config import ConfigError, ModelConfig
 from slora_flwr.tasks.base import Task
 from slora_flwr.tasks.classification import Classification
 
+_EMBEDDED = ("embedded", "embedded-llama")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -182,11 +189,13 @@ def load_backbone(
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
     _quiet_transformers()
-    described = _describe(config, outputs)
+    described, family = describe(config, outputs), _family(outputs)
+    load = partial(family.from_pretrained, config=described)
+    if is_gguf(config.name):
+        load = partial(load_dequantised, family, described)
     torch.manual_seed(seed)
     try:
-        model, info = _family(outputs).from_pretrained(
-            config=described,
+        model, info = load(
             dtype=_DTYPES[config.dtype],
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -200,7 +209,7 @@ def load_backbone(
     # The key of a size mismatch is (name, found shape, expected shape).
     fresh = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
     if outputs is None and fresh:
-        allowed = "a language model's, which has all of its weights"
+        allowed = "a language model's, such as embedded-llama, with all its weights"
         raise _refuse(config, "checkpoint", f"without {min(fresh)}", allowed)
     return _prepare(model, config, outputs, fresh, targets, tokenizer, task)
 
@@ -223,7 +232,7 @@ def outline_backbone(
     if tokenizer is None:
         tokenizer = load_tokenizer(config)
     _quiet_transformers()
-    described = _describe(config, outputs)
+    described = describe(config, outputs)
     outline = FakeTensorMode(allow_non_fake_inputs=True)
     # Not by weak references: PyTorch moves no modules that have any.
     outline.fake_tensor_converter.meta_converter.tensor_memo = {}  # type: ignore[assignment]
@@ -279,7 +288,7 @@ def _prepare(
     return Backbone(model, tokenizer, found, head, task or Classification())
 
 
-def _describe(config: ModelConfig, outputs: int | None) -> Any:
+def describe(config: ModelConfig, outputs: int | None) -> Any:
     """Return what a model's config.json says, a `transformers.PreTrainedConfig`.
 
     Raises
@@ -366,29 +375,31 @@ def _quiet_transformers() -> None:
 
 def _source(config: ModelConfig) -> dict[str, str]:
     """Return the arguments by which transformers finds a model."""
+    if is_gguf(config.name):
+        return gguf_source(config.name)
     source = {"pretrained_model_name_or_path": locate(config.name)}
     return source | ({"revision": config.revision} if config.revision else {})
 
 
 def _not_found(config: ModelConfig, error: Exception) -> ConfigError:
     return ConfigError(
-        f"model.name is {config.name!r}; allowed: embedded, a folder with "
-        "config.json, model.safetensors and tokenizer.json, a name below "
-        f"$SLORA_ASSETS/models, or a Hub id that can be reached ({redact(error)})"
+        f"model.name is {config.name!r}; allowed: {', '.join(_EMBEDDED)}, a folder "
+        "with config.json, model.safetensors and tokenizer.json, a .gguf file, a name "
+        f"below $SLORA_ASSETS/models, or a Hub id that can be reached ({redact(error)})"
     )
 
 
 def locate(name: str) -> str:
     """Return the folder or Hub id from which transformers loads `model.name`."""
-    if name == "embedded":
+    if name in _EMBEDDED:
         try:
             import slora_embedded
         except ImportError as error:
             raise ConfigError(
-                "model.name is 'embedded', and this environment lacks the package "
+                f"model.name is {name!r}, and this environment lacks the package "
                 "slora_embedded that holds its weights: install slora-flwr here"
             ) from error
-        return str(slora_embedded.folder())
+        return str(slora_embedded.folder(name))
     assets = os.environ.get("SLORA_ASSETS")
     if assets and (Path(assets, "models", name) / "config.json").is_file():
         return str(Path(assets, "models", name))
@@ -400,9 +411,11 @@ def public_name(name: str) -> str:
 
     The latter is no Hub id, so no other model is loaded in the folder's place.
     """
+    if is_gguf(name):
+        return public_folder(name)
     place = locate(name)
-    if name == "embedded" or not Path(place).is_dir():
-        return "./embedded" if name == "embedded" else name
+    if name in _EMBEDDED or not Path(place).is_dir():
+        return f"./{name}" if name in _EMBEDDED else name
     return f"./{Path(place).absolute().name}"
 
 

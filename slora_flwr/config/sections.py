@@ -74,8 +74,9 @@ class ModelConfig:
 
     name: Annotated[str, allow("embedded, a folder or a Hub id", bool)] = Field(
         default="embedded",
-        description="The pretrained model: `embedded`, a local folder, the name of a "
-        "folder below `$SLORA_ASSETS/models`, or a Hub id.",
+        description="The pretrained model: `embedded`, a classifier; `embedded-llama`, "
+        "a language model; a local folder, a `.gguf` file, the name of a folder below "
+        "`$SLORA_ASSETS/models`, or a Hub id.",
     )
     revision: Annotated[
         str,
@@ -98,9 +99,9 @@ class DataConfig:
 
     name: Annotated[str, allow("a data set's name or a path", bool)] = Field(
         default="stdlib-docs",
-        description="The data set: `stdlib-docs`, `20newsgroups`, `news-category`, a "
-        "local file or folder, a name below `$SLORA_ASSETS/data`, a Hub id, or `node`: "
-        "each node trains on data of its own.",
+        description="The data set: `stdlib-docs`, `stdlib-summaries`, `20newsgroups`, "
+        "`news-category`, a local file or folder, a name below `$SLORA_ASSETS/data`, a "
+        "Hub id, or `node`: each node trains on data of its own.",
     )
     train: str = Field(
         default="",

@@ -114,7 +114,7 @@ def load() -> tuple[list[str], list[str]]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for path, chapter in _modules(Path(sysconfig.get_path("stdlib"))):
+        for path, chapter in modules(Path(sysconfig.get_path("stdlib"))):
             for text in docstrings(path):
                 if len(text.split()) >= MIN_WORDS:
                     chapter_of_text.setdefault(text, chapter)
@@ -146,7 +146,7 @@ def docstrings(path: Path) -> Iterator[str]:
         pending += [c for c in children if not isinstance(c, ast.expr)][::-1]
 
 
-def _modules(root: Path) -> Iterator[tuple[Path, str]]:
+def modules(root: Path) -> Iterator[tuple[Path, str]]:
     """Yield the source files below `root` that have a chapter, sorted by path."""
     tops = (p for p in root.iterdir() if p.name.removesuffix(".py") in _CHAPTER_OF)
     for top in sorted(tops, key=lambda p: p.name):

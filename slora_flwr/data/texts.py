@@ -47,7 +47,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class Preset:
-    """A known data set: its Hub id, columns and splits."""
+    """A known data set: its Hub id, empty for an embedded one, columns and splits."""
 
     hub: str
     text: str
@@ -58,6 +58,8 @@ class Preset:
 
 
 PRESETS = {
+    "stdlib-docs": Preset("", "text", "chapter"),
+    "stdlib-summaries": Preset("", "prompt,response", "chapter"),
     "20newsgroups": Preset("SetFit/20_newsgroups", "text", "label_text", "test"),
     "news-category": Preset(
         "heegyu/news-category-dataset", "headline,short_description", "category"
@@ -65,8 +67,10 @@ PRESETS = {
 }
 
 
-# Instructions of the Hub, with the columns in which they hold them.
+# Those that hold instructions, with the columns in which they do.
 DIALOGUES = {
+    "stdlib-docs": Preset("", "text", by="chapter"),
+    "stdlib-summaries": Preset("", "prompt", response="response", by="chapter"),
     "vicgalle/alpaca-gpt4": Preset(
         "vicgalle/alpaca-gpt4", "instruction,input", response="output"
     ),
@@ -150,12 +154,7 @@ def load_texts(
     ConfigError
         If the data or a column cannot be found.
     """
-    if config.name == "stdlib-docs":
-        from slora_flwr.data import stdlib_docs
-
-        train, test = _split(Texts(*stdlib_docs.load()), TEST_SHARE, "test")
-    else:
-        train, test = _load(config, by, dialogues)
+    train, test = _load(config, by, dialogues)
     if not dialogues:
         _check_classes(config, list_classes((train, test)))
     if config.validation:
@@ -350,9 +349,12 @@ def _hash(purpose: str, text: str) -> int:
 
 def _load(config: DataConfig, by: str, dialogues: bool) -> tuple[Texts, Texts]:
     preset = _preset(config, dialogues)
+    columns = Columns.of(config, preset, by or preset.by, dialogues=dialogues)
+    if not preset.hub:
+        whole = columns.read(_read_embedded(config.name), config.name)
+        return _split(whole, TEST_SHARE, "test")
     load = _find(config, preset)
     train_split, test_split = config.train or "train", config.test or preset.test
-    columns = Columns.of(config, preset, by or preset.by, dialogues=dialogues)
 
     def read(split: str) -> Texts:
         return columns.read(load(split, columns.names), split)
@@ -361,6 +363,20 @@ def _load(config: DataConfig, by: str, dialogues: bool) -> tuple[Texts, Texts]:
     if test_split:
         return train, read(test_split)
     return _split(train, TEST_SHARE, "test")
+
+
+def _read_embedded(name: str) -> Table:
+    """Return a data set that comes with the running Python."""
+    if name == "stdlib-docs":
+        from slora_flwr.data import stdlib_docs
+
+        texts, chapters = stdlib_docs.load()
+        return Table(["text", "chapter"], {"text": texts, "chapter": chapters})
+    from slora_flwr.data import stdlib_summaries
+
+    names = [*stdlib_summaries.Summary._fields]
+    rows = zip(*stdlib_summaries.load(), strict=True)
+    return Table(names, dict(zip(names, map(list, rows), strict=True)))
 
 
 def _preset(config: DataConfig, dialogues: bool = False) -> Preset:
@@ -439,7 +455,7 @@ def check_data_files(hub: str, data_files: Mapping[str, Sequence[str]] | None) -
 
 def _not_found(name: str, why: str) -> ConfigError:
     return ConfigError(
-        f"data.name is {name!r}; allowed: stdlib-docs, {', '.join(PRESETS)}, a file or "
+        f"data.name is {name!r}; allowed: {', '.join(PRESETS)}, a file or "
         "folder that is there (absolute, since a run does not start in your folder), a "
         f"name below $SLORA_ASSETS/data, or a Hub id that can be reached ({why})"
     )

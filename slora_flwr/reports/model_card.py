@@ -39,8 +39,8 @@ It was trained by federated learning with
 The code below needs {{ card.packages }}. Run it in the folder of this file.
 {% if card.loading.needs_base and not card.is_public %}
 It looks there for the checkpoint, the folder `{{ card.shown }}`: copy or link it.
-{% if card.base == "./embedded" %}
-The package slora-flwr has it: `slora_embedded.folder()`.
+{% if card.base.startswith("./embedded") %}
+The package slora-flwr has it: `slora_embedded.folder("{{ card.base[2:] }}")`.
 {% endif %}
 {% endif %}
 {% if card.loading.refused %}

@@ -23,6 +23,7 @@ from slora_flwr.reports.chance import foresee
 from slora_flwr.reports.closing_table import closing_table
 from slora_flwr.reports.narrow_tables import print_table
 from slora_flwr.reports.progress import CohortProgress
+from slora_flwr.reports.samples_table import samples_table
 from slora_flwr.runs.checkpoint import check_identity, find_checkpoint
 from slora_flwr.runs.directory import RunDirectory, how_to_resume, in_use
 from slora_flwr.runs.events import EVENTS, INTERRUPTED, Resumed, Stopped
@@ -182,7 +183,12 @@ def _run(
     summary = summarise(trainer, strategy, directory, seconds)
     if privacy is not None:
         summary["privacy"] = privacy.facts(config.rounds)
+    with strategy.phase.on_average() as state:
+        trainer.model.adapter.load(state)
+        after = trainer.sample_test()
     export(directory.release, trainer, strategy.phase, summary)
+    trainer.model.detach()
+    before = trainer.sample_test()
     # Last, since a run that has it counts as finished.
     directory.write_summary(summary)
     fleet.dismiss(grid)
@@ -190,6 +196,8 @@ def _run(
     shutil.rmtree(run_folder(directory.lineage), ignore_errors=True)
     console = Console(width=80)  # Flower's log may be read in any terminal
     print_table(console, closing_table(summary))
+    if after:
+        console.print(samples_table(before, after))
     if "warning" in summary:
         console.print(summary["warning"], style="bold", markup=False, highlight=False)
     log(INFO, "run directory %s", directory.path)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,14 @@ class Answer(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """All that is known of it, for JSON."""
+
+
+class Sample(NamedTuple):
+    """One of the test data's prompts, what is right, and what a model says."""
+
+    prompt: str
+    right: str
+    said: str
 
 
 class Task(ABC):
@@ -230,6 +238,18 @@ class Task(ABC):
         texts : Texts
             The texts, or the dialogues in which a response is due.
         """
+
+    def sample(self, model: Any, encoder: Any, examples: Examples) -> list[Sample]:
+        """Return what a model says to a few examples, if people like to read it.
+
+        Parameters
+        ----------
+        model, encoder
+            As in `answer`.
+        examples : Examples
+            The server's test data.
+        """
+        return []
 
     @abstractmethod
     def describe(self, classes: int) -> str:

@@ -17,8 +17,8 @@ from slora_flwr.config import DataConfig, RunConfig, refuse
 from slora_flwr.data.dialogues import Dialogue, ask
 from slora_flwr.data.examples import IGNORED, Batch, Examples
 from slora_flwr.data.texts import Texts
-from slora_flwr.tasks.base import Answer, Evaluation, Probe, Task
-from slora_flwr.tasks.generation import respond
+from slora_flwr.tasks.base import Answer, Evaluation, Probe, Sample, Task
+from slora_flwr.tasks.generation import generate, respond
 from slora_flwr.tasks.multiple_choice import ChoiceProbe
 from slora_flwr.tasks.responses import ResponseProbe
 from slora_flwr.tasks.template import DialogueEncoder, Template
@@ -30,6 +30,8 @@ _NO_LABELS = "task is causal-lm, which has no labels"
 MOST_TOKENS = 256
 # The tokens on which a model's own logits are compared with those of `project`.
 _TRIED = 8
+# The number of sample answers, and the most tokens of each.
+_SAMPLES, _SAMPLE_TOKENS = 3, 48
 
 _USAGE = """\
 import torch
@@ -212,6 +214,29 @@ class CausalLM(Task):
         for text, response in zip(texts.texts, responses, strict=True):
             yield Response(text, response)
 
+    def sample(
+        self, model: Any, encoder: DialogueEncoder, examples: Examples
+    ) -> list[Sample]:
+        """Return the responses to prompts from all over the examples.
+
+        See `Task.sample`. Texts that are learned themselves have no prompts.
+        """
+        count = min(_SAMPLES, len(examples))
+        rows = [len(examples) * (2 * i + 1) // (2 * count) for i in range(count)]
+        found = [_ask(examples, row) for row in rows]
+        found = [(prompt, right) for prompt, right in found if len(prompt) > 1]
+        prompts = [prompt for prompt, _ in found]
+        tokenizer = encoder.tokenizer
+        said = generate(model, tokenizer, prompts, _SAMPLE_TOKENS)
+        texts = [
+            [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in pair]
+            for pair in found
+        ]
+        return [
+            Sample(prompt, right, response)
+            for (prompt, right), response in zip(texts, said, strict=True)
+        ]
+
     def describe(self, classes: int) -> str:
         """Return what a model of the task is, as a sentence for its card."""
         return "A language model that responds to prompts."
@@ -244,6 +269,18 @@ def log_likelihoods(model: Any, batch: Batch) -> Tensor:
     ]
     found = torch.zeros(len(batch.ids), device=rows.device)
     return found.index_add(0, rows, -torch.cat(losses))
+
+
+def _ask(examples: Examples, row: int) -> tuple[list[int], list[int]]:
+    """Return an example's tokens before its last response, and those of it."""
+    assert examples.learned is not None
+    place = slice(examples.offsets[row], examples.offsets[row + 1])
+    ids, learned = examples.tokens[place].tolist(), examples.learned[place].tolist()
+    end = len(ids) - learned[::-1].index(True)
+    first = end
+    while learned[first - 1]:
+        first -= 1
+    return ids[:first], ids[first:end]
 
 
 def project(model: Any, hidden: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.data.examples import Examples
-from slora_flwr.tasks.base import Evaluation, Probe
+from slora_flwr.tasks.base import Evaluation, Probe, Sample
 from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.attack import is_flipped, spoil_update
@@ -169,6 +169,17 @@ class Trainer:
             for probe in self.probes:
                 found |= probe(model)
         return found
+
+    def sample_test(self) -> list[Sample]:
+        """Return what the model says, as it is now, to some of the test data."""
+        backbone = self.model.backbone
+        with (
+            torch.inference_mode(),
+            precision_of(backbone, self.config.train.precision),
+        ):
+            return self.task.sample(
+                backbone.model.eval(), self.data.encoder, self.data.tokenised.test
+            )
 
     def _own_ranks(self, client: int, state: State) -> State:
         """Return low-rank factors cut to a client's rank, other states unchanged."""

@@ -203,6 +203,45 @@ def test_the_guides_loading_code_is_right(
         assert expected.facts["response"].startswith(text.strip())
 
 
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_answers_before_and_after_are_printed_at_the_end(
+    folders: dict[str, Path],
+    dialogues: Path,
+    tmp_path: Path,
+    noise: float,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With privacy too: the prompts are those of the server's test data."""
+    private = {"privacy.clip-norm": 1.0, "privacy.delta": 0.01} if noise else {}
+    private |= {"privacy.noise-multiplier": noise}
+    config = make(folders["llama"], dialogues, tmp_path / "run", **private)
+    trainer = Trainer(parse(config))
+    test = trainer.data.tokenised.test
+    trainer.model.detach()
+    pretrained = trainer.sample_test()
+    assert len(test) > 3
+    capsys.readouterr()
+    start(config, Grid(config))
+    said = capsys.readouterr().out.partition("answers to test prompts")[2]
+    rows = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in said.splitlines()
+        if line.startswith("│")
+    ]
+    told: dict[str, list[str]] = {}
+    last = ""
+    for name, text in rows:
+        last = name or last
+        told.setdefault(last, []).extend(text.split())
+    for name, texts in (
+        ("prompt", [s.prompt for s in pretrained]),
+        ("right", [s.right for s in pretrained]),
+        ("before", [s.said for s in pretrained]),
+    ):
+        assert told[name] == " ".join(texts).split()
+    assert told["after"] != told["before"]
+
+
 def test_a_killed_run_goes_on_bit_for_bit(
     folders: dict[str, Path], dialogues: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Loss, metrics and answers of language models, against transformers' own."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from slora_flwr.adapters import LowRankAdapter, SparseAdapter
 from slora_flwr.backbone.load import Backbone, load_backbone
 from slora_flwr.config import DataConfig, ModelConfig, RecipeConfig
+from slora_flwr.data.dialogues import content_of
 from slora_flwr.data.examples import Batch, Examples
 from slora_flwr.data.texts import Texts, load_texts, prompts_of, tokenise
 from slora_flwr.tasks import causal_lm
@@ -127,6 +129,28 @@ def test_counts_that_cannot_be_are_refused(counts: list[int], loss: float) -> No
         CausalLM().read(loss, given, 0)
     with pytest.raises(ValueError, match="TokenEvaluation"):
         CausalLM().read(loss, {name: [1, 2] for name in given}, 0)
+
+
+def test_samples_are_answers_to_prompts_from_all_over_the_data(
+    folders: dict[str, Path], texts: Texts
+) -> None:
+    backbone, task = load(folders["llama"]), CausalLM()
+    examples = make_examples(backbone, texts)
+    encoder = task.encoder(DataConfig(max_length=16), backbone.tokenizer)
+    samples = task.sample(backbone.model.eval(), encoder, examples)
+    count = len(examples)
+    rows = [count // 6, count // 2, 5 * count // 6]
+    dialogues = [texts.dialogues[row] for row in rows]
+    prompts = [content_of(dialogue[0]) for dialogue in dialogues]
+    answers = list(task.answer(backbone.model, encoder, [], prompts_of(prompts)))
+    for sample, dialogue, answer in zip(samples, dialogues, answers, strict=True):
+        assert sample.prompt.split() == content_of(dialogue[0]).split()
+        assert sample.right == dialogue[-1]["content"]
+        assert answer.response.startswith(sample.said)
+
+    # A text that is learned itself has no prompt.
+    whole = replace(texts, dialogues=[[d[-1]] for d in texts.dialogues])
+    assert not task.sample(backbone.model, encoder, make_examples(backbone, whole))
 
 
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
