@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
-from transformers import Any, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slora_flwr.backbone.load import load_backbone, load_tokenizer, public_name
 from slora_flwr.config import ConfigError, ModelConfig
