@@ -164,6 +164,8 @@ def _run(
         if checkpoint is None:
             made_by = {"name": engine, "nodes": len(list(grid.get_node_ids()))}
             directory.release.write_resolved(config, resolved, made_by)
+        trainer.model.detach()
+        before = trainer.sample_test()
         strategy = PhasedStrategy(
             trainer, directory, fleet, checkpoint, privacy, progress
         )
@@ -187,8 +189,6 @@ def _run(
         trainer.model.adapter.load(state)
         after = trainer.sample_test()
     export(directory.release, trainer, strategy.phase, summary)
-    trainer.model.detach()
-    before = trainer.sample_test()
     # Last, since a run that has it counts as finished.
     directory.write_summary(summary)
     fleet.dismiss(grid)
