@@ -12,6 +12,7 @@ PEFT = {
 TRANSFORMERS = {
     "learning_rate": "train.lr",
     "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
     "per_device_train_batch_size": "train.batch-size",
     "gradient_accumulation_steps": "train.accumulate",
     "gradient_checkpointing": "train.checkpointing",

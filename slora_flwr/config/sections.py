@@ -255,6 +255,11 @@ class RecipeConfig:
     epochs: Annotated[int, between(1, _MOST_EPOCHS)] = Field(
         default=1, description="Local passes over a client's examples."
     )
+    steps: Natural = Field(
+        default=0,
+        description="The most steps of a client in a round, after which it ends even "
+        "within an epoch; 0 for no limit.",
+    )
     batch_size: Annotated[int, between(1, _MOST_EXAMPLES)] = Field(
         default=16, description="The number of examples of a step."
     )
@@ -313,6 +318,18 @@ class RecipeConfig:
     precision: Annotated[str, one_of("float32", "bf16")] = Field(
         default="float32", description="The precision of training; `bf16` is autocast."
     )
+
+    def steps_of(self, examples: int) -> int:
+        """Return a client's steps in a round."""
+        steps = self.epochs * -(-examples // self.batch_size)
+        return min(steps, self.steps) if self.steps else steps
+
+    def fewest_read(self, examples: int) -> int:
+        """Return how many of a client's examples its steps in a round read at least."""
+        if not self.steps or not examples:
+            return examples
+        smallest = examples // -(-examples // self.batch_size)
+        return min(examples, self.steps * smallest)
 
     def most_rows(self, length: int) -> int:
         """Return the most texts of a length that a forward pass of training reads."""

@@ -98,9 +98,8 @@ class Assumptions:
             return f"Assumed: {', '.join(told)}."
         count = self._trained(config)
         steps = ", ".join(
-            f"{phase.adapter} {phase.recipe.epochs * -(-count // size):,}"
+            f"{phase.adapter} {phase.recipe.steps_of(count):,}"
             for phase in make_schedule(config)
-            for size in [phase.recipe.batch_size]
         )
         return (
             f"Assumed: {', '.join(told)} of each node. "

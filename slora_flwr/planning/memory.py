@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slora_flwr.backbone.load import Backbone, find_blocks
 from slora_flwr.config import RecipeConfig, RunConfig
 from slora_flwr.config.schedule import Phase, make_schedule
-from slora_flwr.training.loop import precision_of
+from slora_flwr.training.loop import is_half_precision, precision_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Memory:
         Gradients of all trained values, and the largest of them once more, as it is
         made before it is added.
     activations : int
-        What a forward pass of one full batch keeps for the backward pass.
+        What a forward pass of the largest part of a batch keeps for the backward pass.
     outputs : int
         Logits that the loss holds at a time, with their gradients.
     """
@@ -77,12 +77,12 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
         parameters: list[nn.Parameter] = adapter.parameters()
         sizes = [parameter.numel() for parameter in parameters]
         beside = sum(p.numel() for p in parameters if _place(p) not in resident)
-        length = config.data.max_length
-        activations = _activation_bytes(backbone, phase.recipe, length)
+        activations = _activation_bytes(backbone, phase.recipe, config.data.max_length)
         adapter.detach()
     # Adam has two moments, and SGD one with momentum.
     moments = 2 if phase.recipe.optimizer == "adamw" else phase.recipe.momentum > 0
-    tokens = phase.recipe.most_rows(length) * length
+    is_half = is_half_precision(backbone, phase.recipe.precision)
+    tokens = phase.recipe.most_rows(config.data.max_length) * config.data.max_length
     return Memory(
         weights=sum(p.numel() * p.element_size() for p in backbone.model.parameters()),
         aside=_aside_bytes(phase, config, backbone),
@@ -91,7 +91,7 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
         state=4 * phase.adapter_type.state_size(config, backbone),
         gradients=4 * (sum(sizes) + max(sizes, default=0)),
         activations=activations,
-        outputs=backbone.task.output_bytes(backbone.model, tokens),
+        outputs=backbone.task.output_bytes(backbone.model, tokens, is_half=is_half),
     )
 
 

@@ -73,7 +73,7 @@ def plan_tables(
             seconds = (
                 transfer_seconds((down + up) / turns, s) for s in SPEEDS.values()
             )
-            takes.add_row(label, *(_short(time) for time in seconds))
+            takes.add_row(label, *(short(time) for time in seconds))
         for table in (trains, sends, takes):
             table.add_section()
     trains.caption = (
@@ -95,7 +95,7 @@ def transfer_seconds(size: float, speed: float) -> float:
     return 8 * size / (speed * 1e6)
 
 
-def _short(seconds: float) -> str:
+def short(seconds: float) -> str:
     """Return seconds with two digits that tell, whole from ten on."""
     if seconds >= 9.95:
         return f"{seconds:,.0f}"

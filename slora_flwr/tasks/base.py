@@ -174,7 +174,7 @@ class Task(ABC):
             On the model's device.
         """
 
-    def output_bytes(self, model: Any, tokens: int) -> int:
+    def output_bytes(self, model: Any, tokens: int, *, is_half: bool) -> int:
         """Return the most bytes of outputs that `loss` holds at a time.
 
         Their gradients count. A classifier's few do not.
@@ -185,6 +185,8 @@ class Task(ABC):
             The backbone's model.
         tokens : int
             Number of the batch's tokens.
+        is_half : bool
+            Whether the model computes in bf16.
         """
         return 0
 

@@ -171,13 +171,15 @@ class CausalLM(Task):
                 )
         return total
 
-    def output_bytes(self, model: Any, tokens: int) -> int:
+    def output_bytes(self, model: Any, tokens: int, *, is_half: bool) -> int:
         """Return the bytes of a chunk's log-probabilities and of two gradients.
 
-        They are float32: the gradients of the log-probabilities and of the logits.
+        They are float32: the gradients of the log-probabilities and of the logits. In
+        bf16 there are the logits themselves too, and their gradient.
         """
         vocabulary = model.get_output_embeddings().weight.shape[0]
-        return 3 * 4 * min(tokens, max(1, _MOST_LOGITS // vocabulary)) * vocabulary
+        logits = min(tokens, max(1, _MOST_LOGITS // vocabulary)) * vocabulary
+        return logits * (3 * 4 + (2 * 2 if is_half else 0))
 
     def evaluate(self, model: Any, batches: Iterable[Batch]) -> TokenEvaluation:
         """Return a model's results on batches; there is at least one."""

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -72,23 +73,25 @@ def train(
     batches = -(-len(examples) // recipe.batch_size)
     size = max(1, int(examples.units.sum())) / max(1, batches)
     with _checkpointing(model, on=recipe.checkpointing):
-        for _ in range(recipe.epochs):
-            for rows in examples.shuffled(recipe.batch_size, stream):
-                # Over the mean size of batches: all examples, or tokens, weigh the
-                # same.
-                loss = _add_gradients(backbone, examples, rows, recipe, size, until)
-                for parameter, origin in zip(parameters, sent, strict=False):
-                    if parameter.grad is not None:  # None if the loss does not use it
-                        parameter.grad.add_(
-                            parameter.detach() - origin, alpha=recipe.prox
-                        )
-                if recipe.clip_norm:
-                    nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-                _decay(anchored, recipe)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                adapter.commit()
-                losses.append(loss)
+        batched = (
+            rows
+            for _ in range(recipe.epochs)
+            for rows in examples.shuffled(recipe.batch_size, stream)
+        )
+        for rows in islice(batched, recipe.steps or None):
+            # Over the mean size of batches: all examples, or tokens, weigh the
+            # same.
+            loss = _add_gradients(backbone, examples, rows, recipe, size, until)
+            for parameter, origin in zip(parameters, sent, strict=False):
+                if parameter.grad is not None:  # None if the loss does not use it
+                    parameter.grad.add_(parameter.detach() - origin, alpha=recipe.prox)
+            if recipe.clip_norm:
+                nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+            _decay(anchored, recipe)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            adapter.commit()
+            losses.append(loss)
     # One transfer from the device at the end instead of one per step.
     return float(torch.stack(losses).mean()) if losses else float("nan")
 
@@ -229,6 +232,11 @@ def _decay(
 
 def precision_of(backbone: Backbone, precision: str) -> AbstractContextManager[object]:
     """Return the context of a forward pass: bf16 autocast, or none."""
-    if precision == "bf16" or backbone.model.dtype == torch.bfloat16:
+    if is_half_precision(backbone, precision):
         return torch.autocast(backbone.device.type, torch.bfloat16)
     return nullcontext()
+
+
+def is_half_precision(backbone: Backbone, precision: str) -> bool:
+    """Return whether forward passes are in bf16: as asked, or since the weights are."""
+    return precision == "bf16" or backbone.model.dtype == torch.bfloat16

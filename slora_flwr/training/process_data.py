@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from slora_flwr.backbone.load import load_tokenizer
 from slora_flwr.config import RunConfig
+from slora_flwr.config.schedule import make_schedule
 from slora_flwr.data.dialogues import Dialogue
 from slora_flwr.data.examples import Examples
 from slora_flwr.data.node_files import OwnData, load_test_texts
@@ -210,7 +211,9 @@ class ProcessData:
             texts = of_classes(texts, self.classes)
         count = len(texts.texts)
         held = source.held_out(held_out(count, self._config.clients.holdout))
-        source.check_count(count - held)
+        # Bounded steps read fewer, and an update tells the more of each.
+        recipes = [phase.recipe for phase in make_schedule(self._config)]
+        source.check_count(min(r.fewest_read(count - held) for r in recipes))
         evaluated = source.held_out(self._config.clients.weigh(held))
         examples = tokenise(self.encoder, self.classes, texts, folder)
         order = order_of(texts.texts)

@@ -20,14 +20,15 @@ from slora_flwr.planning.outline import outline
 from slora_flwr.planning.rounds import plan_rounds
 from slora_flwr.training.trainer import Trainer
 from tests.support.causal import (
-    LANGUAGE_MODELS,
+    FAMILIES,
+    MIXTURES,
     save_language_model,
     save_outline,
     write_dialogues,
 )
 from tests.support.runs import Config
 
-METHODS = ("fft", "bitfit", "sft", "slora", "lora", "ffa-lora", "fedex-lora")
+METHODS = ("fft", "slora", "lora", "ffa-lora", "fedex-lora")
 LLAMA_1B: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 2048,
@@ -90,14 +91,20 @@ def assert_planned_alike(config: RunConfig, weights: Backbone) -> None:
         assert known.activations <= found.activations <= 1.25 * known.activations
 
 
-@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {*MIXTURES}))
 def test_an_outline_is_planned_as_the_model(family: str, tmp_path: Path) -> None:
     model = save_language_model(family, tmp_path / "model")
     data = write_dialogues(tmp_path / "dialogues.csv")
     weights = Trainer(causal(model, data)).model.backbone
     for method in METHODS:
-        if method != "bitfit" or family == "gpt2":  # the others have no biases
-            assert_planned_alike(causal(model, data, method=method), weights)
+        assert_planned_alike(causal(model, data, method=method), weights)
+
+
+def test_other_masks_and_biases_of_an_outline(tmp_path: Path) -> None:
+    model = save_language_model("gpt2", tmp_path / "model")
+    data = write_dialogues(tmp_path / "dialogues.csv")
+    weights = Trainer(causal(model, data)).model.backbone
+    assert_planned_alike(causal(model, data, method="bitfit"), weights)
     for mask in ("rows", "columns"):
         changes = {"method": "slora", "sparse.mask": mask}
         assert_planned_alike(causal(model, data, **changes), weights)
@@ -155,12 +162,12 @@ def test_large_models_take_no_memory(name: str, tmp_path: Path) -> None:
 def test_checkpointing_keeps_the_inputs_of_blocks(tmp_path: Path) -> None:
     """One block's activations, and all blocks' inputs: 16 x 24 tokens of 32 values."""
     model = save_language_model("llama", tmp_path / "model")
-    config = causal(model, write_dialogues(tmp_path / "d.csv"), method="fft")
-    [phase] = make_schedule(config)
-    shapes = outline(config)
-    whole = plan_memory(phase, config, shapes)
-    recipe = replace(phase.recipe, checkpointing=True)
-    again = plan_memory(replace(phase, recipe=recipe), config, shapes)
+    data = write_dialogues(tmp_path / "dialogues.csv")
+    whole, again = (
+        plan_memory(make_schedule(config)[0], config, outline(config))
+        for on in (False, True)
+        for config in [causal(model, data, method="fft", **{"train.checkpointing": on})]
+    )
     blocks, block_input = 2, 4 * 16 * 24 * 32
     saved = whole.activations - again.activations
     outside = again.activations - blocks * block_input
@@ -172,11 +179,13 @@ def test_checkpointing_keeps_the_inputs_of_blocks(tmp_path: Path) -> None:
 def test_logits_are_bounded(tmp_path: Path) -> None:
     described, _ = LARGE["Llama-3.2-1B"]
     save_outline(described, tmp_path)
-    config = causal(tmp_path, tmp_path / "none.csv", method="lora")
-    [phase] = make_schedule(config)
-    found = plan_memory(phase, config, outline(config))
-    # Log-probabilities and two gradients of at most 2^24 logits.
-    assert found.outputs == 3 * 4 * 128256 * (2**24 // 128256)
+    logits = 128256 * (2**24 // 128256)
+    # Log-probabilities and two gradients; in bf16 the logits and a third one too.
+    for dtype, size in (("float32", 12), ("bfloat16", 16)):
+        changes = {"method": "lora", "model.dtype": dtype}
+        config = causal(tmp_path, tmp_path / "none.csv", **changes)
+        [phase] = make_schedule(config)
+        assert plan_memory(phase, config, outline(config)).outputs == size * logits
 
 
 def plan(path: Path, config: Config, *options: str) -> str:
@@ -215,6 +224,14 @@ def test_an_outline_is_checked_as_the_model(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=told):
             outline(causal(model, data, method="lora", **changes))
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_of_experts_are_refused(family: str, tmp_path: Path) -> None:
+    model = save_language_model(family, tmp_path / "model")
+    changes = {"method": "lora", "lora.targets": MIXTURES[family]}
+    with pytest.raises(ConfigError, match="a mixture of experts"):
+        outline(causal(model, tmp_path / "none.csv", **changes))
 
 
 def test_random_numbers_are_not_drawn(tmp_path: Path) -> None:

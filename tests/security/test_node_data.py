@@ -138,6 +138,23 @@ def test_a_node_trains_on_no_fewer_examples_than_it_says(
         get_process(node(), instruct("a", "b"))
 
 
+def test_a_node_takes_no_steps_on_fewer_examples_than_it_says(
+    config: Config, tmp_path: Path
+) -> None:
+    """24 examples make batches of 8 or, of up to 10, three of 8 too."""
+    rows = [("w1 w2", "a"), ("w3 w4", "b")] * 12
+    path = write(tmp_path / "a.csv", rows)
+    config |= {"clients.holdout": 0.0, "data.test": "test.csv"}
+    for batch, steps, read in ((1, 9, 9), (8, 1, 8), (10, 1, 8), (9, 0, 24), (8, 2, 16)):
+        config |= {"train.batch-size": batch, "train.steps": steps}
+        node = a_node(config, **columns(path))
+        if read < 10:
+            with pytest.raises(OwnDataError, match=f"{read} examples are left"):
+                get_process(node, instruct("a", "b"))
+        else:
+            get_process(node, instruct("a", "b"))
+
+
 def test_a_node_evaluates_on_no_single_example(config: Config, tmp_path: Path) -> None:
     rows = [("w1 w2", "a"), ("w3 w4", "b")] * 25
     node = a_node(config, **columns(write(tmp_path / "a.csv", rows)))

@@ -125,8 +125,8 @@ def save_outline(described: PreTrainedConfig, folder: Path) -> Path:
     """Save a model's config and the tiny tokenizer, without weights."""
     described.save_pretrained(folder)
     # For Qwen2, transformers makes a tokenizer of byte pairs of any vocabulary.
-    own = described.model_type == "qwen2"
-    tokenizer = _of_characters() if own else make_tokenizer()
+    is_qwen2 = described.model_type == "qwen2"
+    tokenizer = _of_characters() if is_qwen2 else make_tokenizer()
     tokenizer.eos_token = "[SEP]"
     tokenizer.save_pretrained(folder)
     return folder

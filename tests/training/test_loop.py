@@ -1,6 +1,7 @@
 """Local training: FedProx, clipping, random streams and the order of examples."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,31 @@ def test_training_order_covers_every_example_once() -> None:
     rows = np.concatenate(batches)
     assert sorted(rows.tolist()) == list(range(50))
     assert sorted(len(batch) for batch in batches) == [7, 7, 7, 7, 7, 7, 8]
+
+
+def _steps_taken(folder: Path, examples: Examples, **changes: Any) -> tuple[int, State]:
+    """Return the number of steps that were taken, and what they ended at."""
+    backbone, adapter = load_tiny(folder), HeadAdapter()
+    adapter.attach(backbone)
+    taken: list[int] = []
+    adapter.commit = lambda: taken.append(1)  # type: ignore[method-assign]
+    train(backbone, adapter, examples, replace(ADAMW, **changes), KEY)
+    return len(taken), adapter.state()
+
+
+def test_steps_are_bounded_within_epochs(folder: Path, examples: Examples) -> None:
+    """24 examples in batches of 8 are three steps an epoch, six in two."""
+    whole, state = _steps_taken(folder, examples)
+    assert whole == 6
+    for bound, taken in ((2, 2), (4, 4), (6, 6), (100, 6)):
+        found, ended = _steps_taken(folder, examples, steps=bound)
+        assert found == taken == replace(ADAMW, steps=bound).steps_of(24)
+        same = all(torch.equal(ended[name], state[name]) for name in state)
+        assert same == (taken == whole)
+    # The first steps of an epoch are those of a bounded one.
+    _, one = _steps_taken(folder, examples, epochs=1)
+    _, three = _steps_taken(folder, examples, steps=3)
+    assert all(torch.equal(one[name], three[name]) for name in one)
 
 
 SPLIT: dict[str, dict[str, Any]] = {
