@@ -218,7 +218,7 @@ def _complete(
 ) -> None:
     """Add to an export what is not the adapter's: labels, tokeniser, model card."""
     export_classes(folder, classes)
-    export_tokenizer(folder, model.backbone.tokenizer)
+    export_tokenizer(folder, model.backbone.tokenizer, config.data.max_length)
     card = ModelCard(
         config=config,
         base=public_name(config.model.name),
