@@ -402,7 +402,10 @@ def test_what_cannot_be_predicted_is_refused(
     empty.write_text("text,title\n")
     for given, told in {
         (): "TEXT is missing; allowed: one or more, or --file",
-        (str(finished),): "TEXT is missing",
+        (str(finished),): f"TEXT is missing, since {finished} names run ",
+        (finished.name[:-1],): f"names run {finished.name}; allowed: one or more, or",
+        (finished.name, ""): "TEXT is ''; allowed: texts that are not empty",
+        (" ",): "TEXT is ''",
         ("7", "text", "--file", str(other)): "TEXT is 'text'; allowed: none",
         ("--file", str(other)): "data.text names 'text'; the columns are title",
         ("--file", str(tmp_path / "absent.txt")): "absent.txt cannot be read",
