@@ -57,7 +57,7 @@ def train(
     return Result.of(run_inline(values, nodes)["directory"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What has come of a run.
 
@@ -89,6 +89,13 @@ class Result:
             If there is none, or it cannot be read.
         """
         return cls(read_run(find_run(None if run is None else os.fspath(run))))
+
+    def __repr__(self) -> str:
+        run = self.run
+        told = f"{run.config['method']}, {run.state}, {len(run.rounds)} rounds"
+        if self.accuracy is not None:
+            told += f", accuracy {self.accuracy:.3f}"
+        return f"<Result of {self.directory}: {told}>"
 
     @property
     def directory(self) -> Path:

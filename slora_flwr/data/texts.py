@@ -28,6 +28,7 @@ from slora_flwr.common.text import (
     printable,
     redact,
     redact_hub_logs,
+    shorten,
 )
 from slora_flwr.config import ConfigError, DataConfig
 from slora_flwr.data.examples import Examples
@@ -410,10 +411,19 @@ def _columns(table: Table, split: str, text: str, label: str) -> Texts:
     """
     names = _names(text)
     _check_columns(table, [*(("data.text", n) for n in names), ("data.label", label)])
-    found = table.columns[label]
-    if any(value is None or value != value for value in found):
-        raise ConfigError(f"data.label names {label!r}, which is missing in some rows")
-    return Texts(_join(table, names, split), [str(value) for value in found])
+    labels = _whole(table.columns[label], f"data.label names {label!r}")
+    return Texts(_join(table, names, split), labels)
+
+
+def _whole(column: Sequence[Any], named: str) -> list[str]:
+    """Return the values of a column that may not lack any."""
+    missing = [row for row, x in enumerate(column, start=1) if x is None or x != x]
+    if missing:
+        raise ConfigError(
+            f"{named}, which is missing in {len(missing)} of {len(column)} rows, "
+            f"counted from 1: {', '.join(map(str, shorten(missing)))}"
+        )
+    return [str(value) for value in column]
 
 
 def _check_columns(table: Table, wanted: Iterable[tuple[str, str]]) -> None:

@@ -81,6 +81,12 @@ def test_the_history_is_that_of_the_events(result: Result) -> None:
     assert result.accuracy == told["accuracy"] == recorded[-1]["accuracy"]
 
 
+def test_it_is_told_in_a_line(result: Result) -> None:
+    accuracy = f"{summary(result.directory)['accuracy']:.3f}"
+    told = f"{result.directory}: slora, finished, 5 rounds, accuracy {accuracy}"
+    assert str(result) == repr(result) == f"<Result of {told}>"
+
+
 def test_the_ledger_is_that_of_the_run(result: Result) -> None:
     rows = ledger(result.directory)
     assert [
