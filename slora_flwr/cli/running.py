@@ -113,15 +113,12 @@ def _start(
 
 def _run_inline(values: Mapping[str, Value], nodes: int) -> None:
     # Imported here, since torch and transformers take seconds.
-    from flwr.common.logger import update_console_handler
-
     from slora_flwr.adapters.priming import HandoffError
     from slora_flwr.engines.inline import run_inline
     from slora_flwr.runs.writing import RunDirectoryError
     from slora_flwr.server.fleet import FleetError
     from slora_flwr.server.strategy import TooFewRepliesError
 
-    update_console_handler(colored=sys.stderr.isatty())
     with ending_cleanly(
         FleetError, HandoffError, RunDirectoryError, TooFewRepliesError
     ):

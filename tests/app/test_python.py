@@ -227,6 +227,18 @@ def test_bottlenecks_predict_though_they_cannot_be_merged(
     assert found.label in CLASSES
 
 
+def test_a_log_that_no_terminal_shows_has_no_colours(
+    config: Config, tmp_path: Path
+) -> None:
+    given = {"method": "lora", "rounds": 1, "run.dir": str(tmp_path / "run")}
+    code = f"from slora_flwr import train; train({config!r}, {given!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert "round 1/1 lora" in done.stderr + done.stdout
+    assert "\x1b" not in done.stderr + done.stdout
+
+
 @pytest.mark.parametrize(
     ("given", "nodes", "told"),
     [

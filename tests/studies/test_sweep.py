@@ -441,7 +441,9 @@ def test_states_are_not_kept(swept: Swept) -> None:
 
 def test_each_run_has_a_log_of_its_own(swept: Swept) -> None:
     log = swept.path("lora-lr0.01-seed1").name + ".log"
-    assert "round 2/2 lora" in (swept.folder / log).read_text()
+    written = (swept.folder / log).read_text()
+    assert "round 2/2 lora" in written
+    assert "\x1b" not in written  # nor colours
     assert "round 2/2 lora" not in swept.output
     assert (swept.folder / log).stat().st_mode & 0o077 == 0
 
