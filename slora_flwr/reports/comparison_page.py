@@ -8,6 +8,7 @@ from types import MappingProxyType
 import numpy as np
 
 from slora_flwr.config import RunConfig, flatten
+from slora_flwr.reports.chance import tell_warned
 from slora_flwr.reports.charts import (
     Chart,
     Line,
@@ -88,6 +89,11 @@ def compare(
             f"{len(runs) - len(tested)} of the runs are left out, since they were "
             "evaluated on held-out training data (data.validation)."
         )
+    warned = [
+        r.path.name for r in tested if r.summary is not None and r.summary.warning
+    ]
+    if warned:
+        notices.append(tell_warned(warned, len(tested)))
     methods = ", ".join(dict.fromkeys(group.method for group in groups))
     return Page(
         title=f"Comparison of {methods}",

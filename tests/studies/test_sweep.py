@@ -439,6 +439,16 @@ def test_states_are_not_kept(swept: Swept) -> None:
         read_state(swept.path("lora-lr0.01-seed0"), "averaged")
 
 
+def test_runs_near_the_majority_class_are_named(swept: Swept) -> None:
+    rows = rows_of(swept.folder / "runs.csv")
+    for row in rows:
+        told = json.loads((swept.folder / row["run"] / "summary.json").read_text())
+        assert row["warning"] == told.get("warning", "")
+    warned = [row["run"] for row in rows if row["warning"]]
+    assert 0 < len(warned) < len(rows)
+    assert f"in {len(warned)} of {len(rows)} runs: {', '.join(warned)}." in swept.output
+
+
 def test_each_run_has_a_log_of_its_own(swept: Swept) -> None:
     log = swept.path("lora-lr0.01-seed1").name + ".log"
     written = (swept.folder / log).read_text()
