@@ -1,6 +1,7 @@
 """What commands share: `-c`, RUN, and how errors and Ctrl-C end them."""
 
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -11,7 +12,8 @@ from typer.core import TyperCommand
 
 from slora_flwr.config import ConfigError
 
-INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+# As shells have them: 128 + SIGINT, and + SIGTERM.
+INTERRUPTED, TERMINATED = 130, 143
 # A word that can only be a run config key with its value.
 _PAIR = re.compile(r"[A-Za-z][\w.-]*=.*", re.DOTALL)
 
@@ -74,3 +76,24 @@ def ending_cleanly(*failures: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt as error:
         typer.echo(f"\nInterrupted. {error}".rstrip(), err=True)
         raise typer.Exit(INTERRUPTED) from error
+
+
+@contextmanager
+def heeding_sigterm() -> Iterator[None]:
+    """Have SIGTERM end a command as Ctrl-C does, with the exit status 143."""
+    came = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except typer.Exit as error:
+        if came and error.exit_code == INTERRUPTED:
+            raise typer.Exit(TERMINATED) from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

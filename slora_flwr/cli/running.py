@@ -8,7 +8,12 @@ from typing import Annotated
 
 import typer
 
-from slora_flwr.cli.options import RunArgument, RunConfigOption, ending_cleanly
+from slora_flwr.cli.options import (
+    RunArgument,
+    RunConfigOption,
+    ending_cleanly,
+    heeding_sigterm,
+)
 from slora_flwr.config import Value, parse, refuse
 from slora_flwr.config.arguments import merge_arguments, read_file
 
@@ -119,9 +124,8 @@ def _run_inline(values: Mapping[str, Value], nodes: int) -> None:
     from slora_flwr.server.fleet import FleetError
     from slora_flwr.server.strategy import TooFewRepliesError
 
-    with ending_cleanly(
-        FleetError, HandoffError, RunDirectoryError, TooFewRepliesError
-    ):
+    failures = (FleetError, HandoffError, RunDirectoryError, TooFewRepliesError)
+    with heeding_sigterm(), ending_cleanly(*failures):
         run_inline(values, nodes)
 
 

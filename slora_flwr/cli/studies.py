@@ -5,7 +5,12 @@ from typing import Annotated
 
 import typer
 
-from slora_flwr.cli.options import RunConfigOption, ending_cleanly, fail
+from slora_flwr.cli.options import (
+    RunConfigOption,
+    ending_cleanly,
+    fail,
+    heeding_sigterm,
+)
 from slora_flwr.config.arguments import merge_arguments
 
 
@@ -27,7 +32,7 @@ def sweep(
     """Execute all unfinished runs of a study, several at once."""
     from slora_flwr.studies.sweep import sweep as sweep_study
 
-    with ending_cleanly():
+    with heeding_sigterm(), ending_cleanly():
         changes = merge_arguments(run_config or [])
         failed = sweep_study(study, out, keep_states, changes)
     if failed:
