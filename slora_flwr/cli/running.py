@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from slora_flwr.cli.options import RunArgument, RunConfigOption, ending_cleanly
+from slora_flwr.cli.options import RunConfigOption, ending_cleanly
 from slora_flwr.config import Value, parse, refuse
 from slora_flwr.config.arguments import merge_arguments, read_file
 
@@ -57,7 +57,13 @@ def run(
 
 
 def resume(
-    run: RunArgument = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            help="RUN as for `slora report`; default: the newest run there that ended "
+            "early and left a checkpoint."
+        ),
+    ] = None,
     run_config: RunConfigOption = None,
     engine: Annotated[
         Engine | None, typer.Option(help="As for `slora run`; default: the run's.")
@@ -70,12 +76,17 @@ def resume(
     verbose: VerboseOption = False,
 ) -> None:
     """Resume an interrupted run from its last checkpoint, with its own config."""
-    from slora_flwr.runs.reader import find_run, read_run
+    from slora_flwr.runs.reader import find_resumable, find_run, read_run
 
     with ending_cleanly():
-        path = find_run(run)
+        given = merge_arguments(run_config or [])
+        if run is None and "run.resume" in given:  # which names the run too
+            run = str(parse({"run.resume": given["run.resume"]}).run.resumed)
+        path = find_resumable() if run is None else find_run(run)
+        if run is None:
+            typer.echo(f"Resuming {path.name}")
         recorded = read_run(path)
-        had, given = recorded.engine, merge_arguments(run_config or [])
+        had = recorded.engine
         if recorded.state == "running":
             raise refuse("RUN", path.name, "a run that no process is making")
         if recorded.state == "finished" and not given:
