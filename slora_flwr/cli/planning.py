@@ -30,25 +30,28 @@ def plan(
 ) -> None:
     """Print what a run would train, send and need in memory, without training.
 
-    What only nodes know, if data.name is 'node', can be assumed.
+    What the run would refuse of its config and its data is refused here too. What only
+    nodes know, if data.name is 'node', can be assumed.
     """
     with ending_cleanly(ValueError, OSError):
         config = parse(merge_arguments(run_config or []))
         from rich.console import Console
 
-        from slora_flwr.planning.assumptions import Assumptions
+        from slora_flwr.planning.assumptions import Assumptions, unchecked
         from slora_flwr.reports.narrow_tables import print_table
         from slora_flwr.reports.plan_table import plan_tables
         from slora_flwr.training.trainer import Trainer
 
         assumed = Assumptions(labels, nodes, examples)
         assumed.check(config)
-        backbone = Trainer(config, assumed.classes(config)).model.backbone
+        trainer = Trainer(config, assumed.classes(config))
+        trainer.data.check()
+        backbone = trainer.model.backbone
         planned, clients = assumed.in_batches(config), assumed.clients(config)
         console = Console()
         for table in plan_tables(planned, backbone, clients):
             print_table(console, table)
-        if told := assumed.tell(config):
+        for told in filter(None, (assumed.tell(config), unchecked(config))):
             typer.echo(told)
 
 
