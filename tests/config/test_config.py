@@ -360,6 +360,21 @@ def test_numbers_are_finite(key: str, value: float) -> None:
         ("lora.rnak", "lora.rank"),
         ("round", "rounds"),
         ("train.batchsize", "train.batch-size"),
+        # What phases only override is meant for all of them.
+        ("epochs", "train.epochs"),
+        ("epoch", "train.epochs"),
+        ("lr", "train.lr"),
+        ("batchsize", "train.batch-size"),
+        ("optimizer", "train.optimizer"),
+        ("training.epochs", "train.epochs"),
+        ("momentum", "train.momentum"),
+        ("rank", "lora.rank"),
+        ("density", "sparse.density"),
+        ("partition", "clients.partitioner"),
+        ("dirichlet.alpha", "clients.alpha or lora.alpha"),
+        ("dtype", "model.dtype or upload.dtype or download.dtype"),
+        ("name", "model.name or data.name"),
+        ("sed", "seed"),
     ],
 )
 def test_an_unknown_key_suggests_the_near_one(unknown: str, near: str) -> None:
