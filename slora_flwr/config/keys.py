@@ -151,12 +151,12 @@ def _make(section: str, kind: Any, values: Mapping[str, Any]) -> Any:
         return kind(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):  # from an entry point
+            raise cause from cause.__cause__
         name = str(first["loc"][0])
         key = f"{section}.{_kebab(name)}".lstrip(".")
-        if first["type"] == "value_error":
-            cause = first["ctx"]["error"]
-            if isinstance(cause, ConfigError):  # from an entry point
-                raise cause from cause.__cause__
+        if isinstance(cause, ValueError):
             raise refuse(key, *cause.args) from None
         field = _fields_of(kind)[name]
         raise refuse(key, first["input"], _TYPES[field.annotation][1]) from None
