@@ -9,7 +9,9 @@ import click
 import typer
 from typer.core import TyperCommand
 
-from slora_flwr.config import ConfigError
+from slora_flwr.config import ConfigError, Value
+from slora_flwr.config.arguments import merge_arguments
+from slora_flwr.data.paths import make_absolute
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 # A word that can only be a run config key with its value.
@@ -32,6 +34,11 @@ RunArgument = Annotated[
         "beginning of either; default: the newest run there."
     ),
 ]
+
+
+def merge_values(run_config: list[str] | None) -> dict[str, Value]:
+    """Return the values of `-c`, whose paths are relative to the current folder."""
+    return make_absolute(merge_arguments(run_config or []))
 
 
 class MergingCommand(TyperCommand):

@@ -4,9 +4,8 @@ from typing import Annotated
 
 import typer
 
-from slora_flwr.cli.options import RunConfigOption, ending_cleanly
+from slora_flwr.cli.options import RunConfigOption, ending_cleanly, merge_values
 from slora_flwr.config import parse
-from slora_flwr.config.arguments import merge_arguments
 
 
 def plan(
@@ -34,7 +33,7 @@ def plan(
     nodes know, if data.name is 'node', can be assumed.
     """
     with ending_cleanly(ValueError, OSError):
-        config = parse(merge_arguments(run_config or []))
+        config = parse(merge_values(run_config))
         from rich.console import Console
 
         from slora_flwr.planning.assumptions import Assumptions, unchecked
@@ -60,5 +59,5 @@ def show_config(run_config: RunConfigOption = None) -> None:
     from slora_flwr.config.template import write_template
 
     with ending_cleanly():
-        config = parse(merge_arguments(run_config or []))
+        config = parse(merge_values(run_config))
         typer.echo(write_template(config), nl=False)

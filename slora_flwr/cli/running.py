@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from slora_flwr.cli.options import RunConfigOption, ending_cleanly
+from slora_flwr.cli.options import RunConfigOption, ending_cleanly, merge_values
 from slora_flwr.config import Value, parse, refuse
-from slora_flwr.config.arguments import merge_arguments, read_file
+from slora_flwr.config.arguments import read_file
 
 
 class Engine(StrEnum):
@@ -53,7 +53,7 @@ def run(
         if not folder.is_dir():
             allowed = "a folder; run config values follow -c"
             raise refuse("FOLDER", str(folder), allowed)
-        _start(merge_arguments(run_config or []), engine, folder, nodes, verbose)
+        _start(merge_values(run_config), engine, folder, nodes, verbose)
 
 
 def resume(
@@ -79,7 +79,7 @@ def resume(
     from slora_flwr.runs.reader import find_resumable, find_run, read_run
 
     with ending_cleanly():
-        given = merge_arguments(run_config or [])
+        given = merge_values(run_config)
         if run is None and "run.resume" in given:  # which names the run too
             run = str(parse({"run.resume": given["run.resume"]}).run.resumed)
         path = find_resumable() if run is None else find_run(run)

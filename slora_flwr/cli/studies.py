@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from slora_flwr.cli.options import RunConfigOption, ending_cleanly, fail
-from slora_flwr.config.arguments import merge_arguments
+from slora_flwr.cli.options import RunConfigOption, ending_cleanly, fail, merge_values
 
 
 def sweep(
@@ -28,7 +27,7 @@ def sweep(
     from slora_flwr.studies.sweep import sweep as sweep_study
 
     with ending_cleanly():
-        changes = merge_arguments(run_config or [])
+        changes = merge_values(run_config)
         failed = sweep_study(study, out, keep_states, changes)
     if failed:
         raise fail(f"failed: {', '.join(failed)}", 1)

@@ -126,6 +126,37 @@ def test_a_runs_own_config_runs_again_as_it_is(
     assert_same(new, first)
 
 
+def test_paths_are_relative_to_the_current_folder(
+    written: Path, config: Config, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = Path(str(config["data.name"]))
+    here = written.parent / "here"
+    here.mkdir()
+    (here / "own.csv").write_bytes(texts.read_bytes())
+    (here / "model").symlink_to(str(config["model.name"]))
+    monkeypatch.chdir(here)
+    inline = ("run", "--engine", "inline", "-c", written, "rounds=1")
+    done = slora(*inline, "data.name=own.csv", "model.name=model", "run.dir=out")
+    assert done.exit_code == 0, done.output
+    path = here / "out" / "config.toml"
+    printed = tomllib.loads(path.read_text())
+    assert printed["data"]["name"] == str(here / "own.csv")
+    assert printed["model"]["name"] == str(here / "model")
+    monkeypatch.chdir(written.parent)
+    again = slora("run", "--engine", "inline", "-c", path, "run.dir=again")
+    assert again.exit_code == 0, again.output
+    assert_same(written.parent / "again", here / "out")
+    done = slora(*inline, "data.name=none.csv", "run.dir=third")
+    assert done.exit_code == 2
+    told = "a file or folder that is there (for `flwr run` by its absolute path, since "
+    assert told in done.stderr
+    done = slora(*inline, "data.train=none.csv", "run.dir=third")
+    assert f"data file {written.parent / 'none.csv'} does not exist" in done.stderr
+    done = slora("predict", path.parent, "--file", "none.csv")
+    told = "Error: none.csv cannot be read (No such file or directory)\n"
+    assert (done.exit_code, done.stderr) == (2, told)
+
+
 # Runs
 
 

@@ -140,7 +140,8 @@ BAD = [
     ("[base]\nrun.dir = '/x'", "run.dir is '/x'; allowed: none"),
     ("[grid]\nseed = ['0']", "seed is '0'; allowed: a whole number (in the run seed="),
     (
-        "[base]\nrounds = 4\nsparse.rounds = 4\n[grid]\nmethod = ['fft', 'slora']\nseed = 3",
+        "[base]\nrounds = 4\nsparse.rounds = 4\n"
+        "[grid]\nmethod = ['fft', 'slora']\nseed = 3",
         "for slora, since rounds is 4 (in the run method='slora', seed=3)",
     ),
     ("[tune]\nrate = 1", "rate is no key of [tune]; allowed: lr, validation, rounds"),
