@@ -52,7 +52,24 @@ class MergingCommand(TyperCommand):
             begins = number > 0 and args[number - 1] in ("-c", "--run-config")
             follows = begins or (follows and bool(_PAIR.fullmatch(word)))
             repeated += ["-c"] * (follows and not begins) + [word]
-        return super().parse_args(ctx, repeated)
+        # Words too many are looked at here.
+        ctx.allow_extra_args = True
+        super().parse_args(ctx, repeated)
+        if ctx.args and not ctx.resilient_parsing:
+            given = " ".join(ctx.args)
+            if self._takes_values and all(map(_is_value, ctx.args)):
+                allowed = f"run config values after it, as in -c {given}"
+                raise fail(f"{given} does not follow -c; allowed: {allowed}", 2)
+            ctx.fail(f"Got unexpected extra argument ({given})")
+        return ctx.args
+
+    @property
+    def _takes_values(self) -> bool:
+        return any("-c" in parameter.opts for parameter in self.params)
+
+
+def _is_value(word: str) -> bool:
+    return bool(_PAIR.fullmatch(word)) or word.endswith(".toml")
 
 
 def fail(error: object, status: int) -> typer.Exit:

@@ -51,7 +51,7 @@ def run(
     """Run a method. The exit status is 0 only if the run completes."""
     with ending_cleanly():
         if not folder.is_dir():
-            allowed = "a folder; run config values follow -c"
+            allowed = f"a folder; run config values follow -c: -c {folder}"
             raise refuse("FOLDER", str(folder), allowed)
         _start(merge_values(run_config), engine, folder, nodes, verbose)
 

@@ -33,8 +33,8 @@ def _make_absolute(key: str, values: Mapping[str, Value]) -> Value:
         is_path = True
     elif key in _NAMES:
         is_path = os.path.exists(value) and not _is_known(key, value)
-    elif key in ("data.train", "data.test"):
-        name = str(values.get("data.name", ""))
+    elif key in ("data.train", "data.test") and "data.name" in values:
+        name = str(values["data.name"])
         is_path = name == OWN_DATA or (
             Path(value).suffix in FORMATS and not _is_folder(name)
         )

@@ -84,8 +84,36 @@ def test_c_takes_the_pairs_that_follow_it(written: Path) -> None:
 
 def test_a_value_without_c_is_no_folder(written: Path) -> None:
     done = slora("run", "rounds=1", "--engine", "inline", "-c", written)
-    told = "FOLDER is 'rounds=1'; allowed: a folder; run config values follow -c"
-    assert (done.exit_code, done.stderr) == (2, f"Error: {told}\n")
+    told = "FOLDER is 'rounds=1'; allowed: a folder; run config values follow -c: "
+    assert (done.exit_code, done.stderr) == (2, f"Error: {told}-c rounds=1\n")
+    done = slora("run", written)
+    assert done.stderr.endswith(f"; run config values follow -c: -c {written}\n")
+
+
+@pytest.mark.parametrize(
+    ("before", "values"),
+    [
+        ("plan", "own.toml"),
+        ("config", "own.toml"),
+        ("plan", "rounds=3"),
+        ("plan --labels 3", "own.toml rounds=3"),
+        ("run .", "own.toml"),
+        ("sweep study.toml", "own.toml"),
+        ("resume 20260101", "run.keep=1"),
+    ],
+)
+def test_values_without_c_are_answered_with_it(before: str, values: str) -> None:
+    done = slora(*before.split(), *values.split())
+    told = f"Error: {values} does not follow -c; allowed: run config values after it, "
+    told += f"as in -c {values}\n"
+    assert (done.exit_code, done.stderr) == (2, told)
+
+
+def test_other_words_too_many_are_named() -> None:
+    for given in (("plan", "much"), ("report", "one", "own.toml")):
+        done = slora(*given)
+        assert done.exit_code == 2
+        assert f"Got unexpected extra argument ({given[-1]})" in done.stderr
 
 
 def test_another_librarys_name_is_answered_with_ours() -> None:

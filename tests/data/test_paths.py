@@ -32,7 +32,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"model.name": "own/model"},
         {"run.dir": "new"},
         {"run.resume": "folder"},
-        {"data.train": "train.csv"},
         {"data.name": "owner/name", "data.test": "absent.csv"},
         {"data.name": "news-category", "data.train": "train.csv"},
         {"data.name": "node", "data.train": "node{}.csv"},
@@ -64,7 +63,8 @@ def test_paths_are_those_below_the_current_folder(
         {"model.name": "embedded"},
         {"model.name": "known"},
         {"data.name": "known", "data.train": "train.csv"},
-        {"data.train": "train"},
+        {"data.name": "owner/name", "data.train": "train"},
+        {"data.train": "train.csv"},  # of a study's data, which may be a folder
         {"data.name": "node", "data.train": ""},
         {"run.dir": ""},
         {"run.dir": "~/runs"},
