@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from slora_flwr.config import ConfigError
 from slora_flwr.config.arguments import flatten_tables, read_file
+from slora_flwr.data.paths import make_absolute
 from slora_flwr.runs.events import RecordedRound
 from slora_flwr.runs.ledger import Entry
 from slora_flwr.runs.reader import RecordedRun, find_run, read_run
@@ -31,7 +32,7 @@ def train(
     ----------
     *config : Mapping or path
         Values of the run config: by flat keys, by tables as in TOML, or in a TOML file.
-        Later ones override earlier ones.
+        Later ones override earlier ones. Paths are relative to the current folder.
     nodes : int
         Number of simulated nodes.
 
@@ -54,7 +55,7 @@ def train(
         raise ConfigError(f"nodes is {nodes}; allowed: a number from 1 up")
     from slora_flwr.engines.inline import run_inline
 
-    return Result.of(run_inline(values, nodes)["directory"])
+    return Result.of(run_inline(make_absolute(values), nodes)["directory"])
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,8 +10,8 @@ from slora_flwr.cli.options import (
     ending_cleanly,
     fail,
     heeding_sigterm,
+    merge_values,
 )
-from slora_flwr.config.arguments import merge_arguments
 
 
 def sweep(
@@ -33,7 +33,7 @@ def sweep(
     from slora_flwr.studies.sweep import sweep as sweep_study
 
     with heeding_sigterm(), ending_cleanly():
-        changes = merge_arguments(run_config or [])
+        changes = merge_values(run_config)
         failed = sweep_study(study, out, keep_states, changes)
     if failed:
         raise fail(f"failed: {', '.join(failed)}", 1)

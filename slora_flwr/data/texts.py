@@ -32,29 +32,12 @@ from slora_flwr.common.text import (
 )
 from slora_flwr.config import ConfigError, DataConfig
 from slora_flwr.data.examples import Examples
+from slora_flwr.data.presets import PRESETS, Preset
 from slora_flwr.data.shared_files import FORMATS, Table, read_file
 
 # Share set aside for testing in a data set without a test split.
 TEST_SHARE = 0.2
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A known data set: its Hub id, columns and splits."""
-
-    hub: str
-    text: str
-    label: str
-    test: str = ""
-
-
-PRESETS = {
-    "20newsgroups": Preset("SetFit/20_newsgroups", "text", "label_text", "test"),
-    "news-category": Preset(
-        "heegyu/news-category-dataset", "headline,short_description", "category"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -137,6 +120,8 @@ def read_unlabelled(config: DataConfig, path: Path) -> list[str]:
             raise ConfigError(f"{path} cannot be read ({error})") from error
     if path.suffix not in FORMATS:
         raise ConfigError(f"data file is {path}; allowed: .txt, {', '.join(FORMATS)}")
+    if not path.exists():
+        raise ConfigError(f"{path} cannot be read (No such file or directory)")
     names = _names(config.text or _preset(config).text)
     table = read_file(path, names)
     _check_columns(table, [("data.text", name) for name in names])
@@ -380,8 +365,9 @@ def check_data_files(hub: str, data_files: Mapping[str, Sequence[str]] | None) -
 def _not_found(name: str, why: str) -> ConfigError:
     return ConfigError(
         f"data.name is {name!r}; allowed: stdlib-docs, {', '.join(PRESETS)}, a file or "
-        "folder that is there (absolute, since a run does not start in your folder), a "
-        f"name below $SLORA_ASSETS/data, or a Hub id that can be reached ({why})"
+        "folder that is there (for `flwr run` by its absolute path, since it does not "
+        "start in your folder), a name below $SLORA_ASSETS/data, or a Hub id that can "
+        f"be reached ({why})"
     )
 
 

@@ -7,6 +7,15 @@ from slora_flwr.config.schedule import make_schedule
 from slora_flwr.planning.rounds import population
 
 
+def unchecked(config: RunConfig) -> str:
+    """Return what of a run's data a plan cannot check; "" if it can check all."""
+    if config.data.is_own:
+        return "Not checked: what only nodes have, such as enough examples."
+    if not config.clients.count:
+        return "Not checked: whether the data suffice for all nodes."
+    return ""
+
+
 @dataclass(frozen=True)
 class Assumptions:
     """Assumed figures; None where nothing is assumed.

@@ -19,11 +19,8 @@ from typer.testing import CliRunner
 from slora_flwr.cli import app
 from slora_flwr.config import flatten, parse
 from slora_flwr.engines import flower, inline
-from slora_flwr.runs.checkpoint import (
-    list_checkpoints,
-    read_checkpoint,
-    write_checkpoint,
-)
+from slora_flwr.runs.checkpoint import read_checkpoint, write_checkpoint
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from slora_flwr.runs.lock import is_locked, sole_use
 from slora_flwr.runs.reader import read_run
 from slora_flwr.runs.writing import RunDirectoryError

@@ -140,7 +140,8 @@ BAD = [
     ("[base]\nrun.dir = '/x'", "run.dir is '/x'; allowed: none"),
     ("[grid]\nseed = ['0']", "seed is '0'; allowed: a whole number (in the run seed="),
     (
-        "[base]\nrounds = 4\n[grid]\nmethod = ['fft', 'slora']\nseed = 3",
+        "[base]\nrounds = 4\nsparse.rounds = 4\n"
+        "[grid]\nmethod = ['fft', 'slora']\nseed = 3",
         "for slora, since rounds is 4 (in the run method='slora', seed=3)",
     ),
     ("[tune]\nrate = 1", "rate is no key of [tune]; allowed: lr, validation, rounds"),
@@ -149,7 +150,7 @@ BAD = [
     ("[tune]\nlr = [1]\nvalidation = 0", "tune.validation is 0; allowed: a number"),
     ("[tune]\nlr = [1]\nper = ['alpha']", "tune.per is ['alpha']; allowed"),
     (
-        "[tune]\nlr = [1]\nrounds = 3",
+        "[base]\nsparse.rounds = 4\n[tune]\nlr = [1]\nrounds = 3",
         "for slora, since rounds is 3 (in the tuning run method='slora', lora.lr=1.0)",
     ),
     ("[tune]\nlr = [1]\nconfig.lr = 3", "lr is not a run config key"),
