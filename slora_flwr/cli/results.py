@@ -102,7 +102,7 @@ def predict(
 
 def _divide(words: list[str], file: Path | None) -> tuple[str | None, list[str]]:
     """Return the run, None for the newest, and the texts."""
-    from slora_flwr.runs.reader import AmbiguousRunError, RunError, find_run
+    from slora_flwr.runs.reader import AmbiguousRunError, RunError, find_run, is_named
 
     if file is not None and len(words) > 1:
         raise ConfigError(f"TEXT is {words[1]!r}; allowed: none besides --file")
@@ -117,10 +117,12 @@ def _divide(words: list[str], file: Path | None) -> tuple[str | None, list[str]]
         except RunError:
             pass
         else:
-            run, texts = words[0], words[1:]
+            # A beginning alone may be a text.
+            alone = len(words) == 1 and not is_named(named, words[0])
+            run, texts = (None, words) if alone else (words[0], words[1:])
     if not texts:
         why = f", since {words[0]} names run {named.name}" if words else ""
         raise ConfigError(f"TEXT is missing{why}; allowed: one or more, or --file")
-    if not all(text.strip() for text in texts):
-        raise ConfigError("TEXT is ''; allowed: texts that are not empty")
+    if not any(text.strip() for text in texts):
+        raise ConfigError("TEXT is ''; allowed: a text that is not empty")
     return run, texts

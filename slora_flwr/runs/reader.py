@@ -364,6 +364,11 @@ def find_resumable() -> Path:
     )
 
 
+def is_named(run: Path, given: str) -> bool:
+    """Return whether `given` is a run's whole path, name or id, not a beginning."""
+    return given in (run.name, _id_of(run)) or is_run(expand(given))
+
+
 def list_runs(folders: Iterable[str] = ()) -> list[Path]:
     """Return the run directories in folders, the newest first.
 
