@@ -19,7 +19,8 @@ import torch
 from slora_flwr.aggregation.averaged_state import mix
 from slora_flwr.common.tensors import State
 from slora_flwr.config import parse
-from slora_flwr.runs.checkpoint import list_checkpoints, read_checkpoint
+from slora_flwr.runs.checkpoint import read_checkpoint
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from slora_flwr.runs.reader import read_run
 from slora_flwr.server.phase import ActivePhase
 from slora_flwr.training.trainer import Trainer

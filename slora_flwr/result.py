@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from slora_flwr.config import ConfigError
 from slora_flwr.config.arguments import flatten_tables, read_file
+from slora_flwr.data.paths import make_absolute
 from slora_flwr.reports.figures import headline_of
 from slora_flwr.runs.events import RecordedRound
 from slora_flwr.runs.ledger import Entry
@@ -31,7 +32,7 @@ def train(
     ----------
     *config : Mapping or path
         Values of the run config: by flat keys, by tables as in TOML, or in a TOML file.
-        Later ones override earlier ones.
+        Later ones override earlier ones. Paths are relative to the current folder.
     nodes : int
         Number of simulated nodes.
 
@@ -54,10 +55,10 @@ def train(
         raise ConfigError(f"nodes is {nodes}; allowed: a number from 1 up")
     from slora_flwr.engines.inline import run_inline
 
-    return Result.of(run_inline(values, nodes)["directory"])
+    return Result.of(run_inline(make_absolute(values), nodes)["directory"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What has come of a run.
 
@@ -89,6 +90,13 @@ class Result:
             If there is none, or it cannot be read.
         """
         return cls(read_run(find_run(None if run is None else os.fspath(run))))
+
+    def __repr__(self) -> str:
+        run = self.run
+        told = f"{run.config['method']}, {run.state}, {len(run.rounds)} rounds"
+        if self.accuracy is not None:
+            told += f", accuracy {self.accuracy:.3f}"
+        return f"<Result of {self.directory}: {told}>"
 
     @property
     def directory(self) -> Path:

@@ -38,8 +38,25 @@ def read_classes(folder: Path) -> list[str]:
     return [*map(str, json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8")))]
 
 
-def export_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write a tokeniser's files, without what its last call has set."""
+def export_tokenizer(folder: Path, tokenizer: Any, length: int | None) -> None:
+    """Write a tokeniser's files, without what its last call has set.
+
+    Parameters
+    ----------
+    folder : Path
+        Where to.
+    tokenizer : transformers.PreTrainedTokenizerFast
+        The tokeniser. Nothing of it changes but what its last call has set.
+    length : int or None
+        The most tokens of a text, to which the written tokeniser truncates; None for
+        the tokeniser's own.
+    """
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(str(folder))
+    before = tokenizer.model_max_length
+    if length is not None:
+        tokenizer.model_max_length = length
+    try:
+        tokenizer.save_pretrained(str(folder))
+    finally:
+        tokenizer.model_max_length = before

@@ -1,6 +1,7 @@
 """What commands share: `-c`, RUN, and how errors and Ctrl-C end them."""
 
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -9,9 +10,12 @@ import click
 import typer
 from typer.core import TyperCommand
 
-from slora_flwr.config import ConfigError
+from slora_flwr.config import ConfigError, Value
+from slora_flwr.config.arguments import merge_arguments
+from slora_flwr.data.paths import make_absolute
 
-INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+# As shells have them: 128 + SIGINT, and + SIGTERM.
+INTERRUPTED, TERMINATED = 130, 143
 # A word that can only be a run config key with its value.
 _PAIR = re.compile(r"[A-Za-z][\w.-]*=.*", re.DOTALL)
 
@@ -34,6 +38,11 @@ RunArgument = Annotated[
 ]
 
 
+def merge_values(run_config: list[str] | None) -> dict[str, Value]:
+    """Return the values of `-c`, whose paths are relative to the current folder."""
+    return make_absolute(merge_arguments(run_config or []))
+
+
 class MergingCommand(TyperCommand):
     """A command whose `-c` takes all the key=value words that follow it."""
 
@@ -45,7 +54,24 @@ class MergingCommand(TyperCommand):
             begins = number > 0 and args[number - 1] in ("-c", "--run-config")
             follows = begins or (follows and bool(_PAIR.fullmatch(word)))
             repeated += ["-c"] * (follows and not begins) + [word]
-        return super().parse_args(ctx, repeated)
+        # Words too many are looked at here.
+        ctx.allow_extra_args = True
+        super().parse_args(ctx, repeated)
+        if ctx.args and not ctx.resilient_parsing:
+            given = " ".join(ctx.args)
+            if self._takes_values and all(map(_is_value, ctx.args)):
+                allowed = f"run config values after it, as in -c {given}"
+                raise fail(f"{given} does not follow -c; allowed: {allowed}", 2)
+            ctx.fail(f"Got unexpected extra argument ({given})")
+        return ctx.args
+
+    @property
+    def _takes_values(self) -> bool:
+        return any("-c" in parameter.opts for parameter in self.params)
+
+
+def _is_value(word: str) -> bool:
+    return bool(_PAIR.fullmatch(word)) or word.endswith(".toml")
 
 
 def fail(error: object, status: int) -> typer.Exit:
@@ -74,3 +100,24 @@ def ending_cleanly(*failures: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt as error:
         typer.echo(f"\nInterrupted. {error}".rstrip(), err=True)
         raise typer.Exit(INTERRUPTED) from error
+
+
+@contextmanager
+def heeding_sigterm() -> Iterator[None]:
+    """Have SIGTERM end a command as Ctrl-C does, with the exit status 143."""
+    came = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except typer.Exit as error:
+        if came and error.exit_code == INTERRUPTED:
+            raise typer.Exit(TERMINATED) from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -4,9 +4,8 @@ from typing import Annotated
 
 import typer
 
-from slora_flwr.cli.options import RunConfigOption, ending_cleanly
+from slora_flwr.cli.options import RunConfigOption, ending_cleanly, merge_values
 from slora_flwr.config import parse
-from slora_flwr.config.arguments import merge_arguments
 
 _OUTLINE = (
     "Planned from config.json, without weights. Their digest, by which server and "
@@ -45,14 +44,15 @@ def plan(
 ) -> None:
     """Print what a run would train, send and need in memory, without training.
 
-    What only nodes know, if data.name is 'node', can be assumed.
+    What the run would refuse of its config and its data is refused here too. What only
+    nodes know, if data.name is 'node', can be assumed.
     """
     with ending_cleanly(ValueError, OSError):
-        config = parse(merge_arguments(run_config or []))
+        config = parse(merge_values(run_config))
         from rich.console import Console
 
         from slora_flwr.backbone.load import has_weights
-        from slora_flwr.planning.assumptions import Assumptions
+        from slora_flwr.planning.assumptions import Assumptions, unchecked
         from slora_flwr.planning.outline import outline
         from slora_flwr.reports.narrow_tables import print_table
         from slora_flwr.reports.plan_table import plan_tables
@@ -65,14 +65,16 @@ def plan(
         if is_outline:
             backbone = outline(config, classes)
         else:
-            backbone = Trainer(config, classes).model.backbone
+            trainer = Trainer(config, classes)
+            trainer.data.check()
+            backbone = trainer.model.backbone
         planned, clients = assumed.in_batches(config), assumed.clients(config)
         console = Console()
         for table in plan_tables(planned, backbone, clients):
             print_table(console, table)
         if is_outline:
             typer.echo(_OUTLINE)
-        if told := assumed.tell(config):
+        for told in filter(None, (assumed.tell(config), unchecked(config))):
             typer.echo(told)
 
 
@@ -81,5 +83,5 @@ def show_config(run_config: RunConfigOption = None) -> None:
     from slora_flwr.config.template import write_template
 
     with ending_cleanly():
-        config = parse(merge_arguments(run_config or []))
+        config = parse(merge_values(run_config))
         typer.echo(write_template(config), nl=False)

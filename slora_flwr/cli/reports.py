@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from slora_flwr.cli.options import RunArgument, ending_cleanly, fail
+from slora_flwr.common.files import home
 from slora_flwr.common.text import shorten
 from slora_flwr.config import ConfigError, refuse
 
@@ -16,11 +17,16 @@ def runs(
         list[str] | None,
         typer.Argument(
             metavar="[FOLDER]...",
-            help="Folders of run directories; default: $SLORA_HOME/runs.",
+            help="Folders below which to look, for runs with run.dir; default: "
+            "$SLORA_HOME/runs.",
         ),
     ] = None,
 ) -> None:
-    """List runs, the newest first: state, method, data, accuracy, bytes, age."""
+    """List the runs in $SLORA_HOME/runs, or below folders, the newest first.
+
+    Each has its state, method, data, accuracy, bytes and age. Of runs that ended early,
+    those with the state `no checkpoint` cannot be resumed.
+    """
     from rich.console import Console
 
     from slora_flwr.reports.narrow_tables import print_table
@@ -32,7 +38,10 @@ def runs(
         if found:
             print_table(Console(), runs_table(found))
         else:
-            typer.echo("There are no runs yet. `slora run` makes one.")
+            typer.echo(
+                f"There are no runs below {home() / 'runs'}. `slora run` makes one "
+                "there; `slora runs FOLDER` lists those below another folder."
+            )
 
 
 def report(

@@ -8,9 +8,14 @@ from typing import Annotated
 
 import typer
 
-from slora_flwr.cli.options import RunArgument, RunConfigOption, ending_cleanly
+from slora_flwr.cli.options import (
+    RunConfigOption,
+    ending_cleanly,
+    heeding_sigterm,
+    merge_values,
+)
 from slora_flwr.config import Value, parse, refuse
-from slora_flwr.config.arguments import merge_arguments, read_file
+from slora_flwr.config.arguments import read_file
 
 
 class Engine(StrEnum):
@@ -51,13 +56,19 @@ def run(
     """Run a method. The exit status is 0 only if the run completes."""
     with ending_cleanly():
         if not folder.is_dir():
-            allowed = "a folder; run config values follow -c"
+            allowed = f"a folder; run config values follow -c: -c {folder}"
             raise refuse("FOLDER", str(folder), allowed)
-        _start(merge_arguments(run_config or []), engine, folder, nodes, verbose)
+        _start(merge_values(run_config), engine, folder, nodes, verbose)
 
 
 def resume(
-    run: RunArgument = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            help="RUN as for `slora report`; default: the newest run there that ended "
+            "early and left a checkpoint."
+        ),
+    ] = None,
     run_config: RunConfigOption = None,
     engine: Annotated[
         Engine | None, typer.Option(help="As for `slora run`; default: the run's.")
@@ -70,12 +81,17 @@ def resume(
     verbose: VerboseOption = False,
 ) -> None:
     """Resume an interrupted run from its last checkpoint, with its own config."""
-    from slora_flwr.runs.reader import find_run, read_run
+    from slora_flwr.runs.reader import find_resumable, find_run, read_run
 
     with ending_cleanly():
-        path = find_run(run)
+        given = merge_values(run_config)
+        if run is None and "run.resume" in given:  # which names the run too
+            run = str(parse({"run.resume": given["run.resume"]}).run.resumed)
+        path = find_resumable() if run is None else find_run(run)
+        if run is None:
+            typer.echo(f"Resuming {path.name}")
         recorded = read_run(path)
-        had, given = recorded.engine, merge_arguments(run_config or [])
+        had = recorded.engine
         if recorded.state == "running":
             raise refuse("RUN", path.name, "a run that no process is making")
         if recorded.state == "finished" and not given:
@@ -113,18 +129,14 @@ def _start(
 
 def _run_inline(values: Mapping[str, Value], nodes: int) -> None:
     # Imported here, since torch and transformers take seconds.
-    from flwr.common.logger import update_console_handler
-
     from slora_flwr.adapters.priming import HandoffError
     from slora_flwr.engines.inline import run_inline
     from slora_flwr.runs.writing import RunDirectoryError
     from slora_flwr.server.fleet import FleetError
     from slora_flwr.server.strategy import TooFewRepliesError
 
-    update_console_handler(colored=sys.stderr.isatty())
-    with ending_cleanly(
-        FleetError, HandoffError, RunDirectoryError, TooFewRepliesError
-    ):
+    failures = (FleetError, HandoffError, RunDirectoryError, TooFewRepliesError)
+    with heeding_sigterm(), ending_cleanly(*failures):
         run_inline(values, nodes)
 
 

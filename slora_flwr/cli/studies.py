@@ -5,8 +5,13 @@ from typing import Annotated
 
 import typer
 
-from slora_flwr.cli.options import RunConfigOption, ending_cleanly, fail
-from slora_flwr.config.arguments import merge_arguments
+from slora_flwr.cli.options import (
+    RunConfigOption,
+    ending_cleanly,
+    fail,
+    heeding_sigterm,
+    merge_values,
+)
 
 
 def sweep(
@@ -27,8 +32,8 @@ def sweep(
     """Execute all unfinished runs of a study, several at once."""
     from slora_flwr.studies.sweep import sweep as sweep_study
 
-    with ending_cleanly():
-        changes = merge_arguments(run_config or [])
+    with heeding_sigterm(), ending_cleanly():
+        changes = merge_values(run_config)
         failed = sweep_study(study, out, keep_states, changes)
     if failed:
         raise fail(f"failed: {', '.join(failed)}", 1)

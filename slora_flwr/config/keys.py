@@ -87,9 +87,8 @@ def parse(values: Mapping[str, Value]) -> RunConfig:
     sections: dict[str, dict[str, Value]] = {}
     for key, value in values.items():
         if key not in fields:
-            other = translate(key)
-            near = [other] if other else difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
+            meant = " or ".join(_meant(key))
+            hint = f"did you mean {meant}?" if meant else f"known: {', '.join(fields)}"
             raise ConfigError(f"{printable(key)} is not a run config key; {hint}")
         if redact(value) != str(value):
             # It would end up in config.toml, in checkpoints and on every node.
@@ -129,18 +128,35 @@ def _fields() -> dict[str, tuple[str, str, FieldInfo]]:
     return found
 
 
+def _meant(key: str) -> list[str]:
+    """Return the keys that an unknown one may stand for."""
+    if other := translate(key):
+        return [other]
+    fields = _fields()
+    given, _, last = key.replace("_", "-").rpartition(".")
+    if not given or given not in {section for section, _, _ in fields.values()}:
+        named: dict[str, list[str]] = {}
+        for name in fields:
+            named.setdefault(name.rpartition(".")[2], []).append(name)
+        for word in difflib.get_close_matches(last, named, n=1, cutoff=0.75):
+            # Phases only override what is so called there.
+            general = [name for name in (word, f"train.{word}") if name in fields]
+            return general or named[word]
+    return difflib.get_close_matches(key, fields, n=1)
+
+
 def _make(section: str, kind: Any, values: Mapping[str, Any]) -> Any:
     """Return a section, or the whole config, from unchecked values."""
     try:
         return kind(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):  # from an entry point
+            raise cause from cause.__cause__
         name = str(first["loc"][0])
         key = f"{section}.{_kebab(name)}".lstrip(".")
-        if first["type"] == "value_error":
-            cause = first["ctx"]["error"]
-            if isinstance(cause, ConfigError):  # from an entry point
-                raise cause from cause.__cause__
+        if isinstance(cause, ValueError):
             raise refuse(key, *cause.args) from None
         field = _fields_of(kind)[name]
         raise refuse(key, first["input"], _TYPES[field.annotation][1]) from None

@@ -6,6 +6,7 @@ checks each of its keys; rules that involve several are in `slora_flwr.config.ru
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -367,11 +368,14 @@ class SparseConfig(PhaseRecipeConfig):
         description="The share of the entries of the target matrices that the mask "
         "lets train.",
     )
-    rounds: Natural = Field(
-        default=4,
+    rounds: Annotated[
+        int, allow("a number of at least 0, or -1", lambda x: x >= -1)
+    ] = Field(
+        default=-1,
         description="The length of a method's first phase, where it has two: sparse "
-        "for `slora`, the head alone for `head-lora`. 0 ends a sparse phase when it "
-        "stops gaining, after half of the rounds at the latest.",
+        "for `slora`, the head alone for `head-lora`. -1 is a third of `rounds`, "
+        "rounded down, but at least 1. 0 ends a sparse phase when it stops gaining, "
+        "after half of the rounds at the latest.",
     )
     mask: Annotated[str, one_of("unstructured", "rows", "columns")] = Field(
         default="unstructured",
@@ -731,6 +735,15 @@ class RunConfig:
     attack: AttackConfig = AttackConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     run: OutputConfig = OutputConfig()
+
+    def __post_init__(self) -> None:
+        if self.sparse.rounds == -1:
+            # A method of one phase has a constant, since a study's runs are named after
+            # what differs from the defaults.
+            is_split = len(list_methods()[self.method].phases) > 1
+            first = max(1, self.rounds // 3) if is_split else 4
+            sparse = replace(self.sparse, rounds=first)
+            object.__setattr__(self, "sparse", sparse)  # it is frozen
 
     def most_weight(self, examples: int) -> int:
         """Return the most that a client with so many examples weighs in means."""

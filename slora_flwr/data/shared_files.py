@@ -53,8 +53,9 @@ def read_file(path: Path, wanted: Sequence[str]) -> Table:
     opened = _resolve(path)
     if not opened.is_file():
         raise ConfigError(
-            f"data file {path} does not exist; allowed: an absolute path (a run does "
-            "not start in your folder), or one inside the folder that data.name names"
+            f"data file {path} does not exist; allowed: one that is there (for `flwr "
+            "run` by its absolute path, since it does not start in your folder), or "
+            "one inside the folder that data.name names"
         )
     try:
         return FORMATS[path.suffix](opened, wanted)

@@ -28,6 +28,7 @@ from slora_flwr.common.text import (
     printable,
     redact,
     redact_hub_logs,
+    shorten,
 )
 from slora_flwr.config import ConfigError, DataConfig
 from slora_flwr.data.dialogues import (
@@ -38,66 +39,12 @@ from slora_flwr.data.dialogues import (
     text_of,
 )
 from slora_flwr.data.examples import Examples
+from slora_flwr.data.presets import DIALOGUES, PRESETS, Preset
 from slora_flwr.data.shared_files import FORMATS, Table, read_file
 
 # Share set aside for testing in a data set without a test split.
 TEST_SHARE = 0.2
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A known data set: its Hub id, empty for an embedded one, columns and splits."""
-
-    hub: str
-    text: str
-    label: str = ""
-    test: str = ""
-    response: str = ""
-    by: str = ""
-
-
-PRESETS = {
-    "stdlib-docs": Preset("", "text", "chapter"),
-    "stdlib-summaries": Preset("", "prompt,response", "chapter"),
-    "20newsgroups": Preset("SetFit/20_newsgroups", "text", "label_text", "test"),
-    "news-category": Preset(
-        "heegyu/news-category-dataset", "headline,short_description", "category"
-    ),
-}
-
-
-# Those that hold instructions, with the columns in which they do.
-DIALOGUES = {
-    "stdlib-docs": Preset("", "text", by="chapter"),
-    "stdlib-summaries": Preset("", "prompt", response="response", by="chapter"),
-    "vicgalle/alpaca-gpt4": Preset(
-        "vicgalle/alpaca-gpt4", "instruction,input", response="output"
-    ),
-    "databricks/databricks-dolly-15k": Preset(
-        "databricks/databricks-dolly-15k",
-        "instruction,context",
-        response="response",
-        by="category",
-    ),
-    "FinGPT/fingpt-sentiment-train": Preset(
-        "FinGPT/fingpt-sentiment-train", "instruction,input", response="output"
-    ),
-    "medalpaca/medical_meadow_medical_flashcards": Preset(
-        "medalpaca/medical_meadow_medical_flashcards",
-        "instruction,input",
-        response="output",
-    ),
-    "flwrlabs/code-alpaca-20k": Preset(
-        "flwrlabs/code-alpaca-20k", "instruction,input", response="output"
-    ),
-    "news-category": Preset(
-        "heegyu/news-category-dataset",
-        "short_description",
-        response="headline",
-        by="category",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -204,6 +151,8 @@ def read_unlabelled(
         return prompts_of(lines) if dialogues else Texts(lines, [""] * len(lines))
     if path.suffix not in FORMATS:
         raise ConfigError(f"data file is {path}; allowed: .txt, {', '.join(FORMATS)}")
+    if not path.exists():
+        raise ConfigError(f"{path} cannot be read (No such file or directory)")
     columns = Columns.of(config, _preset(config, dialogues), "", dialogues=dialogues)
     columns = replace(columns, label="", response="")
     table = read_file(path, columns.names)
@@ -456,8 +405,9 @@ def check_data_files(hub: str, data_files: Mapping[str, Sequence[str]] | None) -
 def _not_found(name: str, why: str) -> ConfigError:
     return ConfigError(
         f"data.name is {name!r}; allowed: {', '.join(PRESETS)}, a file or "
-        "folder that is there (absolute, since a run does not start in your folder), a "
-        f"name below $SLORA_ASSETS/data, or a Hub id that can be reached ({why})"
+        "folder that is there (for `flwr run` by its absolute path, since it does not "
+        "start in your folder), a name below $SLORA_ASSETS/data, or a Hub id that can "
+        f"be reached ({why})"
     )
 
 
@@ -539,9 +489,15 @@ class Columns:
             if name
         ]
         _check_columns(table, plain)
-        groups = self._whole(table, "clients.by", self.by) if self.by else []
+        groups = (
+            _whole(table.columns[self.by], f"clients.by names {self.by!r}")
+            if self.by
+            else []
+        )
         if not self.dialogues:
-            labels = self._whole(table, "data.label", self.label)
+            labels = _whole(
+                table.columns[self.label], f"data.label names {self.label!r}"
+            )
             return Texts(_join(table, self.text, split), labels, groups)
         dialogues = self._dialogues(table)
         texts = list(map(text_of, dialogues))
@@ -563,13 +519,6 @@ class Columns:
         """Return each row's text, by column."""
         columns = (map(_text, table.columns[name]) for name in self.text)
         return list(zip(*columns, strict=True))
-
-    def _whole(self, table: Table, key: str, name: str) -> list[str]:
-        """Return the values of a column that may not lack any."""
-        found = table.columns[name]
-        if any(value is None or value != value for value in found):
-            raise ConfigError(f"{key} names {name!r}, which is missing in some rows")
-        return [str(value) for value in found]
 
     def _dialogues(self, table: Table) -> list[Dialogue]:
         if self.messages:
@@ -604,6 +553,17 @@ class Columns:
 
 def _text(value: object) -> str:
     return "" if value is None else str(value)
+
+
+def _whole(column: Sequence[Any], named: str) -> list[str]:
+    """Return the values of a column that may not lack any."""
+    missing = [row for row, x in enumerate(column, start=1) if x is None or x != x]
+    if missing:
+        raise ConfigError(
+            f"{named}, which is missing in {len(missing)} of {len(column)} rows, "
+            f"counted from 1: {', '.join(map(str, shorten(missing)))}"
+        )
+    return [str(value) for value in column]
 
 
 def _check_columns(table: Table, wanted: Iterable[tuple[str, str]]) -> None:

@@ -1,13 +1,14 @@
 """The inline engine: a grid whose nodes live in this process, without Ray."""
 
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from logging import ERROR
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
-from flwr.common.logger import log
+from flwr.common.logger import log, update_console_handler
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -33,6 +34,7 @@ def run_inline(run_config: Mapping[str, Value], nodes: int = 1) -> dict[str, Any
     nodes : int
         Number of nodes.
     """
+    update_console_handler(colored=sys.stderr.isatty())
     run_id = time.time_ns()
     grid = InlineGrid(run_config, nodes, run_id)
     progress = CohortProgress(LiveLine.of_terminal(stderr=True))

@@ -8,6 +8,15 @@ from slora_flwr.planning.rounds import population
 from slora_flwr.tasks.choice import find_task
 
 
+def unchecked(config: RunConfig) -> str:
+    """Return what of a run's data a plan cannot check; "" if it can check all."""
+    if config.data.is_own:
+        return "Not checked: what only nodes have, such as enough examples."
+    if not config.clients.count:
+        return "Not checked: whether the data suffice for all nodes."
+    return ""
+
+
 @dataclass(frozen=True)
 class Assumptions:
     """Assumed figures; None where nothing is assumed.

@@ -1,9 +1,9 @@
 """What is said of a run that may end, or has ended, near the majority class."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slora_flwr.common.text import counted, printable
+from slora_flwr.common.text import counted, printable, shorten
 from slora_flwr.config import RunConfig
 
 # How far above the majority class's share an accuracy says nothing yet: two points.
@@ -74,6 +74,24 @@ def tell_chance(config: RunConfig, figures: Mapping[str, Any]) -> str:
         f"The accuracy, {accuracy:.1%}, is {where} the majority class's share of the "
         f"{config.data.tested_on}, {majority:.1%}: always giving that class would do "
         f"{well}. Try {_list(_remedies(config))}."
+    )
+
+
+def tell_warned(names: Sequence[str], runs: int) -> str:
+    """Return which of several runs have ended near the majority class.
+
+    Parameters
+    ----------
+    names : Sequence[str]
+        Names of the runs that `tell_chance` warns of, at least one.
+    runs : int
+        The number of runs.
+    """
+    which = ", ".join(map(printable, map(str, shorten(names))))
+    return (
+        f"The accuracy is within two points of the majority class's share, or below, "
+        f"in {len(names)} of {counted(runs, 'run')}: {which}. The report of each says "
+        "what to try."
     )
 
 

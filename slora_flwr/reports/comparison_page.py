@@ -8,7 +8,9 @@ from types import MappingProxyType
 
 import numpy as np
 
+from slora_flwr.common.text import printable, shorten
 from slora_flwr.config import RunConfig, flatten
+from slora_flwr.reports.chance import tell_warned
 from slora_flwr.reports.charts import (
     Chart,
     Line,
@@ -93,6 +95,16 @@ def compare(
             f"{len(runs) - len(tested)} of the runs are left out, since they were "
             "evaluated on held-out training data (data.validation)."
         )
+    if again := [name for group in groups for name in _repeated(group)]:
+        notices.append(
+            f"{', '.join(shorten(again))}: these repeat a seed of their group, so they "
+            "say nothing of the spread over seeds."
+        )
+    warned = [
+        r.path.name for r in tested if r.summary is not None and r.summary.warning
+    ]
+    if warned:
+        notices.append(tell_warned(warned, len(tested)))
     methods = ", ".join(dict.fromkeys(group.method for group in groups))
     return Page(
         title=f"Comparison of {methods}",
@@ -101,6 +113,16 @@ def compare(
         sections=sections,
         data=[_points(curves, rates, head)],
     )
+
+
+def _repeated(group: Group) -> list[str]:
+    """Return the names of runs with the seed of one before them."""
+    seeds = [run.config["seed"] for run in group.runs]
+    return [
+        printable(run.path.name)
+        for place, run in enumerate(group.runs)
+        if run.config["seed"] in seeds[:place]
+    ]
 
 
 def _results(groups: list[Group], head: Headline) -> Section:

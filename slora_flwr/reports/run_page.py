@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -33,7 +34,7 @@ def report(run: RecordedRun) -> Page:
     if run.failures:
         sections.append(_failures(run))
     return Page(
-        title=f"{run.method} on {config['data.name']}",
+        title=f"{run.method} on {_name_of_data(run)}",
         subtitle=(
             f"{config['model.name']}; {clients}, {heterogeneity(config)}, "
             f"{config['clients.per-round']} a round; seed {config['seed']}; "
@@ -43,6 +44,12 @@ def report(run: RecordedRun) -> Page:
         figures=_figures(run),
         sections=[*sections, _config(run)],
     )
+
+
+def _name_of_data(run: RecordedRun) -> str:
+    """Return what the data is called, of a file or folder its name alone."""
+    name = str(run.config["data.name"])
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _notice(run: RecordedRun) -> str:

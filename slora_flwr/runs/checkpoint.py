@@ -6,7 +6,6 @@ which reveals damage that the format would not.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from functools import partial
 from hashlib import blake2b
@@ -23,12 +22,12 @@ from slora_flwr.common.files import expand, write_atomically
 from slora_flwr.common.tensors import State
 from slora_flwr.common.text import printable
 from slora_flwr.config import ConfigError, RunConfig, flatten
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from slora_flwr.runs.events import EVENTS
 from slora_flwr.runs.ledger import LEDGER, read_entries
 from slora_flwr.runs.snapshot import Snapshot
 
 FORMAT = "2"
-_NAME = re.compile(r"round-[0-9]+\.safetensors")
 # Files that grow during a run, truncated on resuming to their size at the checkpoint.
 GROWING = (EVENTS, LEDGER)
 # Keys that may change on resuming; no state depends on them.
@@ -141,24 +140,6 @@ def check_identity(
             "a version of its protocol"
         )
     _compare(given, kept, found)
-
-
-def checkpoint_path(directory: Path, number: int) -> Path:
-    """Return the path of the checkpoint after a round."""
-    return directory / "checkpoints" / f"round-{number:04d}.safetensors"
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Return the paths of a run directory's checkpoints by round, whole or not."""
-    # Copies of other names, such as "round-0001 (copy)", are their owner's.
-    found = (directory / "checkpoints").glob("round-*.safetensors")
-    named = [path for path in found if _NAME.fullmatch(path.name) and path.is_file()]
-    return sorted(named, key=number_of)
-
-
-def number_of(path: Path) -> int:
-    """Return the round after which a checkpoint was written."""
-    return int(path.stem.removeprefix("round-"))
 
 
 def _compare(given: str, kept: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -20,12 +20,11 @@ from slora_flwr.common.files import (
     write_atomically,
 )
 from slora_flwr.config import ConfigError, RunConfig
-from slora_flwr.runs.checkpoint import (
-    GROWING,
+from slora_flwr.runs.checkpoint import GROWING, write_checkpoint
+from slora_flwr.runs.checkpoint_files import (
     checkpoint_path,
     list_checkpoints,
     number_of,
-    write_checkpoint,
 )
 from slora_flwr.runs.events import EVENTS, Event, to_line
 from slora_flwr.runs.ledger import LEDGER, Entry, Ledger

@@ -4,6 +4,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,6 +16,7 @@ from slora_flwr.common.files import expand, home, read_regular
 from slora_flwr.common.text import default_name, printable, shorten
 from slora_flwr.config import RunConfig, Value, flatten
 from slora_flwr.config.arguments import flatten_tables
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from slora_flwr.runs.events import (
     EVENTS,
     INTERRUPTED,
@@ -149,6 +151,12 @@ class RecordedRun:
             return "finished"
         is_failure = self.stopped not in (None, INTERRUPTED)
         return "failed" if is_failure else "interrupted"
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether it ended early and left a checkpoint."""
+        has_ended_early = self.state in ("failed", "interrupted")
+        return has_ended_early and bool(list_checkpoints(self.path))
 
     @property
     def accuracy(self) -> float | None:
@@ -336,6 +344,29 @@ def find_run(given: str | None) -> Path:
     if not given or not begun:
         raise _refuse(given)
     return begun[0]
+
+
+def find_resumable() -> Path:
+    """Return the newest run below `$SLORA_HOME/runs` that can be resumed.
+
+    Raises
+    ------
+    RunError
+        If there is none.
+    """
+    for path in list_runs():
+        with suppress(RunError):  # it is damaged
+            if read_run(path).can_resume:
+                return path
+    raise RunError(
+        f"{_runs()} holds no run that can be resumed; allowed: RUN, a run that ended "
+        "early and left a checkpoint"
+    )
+
+
+def is_named(run: Path, given: str) -> bool:
+    """Return whether `given` is a run's whole path, name or id, not a beginning."""
+    return given in (run.name, _id_of(run)) or is_run(expand(given))
 
 
 def list_runs(folders: Iterable[str] = ()) -> list[Path]:

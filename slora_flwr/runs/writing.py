@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from slora_flwr.runs.checkpoint import list_checkpoints
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 
 
 class RunDirectoryError(RuntimeError):

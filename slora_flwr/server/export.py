@@ -226,8 +226,10 @@ def _complete(
     """Add to an export what is not the adapter's: labels, tokeniser, model card."""
     if classes:
         export_classes(folder, classes)
-    usage = find_task(config).usage(data.encoder)
-    export_tokenizer(folder, model.backbone.tokenizer)
+    task = find_task(config)
+    usage = task.usage(data.encoder)
+    length = task.longest_text(config.data)
+    export_tokenizer(folder, model.backbone.tokenizer, length)
     card = ModelCard(
         config=config,
         base=public_name(config.model.name),

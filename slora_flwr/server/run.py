@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from logging import INFO, WARNING
 from typing import Any
@@ -17,7 +17,6 @@ from slora_flwr.common.files import run_folder
 from slora_flwr.common.protocol import installed_version
 from slora_flwr.common.text import counted
 from slora_flwr.config import ConfigError, RunConfig, Value, parse
-from slora_flwr.config.errors import refuse
 from slora_flwr.config.identity import code_identity
 from slora_flwr.reports.chance import foresee
 from slora_flwr.reports.closing_table import closing_table
@@ -37,7 +36,6 @@ from slora_flwr.server.strategy import PhasedStrategy
 from slora_flwr.server.summary import resolve, summarise
 from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.attached_model import AttachedModel
-from slora_flwr.training.process_data import held_out
 from slora_flwr.training.trainer import Trainer
 
 
@@ -125,12 +123,9 @@ def _run(
     share = share or (lambda model: None)
     trainer = Trainer(config)
     share(trainer.model)
-    moved = 0
-    if config.clients.count:
-        # Made now, so that an impossible partition fails before any message.
-        moved = trainer.data.partition.moved
-        _check_holdout(config, trainer.data.partition.sizes.tolist())
-    _ = trainer.probes  # made now, so that what cannot be fails before any message
+    trainer.data.check()  # so that what is impossible fails before any message
+    _ = trainer.probes  # likewise
+    moved = trainer.data.partition.moved if config.clients.count else 0
     fleet_of = _own_data_fleet if config.data.is_own else _shared_data_fleet
     fleet = fleet_of(trainer, {**code_identity(config)})
     if checkpoint is not None:
@@ -204,23 +199,6 @@ def _run(
     return summary
 
 
-def _check_holdout(config: RunConfig, sizes: Sequence[int]) -> None:
-    """Raise ConfigError if too few clients train; warn if some do not."""
-    clients = config.clients
-    empty = sum(held_out(size, clients.holdout) == size for size in sizes)
-    if len(sizes) - empty < clients.min_replies:
-        raise refuse(
-            "clients.holdout",
-            clients.holdout,
-            f"a share that leaves clients.min-replies clients, {clients.min_replies}, "
-            f"some examples, and {empty} of {counted(len(sizes), 'client')} have "
-            "nothing left to train on",
-        )
-    if empty:
-        told = "clients.holdout leaves %d of %s nothing to train on"
-        log(WARNING, told, empty, counted(len(sizes), "client"))
-
-
 def _shared_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
     expected |= {
         "backbone": trainer.model.backbone.digest,
@@ -237,22 +215,12 @@ def _shared_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
 def _own_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
     config = trainer.config
     expected["backbone"] = digest_of(config.model, find_task(config))
-    labels = {*config.data.label_names}
-    if not trainer.task.has_classes:
-        # Now, so that a test file without use fails before any message.
-        _ = trainer.data.tokenised
-    # Until the nodes' labels are known, the classes are those of the test data.
-    if labels and (others := {*trainer.data.classes} - labels):
-        raise ConfigError(
-            f"data.test is {config.data.test!r}, which holds the labels "
-            f"{', '.join(sorted(others))}; allowed: those of data.labels, which are "
-            f"{', '.join(sorted(labels))}"
-        )
     return OwnDataFleet(
         expected,
         config.clients.min_nodes,
         config.clients.deadline,
-        labels=labels,
+        labels={*config.data.label_names},
+        # Until the nodes' labels are known, the classes are those of the test data.
         also=trainer.data.classes,
         min_examples=config.clients.min_examples,
         has_classes=trainer.task.has_classes,

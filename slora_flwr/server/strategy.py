@@ -13,7 +13,7 @@ from slora_flwr.common.text import counted
 from slora_flwr.config import flatten
 from slora_flwr.planning.rounds import plan_rounds
 from slora_flwr.reports.progress import CohortProgress, progress_line
-from slora_flwr.runs.checkpoint import list_checkpoints
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from slora_flwr.runs.directory import RunDirectory
 from slora_flwr.runs.events import METRICS, ClassRecord
 from slora_flwr.runs.snapshot import Snapshot

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from slora_flwr.common.text import csv_cell
 from slora_flwr.config import ConfigError, Value, flatten, parse
+from slora_flwr.reports.chance import tell_warned
 from slora_flwr.reports.narrow_tables import print_table
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.runs.roster import write_roster
@@ -128,6 +129,8 @@ def sweep(
         write_rows(folder / "runs.csv", rows)
         shown = [key for key in varied if key in keys and key != "seed"]
         print_table(runner.console, _table(rows, shown), len(shown))
+        if warned := [run.name for run in finished if "warning" in run.summary()]:
+            say(tell_warned(warned, len(finished)))
         say(folder / "runs.csv")
     return runner.failed
 
@@ -197,6 +200,7 @@ def _row(run: StudyRun, keys: list[str]) -> dict[str, Any]:
         "payload_mb_down": summary["payload_bytes_down"] / 1e6,
         "seconds": summary["seconds"],
         "run": run.name,
+        "warning": summary.get("warning", ""),
     }
 
 

@@ -148,6 +148,10 @@ class Task(ABC):
     def outputs(self, classes: Sequence[str]) -> int | None:
         """Return a classifier's number of outputs; None for a language model."""
 
+    def longest_text(self, data: DataConfig) -> int | None:
+        """Return the most tokens that an exported tokeniser reads; None for its own."""
+        return data.max_length
+
     def run(self, model: Any, ids: Tensor, mask: Tensor) -> None:
         """Run a model on texts, as far as the loss needs it."""
         model(input_ids=ids, attention_mask=mask)

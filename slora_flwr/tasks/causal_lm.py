@@ -139,6 +139,10 @@ class CausalLM(Task):
         """Return None: it has no head of its own."""
         return
 
+    def longest_text(self, data: DataConfig) -> int | None:
+        """Return None: what is generated may be longer than what was learned."""
+        return None
+
     def run(self, model: Any, ids: Tensor, mask: Tensor) -> None:
         """Run a model on texts, without the logits, which may be large."""
         hidden_states(model, ids, mask)

@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flwr.common.logger import log
 from numpy.typing import NDArray
 
 from slora_flwr.backbone.load import load_tokenizer
-from slora_flwr.config import RunConfig
+from slora_flwr.common.text import counted
+from slora_flwr.config import ConfigError, RunConfig, refuse
 from slora_flwr.config.schedule import make_schedule
 from slora_flwr.data.dialogues import Dialogue
 from slora_flwr.data.examples import Examples
@@ -183,6 +186,46 @@ class ProcessData:
         for client in (0, len(sizes) // 2, len(sizes) - 1):
             digest.update(self.partition.indices(client).astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def check(self) -> None:
+        """Check what can be known of the run's data before nodes answer.
+
+        Raises
+        ------
+        ConfigError
+            If its shared data cannot be dealt to the clients so, or leaves too few of
+            them anything to train on; or if the server's test data has other labels
+            than the nodes' may have.
+        """
+        data = self._config.data
+        if self._config.clients.count:
+            self._check_holdout(self.partition.sizes.tolist())
+        elif not self._task.has_classes:
+            _ = self.tokenised  # so that a test file without use is refused
+        elif data.is_own and data.test and data.labels:
+            known = data.label_names
+            if others := sorted({*self._texts[1].labels} - {*known}):
+                raise ConfigError(
+                    f"data.test is {data.test!r}, which holds the labels "
+                    f"{', '.join(others)}; allowed: those of data.labels, which are "
+                    f"{', '.join(known)}"
+                )
+
+    def _check_holdout(self, sizes: Sequence[int]) -> None:
+        """Raise ConfigError if too few clients train; warn if some do not."""
+        clients = self._config.clients
+        empty = sum(held_out(size, clients.holdout) == size for size in sizes)
+        if len(sizes) - empty < clients.min_replies:
+            raise refuse(
+                "clients.holdout",
+                clients.holdout,
+                f"a share that leaves clients.min-replies clients, "
+                f"{clients.min_replies}, some examples, and {empty} of "
+                f"{counted(len(sizes), 'client')} have nothing left to train on",
+            )
+        if empty:
+            told = "clients.holdout leaves %d of %s nothing to train on"
+            log(WARNING, told, empty, counted(len(sizes), "client"))
 
     def host(self, client: int, source: OwnData, folder: Path) -> None:
         """Assign a node's own data to a client; leave out rows with other labels.

@@ -174,7 +174,7 @@ def test_stock_transformers_computes_the_same(
     train(backbone, adapter, examples, RECIPE, (0, 1, 0))
     live = logits(backbone.model, examples)
     export_model(tmp_path, backbone, ["a", "b", "c"])
-    export_tokenizer(tmp_path, backbone.tokenizer)
+    export_tokenizer(tmp_path, backbone.tokenizer, 7)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(model, examples), live, rtol=0, atol=1e-6)
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
@@ -182,6 +182,8 @@ def test_stock_transformers_computes_the_same(
     text = "w7 w119 unheard"
     assert tokenizer(text)["input_ids"] == [7, 119, 1]
     assert tokenizer(text)["input_ids"] == backbone.tokenizer(text)["input_ids"]
+    assert tokenizer("w7 " * 20, truncation=True)["input_ids"] == [7] * 7
+    assert backbone.tokenizer.model_max_length != 7
 
 
 @pytest.mark.parametrize("kind", ["houlsby", "pfeiffer"])

@@ -18,7 +18,7 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from slora_flwr.client.process import make_process
 from slora_flwr.common.files import cache_folder
-from slora_flwr.runs.checkpoint import list_checkpoints
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from slora_flwr.server import collect, fleet
 from slora_flwr.server.round import NO_REPLY
 from slora_flwr.server.strategy import TooFewRepliesError

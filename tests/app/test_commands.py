@@ -21,7 +21,7 @@ from slora_flwr import __version__
 from slora_flwr.cli import app
 from slora_flwr.config import parse
 from slora_flwr.data.texts import load_texts
-from slora_flwr.runs.checkpoint import list_checkpoints
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.runs.reader import read_run
 from slora_flwr.studies.study import read_study
@@ -84,8 +84,36 @@ def test_c_takes_the_pairs_that_follow_it(written: Path) -> None:
 
 def test_a_value_without_c_is_no_folder(written: Path) -> None:
     done = slora("run", "rounds=1", "--engine", "inline", "-c", written)
-    told = "FOLDER is 'rounds=1'; allowed: a folder; run config values follow -c"
-    assert (done.exit_code, done.stderr) == (2, f"Error: {told}\n")
+    told = "FOLDER is 'rounds=1'; allowed: a folder; run config values follow -c: "
+    assert (done.exit_code, done.stderr) == (2, f"Error: {told}-c rounds=1\n")
+    done = slora("run", written)
+    assert done.stderr.endswith(f"; run config values follow -c: -c {written}\n")
+
+
+@pytest.mark.parametrize(
+    ("before", "values"),
+    [
+        ("plan", "own.toml"),
+        ("config", "own.toml"),
+        ("plan", "rounds=3"),
+        ("plan --labels 3", "own.toml rounds=3"),
+        ("run .", "own.toml"),
+        ("sweep study.toml", "own.toml"),
+        ("resume 20260101", "run.keep=1"),
+    ],
+)
+def test_values_without_c_are_answered_with_it(before: str, values: str) -> None:
+    done = slora(*before.split(), *values.split())
+    told = f"Error: {values} does not follow -c; allowed: run config values after it, "
+    told += f"as in -c {values}\n"
+    assert (done.exit_code, done.stderr) == (2, told)
+
+
+def test_other_words_too_many_are_named() -> None:
+    for given in (("plan", "much"), ("report", "one", "own.toml")):
+        done = slora(*given)
+        assert done.exit_code == 2
+        assert f"Got unexpected extra argument ({given[-1]})" in done.stderr
 
 
 def test_another_librarys_name_is_answered_with_ours() -> None:
@@ -126,6 +154,37 @@ def test_a_runs_own_config_runs_again_as_it_is(
     assert_same(new, first)
 
 
+def test_paths_are_relative_to_the_current_folder(
+    written: Path, config: Config, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = Path(str(config["data.name"]))
+    here = written.parent / "here"
+    here.mkdir()
+    (here / "own.csv").write_bytes(texts.read_bytes())
+    (here / "model").symlink_to(str(config["model.name"]))
+    monkeypatch.chdir(here)
+    inline = ("run", "--engine", "inline", "-c", written, "rounds=1")
+    done = slora(*inline, "data.name=own.csv", "model.name=model", "run.dir=out")
+    assert done.exit_code == 0, done.output
+    path = here / "out" / "config.toml"
+    printed = tomllib.loads(path.read_text())
+    assert printed["data"]["name"] == str(here / "own.csv")
+    assert printed["model"]["name"] == str(here / "model")
+    monkeypatch.chdir(written.parent)
+    again = slora("run", "--engine", "inline", "-c", path, "run.dir=again")
+    assert again.exit_code == 0, again.output
+    assert_same(written.parent / "again", here / "out")
+    done = slora(*inline, "data.name=none.csv", "run.dir=third")
+    assert done.exit_code == 2
+    told = "a file or folder that is there (for `flwr run` by its absolute path, since "
+    assert told in done.stderr
+    done = slora(*inline, "data.train=none.csv", "run.dir=third")
+    assert f"data file {written.parent / 'none.csv'} does not exist" in done.stderr
+    done = slora("predict", path.parent, "--file", "none.csv")
+    told = "Error: none.csv cannot be read (No such file or directory)\n"
+    assert (done.exit_code, done.stderr) == (2, told)
+
+
 # Runs
 
 
@@ -157,13 +216,41 @@ def test_resume_takes_the_newest_run_and_its_engine(
     assert [p.name for p in (path / "checkpoints").glob("round-*")] == [
         "round-0002.safetensors"
     ]
-    done = slora("resume")
+    done = slora("resume", path.name)
     assert done.exit_code == 2
     assert f"RUN is '{path.name}'; allowed: a run that has not finished" in done.stderr
+    # A checkpoint names its run.
+    done = slora("resume", "-c", f"run.resume={list_checkpoints(path)[0]}")
+    assert done.exit_code == 0, done.output
     # What must not differ is refused.
     done = slora("resume", path.name, "-c", "rounds=3")
     assert done.exit_code == 2
     assert "rounds is 2 there and 3 here" in done.stderr
+
+
+def test_resume_takes_the_newest_run_that_can_be_resumed(
+    config: Config, home: Path
+) -> None:
+    done = slora("resume")
+    told = f"Error: {home / 'runs'} holds no run that can be resumed; allowed: RUN, a "
+    assert (done.exit_code, done.stderr.startswith(told)) == (2, True)
+    older = stop(config | {"run.dir": str(name_of("older"))}, 3)
+    newer = stop(config | {"run.dir": str(name_of("newer"))}, 2)
+    stop(config | {"run.dir": str(name_of("without"))}, 1)
+    start(config | {"run.dir": str(name_of("done"))}, Grid(config))
+    shutil.copytree(newer, name_of("damaged"))
+    (name_of("damaged") / "config.toml").write_text("method = ")
+    shutil.copytree(newer, name_of("going"))
+    for age, name in enumerate(("older", "newer", "without", "done", "damaged")):
+        os.utime(name_of(name) / "config.toml", (age, age))
+    with sole_use(name_of("going") / "events.jsonl", ""):
+        for path in (newer, older):
+            done = slora("resume", "--engine", "inline")
+            assert done.exit_code == 0, done.output
+            assert done.stdout.startswith(f"Resuming {path.name}\n")
+            assert read_run(path).state == "finished"
+        done = slora("resume", "--engine", "inline")
+    assert (done.exit_code, done.stderr.startswith(told)) == (2, True)
 
 
 def test_a_run_whose_rounds_are_held_again_has_not_ended(
@@ -181,7 +268,8 @@ def test_a_run_whose_rounds_are_held_again_has_not_ended(
         done = slora("resume", path)
     assert done.exit_code == 2
     assert "allowed: a run that no process is making" in done.stderr
-    assert slora("resume", path, "--nodes", 2).exit_code == 0
+    done = slora("resume", path, "--engine", "inline", "--nodes", 2)
+    assert done.exit_code == 0, done.output
     assert_same(path, whole)
 
 
@@ -222,7 +310,9 @@ def test_a_run_is_known_by_its_beginning_or_its_id(config: Config, home: Path) -
 
 
 def test_runs_are_listed_within_80_columns(config: Config, home: Path) -> None:
-    assert slora("runs").stdout.startswith("There are no runs yet.")
+    told = f"There are no runs below {home / 'runs'}. `slora run` makes one there; "
+    told += "`slora runs FOLDER` lists those below another folder."
+    assert " ".join(slora("runs").stdout.split()) == told
     config |= {"rounds": 1}
     done = start(config, Grid(config))
     # Two that began in one second, so that their names begin alike.
@@ -283,16 +373,20 @@ def test_names_are_no_markup(config: Config, home: Path) -> None:
     assert line.startswith("a[b]\\x1b[31mc finished lora   my[e] ")
 
 
-def test_a_failed_run_is_told_from_an_interrupted_one(
+def test_it_is_told_what_became_of_a_run_and_whether_it_can_go_on(
     config: Config, home: Path
 ) -> None:
     stop(config | {"run.dir": str(name_of("one"))}, 2)
     stop(config | {"run.dir": str(name_of("two"))}, 2)
+    stop(config | {"run.dir": str(name_of("three"))}, 1)
     path = name_of("two") / "events.jsonl"
     kept = [line for line in path.open() if "stopped" not in line]
     path.write_text("".join(kept))
-    states = {line.split()[0]: line.split()[1] for line in _lines("runs")}
-    assert states == {"run": "state", "one": "failed", "two": "interrupted"}
+    heading, *lines = _lines("runs")
+    states = {line.split()[0]: line.split("lora")[0].split()[1:] for line in lines}
+    assert states.pop("three") == ["no", "checkpoint"]
+    assert states == {"one": ["failed"], "two": ["interrupted"]}
+    assert heading.startswith("run   state         method")
 
 
 def _lines(*arguments: object) -> list[str]:
@@ -373,7 +467,7 @@ def test_a_text_is_given_or_read_from_a_file(
         assert 1 / 3 <= float(probability) <= 1
     assert slora("predict", texts[0]).stdout == told.splitlines()[0] + "\n"
     # A word alone is a text, even where a run begins so.
-    assert slora("predict", "7").stdout.endswith("\t7\n")
+    assert slora("predict", "2026").stdout.endswith("\t2026\n")
 
 
 def test_any_text_is_a_text(
@@ -402,7 +496,11 @@ def test_what_cannot_be_predicted_is_refused(
     empty.write_text("text,title\n")
     for given, told in {
         (): "TEXT is missing; allowed: one or more, or --file",
-        (str(finished),): "TEXT is missing",
+        (str(finished),): f"TEXT is missing, since {finished} names run ",
+        (finished.name,): f"names run {finished.name}; allowed: one or more, or",
+        ("7",): f"7 names run {finished.name}",
+        (finished.name[:-1], ""): "TEXT is ''; allowed: a text that is not empty",
+        (" ",): "TEXT is ''",
         ("7", "text", "--file", str(other)): "TEXT is 'text'; allowed: none",
         ("--file", str(other)): "data.text names 'text'; the columns are title",
         ("--file", str(tmp_path / "absent.txt")): "absent.txt cannot be read",

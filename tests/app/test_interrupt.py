@@ -19,11 +19,8 @@ from typer.testing import CliRunner
 from slora_flwr.cli import app
 from slora_flwr.config import flatten, parse
 from slora_flwr.engines import flower, inline
-from slora_flwr.runs.checkpoint import (
-    list_checkpoints,
-    read_checkpoint,
-    write_checkpoint,
-)
+from slora_flwr.runs.checkpoint import read_checkpoint, write_checkpoint
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from slora_flwr.runs.lock import is_locked, sole_use
 from slora_flwr.runs.reader import read_run
 from slora_flwr.runs.writing import RunDirectoryError
@@ -64,14 +61,19 @@ def slora(*given: str) -> Result:
     return CliRunner().invoke(app, [*given])
 
 
-def interrupt(config: Config, number: str, monkeypatch: pytest.MonkeyPatch) -> Result:
+def interrupt(
+    config: Config,
+    number: str,
+    monkeypatch: pytest.MonkeyPatch,
+    sent: signal.Signals = signal.SIGINT,
+) -> Result:
     """Press Ctrl-C in a round of `slora run`; an empty `number` means before it."""
 
     class Interrupting(inline.InlineGrid):
         def _answer(self, message: Message) -> Message:
             kind, group = message.metadata.message_type, message.metadata.group_id
             if not number or (kind == MessageType.TRAIN and group == number):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(sent)
             return super()._answer(message)
 
     with monkeypatch.context() as patch:
@@ -82,14 +84,17 @@ def interrupt(config: Config, number: str, monkeypatch: pytest.MonkeyPatch) -> R
 # Inline
 
 
+@pytest.mark.parametrize(
+    ("kind", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
 def test_an_interrupted_run_says_how_it_goes_on_and_does(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    config: Config, monkeypatch: pytest.MonkeyPatch, kind: signal.Signals, status: int
 ) -> None:
     whole = start(config, Grid(config, nodes=2))
     config = elsewhere(config)
     directory = Path(str(config["run.dir"]))
-    done = interrupt(config, "3", monkeypatch)
-    assert done.exit_code == 130
+    done = interrupt(config, "3", monkeypatch, kind)
+    assert done.exit_code == status
     assert done.stderr.endswith(
         f"\nInterrupted. Go on with: slora resume {directory}\n"
     )
@@ -191,13 +196,17 @@ def test_an_interrupted_sweep_says_how_it_goes_on_and_does(
     command = [*SWEEP, str(path), "--out", str(tmp_path)]
     directory.mkdir()  # so that the run is made there
     # Of the first round there is a checkpoint once the second one is told.
-    for kind, count in (("round", 2), ("resumed", 1)):
+    for kind, count, number, status in (
+        ("round", 2, signal.SIGINT, 130),
+        ("resumed", 1, signal.SIGTERM, 143),
+    ):
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             wait_until(partial(has_told, directory, kind, count, process))
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             told = process.communicate()[1]
-        assert process.returncode == 130, told
+        assert process.returncode == status, told
         assert "Traceback" not in told
+        assert "leaked" not in told
         assert (
             "Interrupted. 1 of 1 run is left. The same command goes on with what is "
             "left, from the last checkpoints.\n" in told

@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 
-from slora_flwr.runs.checkpoint import checkpoint_path, list_checkpoints, number_of
+from slora_flwr.runs.checkpoint_files import (
+    checkpoint_path,
+    list_checkpoints,
+    number_of,
+)
 from tests.support import interrupted
 from tests.support.grids import Grid
 from tests.support.processes import LONG

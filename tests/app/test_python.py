@@ -81,6 +81,12 @@ def test_the_history_is_that_of_the_events(result: Result) -> None:
     assert result.accuracy == told["accuracy"] == recorded[-1]["accuracy"]
 
 
+def test_it_is_told_in_a_line(result: Result) -> None:
+    accuracy = f"{summary(result.directory)['accuracy']:.3f}"
+    told = f"{result.directory}: slora, finished, 5 rounds, accuracy {accuracy}"
+    assert str(result) == repr(result) == f"<Result of {told}>"
+
+
 def test_the_ledger_is_that_of_the_run(result: Result) -> None:
     rows = ledger(result.directory)
     assert [
@@ -219,6 +225,18 @@ def test_bottlenecks_predict_though_they_cannot_be_merged(
         result.model()
     [found] = result.predict("w5 w6")
     assert found.label in CLASSES
+
+
+def test_a_log_that_no_terminal_shows_has_no_colours(
+    config: Config, tmp_path: Path
+) -> None:
+    given = {"method": "lora", "rounds": 1, "run.dir": str(tmp_path / "run")}
+    code = f"from slora_flwr import train; train({config!r}, {given!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert "round 1/1 lora" in done.stderr + done.stdout
+    assert "\x1b" not in done.stderr + done.stdout
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from flwr.app import Message
 
 from slora_flwr.client.residuals import Residuals
 from slora_flwr.common.files import cache_folder
-from slora_flwr.runs.checkpoint import list_checkpoints, read_checkpoint
+from slora_flwr.runs.checkpoint import read_checkpoint
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from slora_flwr.server.run import run
 from tests.support.grids import RUN_IDS, Grid
 from tests.support.own_data import NodesGrid, make_own_data_config, nodes_of

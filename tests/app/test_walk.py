@@ -28,7 +28,7 @@ from transformers import (
 from slora_flwr import train
 from slora_flwr.config import parse
 from slora_flwr.data.texts import load_texts
-from slora_flwr.runs.checkpoint import checkpoint_path, list_checkpoints
+from slora_flwr.runs.checkpoint_files import checkpoint_path, list_checkpoints
 from slora_flwr.runs.reader import read_run
 from tests.support.processes import wait_until
 from tests.support.resuming import assert_same
@@ -77,9 +77,7 @@ labels = torch.tensor([model.config.label2id[row["label"]] for row in rows])
 logits = []
 for at in range(0, len(rows), 32):
     texts = [row["text"] for row in rows[at : at + 32]]
-    given = tokenizer(
-        texts, truncation=True, max_length=64, padding=True, return_tensors="pt"
-    )
+    given = tokenizer(texts, truncation=True, padding=True, return_tensors="pt")
     with torch.no_grad():
         logits.append(model.eval()(**given).logits)
 logits = torch.cat(logits)
@@ -154,7 +152,12 @@ class Walk:
     def measure(self, code: str, folder: str) -> list[float]:
         """Return loss and accuracy of what code loads with stock libraries."""
         file = self.folder / "new.csv"
-        code = "\n".join((WITHOUT, code, MEASURE.replace("FILE", repr(str(file)))))
+        code = "\n".join((code, MEASURE.replace("FILE", repr(str(file)))))
+        return [float(value) for value in self.find(code, folder)]
+
+    def find(self, code: str, folder: str) -> Any:
+        """Return what code with stock libraries says that it has found."""
+        code = f"{WITHOUT}\n{code}"
         done = subprocess.run(
             [sys.executable, "-P", "-c", code],
             cwd=self.folder / folder,
@@ -164,7 +167,7 @@ class Walk:
         )
         assert done.returncode == 0, done.stderr
         [line] = re.findall(r"^FOUND (.*)$", done.stdout, re.MULTILINE)
-        return [float(value) for value in json.loads(line)]
+        return json.loads(line)
 
 
 def write_table(path: Path, rows: Iterable[tuple[str, str]]) -> None:
@@ -282,6 +285,11 @@ def test_the_guide_is_walked_to_its_end(walk: Walk, tmp_path: Path) -> None:
     [load] = walk.blocks("python")
     named = "model, tokenizer = classify.model, classify.tokenizer"
     assert walk.measure(f"{load}\n{named}", ".") == expected
+    here = max(map(json.loads, lines), key=lambda one: len(one["text"]))
+    asked = f"import json\nprint('FOUND', json.dumps(classify({here['text']!r})))"
+    [there] = walk.find(f"{load}\n{asked}", ".")
+    assert there["label"] == here["label"]
+    assert there["score"] == pytest.approx(here["probability"], rel=0, abs=WITHIN)
     adapter = walk.folder / "my-adapter"
     (adapter / walk.model.name).symlink_to(walk.model)
     code = read_code((adapter / "README.md").read_text())

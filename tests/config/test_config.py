@@ -46,8 +46,8 @@ CHANGED: dict[str, Value] = {
     "model.revision": "v2",
     "model.dtype": "bfloat16",
     "data.name": "20newsgroups",
-    "data.train": "a.csv",
-    "data.test": "b.csv",
+    "data.train": "/a.csv",
+    "data.test": "/b.csv",
     "data.text": "title,body",
     "data.label": "topic",
     "data.response": "answer",
@@ -220,7 +220,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("sparse.lr", -0.1, "a number of at least 0"),
     ("sparse.density", 0.0, "a number above 0 up to 1"),
     ("sparse.density", 1.5, "a number above 0 up to 1"),
-    ("sparse.rounds", -1, "a number of at least 0"),
+    ("sparse.rounds", -2, "a number of at least 0, or -1"),
     ("sparse.rounds", 12, "up to 11 for slora, since rounds is 12"),
     ("sparse.mask", "diagonal", "unstructured, rows, columns"),
     ("sparse.schedule", "never", "fixed, per-round"),
@@ -388,6 +388,21 @@ def test_numbers_are_finite(key: str, value: float) -> None:
         ("lora.rnak", "lora.rank"),
         ("round", "rounds"),
         ("train.batchsize", "train.batch-size"),
+        # What phases only override is meant for all of them.
+        ("epochs", "train.epochs"),
+        ("epoch", "train.epochs"),
+        ("lr", "train.lr"),
+        ("batchsize", "train.batch-size"),
+        ("optimizer", "train.optimizer"),
+        ("training.epochs", "train.epochs"),
+        ("momentum", "train.momentum"),
+        ("rank", "lora.rank"),
+        ("density", "sparse.density"),
+        ("partition", "clients.partitioner"),
+        ("dirichlet.alpha", "clients.alpha or lora.alpha"),
+        ("dtype", "model.dtype or upload.dtype or download.dtype"),
+        ("name", "model.name or data.name"),
+        ("sed", "seed"),
     ],
 )
 def test_an_unknown_key_suggests_the_near_one(unknown: str, near: str) -> None:
@@ -407,6 +422,22 @@ def test_sparse_rounds_leave_one_for_lora() -> None:
     assert message == (
         "sparse.rounds is 4; allowed: up to 3 for slora, since rounds is 4"
     )
+
+
+@pytest.mark.parametrize("method", ["slora", "head-lora"])
+@pytest.mark.parametrize(
+    ("rounds", "first"), [(2, 1), (3, 1), (5, 1), (6, 2), (12, 4), (50, 16)]
+)
+def test_the_first_phase_has_a_third_of_the_rounds_unless_told(
+    method: str, rounds: int, first: int
+) -> None:
+    for values in ({}, {"sparse.rounds": -1}):
+        config = parse({"method": method, "rounds": rounds, **values})
+        assert [p.rounds for p in make_schedule(config)] == [first, rounds - first]
+        assert flatten(config)["sparse.rounds"] == first
+    # A number that a config was given, or was written with, stays.
+    config = parse(flatten(config) | {"rounds": rounds + 30})
+    assert make_schedule(config)[0].rounds == first
 
 
 @pytest.mark.parametrize("method", ["sft", "lora", "fft", "head"])
@@ -743,7 +774,9 @@ def test_flattening_undoes_parsing(values: dict[str, Value]) -> None:
             del values[named]
     assert parse(flatten(config)) == config
     assert hash(parse(flatten(config))) == hash(config)
-    assert flatten(config) == DEFAULTS | values
+    is_split = config.method in ("slora", "head-lora")
+    first = {"sparse.rounds": max(1, config.rounds // 3) if is_split else 4}
+    assert flatten(config) == DEFAULTS | first | values
 
 
 def test_keys_say_what_they_are() -> None:

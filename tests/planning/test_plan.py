@@ -165,6 +165,57 @@ def test_a_plan_for_nodes_data_needs_labels(config: Config, tmp_path: Path) -> N
     assert f"{LORA_VALUES + HEAD_VALUES:,}" in found.output
 
 
+NODES: Config = {"data.name": "node", "clients.count": 0, "data.labels": "odd,even"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"clients.count": 1000},
+        {"clients.min-examples": 100},
+        {"clients.partitioner": "pathological", "clients.classes": 9},
+        {"clients.holdout": 0.99, "clients.count": 60},
+        {**NODES, "data.test": "/absent.csv"},
+        {**NODES, "data.test": "corpus"},
+    ],
+)
+def test_what_a_run_refuses_of_its_data_a_plan_refuses(
+    config: Config, corpus: Path, tmp_path: Path, changes: Config
+) -> None:
+    config |= changes
+    if config.get("data.test") == "corpus":
+        config["data.test"] = str(corpus)  # whose labels are others
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(config))
+    refused = CliRunner().invoke(app, ["run", "--engine", "inline", "-c", str(path)])
+    assert (refused.exit_code, refused.stderr[:7]) == (2, "Error: "), refused.output
+    planned = CliRunner().invoke(app, ["plan", "-c", str(path)])
+    assert (planned.exit_code, planned.stdout) == (2, "")
+    assert planned.stderr.splitlines()[-1] == refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, ""),
+        ({"clients.count": 0}, "Not checked: whether the data suffice for all nodes."),
+        (
+            {**NODES, "clients.holdout": 0.5},
+            "Not checked: what only nodes have, such as enough examples.",
+        ),
+    ],
+)
+def test_a_plan_tells_what_it_cannot_check(
+    config: Config, tmp_path: Path, changes: Config, told: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(config | changes))
+    found = CliRunner().invoke(app, ["plan", "-c", str(path)], env={"COLUMNS": "80"})
+    assert found.exit_code == 0, found.output
+    last = found.output.splitlines()[-1]
+    assert last == told if told else "Not checked" not in found.output
+
+
 OWN: Config = {"data.name": "node", "clients.count": 0, "clients.holdout": 0.2}
 
 

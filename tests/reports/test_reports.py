@@ -451,6 +451,23 @@ def test_sections_without_anything_to_compare_are_left_out(tmp_path: Path) -> No
     assert titles == ["Results", "Curves", "Spread over clients", "Runs"]
 
 
+def test_runs_near_the_majority_class_are_named(tmp_path: Path) -> None:
+    near, clear = write_run(tmp_path / "near"), write_run(tmp_path / "clear")
+    told = json.loads((near / "summary.json").read_text())
+    (near / "summary.json").write_text(json.dumps(told | {"warning": "It is near."}))
+    assert "in 1 of 2 runs: near. " in page_of(near, clear).notice
+    assert page_of(clear).notice == ""
+
+
+def test_runs_that_repeat_a_seed_are_named(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / name, {"seed": seed})
+        for name, seed in (("a", 0), ("b", 1), ("again", 0))
+    ]
+    assert "again: these repeat a seed of their group" in page_of(*paths).notice
+    assert page_of(*paths[:2]).notice == ""
+
+
 def test_runs_for_tuning_are_left_out(tmp_path: Path) -> None:
     tested = write_run(tmp_path / "tested")
     tuning = write_run(tmp_path / "tuning", {"data.validation": 0.1}, [0.9] * 3)

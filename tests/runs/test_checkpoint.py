@@ -12,13 +12,11 @@ from safetensors.torch import load_file
 
 from slora_flwr.config import ConfigError
 from slora_flwr.runs import checkpoint
-from slora_flwr.runs.checkpoint import (
-    DamagedError,
+from slora_flwr.runs.checkpoint import DamagedError, read_checkpoint, write_checkpoint
+from slora_flwr.runs.checkpoint_files import (
     checkpoint_path,
     list_checkpoints,
     number_of,
-    read_checkpoint,
-    write_checkpoint,
 )
 from slora_flwr.runs.snapshot import Snapshot, to_bytes, to_tensor
 from slora_flwr.server.run import run

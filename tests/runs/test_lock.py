@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from slora_flwr.cli import app
 from slora_flwr.config import ConfigError
-from slora_flwr.runs.checkpoint import list_checkpoints
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from slora_flwr.runs.lock import is_locked, sole_use
 from slora_flwr.server.run import run
 from tests.support.grids import Grid

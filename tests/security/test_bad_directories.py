@@ -17,7 +17,7 @@ from slora_flwr.config import ConfigError
 from slora_flwr.reports.comparison_page import compare
 from slora_flwr.reports.page import render
 from slora_flwr.reports.run_page import report
-from slora_flwr.runs.checkpoint import checkpoint_path, list_checkpoints
+from slora_flwr.runs.checkpoint_files import checkpoint_path, list_checkpoints
 from slora_flwr.runs.reader import RunError, read_run
 from slora_flwr.server.run import run
 from slora_flwr.wire.messages import Instruction

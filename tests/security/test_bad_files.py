@@ -85,9 +85,12 @@ def test_a_parquet_file_with_damaged_pages_is_one_clear_error(tmp_path: Path) ->
 
 LABELS = {
     "one-class": ('{"text": "a", "label": "x"}\n' * 9, "has the label x alone"),
-    "null": ('{"text": "a", "label": null}\n', "missing in some rows"),
-    "absent": ('{"text": "a", "label": "b"}\n{"text": "a"}\n', "missing in some rows"),
-    "nan": ('{"text": "a", "label": NaN}\n', "missing in some rows"),
+    "null": ('{"text": "a", "label": null}\n', "missing in 1 of 1 rows"),
+    "absent": (
+        '{"text": "a", "label": "b"}\n' + 2 * '{"text": "a"}\n',
+        "'label', which is missing in 2 of 3 rows, counted from 1: 2, 3$",
+    ),
+    "nan": ('{"text": "a", "label": NaN}\n', "missing in 1 of 1 rows"),
     "dict": ('{"text": "a", "label": {"b": 1}}\n', "holds a dict in row 1"),
     "list": ('{"text": "a", "label": ["b"]}\n', "holds a list in row 1"),
     "half": ('{"text": "a", "label": "b\\ud800"}\n', "holds 'b.ud800' in row 1"),
@@ -140,7 +143,7 @@ def test_numbered_labels_of_a_parquet_file_have_their_names(tmp_path: Path) -> N
     save(1, 0, 1)
     assert sorted(load(tmp_path / "a.parquet")) == [("a", "y"), ("b", "x"), ("c", "y")]
     save(-1, 0, 1)
-    with pytest.raises(ConfigError, match="missing in some rows"):
+    with pytest.raises(ConfigError, match="missing in 1 of 3 rows, counted from 1: 1"):
         load(tmp_path / "a.parquet")
 
 

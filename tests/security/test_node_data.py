@@ -145,7 +145,13 @@ def test_a_node_takes_no_steps_on_fewer_examples_than_it_says(
     rows = [("w1 w2", "a"), ("w3 w4", "b")] * 12
     path = write(tmp_path / "a.csv", rows)
     config |= {"clients.holdout": 0.0, "data.test": "test.csv"}
-    for batch, steps, read in ((1, 9, 9), (8, 1, 8), (10, 1, 8), (9, 0, 24), (8, 2, 16)):
+    for batch, steps, read in (
+        (1, 9, 9),
+        (8, 1, 8),
+        (10, 1, 8),
+        (9, 0, 24),
+        (8, 2, 16),
+    ):
         config |= {"train.batch-size": batch, "train.steps": steps}
         node = a_node(config, **columns(path))
         if read < 10:

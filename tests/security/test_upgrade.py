@@ -14,11 +14,8 @@ import slora_flwr
 from slora_flwr.client import description
 from slora_flwr.common.protocol import PROTOCOL, installed_version
 from slora_flwr.config import ConfigError
-from slora_flwr.runs.checkpoint import (
-    list_checkpoints,
-    read_checkpoint,
-    write_checkpoint,
-)
+from slora_flwr.runs.checkpoint import read_checkpoint, write_checkpoint
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from slora_flwr.runs.events import NodeVersion, read_events
 from slora_flwr.server.fleet import FleetError
 from slora_flwr.server.run import run

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from slora_flwr.common.tensors import State
 from slora_flwr.config import ConfigError, parse
 from slora_flwr.config.schedule import make_schedule
-from slora_flwr.runs.checkpoint import list_checkpoints, read_checkpoint
+from slora_flwr.runs.checkpoint import read_checkpoint
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from slora_flwr.server.export import KeptState
 from slora_flwr.training.trainer import Trainer
 from tests.support.grids import RecordingGrid

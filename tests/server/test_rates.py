@@ -3,7 +3,8 @@
 import torch
 
 from slora_flwr.common.tensors import State
-from slora_flwr.runs.checkpoint import list_checkpoints, read_checkpoint
+from slora_flwr.runs.checkpoint import read_checkpoint
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from tests.support.grids import RecordingGrid
 from tests.support.runs import Config, elsewhere, start
 

@@ -140,7 +140,8 @@ BAD = [
     ("[base]\nrun.dir = '/x'", "run.dir is '/x'; allowed: none"),
     ("[grid]\nseed = ['0']", "seed is '0'; allowed: a whole number (in the run seed="),
     (
-        "[base]\nrounds = 4\n[grid]\nmethod = ['fft', 'slora']\nseed = 3",
+        "[base]\nrounds = 4\nsparse.rounds = 4\n"
+        "[grid]\nmethod = ['fft', 'slora']\nseed = 3",
         "for slora, since rounds is 4 (in the run method='slora', seed=3)",
     ),
     ("[tune]\nrate = 1", "rate is no key of [tune]; allowed: lr, validation, rounds"),
@@ -149,7 +150,7 @@ BAD = [
     ("[tune]\nlr = [1]\nvalidation = 0", "tune.validation is 0; allowed: a number"),
     ("[tune]\nlr = [1]\nper = ['alpha']", "tune.per is ['alpha']; allowed"),
     (
-        "[tune]\nlr = [1]\nrounds = 3",
+        "[base]\nsparse.rounds = 4\n[tune]\nlr = [1]\nrounds = 3",
         "for slora, since rounds is 3 (in the tuning run method='slora', lora.lr=1.0)",
     ),
     ("[tune]\nlr = [1]\nconfig.lr = 3", "lr is not a run config key"),
@@ -439,9 +440,21 @@ def test_states_are_not_kept(swept: Swept) -> None:
         read_state(swept.path("lora-lr0.01-seed0"), "averaged")
 
 
+def test_runs_near_the_majority_class_are_named(swept: Swept) -> None:
+    rows = rows_of(swept.folder / "runs.csv")
+    for row in rows:
+        told = json.loads((swept.folder / row["run"] / "summary.json").read_text())
+        assert row["warning"] == told.get("warning", "")
+    warned = [row["run"] for row in rows if row["warning"]]
+    assert 0 < len(warned) < len(rows)
+    assert f"in {len(warned)} of {len(rows)} runs: {', '.join(warned)}." in swept.output
+
+
 def test_each_run_has_a_log_of_its_own(swept: Swept) -> None:
     log = swept.path("lora-lr0.01-seed1").name + ".log"
-    assert "round 2/2 lora" in (swept.folder / log).read_text()
+    written = (swept.folder / log).read_text()
+    assert "round 2/2 lora" in written
+    assert "\x1b" not in written  # nor colours
     assert "round 2/2 lora" not in swept.output
     assert (swept.folder / log).stat().st_mode & 0o077 == 0
 

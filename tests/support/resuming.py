@@ -8,7 +8,8 @@ import pytest
 from flwr.app import Message, MessageType
 
 from slora_flwr.client.process import make_process
-from slora_flwr.runs.checkpoint import list_checkpoints, read_checkpoint
+from slora_flwr.runs.checkpoint import read_checkpoint
+from slora_flwr.runs.checkpoint_files import list_checkpoints
 from tests.support.grids import Grid
 from tests.support.runs import (
     Config,

@@ -1,0 +1,57 @@
+"""The paths that run config values name, made absolute.
+
+A run need not start in the folder where its config was given, and its `config.toml` can
+be run again from any.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from slora_flwr.config import OWN_DATA, Value
+from slora_flwr.data.presets import DIALOGUES, PRESETS
+from slora_flwr.data.shared_files import FORMATS
+
+_NAMES = {"model.name": "models", "data.name": "data"}
+_KNOWN = ("embedded", "embedded-llama", OWN_DATA, *PRESETS, *DIALOGUES)
+
+
+def make_absolute(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Return flat run config values with paths from the current folder made absolute.
+
+    What may name something else than a file or folder here stays as it is.
+    """
+    return {key: _make_absolute(key, values) for key in values}
+
+
+def _make_absolute(key: str, values: Mapping[str, Value]) -> Value:
+    value = values[key]
+    if not isinstance(value, str) or not value or value.startswith("~"):
+        return value
+    is_path = False
+    if key in ("run.dir", "run.resume"):
+        is_path = True
+    elif key in _NAMES:
+        is_path = os.path.exists(value) and not _is_known(key, value)
+    elif key in ("data.train", "data.test") and "data.name" in values:
+        name = str(values["data.name"])
+        is_path = name == OWN_DATA or (
+            Path(value).suffix in FORMATS and not _is_folder(name)
+        )
+    return str(Path(value).absolute()) if is_path else value
+
+
+def _is_known(key: str, name: str) -> bool:
+    """Return whether a name is a known one, or is found below `$SLORA_ASSETS`."""
+    assets = os.environ.get("SLORA_ASSETS")
+    below = bool(assets) and os.path.exists(Path(assets or "", _NAMES[key], name))
+    return name in _KNOWN or below
+
+
+def _is_folder(data: str) -> bool:
+    """Return whether splits are files in the folder that `data.name` names."""
+    places = [os.path.expanduser(data)]
+    if assets := os.environ.get("SLORA_ASSETS"):
+        below = (data, data.replace("-", "_"))
+        places += [os.path.join(assets, "data", name) for name in below]
+    return bool(data) and any(map(os.path.isdir, places))
