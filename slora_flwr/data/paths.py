@@ -28,6 +28,8 @@ def _make_absolute(key: str, values: Mapping[str, Value]) -> Value:
     value = values[key]
     if not isinstance(value, str) or not value or value.startswith("~"):
         return value
+    if "://" in value:  # an address, which is refused without repeating it
+        return value
     is_path = False
     if key in ("run.dir", "run.resume"):
         is_path = True
