@@ -43,7 +43,7 @@ def _describe(path: Path) -> list[str]:
     sent = sum(run.total("payload", way) or 0 for way in ("up", "down"))
     accuracy = "-" if run.accuracy is None else f"{run.accuracy:.1%}"
     data = printable(Path(str(run.config["data.name"])).name)
-    left_nothing = run.state in ("failed", "interrupted") and not run.can_resume
+    left_nothing = run.has_ended_early and not run.can_resume
     state = "no checkpoint" if left_nothing else run.state
     return [state, printable(run.method), data, accuracy, f"{sent / 1e6:.1f}", age]
 
