@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from slora_flwr.common.text import counted
 from slora_flwr.config import ConfigError
 from slora_flwr.config.arguments import flatten_tables, read_file
 from slora_flwr.data.paths import make_absolute
@@ -92,10 +93,13 @@ class Result:
         return cls(read_run(find_run(None if run is None else os.fspath(run))))
 
     def __repr__(self) -> str:
-        run = self.run
-        told = f"{run.config['method']}, {run.state}, {len(run.rounds)} rounds"
+        run, best = self.run, self.best
+        told = f"{run.config['method']}, {run.state}, "
+        told += counted(len(run.rounds), "round")
         if self.accuracy is not None:
             told += f", accuracy {self.accuracy:.3f}"
+        if best is not None:
+            told += f", best {best.metrics['accuracy']:.3f} in round {best.round}"
         return f"<Result of {self.directory}: {told}>"
 
     @property
@@ -145,7 +149,8 @@ class Result:
         """Return a model of transformers with the state merged into its weights.
 
         It is ready for inference, in float32, and independent of slora-flwr: it can be
-        saved, or given to a pipeline with `tokenizer()`.
+        saved, or given to a pipeline with `tokenizer()` and `truncation=True`, which
+        cuts texts where training did.
 
         Parameters
         ----------

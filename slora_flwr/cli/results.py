@@ -142,27 +142,30 @@ def _lines(text: str) -> str:
 
 def _divide(words: list[str], file: Path | None) -> tuple[str | None, list[str]]:
     """Return the run, None for the newest, and the texts."""
-    from slora_flwr.runs.reader import AmbiguousRunError, RunError, find_run, is_named
-
     if file is not None and len(words) > 1:
         raise ConfigError(f"TEXT is {words[1]!r}; allowed: none besides --file")
     if file is not None:
         return next(iter(words), None), []
-    run, texts = None, words
-    if words:
-        try:
-            named = find_run(words[0])
-        except AmbiguousRunError:
-            raise
-        except RunError:
-            pass
-        else:
-            # A beginning alone may be a text.
-            alone = len(words) == 1 and not is_named(named, words[0])
-            run, texts = (None, words) if alone else (words[0], words[1:])
+    begins = bool(words) and _begins_with_run(words)
+    run, texts = (words[0], words[1:]) if begins else (None, words)
     if not texts:
-        why = f", since {words[0]} names run {named.name}" if words else ""
+        why = f", since {words[0]} names a run" if words else ""
         raise ConfigError(f"TEXT is missing{why}; allowed: one or more, or --file")
     if not any(text.strip() for text in texts):
         raise ConfigError("TEXT is ''; allowed: a text that is not empty")
     return run, texts
+
+
+def _begins_with_run(words: list[str]) -> bool:
+    """Return whether the first word names a run; alone, a beginning is a text."""
+    from slora_flwr.runs.reader import AmbiguousRunError, RunError, find_run, names_run
+
+    if len(words) == 1:
+        return names_run(words[0])
+    try:
+        find_run(words[0])
+    except AmbiguousRunError:
+        raise
+    except RunError:
+        return False
+    return True

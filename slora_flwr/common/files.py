@@ -26,6 +26,17 @@ def home() -> Path:
     return Path(os.environ.get("SLORA_HOME") or "~/.slora").expanduser().absolute()
 
 
+def below_assets(kind: str, name: str) -> Path | None:
+    """Return the folder of a name below `$SLORA_ASSETS/<kind>`; None if there is none.
+
+    Where the name has hyphens, the folder may have underscores.
+    """
+    if not (assets := os.environ.get("SLORA_ASSETS")):
+        return None
+    places = (Path(assets, kind, n) for n in (name, name.replace("-", "_")))
+    return next(filter(os.path.isdir, places), None)
+
+
 def cache_folder() -> Path:
     """Return the folder for reproducible files, and create it if missing."""
     folder = home() / "cache"

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from slora_flwr.common.files import below_assets, expand
 from slora_flwr.config import OWN_DATA, Value
 from slora_flwr.data.presets import DIALOGUES, PRESETS
 from slora_flwr.data.shared_files import FORMATS
@@ -28,6 +29,8 @@ def _make_absolute(key: str, values: Mapping[str, Value]) -> Value:
     value = values[key]
     if not isinstance(value, str) or not value or value.startswith("~"):
         return value
+    if "://" in value:  # an address, which is refused without repeating it
+        return value
     is_path = False
     if key in ("run.dir", "run.resume"):
         is_path = True
@@ -43,15 +46,11 @@ def _make_absolute(key: str, values: Mapping[str, Value]) -> Value:
 
 def _is_known(key: str, name: str) -> bool:
     """Return whether a name is a known one, or is found below `$SLORA_ASSETS`."""
-    assets = os.environ.get("SLORA_ASSETS")
-    below = bool(assets) and os.path.exists(Path(assets or "", _NAMES[key], name))
-    return name in _KNOWN or below
+    return name in _KNOWN or below_assets(_NAMES[key], name) is not None
 
 
 def _is_folder(data: str) -> bool:
     """Return whether splits are files in the folder that `data.name` names."""
-    places = [os.path.expanduser(data)]
-    if assets := os.environ.get("SLORA_ASSETS"):
-        below = (data, data.replace("-", "_"))
-        places += [os.path.join(assets, "data", name) for name in below]
-    return bool(data) and any(map(os.path.isdir, places))
+    if not data:
+        return False
+    return os.path.isdir(expand(data)) or below_assets("data", data) is not None

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slora_flwr.common.files import (
+    below_assets,
     cache_folder,
     expand,
     home,
@@ -338,12 +338,7 @@ def _preset(config: DataConfig, dialogues: bool = False) -> Preset:
 def _find(config: DataConfig, preset: Preset) -> Callable[[str, Sequence[str]], Table]:
     """Return the function that loads a split: from files, a folder or the Hub."""
     name = expand(config.name)
-    assets = os.environ.get("SLORA_ASSETS")
-    folder = None
-    if name.is_dir():
-        folder = name
-    elif assets:
-        folder = _folder(Path(assets) / "data", config.name)
+    folder = name if name.is_dir() else below_assets("data", config.name)
 
     def load(split: str, wanted: Sequence[str]) -> Table:
         path = expand(split)
@@ -409,13 +404,6 @@ def _not_found(name: str, why: str) -> ConfigError:
         "start in your folder), a name below $SLORA_ASSETS/data, or a Hub id that can "
         f"be reached ({why})"
     )
-
-
-def _folder(assets: Path, name: str) -> Path | None:
-    for candidate in (assets / name, assets / name.replace("-", "_")):
-        if candidate.is_dir():
-            return candidate
-    return None
 
 
 def _of_dataset(rows: Any, wanted: Sequence[str]) -> Table:

@@ -130,14 +130,18 @@ def show(lines: Iterable[str], live: LiveLine | None, verbose: bool = False) -> 
     verbose : bool
         Print what Flower and Ray say at the start too.
     """
-    for line in lines:
-        plain = click.unstyle(line).rstrip()
-        if live is not None and is_within_round(plain):
-            live.show(plain.partition(":")[2].strip())
-        elif verbose or not is_noise(plain):
-            if live is not None:
-                live.hide()
-            typer.echo(line, nl=False)  # without colours if it is no terminal
+    try:
+        for line in lines:
+            plain = click.unstyle(line).rstrip()
+            if live is not None and is_within_round(plain):
+                live.show(plain.partition(":")[2].strip())
+            elif verbose or not is_noise(plain):
+                if live is not None:
+                    live.hide()
+                typer.echo(line, nl=False)  # without colours if it is no terminal
+    finally:  # What is asked after Ctrl-C needs the terminal itself.
+        if live is not None:
+            live.hide()
 
 
 def _interrupt(

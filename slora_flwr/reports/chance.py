@@ -89,7 +89,7 @@ def tell_warned(names: Sequence[str], runs: int) -> str:
     """
     which = ", ".join(map(printable, map(str, shorten(names))))
     return (
-        f"The accuracy is within two points of the majority class's share, or below, "
+        "The accuracy is within two points of the majority class's share, or below, "
         f"in {len(names)} of {counted(runs, 'run')}: {which}. The report of each says "
         "what to try."
     )

@@ -97,12 +97,11 @@ def compare(
         )
     if again := [name for group in groups for name in _repeated(group)]:
         notices.append(
-            f"{', '.join(shorten(again))}: these repeat a seed of their group, so they "
-            "say nothing of the spread over seeds."
+            f"Runs that repeat a seed of their group: {', '.join(shorten(again))}. "
+            "They say nothing of the spread over seeds."
         )
-    warned = [
-        r.path.name for r in tested if r.summary is not None and r.summary.warning
-    ]
+    ended = [(run.path.name, run.summary) for run in tested]
+    warned = [name for name, told in ended if told is not None and told.warning]
     if warned:
         notices.append(tell_warned(warned, len(tested)))
     methods = ", ".join(dict.fromkeys(group.method for group in groups))

@@ -50,7 +50,7 @@ def _describe(path: Path) -> list[str]:
     if value is not None:
         figure = f"{'' if head is ACCURACY else _PERPLEXITY}{value:{head.form}}"
     data = printable(Path(str(run.config["data.name"])).name)
-    left_nothing = run.state in ("failed", "interrupted") and not run.can_resume
+    left_nothing = run.has_ended_early and not run.can_resume
     state = "no checkpoint" if left_nothing else run.state
     return [state, printable(run.method), data, figure, f"{sent / 1e6:.1f}", age]
 

@@ -153,10 +153,14 @@ class RecordedRun:
         return "failed" if is_failure else "interrupted"
 
     @property
+    def has_ended_early(self) -> bool:
+        """Whether no process is making it, and it is not whole."""
+        return self.state in ("failed", "interrupted")
+
+    @property
     def can_resume(self) -> bool:
         """Whether it ended early and left a checkpoint."""
-        has_ended_early = self.state in ("failed", "interrupted")
-        return has_ended_early and bool(list_checkpoints(self.path))
+        return self.has_ended_early and bool(list_checkpoints(self.path))
 
     @property
     def accuracy(self) -> float | None:
@@ -364,9 +368,10 @@ def find_resumable() -> Path:
     )
 
 
-def is_named(run: Path, given: str) -> bool:
-    """Return whether `given` is a run's whole path, name or id, not a beginning."""
-    return given in (run.name, _id_of(run)) or is_run(expand(given))
+def names_run(given: str) -> bool:
+    """Return whether this is a run's whole path, name or id, not a beginning."""
+    names = (name for path in list_runs() for name in (path.name, _id_of(path)))
+    return is_run(expand(given)) or given in names
 
 
 def list_runs(folders: Iterable[str] = ()) -> list[Path]:

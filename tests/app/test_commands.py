@@ -496,9 +496,9 @@ def test_what_cannot_be_predicted_is_refused(
     empty.write_text("text,title\n")
     for given, told in {
         (): "TEXT is missing; allowed: one or more, or --file",
-        (str(finished),): f"TEXT is missing, since {finished} names run ",
-        (finished.name,): f"names run {finished.name}; allowed: one or more, or",
-        ("7",): f"7 names run {finished.name}",
+        (str(finished),): f"TEXT is missing, since {finished} names a run; allowed",
+        (finished.name,): f"since {finished.name} names a run; allowed: one or more",
+        ("7",): "TEXT is missing, since 7 names a run",
         (finished.name[:-1], ""): "TEXT is ''; allowed: a text that is not empty",
         (" ",): "TEXT is ''",
         ("7", "text", "--file", str(other)): "TEXT is 'text'; allowed: none",

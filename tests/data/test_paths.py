@@ -69,6 +69,7 @@ def test_paths_are_those_below_the_current_folder(
         {"run.dir": ""},
         {"run.dir": "~/runs"},
         {"run.dir": "/runs"},
+        {"run.resume": "https://user:password@example.org/run"},  # refused elsewhere
     ],
     ids=lambda values: str(values)[:40],
 )

@@ -3,6 +3,7 @@
 import io
 import sys
 import warnings
+from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
@@ -93,3 +94,18 @@ def test_rays_tip_is_told_only_if_warnings_are_asked_for(
         warnings.warn(tip, FutureWarning, stacklevel=1)
         warnings.warn("This Ray is too old", FutureWarning, stacklevel=1)
     assert len(told) == 1 + len(asked)
+
+
+def test_ctrl_c_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would look like none, and nothing could be asked."""
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+
+    def lines() -> Iterator[str]:
+        yield "INFO :      round 1/2 lora: 2 of 9 clients answered after 0:10\n"
+        assert sys.stdout is not shown
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        show(lines(), LiveLine(Console(force_terminal=True, width=80)))
+    assert sys.stdout is shown

@@ -16,6 +16,7 @@ from slora_flwr.runs.events import ClassRecord
 from slora_flwr.runs.reader import read_run
 from tests.support.browser import Browser, find_browser
 from tests.support.recorded import write_run
+from tests.support.runs import Config
 
 BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(
@@ -132,6 +133,49 @@ def test_a_page_fits_its_width(
         cut = "[...document.querySelectorAll('.scroll')].filter(e => "
         cut += "e.scrollWidth > e.clientWidth).length"
         assert browser.evaluate(cut) == 0
+
+
+def test_usual_tables_need_no_scrolling_and_titles_are_whole(
+    browser: Browser, tmp_path: Path
+) -> None:
+    changes: Config = {"method": "slora", "sparse.rounds": 20, "rounds": 40}
+    data: Config = {"data.name": "/home/somebody/of/a/project/texts.csv"}
+    runs = [
+        write_run(
+            tmp_path / f"{alpha}-{seed}",
+            changes | data | {"clients.alpha": alpha, "seed": seed},
+            [0.02 * i for i in range(40)],
+            planned=2_345_678_901,
+        )
+        for alpha, seed in product((0.1, 1.0), range(3))
+    ]
+    targets = "query,key,value,attention.output.dense,output.dense"
+    tuned: dict[str, Config] = {
+        "lr": {"lora.lr": 0.003, "train.batch-size": 32, "clients.per-round": 4},
+        "targets": {"lora.targets": targets, "lora.rank": 16, "data.max-length": 64},
+    }
+    others = [
+        write_run(tmp_path / name, {"clients.alpha": 10} | config)
+        for name, config in tuned.items()
+    ]
+    path = tmp_path / "page.html"
+    pages = [report(read_run(runs[0]))]
+    pages += [
+        compare([read_run(run) for run in some], (1, 10), 0.3)
+        for some in (runs, runs[:1] + others)
+    ]
+    for page in pages:
+        path.write_text(render(page))
+        browser.show(path, 1280)
+        scrolled = "[...document.querySelectorAll('main > section > .scroll')].filter("
+        scrolled += "e => e.scrollWidth > e.clientWidth).map(e => e.ariaLabel)"
+        assert browser.evaluate(scrolled) == []
+    path.write_text(render(pages[0]))
+    browser.show(path, 360)
+    title = "document.querySelector('h1')"
+    assert browser.evaluate(f"{title}.textContent") == "slora on texts.csv"
+    lines = f"{title}.clientHeight / parseFloat(getComputedStyle({title}).lineHeight)"
+    assert browser.evaluate(lines) == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("name", PAGES)

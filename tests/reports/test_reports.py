@@ -464,7 +464,8 @@ def test_runs_that_repeat_a_seed_are_named(tmp_path: Path) -> None:
         write_run(tmp_path / name, {"seed": seed})
         for name, seed in (("a", 0), ("b", 1), ("again", 0))
     ]
-    assert "again: these repeat a seed of their group" in page_of(*paths).notice
+    told = "Runs that repeat a seed of their group: again. They say"
+    assert told in page_of(*paths).notice
     assert page_of(*paths[:2]).notice == ""
 
 
