@@ -26,6 +26,7 @@ from slora_flwr.backbone.quantised import (
     packed_bytes,
     quantise,
     scales_of,
+    stock_config,
 )
 from slora_flwr.common.files import expand
 from slora_flwr.common.text import printable, redact, redact_hub_logs
@@ -57,6 +58,9 @@ class Backbone:
         What the model is for.
     quantize : str
         The bits in which the blocks' linear layers are held, as in `ModelConfig`.
+    quantization : dict[str, Any]
+        The `quantization_config` by which transformers makes the same packed layers;
+        empty if none are packed.
     outline : FakeTensorMode or None
         Set if the weights have shapes and types alone, see `outline_backbone`. None of
         them are packed then.
@@ -70,6 +74,7 @@ class Backbone:
     head: dict[str, nn.Parameter]
     task: Task = field(default_factory=Classification)
     quantize: str = ""
+    quantization: dict[str, Any] = field(default_factory=dict)
     outline: FakeTensorMode | None = None
     size: int = field(init=False)
     head_size: int = field(init=False)
@@ -310,9 +315,11 @@ def _prepare(
     model.name_or_path = model.config.name_or_path = public_name(config.name)
     to_linear(model)
     model.requires_grad_(False)
+    quantization: dict[str, Any] = {}
     if config.quantize and device is not None:
         quantise(model, find_targets(model), config.quantize, device)
         model.to(device)
+        quantization = stock_config(model, config.quantize)
     body = f"{model.base_model_prefix}."
     head = {
         name: parameter
@@ -324,7 +331,13 @@ def _prepare(
         parameter.data = parameter.data.float()
     found = find_targets(model, targets)
     return Backbone(
-        model, tokenizer, found, head, task or Classification(), config.quantize
+        model,
+        tokenizer,
+        found,
+        head,
+        task or Classification(),
+        config.quantize,
+        quantization,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slora_flwr.common.text import printable
+from slora_flwr.common.text import redact
 from slora_flwr.config import ConfigError, refuse
 
 # Of `model.quantize` 4bit: QLoRA's type (arXiv 2305.14314), and bitsandbytes' usual
@@ -44,10 +44,9 @@ def quantise(
         If bitsandbytes is missing, or cannot compute on the device.
     """
     library = _library(kind)
-    for number, (name, module) in enumerate(linear.items()):
+    _try(library, kind, device)
+    for name, module in linear.items():
         packed = _pack(library, module, kind, device)
-        if not number:
-            _try(packed, kind, device)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, packed)
     setattr(model, f"is_loaded_in_{kind}", True)
@@ -104,15 +103,15 @@ def _pack(library: Any, module: nn.Linear, kind: str, device: torch.device) -> A
     return packed.train(module.training)
 
 
-def _try(packed: nn.Linear, kind: str, device: torch.device) -> None:
+def _try(library: Any, kind: str, device: torch.device) -> None:
     """Raise ConfigError if a layer cannot compute outputs and gradients."""
-    packed = packed.to(device)
-    x = torch.ones(1, packed.in_features, device=device, requires_grad=True)
     try:
-        packed(x).sum().backward()
-    except (RuntimeError, NotImplementedError, AttributeError, OSError) as error:
+        layer = _pack(library, nn.Linear(_BLOCK, _BLOCK, bias=False), kind, device)
+        x = torch.ones(1, _BLOCK, device=device, requires_grad=True)
+        layer(x).sum().backward()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
         why = f"bitsandbytes cannot compute on {device.type} here"
-        allowed = f"empty, since {why} ({printable(error)})"
+        allowed = f"empty, since {why} ({redact(error)})"
         raise refuse("model.quantize", kind, allowed) from error
 
 
@@ -164,10 +163,7 @@ def packed_bytes(module: nn.Linear, kind: str) -> int:
 
 
 def dequantise(model: Any) -> None:
-    """Replace packed layers by linear ones, with the weights they compute with.
-
-    These are float32. Layers that are not packed stay as they are.
-    """
+    """Replace packed layers by linear ones, whose weights are float32."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantised(module):
             sizes = module.in_features, module.out_features
