@@ -178,9 +178,9 @@ def base_layout(
 def _check(backbone: Backbone, patch: BaseWeights, start: State, base: str) -> None:
     """Check what a node would compute with, exactly.
 
-    The weights hold the sparse values, rounded to their type if not packed, and the factors that the
-    base subtracts are those that the phase starts from. Its function is then that of
-    the sparse phase.
+    The weights hold the sparse values, rounded to their type if they are not packed,
+    and the factors that the base subtracts are those that the phase starts from. Its
+    function is then that of the sparse phase.
     """
     frozen = patch.apply(backbone)
     try:

@@ -18,8 +18,9 @@ class BaseWeights:
 
     All parts may be empty; the base is then W_0. The values are written into the
     resident weights, rounded to these weights' type as the sparse phase computed with
-    them. The factors stay factors, whose product the low-rank adapter subtracts: W_0
-    minus a dense product would round all of the weights.
+    them; beside packed weights they are sparse terms. The factors stay factors, whose
+    product the low-rank adapter subtracts: W_0 minus a dense product would round all of
+    the weights.
 
     Attributes
     ----------
@@ -67,7 +68,8 @@ class BaseWeights:
         dict[str, Tensor]
             The frozen factors that the adapter is to use, as `factors` names them.
         """
-        assert not self.before and not self.terms, "the base is applied already"
+        applied = self.before or self.terms
+        assert not applied, "the base is applied already"
         with torch.no_grad():
             for name, module in backbone.targets.items():
                 if is_quantised(module):  # which no round changes

@@ -43,7 +43,10 @@ def to_linear(model: nn.Module) -> None:
 
 
 def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights as stock transformers has them: unpacked, `to_linear` undone."""
+    """Return the weights, unpacked, as stock transformers has them.
+
+    What `to_linear` has done is undone.
+    """
     state: dict[str, Tensor] = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and is_quantised(module):
