@@ -49,6 +49,10 @@ def quantise(
         packed = _pack(library, module, kind, device)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, packed)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            # Else they keep the checkpoint's file mapped, and all of it in memory.
+            tensor.data = tensor.data.clone()
     setattr(model, f"is_loaded_in_{kind}", True)
 
 
