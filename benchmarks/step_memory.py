@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# Method and the phase of it; weights.
+# Method and the phase of it; weights: a type, or the bits that hold them, packed.
 CASES = {
     "lora, float32": ("lora", 0, "float32"),
     "lora, bfloat16": ("lora", 0, "bfloat16"),
@@ -29,6 +29,11 @@ CASES = {
     "slora low-rank, float32": ("slora", 1, "float32"),
     "slora low-rank, bfloat16": ("slora", 1, "bfloat16"),
     "fft, float32": ("fft", 0, "float32"),
+    "lora, 8bit": ("lora", 0, "8bit"),
+    "lora, 4bit": ("lora", 0, "4bit"),
+    "slora sparse, 8bit": ("slora", 0, "8bit"),
+    "slora sparse, 4bit": ("slora", 0, "4bit"),
+    "slora low-rank, 4bit": ("slora", 1, "4bit"),
 }
 WORDS = [f"w{i}" for i in range(8000)]
 # glibc's: blocks from this size on are given back when they are freed.
@@ -116,7 +121,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, int]:
         "task": "causal-lm",
         "method": method,
         "model.name": str(folder / "tiny"),
-        "model.dtype": dtype,
+        "model.quantize" if "bit" in dtype else "model.dtype": dtype,
         "data.name": str(folder / "texts.csv"),
         "data.text": "text",
         "data.template": "plain",

@@ -484,6 +484,13 @@ def require_float32(config: RunConfig, why: str = "") -> None:
         raise refuse("model.dtype", config.model.dtype, f"float32{why}")
 
 
+def require_plain(config: RunConfig, why: str = "") -> None:
+    """Raise ConfigError if weights are held in 8 or 4 bits; `why` is as above."""
+    if config.model.quantize:
+        why = why or f" for {config.method}, which trains these weights themselves"
+        raise refuse("model.quantize", config.model.quantize, f"empty{why}")
+
+
 def require_targets(config: RunConfig, backbone: Backbone) -> None:
     """Raise ConfigError if the backbone has no target matrices, or skips experts.
 

@@ -10,10 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from slora_flwr.adapters.loading import PATCHED_ADAPTER, Loading
+from slora_flwr.adapters.loading import PATCHED_ADAPTER, UNPACKED_ADAPTER, Loading
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.families import is_conv1d
-from slora_flwr.backbone.load import Backbone
+from slora_flwr.backbone.load import Backbone, find_targets
+from slora_flwr.backbone.quantised import dequantise
 from slora_flwr.common.tensors import State
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def export_adapter(
     arrays: dict[str, Tensor] = {}
     if base is not None:
         for name, positions in base.positions.items():
-            if is_conv1d(backbone.targets[name]):
+            # Unpacked, the weights of stock libraries too are those of linear layers.
+            if is_conv1d(backbone.targets[name]) and not backbone.quantize:
                 rows, columns = np.divmod(positions, backbone.targets[name].in_features)
                 positions = columns * backbone.targets[name].out_features + rows
             arrays[f"{name}.weight.positions"] = torch.from_numpy(positions)
@@ -99,7 +101,7 @@ def export_adapter(
         return loading
     save_file(arrays, folder / PATCH_FILE, {"base": backbone.digest})
     _refuse_stock(folder)
-    return PATCHED_ADAPTER
+    return UNPACKED_ADAPTER if backbone.quantize else PATCHED_ADAPTER
 
 
 def _refuse_stock(folder: Path) -> None:
@@ -124,6 +126,10 @@ def merge_adapter(
     scaling : float
         The adapter's s.
     """
+    if backbone.quantize:
+        dequantise(backbone.model)
+        names, linear = list(backbone.targets), find_targets(backbone.model)
+        backbone.targets = {name: linear[name] for name in names}
     frozen = base.apply(backbone) if base is not None else {}
     backbone.model.float()
     with torch.no_grad():
@@ -177,11 +183,21 @@ def apply_base_patch(model: nn.Module, path: Path) -> None:
         The checkpoint, loaded by transformers and not yet wrapped by PEFT.
     path : Path
         Path of `base_patch.safetensors`.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint's weights are packed in 8 or 4 bits.
     """
     with safe_open(path, "pt") as file, torch.no_grad():
         names = {key.rsplit(".", 1)[0] for key in file.keys()}  # noqa: SIM118
         for name in names:
             weight = model.get_parameter(name)
+            if not weight.is_floating_point():
+                raise ValueError(
+                    f"{name} is {weight.dtype}; allowed: what model.dequantize() makes "
+                    "of packed weights"
+                )
             values = file.get_tensor(f"{name}.values").to(weight.dtype)
             if values.shape == weight.shape:
                 weight.copy_(values)

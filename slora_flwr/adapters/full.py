@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from slora_flwr.adapters.base import Adapter, require_float32
+from slora_flwr.adapters.base import Adapter, require_float32, require_plain
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.config import RunConfig
 
@@ -20,8 +20,9 @@ class FullAdapter(Adapter):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Raise ConfigError if the weights are not float32."""
+        """Raise ConfigError if the weights are not float32, or packed."""
         require_float32(config)
+        require_plain(config)
 
     @classmethod
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:
@@ -61,6 +62,11 @@ class BiasAdapter(FullAdapter):
 
     default_lr = 5e-3
     copies_weights = False
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise ConfigError if the biases are not float32."""
+        require_float32(config)
 
     @classmethod
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from slora_flwr.adapters.low_rank import LowRankAdapter
 from slora_flwr.adapters.priming import check_equal, check_primed, prime
 from slora_flwr.adapters.sparse import SparseAdapter
-from slora_flwr.backbone.base_weights import BaseWeights, take_entries
+from slora_flwr.backbone.base_weights import BaseWeights, entries_of
 from slora_flwr.backbone.load import Backbone
+from slora_flwr.backbone.quantised import is_quantised, weight_of
 from slora_flwr.common.svd import TruncatedSvd, truncated_svd
 from slora_flwr.common.tensors import State
 from slora_flwr.config import LoraConfig, RunConfig
@@ -89,7 +90,7 @@ def prime_low_rank(
     energies = {}
     for name, module in backbone.targets.items():
         shape = (module.out_features, module.in_features)
-        before = take_entries(module.weight, positions[name])
+        before = entries_of(module, positions[name])
         delta = (values[name] - before).double().numpy()
         svd = truncated_svd(positions[name], delta, shape, config.rank)
         energies[name] = svd.energy
@@ -146,7 +147,7 @@ def start_from_weights(
     state: State = {}
     base = BaseWeights(scaling=scaling)
     for name, module in backbone.targets.items():
-        weight = module.weight.detach().double().cpu().numpy()
+        weight = weight_of(module).double().cpu().numpy()
         u, s, vt = np.linalg.svd(weight, full_matrices=False)
         rank = config.rank
         svd = TruncatedSvd(u[:, :rank], s[:rank], vt[:rank], energy=1.0)
@@ -177,15 +178,17 @@ def base_layout(
 def _check(backbone: Backbone, patch: BaseWeights, start: State, base: str) -> None:
     """Check what a node would compute with, exactly.
 
-    The weights hold the sparse values, rounded to their type, and the factors that the
-    base subtracts are those that the phase starts from. Its function is then that of
-    the sparse phase.
+    The weights hold the sparse values, rounded to their type if they are not packed,
+    and the factors that the base subtracts are those that the phase starts from. Its
+    function is then that of the sparse phase.
     """
     frozen = patch.apply(backbone)
     try:
         for name, module in backbone.targets.items():
-            stored = patch.values[name].to(module.weight.dtype).float()
-            found = take_entries(module.weight, patch.positions[name])
+            stored = patch.values[name]
+            if not is_quantised(module):
+                stored = stored.to(module.weight.dtype).float()
+            found = entries_of(module, patch.positions[name])
             check_equal(found, stored, base, name)
     finally:
         patch.remove(backbone)

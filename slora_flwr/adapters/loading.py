@@ -4,7 +4,7 @@ It sets `model` and `tokenizer`, from `folder`, the export, and `base`, the argu
 which transformers finds the checkpoint. None of it needs slora-flwr.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slora_flwr.tasks.base import Task
 
@@ -105,6 +105,15 @@ assert not found.unexpected_keys
     needs_base=True,
     refused="the adapter was trained over a base that differs from the checkpoint by "
     "`base_patch.safetensors`, without which it computes something else.",
+)
+
+# Packed weights have no entries to patch.
+_PATCH = "# The checkpoint becomes the base on which the adapter was trained.\n"
+UNPACKED_ADAPTER = replace(
+    PATCHED_ADAPTER,
+    template=PATCHED_ADAPTER.template.replace(
+        _PATCH, f"{_PATCH}model = model.dequantize()\n"
+    ),
 )
 
 _BOTTLENECKS = """\

@@ -6,6 +6,7 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from slora_flwr.adapters.base import require_targets
 from slora_flwr.adapters.export import export_adapter, merge_adapter
@@ -55,7 +56,7 @@ class LoraAdapter(LowRankAdapter):
         The rank may be at most the smaller side of each target matrix.
         """
         require_targets(config, backbone)
-        side, name = min((min(m.weight.shape), n) for n, m in backbone.targets.items())
+        side, name = min((_side(m), n) for n, m in backbone.targets.items())
         if config.lora.rank > side:
             raise ConfigError(
                 f"lora.rank is {config.lora.rank}; allowed: 1 to {side}, the smaller "
@@ -105,7 +106,7 @@ class LoraAdapter(LowRankAdapter):
         """Return the largest size of the factors whose product changes the base."""
         # The product of the mean factors misses the products of the clients' deviations
         # from the means, and one client's deviations follow from the others'.
-        sides = [min(m.weight.shape) for m in backbone.targets.values()]
+        sides = map(_side, backbone.targets.values())
         rank = min(max(0, cohort - 1) * config.lora.rank, max(sides))
         return factors_size(rank, backbone)
 
@@ -179,6 +180,11 @@ class LoraAdapter(LowRankAdapter):
         merge_adapter(backbone, state, self.scaling, base)
         export_model(folder, backbone, classes)
         return WHOLE
+
+
+def _side(module: nn.Linear) -> int:
+    """Return the smaller side of a target matrix."""
+    return min(module.out_features, module.in_features)
 
 
 def factors_size(rank: int, backbone: Backbone) -> int:

@@ -4,7 +4,6 @@ Stage 1 of SLoRA (arXiv 2308.06522): one random mask of uniform density, derived
 seed and shared by all clients.
 """
 
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -15,7 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from slora_flwr.adapters.base import Adapter, require_float32, require_targets
+from slora_flwr.adapters.base import (
+    Adapter,
+    require_float32,
+    require_plain,
+    require_targets,
+)
 from slora_flwr.adapters.masks import (
     allocate_densities,
     draw_lines,
@@ -26,14 +30,16 @@ from slora_flwr.adapters.masks import (
     undrawn_positions,
 )
 from slora_flwr.backbone.load import Backbone
+from slora_flwr.backbone.quantised import is_quantised, weight_of
+from slora_flwr.backbone.sparse_term import (
+    SAMPLED_DENSITY,
+    SparseTerm,
+    is_sampled,
+    sparse_pattern,
+)
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig, refuse
 from slora_flwr.config.schedule import Phase
-
-# On a CPU, sampling the gradient is faster than gathering it from the dense one up to
-# this density: measured on two cores, at every shape from 384 x 384 to 768 x 3072
-# (benchmarks/masked_gradient.py).
-SAMPLED_DENSITY = 0.1
 
 
 class SparseAdapter(Adapter):
@@ -42,10 +48,11 @@ class SparseAdapter(Adapter):
     The state holds, for each target matrix, the weight's values at the mask's positions
     (`<module>.values`, shape (k,)), not their difference from W_0: writing them into
     the weight then loses no bits. While attached, each target module computes with its
-    own resident weight, of which `commit` updates k entries. The optimiser sees only
-    these k values: it keeps no moments for the others and does not decay them. Weight
-    decay pulls values towards W_0, since the trained thing is the difference from W_0
-    (so does the regulariser of sparse fine-tuning, arXiv 2110.07560).
+    own resident weight, of which `commit` updates k entries; beside a packed weight
+    they are a `SparseTerm`. The optimiser sees only these k values: it keeps no moments
+    for the others and does not decay them. Weight decay pulls values towards W_0, since
+    the trained thing is the difference from W_0 (so does the regulariser of sparse
+    fine-tuning, arXiv 2110.07560).
 
     Parameters
     ----------
@@ -84,6 +91,7 @@ class SparseAdapter(Adapter):
         self._lines: dict[str, Tensor] = {}
         self._fingerprint = ""
         self._before: dict[str, Tensor] = {}
+        self._terms: dict[str, SparseTerm] = {}
 
     @classmethod
     def from_config(
@@ -100,6 +108,7 @@ class SparseAdapter(Adapter):
             return
         writes = ", since sparse.schedule per-round writes to the weights"
         require_float32(config, writes)
+        require_plain(config, writes)
         if config.server.optimizer != "none":
             # Moments gathered for one round's weights would move the next round's.
             allowed = "none, since sparse.schedule is per-round"
@@ -136,8 +145,13 @@ class SparseAdapter(Adapter):
             density, weight = densities[name], backbone.targets[name].weight
             size = mask_size(shape, density, sparse.mask)
             lines = len(undrawn_lines(shape, density, sparse.mask))
-            kept += size * weight.element_size() + 8 * lines
-            if sparse.mask == "unstructured" and density <= SAMPLED_DENSITY:
+            kept += 8 * lines
+            # Packed weights are compared with in float32.
+            kept += size * (4 if backbone.quantize else weight.element_size())
+            is_single = sparse.mask == "unstructured"
+            if backbone.quantize and not is_single:
+                kept += 8 * size  # the positions, which are not the lines
+            if (is_single or backbone.quantize) and density <= SAMPLED_DENSITY:
                 kept += 12 * size + 8 * (shape[0] + 1)  # the pattern on a CPU
         return kept
 
@@ -248,6 +262,8 @@ class SparseAdapter(Adapter):
         """Write the trained values into the resident weights."""
         with torch.no_grad():
             for name, lines in self._lines.items():
+                if name in self._terms:  # which reads the values themselves
+                    continue
                 weight = self.backbone.targets[name].weight
                 values = self._trained[f"{name}.values"].to(weight.dtype)
                 _scatter(weight, lines, values, self._structure)
@@ -304,15 +320,19 @@ class SparseAdapter(Adapter):
             if is_drawn:
                 masks[name] = positions(drawn, _shape(module), self._structure)
             self._lines[name] = lines = torch.from_numpy(drawn).to(module.weight.device)
-            before = _gather(module.weight.detach(), lines, self._structure)
+            before = _gather(weight_of(module), lines, self._structure)
             self._before[name] = before.clone()
             values = nn.Parameter(before.to(torch.float32, copy=True))
             trained[f"{name}.values"] = values
             pattern = None
             is_single = self._structure == "unstructured"
-            if is_drawn and is_single and _is_sampled(lines, module):
+            if is_drawn and is_single and is_sampled(lines, _shape(module)):
                 pattern = sparse_pattern(lines, _shape(module))
             mask = _Mask(lines, self._structure, pattern)
+            if is_quantised(module):
+                term = SparseTerm(module, masks[name], values, mask, pattern)
+                self._terms[name], self._before[name] = term, term.before
+                continue
             module.forward = partial(_forward, module, values, mask)  # type: ignore[method-assign]
         self._fingerprint = fingerprint(masks)
         return trained
@@ -321,6 +341,9 @@ class SparseAdapter(Adapter):
         """Restore the masked values and the forward passes."""
         with torch.no_grad():
             for name, module in backbone.targets.items():
+                if name in self._terms:
+                    self._terms.pop(name).remove()
+                    continue
                 before, lines = self._before[name], self._lines[name]
                 _scatter(module.weight, lines, before, self._structure)
                 del module.forward  # uncovers the class's own forward
@@ -335,18 +358,27 @@ class _Mask:
     structure: str
     pattern: Tensor | None
 
+    def keep(self, x: Tensor) -> Tensor:
+        """Return the features of a layer's input that the gradient needs."""
+        return x.index_select(-1, self.lines) if self.structure == "columns" else x
 
-def sparse_pattern(positions: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return a sparse CSR matrix of zeros at a mask's sorted positions."""
-    rows, columns = positions // shape[1], positions % shape[1]
-    starts = torch.bincount(rows, minlength=shape[0]).cumsum(0)
-    starts = torch.cat([starts.new_zeros(1), starts])
-    zeros = torch.zeros(len(positions), device=positions.device)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in")
-        return torch.sparse_csr_tensor(
-            starts, columns, zeros, shape, check_invariants=False
-        )
+    def gradient(self, kept: Tensor, grad_y: Tensor) -> Tensor:
+        """Compute the masked entries of grad_yᵀ x, (k,), float32.
+
+        Parameters
+        ----------
+        kept : Tensor
+            What `keep` returned, (tokens, in).
+        grad_y : Tensor
+            Gradient of the layer's output, (tokens, out).
+        """
+        if self.structure == "rows":
+            grad_y = grad_y.index_select(1, self.lines)
+        if self.structure != "unstructured":
+            return (grad_y.T @ kept).reshape(-1).float()
+        if self.pattern is not None and kept.dtype == grad_y.dtype == torch.float32:
+            return sampled_gradient(kept, grad_y, self.pattern)
+        return gathered_gradient(kept, grad_y, self.lines).float()
 
 
 def sampled_gradient(x: Tensor, grad_y: Tensor, pattern: Tensor) -> Tensor:
@@ -372,11 +404,6 @@ def sampled_gradient(x: Tensor, grad_y: Tensor, pattern: Tensor) -> Tensor:
 def gathered_gradient(x: Tensor, grad_y: Tensor, positions: Tensor) -> Tensor:
     """Compute all of grad_yᵀ x and return the entries at a mask's positions."""
     return (grad_y.T @ x).reshape(-1)[positions]
-
-
-def _is_sampled(positions: Tensor, module: nn.Linear) -> bool:
-    share = len(positions) / module.weight.numel()
-    return positions.device.type == "cpu" and share <= SAMPLED_DENSITY
 
 
 def _shape(module: nn.Linear) -> tuple[int, int]:
@@ -424,8 +451,7 @@ class _MaskedLinear(torch.autograd.Function):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        columns = mask.structure == "columns"
-        ctx.save_for_backward(x.index_select(-1, mask.lines) if columns else x)
+        ctx.save_for_backward(mask.keep(x))
         # `commit` changes the weight in place between steps, never between a forward
         # and its backward, so the weight needs no version check.
         ctx.weight, ctx.mask = weight, mask
@@ -439,13 +465,5 @@ class _MaskedLinear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ ctx.weight.to(grad_y.dtype)
-        x, grad_y = x.flatten(0, -2), grad_y.flatten(0, -2)
-        if mask.structure == "rows":
-            grad_y = grad_y.index_select(1, mask.lines)
-        if mask.structure != "unstructured":
-            grad_values = (grad_y.T @ x).reshape(-1)
-        elif mask.pattern is not None and x.dtype == grad_y.dtype == torch.float32:
-            grad_values = sampled_gradient(x, grad_y, mask.pattern)
-        else:
-            grad_values = gathered_gradient(x, grad_y, mask.lines)
-        return grad_x, grad_values.float(), None, None, None
+        grad_values = mask.gradient(x.flatten(0, -2), grad_y.flatten(0, -2))
+        return grad_x, grad_values, None, None, None

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from slora_flwr.backbone.load import Backbone
+from slora_flwr.backbone.quantised import is_quantised, weight_of
+from slora_flwr.backbone.sparse_term import SparseTerm
 
 
 @dataclass
@@ -16,8 +18,9 @@ class BaseWeights:
 
     All parts may be empty; the base is then W_0. The values are written into the
     resident weights, rounded to these weights' type as the sparse phase computed with
-    them. The factors stay factors, whose product the low-rank adapter subtracts: W_0
-    minus a dense product would round all of the weights.
+    them; beside packed weights they are sparse terms. The factors stay factors, whose
+    product the low-rank adapter subtracts: W_0 minus a dense product would round all of
+    the weights.
 
     Attributes
     ----------
@@ -36,6 +39,8 @@ class BaseWeights:
     before : dict[str, Tensor]
         What restores W_0 while the base is applied: its entries at the positions, or
         its target matrices if rounds change the base.
+    terms : list[SparseTerm]
+        While the base is applied, what stands beside packed weights.
     """
 
     positions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -45,6 +50,7 @@ class BaseWeights:
     scaling: float = 1.0
     weights: dict[str, Tensor] = field(default_factory=dict)
     before: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    terms: list[SparseTerm] = field(default_factory=list, repr=False)
 
     def apply(self, backbone: Backbone, *, changes: bool = False) -> dict[str, Tensor]:
         """Change the resident W_0 to the base; no adapter may be attached.
@@ -62,9 +68,16 @@ class BaseWeights:
         dict[str, Tensor]
             The frozen factors that the adapter is to use, as `factors` names them.
         """
-        assert not self.before, "the base is applied already"
+        applied = self.before or self.terms
+        assert not applied, "the base is applied already"
         with torch.no_grad():
             for name, module in backbone.targets.items():
+                if is_quantised(module):  # which no round changes
+                    if name in self.values:
+                        values = self.values[name].to(module.weight.device)
+                        term = SparseTerm(module, self.positions[name], values)
+                        self.terms.append(term)
+                    continue
                 weight = module.weight
                 if changes:
                     self.before[name] = weight.detach().clone()
@@ -91,7 +104,9 @@ class BaseWeights:
                 else:
                     at = torch.from_numpy(self.positions[name]).to(weight.device)
                     weight.view(-1).index_copy_(0, at, before)
-        self.before = {}
+        for term in self.terms:
+            term.remove()
+        self.before, self.terms = {}, []
 
     def factors(self, which: str = "ab") -> dict[str, Tensor]:
         """Return the named factors by their names in a low-rank adapter's state."""
@@ -141,6 +156,11 @@ class BaseWeights:
             name, part = key.rsplit(".", 1)
             parts[part][name] = tensor
         return cls(positions, parts["values"], parts["a"], parts["b"], scaling)
+
+
+def entries_of(module: nn.Linear, positions: NDArray[np.int64]) -> Tensor:
+    """Return what a layer's weight is at row-major positions, float32 on the CPU."""
+    return take_entries(weight_of(module), positions)
 
 
 def take_entries(weight: Tensor, positions: NDArray[np.int64]) -> Tensor:

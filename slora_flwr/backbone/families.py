@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from slora_flwr.backbone.quantised import is_quantised, weight_of
+
 # The tables of learned positions that transformers' families have.
 _TABLES = ("position_embeddings", "wpe", "embed_positions")
 
@@ -41,9 +43,17 @@ def to_linear(model: nn.Module) -> None:
 
 
 def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights as stock transformers has them: `to_linear` undone."""
-    state = model.state_dict()
+    """Return the weights, unpacked, as stock transformers has them.
+
+    What `to_linear` has done is undone.
+    """
+    state: dict[str, Tensor] = model.state_dict()
     for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and is_quantised(module):
+            for part in [key for key in state if key.startswith(f"{name}.")]:
+                if part != f"{name}.bias":  # scales lie beside the weight
+                    del state[part]
+            state[f"{name}.weight"] = weight_of(module)
         if is_conv1d(module):
             state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
     return state

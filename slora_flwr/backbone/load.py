@@ -21,6 +21,13 @@ from slora_flwr.backbone.gguf import (
     load_dequantised,
     public_folder,
 )
+from slora_flwr.backbone.quantised import (
+    is_quantised,
+    packed_bytes,
+    quantise,
+    scales_of,
+    stock_config,
+)
 from slora_flwr.common.files import expand
 from slora_flwr.common.text import printable, redact, redact_hub_logs
 from slora_flwr.config import ConfigError, ModelConfig
@@ -49,8 +56,14 @@ class Backbone:
         Empty for a language model.
     task : Task
         What the model is for.
+    quantize : str
+        The bits in which the blocks' linear layers are held, as in `ModelConfig`.
+    quantization : dict[str, Any]
+        The `quantization_config` by which transformers makes the same packed layers;
+        empty if none are packed.
     outline : FakeTensorMode or None
-        Set if the weights have shapes and types alone, see `outline_backbone`.
+        Set if the weights have shapes and types alone, see `outline_backbone`. None of
+        them are packed then.
     size, head_size : int
         Number of weights, including the head's; number of the head's weights.
     """
@@ -60,12 +73,16 @@ class Backbone:
     targets: dict[str, nn.Linear]
     head: dict[str, nn.Parameter]
     task: Task = field(default_factory=Classification)
+    quantize: str = ""
+    quantization: dict[str, Any] = field(default_factory=dict)
     outline: FakeTensorMode | None = None
     size: int = field(init=False)
     head_size: int = field(init=False)
 
     def __post_init__(self) -> None:
+        packed = [m for m in find_targets(self.model).values() if is_quantised(m)]
         self.size = sum(parameter.numel() for parameter in self.model.parameters())
+        self.size += sum(_entries(m) - m.weight.numel() for m in packed)
         self.head_size = sum(parameter.numel() for parameter in self.head.values())
 
     @property
@@ -80,7 +97,16 @@ class Backbone:
     @property
     def target_size(self) -> int:
         """Number of weights in all target matrices."""
-        return sum(module.weight.numel() for module in self.targets.values())
+        return sum(map(_entries, self.targets.values()))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, those of an outline as they would be held."""
+        found = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
+        if self.quantize:
+            for module in find_targets(self.model).values():
+                found[id(module.weight)] = packed_bytes(module, self.quantize)
+        return sum(found.values())
 
     @cached_property
     def digest(self) -> str:
@@ -88,13 +114,21 @@ class Backbone:
 
         No adapter may be attached when it is first read.
         """
+        found = {n: p for n, p in self.model.named_parameters() if n not in self.head}
+        for name, module in find_targets(self.model).items():
+            if is_quantised(module):
+                found[f"{name}.{self.quantize}"] = scales_of(module)
         digest = hashlib.blake2b(digest_size=16)
-        for name, parameter in self.model.named_parameters():
-            if name not in self.head:
-                digest.update(f"{name}\x1f{tuple(parameter.shape)}\x1f".encode())
-                raw = parameter.detach().cpu().contiguous().view(torch.uint8)
-                digest.update(memoryview(raw.numpy()).cast("B"))
+        for name, tensor in found.items():
+            digest.update(f"{name}\x1f{tuple(tensor.shape)}\x1f".encode())
+            raw = tensor.detach().cpu().contiguous().view(torch.uint8)
+            digest.update(memoryview(raw.numpy()).cast("B"))
         return digest.hexdigest()
+
+
+def _entries(module: nn.Linear) -> int:
+    """Return the number of a layer's weights, packed or not."""
+    return module.out_features * module.in_features
 
 
 @cache
@@ -205,13 +239,15 @@ def load_backbone(
         )
     except (OSError, ValueError) as error:
         raise _not_found(config, error) from None
-    model.to(best_device())
     # The key of a size mismatch is (name, found shape, expected shape).
     fresh = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
     if outputs is None and fresh:
         allowed = "a language model's, such as embedded-llama, with all its weights"
         raise _refuse(config, "checkpoint", f"without {min(fresh)}", allowed)
-    return _prepare(model, config, outputs, fresh, targets, tokenizer, task)
+    device = best_device()
+    if not config.quantize:
+        model.to(device)  # packed weights get there one by one
+    return _prepare(model, config, outputs, fresh, targets, tokenizer, task, device)
 
 
 def outline_backbone(
@@ -268,13 +304,22 @@ def _prepare(
     targets: str,
     tokenizer: Any,
     task: Task | None,
+    device: torch.device | None = None,
 ) -> Backbone:
-    """Return the backbone of a model, with the named weights fresh."""
+    """Return the backbone of a model, with the named weights fresh.
+
+    Weights are packed for a device, without which they stay as they are.
+    """
     model.config.pad_token_id = tokenizer.pad_token_id
     # Exports name it. They must not name a folder of this machine.
     model.name_or_path = model.config.name_or_path = public_name(config.name)
     to_linear(model)
     model.requires_grad_(False)
+    quantization: dict[str, Any] = {}
+    if config.quantize and device is not None:
+        quantise(model, find_targets(model), config.quantize, device)
+        model.to(device)
+        quantization = stock_config(model, config.quantize)
     body = f"{model.base_model_prefix}."
     head = {
         name: parameter
@@ -285,7 +330,15 @@ def _prepare(
     for parameter in head.values():
         parameter.data = parameter.data.float()
     found = find_targets(model, targets)
-    return Backbone(model, tokenizer, found, head, task or Classification())
+    return Backbone(
+        model,
+        tokenizer,
+        found,
+        head,
+        task or Classification(),
+        config.quantize,
+        quantization,
+    )
 
 
 def describe(config: ModelConfig, outputs: int | None) -> Any:

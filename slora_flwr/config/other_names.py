@@ -31,6 +31,8 @@ TRANSFORMERS = {
 # those of their example scripts.
 SCRIPTS = {
     "model_name_or_path": "model.name",
+    "load_in_8bit": "model.quantize",
+    "load_in_4bit": "model.quantize",
     "dataset_name": "data.name",
     "max_length": "data.max-length",
     "max_seq_length": "data.max-length",

@@ -271,6 +271,11 @@ def _check_products(config: RunConfig, phases: Sequence[Phase]) -> None:
                 f"float32, since the aggregator {phase.aggregator} adds to the weights"
             )
             raise refuse("model.dtype", config.model.dtype, allowed)
+        if aggregator.needs_float32 and config.model.quantize:
+            allowed = (
+                f"empty, since the aggregator {phase.aggregator} adds to the weights"
+            )
+            raise refuse("model.quantize", config.model.quantize, allowed)
 
 
 def _check_robust(config: RunConfig, phases: Sequence[Phase]) -> None:

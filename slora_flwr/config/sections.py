@@ -92,6 +92,16 @@ class ModelConfig:
         "is in bf16 too, and what an adapter trains stays float32; methods that write "
         "to the weights, such as `fft`, need `float32`.",
     )
+    quantize: Annotated[
+        str, allow("empty, 8bit, 4bit", ("", "8bit", "4bit").__contains__)
+    ] = Field(
+        default="",
+        description="The bits in which the blocks' linear layers are held, frozen: "
+        "`8bit` (LLM.int8()) or `4bit` (NF4), by bitsandbytes "
+        "(`pip install 'slora-flwr[quantize]'`); empty for those of `model.dtype`. "
+        "Embeddings, normalisations and output layers stay as they are. Methods that "
+        "write to these weights, such as `fft`, need it empty.",
+    )
 
 
 @dataclass(frozen=True, config=STRICT)

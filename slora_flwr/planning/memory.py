@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slora_flwr.backbone.load import Backbone, find_blocks
+from slora_flwr.backbone.load import Backbone, find_blocks, find_targets
 from slora_flwr.config import RecipeConfig, RunConfig
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.training.loop import is_half_precision, precision_of
@@ -38,6 +38,8 @@ class Memory:
         What a forward pass of the largest part of a batch keeps for the backward pass.
     outputs : int
         Logits that the loss holds at a time, with their gradients.
+    unpacked : int
+        The largest of the packed weights, unpacked to compute with it.
     """
 
     weights: int
@@ -48,12 +50,14 @@ class Memory:
     gradients: int
     activations: int
     outputs: int
+    unpacked: int
 
     @property
     def total(self) -> int:
         """The peak: activations are freed as gradients are made."""
         lasting = self.weights + self.aside + self.trained + self.moments + self.state
-        return lasting + max(self.activations + self.outputs, self.gradients)
+        passing = max(self.activations + self.outputs, self.gradients)
+        return lasting + passing + self.unpacked
 
 
 def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
@@ -84,7 +88,7 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
     is_half = is_half_precision(backbone, phase.recipe.precision)
     tokens = phase.recipe.most_rows(config.data.max_length) * config.data.max_length
     return Memory(
-        weights=sum(p.numel() * p.element_size() for p in backbone.model.parameters()),
+        weights=backbone.weight_bytes,
         aside=_aside_bytes(phase, config, backbone),
         trained=4 * beside,
         moments=4 * moments * sum(sizes),
@@ -92,6 +96,7 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
         gradients=4 * (sum(sizes) + max(sizes, default=0)),
         activations=activations,
         outputs=backbone.task.output_bytes(backbone.model, tokens, is_half=is_half),
+        unpacked=_unpacked_bytes(config, backbone),
     )
 
 
@@ -106,15 +111,23 @@ def _aside_bytes(phase: Phase, config: RunConfig, backbone: Backbone) -> int:
     shapes, positions, _ = phase.adapter_type.base_layout(
         phase, config, backbone, rounds_before
     )
-    replaced = sum(
-        len(at) * (at.itemsize + backbone.targets[name].weight.element_size())
-        for name, at in positions.items()
-    )
+    # A sparse term compares in float32, and holds the positions by row too.
+    width = 4 + 12 if backbone.quantize else backbone.model.dtype.itemsize
+    replaced = sum(len(at) * (at.itemsize + width) for at in positions.values())
     base = 4 * sum(math.prod(shape) for shape in shapes.values()) + replaced
     if phase.changes_base:
         base += 4 * backbone.target_size
     kept: int = phase.adapter_type.kept_bytes(config, backbone)
     return base + kept
+
+
+def _unpacked_bytes(config: RunConfig, backbone: Backbone) -> int:
+    """Return the bytes of the largest packed weight, unpacked."""
+    if not config.model.quantize:
+        return 0
+    width = backbone.model.dtype.itemsize
+    linear = find_targets(backbone.model).values()
+    return max((width * m.out_features * m.in_features for m in linear), default=0)
 
 
 def _activation_bytes(backbone: Backbone, recipe: RecipeConfig, length: int) -> int:

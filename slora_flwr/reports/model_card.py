@@ -56,6 +56,13 @@ base = {
 {% for name, value in card.source.items() %}
     {{ name | tojson }}: {{ value | tojson }},
 {% endfor %}
+{% if card.quantization %}
+    "quantization_config": {
+{% for name, value in card.quantization.items() %}
+        {{ name | tojson }}: {{ "True" if value is true else value | tojson }},
+{% endfor %}
+    },
+{% endif %}
 }
 {% endif %}
 {{ card.loading.code(card.task) }}```
@@ -71,6 +78,9 @@ It answers so:
 |---|---|
 | base | `{{ card.shown }}`{{ card.revision }} |
 | its weights' digest | `{{ card.digest }}` (BLAKE2b) |
+{% if card.quantization %}
+| its linear layers | {{ card.held }} |
+{% endif %}
 | method | {{ card.method }} |
 | data | {{ card.data }} |
 | clients | {{ card.clients }} |
@@ -95,6 +105,8 @@ class ModelCard:
         The checkpoint: a Hub id, or `./NAME` for a folder.
     digest : str
         BLAKE2b of the checkpoint's weights.
+    quantization : Mapping[str, Any]
+        What makes transformers pack them as the run did; empty if it did not.
     task : Task
         What it is for.
     usage : str
@@ -118,6 +130,7 @@ class ModelCard:
     config: RunConfig
     base: str
     digest: str
+    quantization: Mapping[str, Any]
     task: Task
     usage: str
     classes: int
@@ -146,7 +159,19 @@ class ModelCard:
     @property
     def packages(self) -> str:
         """The packages that load it."""
-        return "transformers and peft" if self.loading.needs_base else "transformers"
+        if not self.loading.needs_base:
+            return "transformers"
+        if self.quantization:
+            return "transformers, peft, accelerate and bitsandbytes"
+        return "transformers and peft"
+
+    @property
+    def held(self) -> str:
+        """How the run held the linear layers of the blocks, if it packed them."""
+        bits = f"`{self.config.model.quantize}` in the run"
+        if self.loading.needs_base:
+            return f"{bits}, and as the code above loads them"
+        return f"{bits}, unpacked here: rounded, not as the checkpoint has them"
 
     @property
     def source(self) -> dict[str, str]:

@@ -234,6 +234,7 @@ def _complete(
         config=config,
         base=public_name(config.model.name),
         digest=model.backbone.digest,
+        quantization=model.backbone.quantization,
         task=find_task(config),
         usage=usage,
         classes=len(classes),

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from slora_flwr.adapters.base import Adapter
 from slora_flwr.adapters.handoff import Handoff
-from slora_flwr.backbone.base_weights import BaseWeights, take_entries
+from slora_flwr.backbone.base_weights import BaseWeights, entries_of, take_entries
 from slora_flwr.backbone.families import most_positions
 from slora_flwr.backbone.load import Backbone, load_backbone
+from slora_flwr.backbone.quantised import weight_of
 from slora_flwr.common.memory import return_freed
 from slora_flwr.common.svd import truncated_svd
 from slora_flwr.common.tensors import State
@@ -184,13 +185,16 @@ class AttachedModel:
     @property
     def target_shapes(self) -> dict[str, torch.Size]:
         """The layout of the base's target matrices."""
-        return {name: m.weight.shape for name, m in self.backbone.targets.items()}
+        return {
+            name: torch.Size([m.out_features, m.in_features])
+            for name, m in self.backbone.targets.items()
+        }
 
     def base_weights(self) -> State:
         """Return a copy of the base's target matrices, float32 on the CPU."""
         with self._without_adapter():
             return {
-                name: module.weight.detach().to("cpu", torch.float32, copy=True)
+                name: weight_of(module).to("cpu", torch.float32, copy=True)
                 for name, module in self.backbone.targets.items()
             }
 
@@ -204,7 +208,9 @@ class AttachedModel:
                 base.remove(self.backbone)
             targets = self.backbone.targets
             found = {
-                name: take_entries(whole.get(name, targets[name].weight), at)
+                name: take_entries(whole[name], at)
+                if name in whole
+                else entries_of(targets[name], at)
                 for name, at in positions.items()
             }
             if base is not None and not whole:

@@ -170,7 +170,8 @@ class PlainRounds:
     def _mask(self, name: str, weight: Tensor) -> Tensor:
         config, mask = self._config, torch.zeros(weight.numel())
         shape = (weight.shape[0], weight.shape[1])
-        mask[make_mask(config.seed, name, shape, config.sparse.density)] = 1
+        sparse = config.sparse
+        mask[make_mask(config.seed, name, shape, sparse.density, sparse.mask)] = 1
         return mask.view(shape)
 
     def _turn(self, name: str, weight: Tensor) -> Tensor:
