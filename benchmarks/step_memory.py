@@ -2,12 +2,14 @@
 
 Each case is a process of its own: it loads a causal language model, attaches a phase's
 adapter over its base, and trains a client on full batches. Its peak is that of its
-resident memory from the load on, minus what it held before, after a step of a tiny
-model. Without `--model` the model is a random Llama of about 20 million weights.
+resident memory in training, minus what it held before the model was loaded: the
+libraries, after a step of a tiny model, and the tokenizer with the tokens. While a
+model loads, pages of its file count as resident too, though the system may drop them.
+Without `--model` the model is a random Llama of about 20 million weights.
 
 glibc keeps freed blocks for later ones of other sizes, and the more the longer a
 process trains. `peak` is measured with `MALLOC_MMAP_THRESHOLD_`, which has it give
-large blocks back at once, and `with glibc's defaults` without.
+large blocks back at once, and with `--defaults` without too.
 """
 
 import argparse
@@ -20,20 +22,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# Method and the phase of it; weights: a type, or the bits that hold them, packed.
-CASES = {
-    "lora, float32": ("lora", 0, "float32"),
-    "lora, bfloat16": ("lora", 0, "bfloat16"),
-    "slora sparse, float32": ("slora", 0, "float32"),
-    "slora sparse, bfloat16": ("slora", 0, "bfloat16"),
-    "slora low-rank, float32": ("slora", 1, "float32"),
-    "slora low-rank, bfloat16": ("slora", 1, "bfloat16"),
-    "fft, float32": ("fft", 0, "float32"),
-    "lora, 8bit": ("lora", 0, "8bit"),
-    "lora, 4bit": ("lora", 0, "4bit"),
-    "slora sparse, 8bit": ("slora", 0, "8bit"),
-    "slora sparse, 4bit": ("slora", 0, "4bit"),
-    "slora low-rank, 4bit": ("slora", 1, "4bit"),
+# Method and the phase of it; weights, a type or the bits that hold them, packed; what
+# is changed besides.
+CASES: dict[str, tuple[str, int, str, dict[str, Any]]] = {
+    "lora, float32": ("lora", 0, "float32", {}),
+    "lora, bfloat16": ("lora", 0, "bfloat16", {}),
+    "slora sparse, float32": ("slora", 0, "float32", {}),
+    "slora sparse, bfloat16": ("slora", 0, "bfloat16", {}),
+    "slora low-rank, float32": ("slora", 1, "float32", {}),
+    "slora low-rank, bfloat16": ("slora", 1, "bfloat16", {}),
+    "fft, float32": ("fft", 0, "float32", {}),
+    "lora, checkpointing": ("lora", 0, "float32", {"train.checkpointing": True}),
+    "fft, in two parts": ("fft", 0, "float32", {"train.accumulate": 2}),
+    "lora, 8bit": ("lora", 0, "8bit", {}),
+    "lora, 4bit": ("lora", 0, "4bit", {}),
+    "slora sparse, 8bit": ("slora", 0, "8bit", {}),
+    "slora sparse, 4bit": ("slora", 0, "4bit", {}),
+    "slora low-rank, 4bit": ("slora", 1, "4bit", {}),
 }
 WORDS = [f"w{i}" for i in range(8000)]
 # glibc's: blocks from this size on are given back when they are freed.
@@ -84,8 +89,8 @@ def status(field: str) -> int:
     return 1024 * int(found)
 
 
-def train(config: dict[str, Any], phase_index: int) -> int:
-    """Train one client in a phase; return what the plan says its step needs."""
+def train(config: dict[str, Any], phase_index: int) -> dict[str, int]:
+    """Train one client in a phase; return what is planned, and the peak."""
     import torch
 
     from slora_flwr.backbone.base_weights import BaseWeights
@@ -100,6 +105,8 @@ def train(config: dict[str, Any], phase_index: int) -> int:
     before = make_schedule(settings)[phase_index - 1].rounds if phase_index else 0
     planned = plan_memory(phase, settings, outline(settings)).total
     trainer = Trainer(settings)
+    _ = trainer.data.tokenised
+    resident = status("VmRSS")
     layout = phase.adapter_type.base_layout(
         phase, settings, trainer.model.backbone, before
     )
@@ -110,13 +117,14 @@ def train(config: dict[str, Any], phase_index: int) -> int:
         base = BaseWeights.from_state(state, positions, scaling)
     del layout, positions
     adapter = trainer.model.attach(phase, base)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
     trainer.train_client(0, adapter.state(), phase, 1)
-    return planned
+    return {"planned": planned, "peak": status("VmHWM") - resident}
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, int]:
-    """Train in this process; return the peak, and the plan's figure."""
-    method, phase, dtype = CASES[options.case]
+    """Train in this process, a tiny model first; return what `train` does."""
+    method, phase, dtype, changes = CASES[options.case]
     config = {
         "task": "causal-lm",
         "method": method,
@@ -131,12 +139,10 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, int]:
         "clients.partitioner": "iid",
         "clients.by": "text",
         "train.batch-size": options.batch,
+        "train.steps": 2,  # the second has moments from its beginning
     }
-    train(config, phase)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
-    planned = train(config | {"model.name": options.model}, phase)
-    return {"planned": planned, "peak": status("VmHWM") - before}
+    train(config | changes, phase)
+    return train(config | changes | {"model.name": options.model}, phase)
 
 
 def call(*options: str, **changes: str) -> dict[str, int]:
@@ -157,6 +163,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
+    parser.add_argument("--defaults", action="store_true", help="glibc's, too")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
@@ -178,8 +185,9 @@ def main() -> None:
         for case in options.cases:
             one = ("--child", str(folder), "--case", case, "--model", model)
             figures[case] = call(*one, *sizes, **GIVE_BACK)
-            kept = call(*one, *sizes)["peak"]
-            figures[case]["with glibc's defaults"] = kept
+            if options.defaults:
+                kept = call(*one, *sizes)["peak"]
+                figures[case]["with glibc's defaults"] = kept
     if options.json:
         print(json.dumps(figures, indent=2))
         return

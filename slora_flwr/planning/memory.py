@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slora_flwr.backbone.load import Backbone, find_blocks, find_targets
 from slora_flwr.config import RecipeConfig, RunConfig
 from slora_flwr.config.schedule import Phase, make_schedule
-from slora_flwr.training.loop import is_half_precision, precision_of
+from slora_flwr.training.loop import precision_of
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,21 @@ class Memory:
     state : int
         The state that the client was sent, from which its update is taken.
     gradients : int
-        Gradients of all trained values, and the largest of them once more, as it is
-        made before it is added.
+        Gradients of all trained values.
+    added : int
+        Gradients that are made before they are added to others. Only those of weights
+        that are used twice, or that an earlier part of the batch has left gradients of,
+        are added at all; autograd keeps the sum of a weight's uses apart from both.
+    kept : int
+        Gradients that earlier parts of the batch have left, as the next part is read.
     activations : int
         What a forward pass of the largest part of a batch keeps for the backward pass.
+    again : int
+        With checkpointing, what one block keeps as it is computed again, after the
+        loss.
     outputs : int
-        Logits that the loss holds at a time, with their gradients.
+        Logits that the loss holds at a time, with their gradients and those of the
+        output weights.
     unpacked : int
         The largest of the packed weights, unpacked to compute with it.
     """
@@ -48,16 +57,22 @@ class Memory:
     moments: int
     state: int
     gradients: int
+    added: int
+    kept: int
     activations: int
+    again: int
     outputs: int
     unpacked: int
 
     @property
     def total(self) -> int:
-        """The peak: activations are freed as gradients are made."""
+        """The peak: at the loss, or at the beginning or end of the backward pass.
+
+        Activations are freed as gradients are made.
+        """
         lasting = self.weights + self.aside + self.trained + self.moments + self.state
-        passing = max(self.activations + self.outputs, self.gradients)
-        return lasting + passing + self.unpacked
+        begun = self.kept + self.activations + max(self.outputs, self.again)
+        return lasting + max(begun, self.gradients + self.added) + self.unpacked
 
 
 def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
@@ -81,23 +96,39 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
         parameters: list[nn.Parameter] = adapter.parameters()
         sizes = [parameter.numel() for parameter in parameters]
         beside = sum(p.numel() for p in parameters if _place(p) not in resident)
-        activations = _activation_bytes(backbone, phase.recipe, config.data.max_length)
+        length = config.data.max_length
+        activations, again = _activation_bytes(backbone, phase.recipe, length)
+        rows = phase.recipe.most_rows(length)
+        outputs = backbone.task.output_bytes(backbone.model, rows * length)
+        twice = 4 * _size_of_tied(backbone.model)
         adapter.detach()
     # Adam has two moments, and SGD one with momentum.
     moments = 2 if phase.recipe.optimizer == "adamw" else phase.recipe.momentum > 0
-    is_half = is_half_precision(backbone, phase.recipe.precision)
-    tokens = phase.recipe.most_rows(config.data.max_length) * config.data.max_length
+    gradients = 4 * sum(sizes)
+    in_parts = rows < phase.recipe.batch_size
+    largest = 4 * max(sizes, default=0)
     return Memory(
         weights=backbone.weight_bytes,
         aside=_aside_bytes(phase, config, backbone),
         trained=4 * beside,
         moments=4 * moments * sum(sizes),
         state=4 * phase.adapter_type.state_size(config, backbone),
-        gradients=4 * (sum(sizes) + max(sizes, default=0)),
+        gradients=gradients,
+        added=max(3 * twice, largest) if in_parts else 2 * twice,
+        kept=gradients if in_parts else 0,
         activations=activations,
-        outputs=backbone.task.output_bytes(backbone.model, tokens, is_half=is_half),
+        again=again,
+        outputs=outputs,
         unpacked=_unpacked_bytes(config, backbone),
     )
+
+
+def _size_of_tied(model: Any) -> int:
+    """Return the size of a trained weight that is both input and output embedding."""
+    outputs = model.get_output_embeddings()
+    if outputs is None or outputs.weight is not model.get_input_embeddings().weight:
+        return 0
+    return outputs.weight.numel() if outputs.weight.requires_grad else 0
 
 
 def _aside_bytes(phase: Phase, config: RunConfig, backbone: Backbone) -> int:
@@ -130,11 +161,13 @@ def _unpacked_bytes(config: RunConfig, backbone: Backbone) -> int:
     return max((width * m.out_features * m.in_features for m in linear), default=0)
 
 
-def _activation_bytes(backbone: Backbone, recipe: RecipeConfig, length: int) -> int:
-    """Return the bytes that a forward pass on a batch keeps, except weights.
+def _activation_bytes(
+    backbone: Backbone, recipe: RecipeConfig, length: int
+) -> tuple[int, int]:
+    """Return the bytes that a forward pass keeps, except weights, and one block again.
 
-    With checkpointing these are the inputs of all blocks, what one block keeps as it is
-    computed again, and what is kept outside of blocks.
+    With checkpointing the pass keeps the inputs of all blocks, and what is kept outside
+    of blocks; the second figure is 0 without.
     """
     model = backbone.model.train()
     own = {_place(p) for p in model.parameters()}
@@ -175,8 +208,8 @@ def _activation_bytes(backbone: Backbone, recipe: RecipeConfig, length: int) -> 
         handle.remove()
     outside, *passes = (sum(part.values()) for part in kept)
     if recipe.checkpointing:
-        return outside + sum(inputs) + max(passes, default=0)
-    return outside + sum(passes)
+        return outside + sum(inputs), max(passes, default=0)
+    return outside + sum(passes), 0
 
 
 def _place(tensor: Tensor) -> int:

@@ -178,19 +178,18 @@ class Task(ABC):
             On the model's device.
         """
 
-    def output_bytes(self, model: Any, tokens: int, *, is_half: bool) -> int:
+    def output_bytes(self, model: Any, tokens: int) -> int:
         """Return the most bytes of outputs that `loss` holds at a time.
 
-        Their gradients count. A classifier's few do not.
+        Their gradients count, and those of the weights that make them. A classifier's
+        few do not.
 
         Parameters
         ----------
         model : transformers.PreTrainedModel
-            The backbone's model.
+            The backbone's model, with an adapter attached.
         tokens : int
             Number of the batch's tokens.
-        is_half : bool
-            Whether the model computes in bf16.
         """
         return 0
 

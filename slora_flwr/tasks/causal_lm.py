@@ -175,15 +175,20 @@ class CausalLM(Task):
                 )
         return total
 
-    def output_bytes(self, model: Any, tokens: int, *, is_half: bool) -> int:
+    def output_bytes(self, model: Any, tokens: int) -> int:
         """Return the bytes of a chunk's log-probabilities and of two gradients.
 
-        They are float32: the gradients of the log-probabilities and of the logits. In
-        bf16 there are the logits themselves too, and their gradient.
+        They are float32: the gradients of the log-probabilities and of the logits. The
+        logits themselves are not there then. Trained output weights have a gradient for
+        each chunk, which autograd adds to the sum so far outside of both.
         """
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        logits = min(tokens, max(1, _MOST_LOGITS // vocabulary)) * vocabulary
-        return logits * (3 * 4 + (2 * 2 if is_half else 0))
+        weight = model.get_output_embeddings().weight
+        rows = max(1, _MOST_LOGITS // weight.shape[0])
+        logits = 4 * min(tokens, rows) * weight.shape[0]
+        made = 4 * weight.numel() if weight.requires_grad else 0
+        if tokens <= rows:
+            return max(3 * logits, logits + made)
+        return max(3 * logits + made, 3 * made)
 
     def evaluate(self, model: Any, batches: Iterable[Batch]) -> TokenEvaluation:
         """Return a model's results on batches; there is at least one."""

@@ -232,11 +232,6 @@ def _decay(
 
 def precision_of(backbone: Backbone, precision: str) -> AbstractContextManager[object]:
     """Return the context of a forward pass: bf16 autocast, or none."""
-    if is_half_precision(backbone, precision):
+    if precision == "bf16" or backbone.model.dtype == torch.bfloat16:
         return torch.autocast(backbone.device.type, torch.bfloat16)
     return nullcontext()
-
-
-def is_half_precision(backbone: Backbone, precision: str) -> bool:
-    """Return whether forward passes are in bf16: as asked, or since the weights are."""
-    return precision == "bf16" or backbone.model.dtype == torch.bfloat16

@@ -1,6 +1,7 @@
 """experiments/flowertune: planned for real models, run with tiny ones."""
 
 import csv
+import math
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,22 @@ def test_the_settings_are_planned_for_mistral(name: str, tmp_path: Path) -> None
     assert needed.trained == 4 * values
     # On a GPU of 80 GB without quantisation, thanks to checkpointing.
     assert needed.total < 40e9
+
+
+@pytest.mark.parametrize("method", ["lora", "slora"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_rates_follow_the_templates_cosine(name: str, method: str) -> None:
+    """From 5e-5 on, and towards 0 where the template's end at 1e-6.
+
+    A phase's first round has the whole rate: the template's round 0.
+    """
+    config = read(name, f"method={method}", "sparse.rounds=40")
+    for phase in make_schedule(config):
+        for number in range(1, phase.rounds + 1):
+            turned = (1 + math.cos(math.pi * (number - 1) / phase.rounds)) / 2
+            rate = phase.at(number).recipe.lr
+            assert rate == pytest.approx(5e-5 * turned, abs=1e-12)
+            assert 0 <= 1e-6 + (5e-5 - 1e-6) * turned - rate <= 1e-6
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -169,23 +169,24 @@ def test_checkpointing_keeps_the_inputs_of_blocks(tmp_path: Path) -> None:
         for config in [causal(model, data, method="fft", **{"train.checkpointing": on})]
     )
     blocks, block_input = 2, 4 * 16 * 24 * 32
-    saved = whole.activations - again.activations
     outside = again.activations - blocks * block_input
-    # Both blocks keep as much: what is saved is one block's less the inputs.
-    one = saved + blocks * block_input
-    assert one < outside < 1.2 * one
+    # The first block also keeps the table of positions, which all share.
+    kept = outside + blocks * again.again
+    assert whole.activations == pytest.approx(kept, rel=1e-3)
+    # A few masks and norms.
+    assert 0 < outside < 0.2 * again.again
 
 
 def test_logits_are_bounded(tmp_path: Path) -> None:
     described, _ = LARGE["Llama-3.2-1B"]
     save_outline(described, tmp_path)
     logits = 128256 * (2**24 // 128256)
-    # Log-probabilities and two gradients; in bf16 the logits and a third one too.
-    for dtype, size in (("float32", 12), ("bfloat16", 16)):
+    # Log-probabilities and two gradients, in bf16 too.
+    for dtype in ("float32", "bfloat16"):
         changes = {"method": "lora", "model.dtype": dtype}
         config = causal(tmp_path, tmp_path / "none.csv", **changes)
         [phase] = make_schedule(config)
-        assert plan_memory(phase, config, outline(config)).outputs == size * logits
+        assert plan_memory(phase, config, outline(config)).outputs == 12 * logits
 
 
 def plan(path: Path, config: Config, *options: str) -> str:

@@ -68,8 +68,7 @@ def test_memory_by_hand(config: Config, bert: Backbone) -> None:
     sparse = memory(config, bert, method="sft")
     assert (full.weights, full.trained) == (weights, 0)
     assert (full.moments, full.state) == (2 * weights, weights)
-    largest = 120 * 32  # the embedding's, which is made before it is added
-    assert full.gradients == weights + 4 * largest
+    assert (full.gradients, full.added, full.kept) == (weights, 0, 0)
     assert lora.trained == 4 * LORA_VALUES
     assert lora.moments == 2 * 4 * (LORA_VALUES + head) == 2 * lora.state
     assert sparse.trained == 4 * SPARSE_VALUES
@@ -77,6 +76,12 @@ def test_memory_by_hand(config: Config, bert: Backbone) -> None:
     assert plain.moments == 0
     lasting = full.weights + full.aside + full.trained + full.moments + full.state
     assert full.total == lasting + max(full.activations, full.gradients)
+    # Each of two parts has half of the activations, and the first leaves gradients.
+    parts = memory(config, bert, method="fft", **{"train.accumulate": 2})
+    largest = 4 * 120 * 32  # the embedding's
+    assert (parts.kept, parts.added) == (weights, largest)
+    assert parts.total == lasting + weights + max(parts.activations, largest)
+    assert 0.5 < parts.activations / full.activations < 0.52  # with a mask's table
     assert full.outputs == 0  # a classifier's are few
     assert (full.aside, lora.aside) == (weights, 4 * head)  # to give W_0 back
     # What restores the values, their positions, and a CSR pattern of them.
