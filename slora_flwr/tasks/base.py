@@ -141,6 +141,10 @@ class Task(ABC):
         """Return how good a state is; None if its metrics do not tell."""
 
     @abstractmethod
+    def reaches(self, metrics: Mapping[str, float], target: float) -> bool:
+        """Return whether a state is as good as a run's `run.target`."""
+
+    @abstractmethod
     def spoil(self, examples: Examples, classes: Sequence[str]) -> Examples:
         """Return a hostile client's examples, with something else to learn of them."""
 

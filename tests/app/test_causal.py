@@ -21,9 +21,11 @@ from slora_flwr.data.examples import IGNORED
 from slora_flwr.data.shared_files import read_file
 from slora_flwr.data.texts import Texts, read_unlabelled
 from slora_flwr.result import Result
+from slora_flwr.runs.events import RecordedRound
 from slora_flwr.runs.reader import read_run
 from slora_flwr.server.conversation import Conversation
 from slora_flwr.server.export import KeptState, export_run
+from slora_flwr.server.phase import ActivePhase
 from slora_flwr.server.predict import answer_texts, predict_texts
 from slora_flwr.training.trainer import Trainer
 from tests.support.causal import (
@@ -133,6 +135,55 @@ def test_perplexity_falls_and_clients_are_the_columns_values(
         sizes = [done["examples"] for done in rounds[0]["clients"].values()]
         assert len(sizes) == len(CATEGORIES)
         assert sizes[0] > sum(sizes[1:]) * 0.6
+
+
+def test_a_target_is_a_perplexity_to_come_down_to(
+    runs: dict[str, Path], folders: dict[str, Path], dialogues: Path, tmp_path: Path
+) -> None:
+    rounds = events(runs["llama fft"], "round")
+    high, *_, low = (done["perplexity"] for done in rounds)
+    config = make(folders["llama"], dialogues, tmp_path / "run", method="fft")
+    config["run.target"] = (high + low) / 2
+    found = summary(start(config, Grid(config)))["target"]
+    assert found["round"] == next(
+        done["round"] for done in rounds if done["perplexity"] <= config["run.target"]
+    )
+    assert found["round"] > 1
+    with pytest.raises(ConfigError, match=r"run\.target is 0\.5; allowed: a perp"):
+        start(config | {"run.target": 0.5}, Grid(config))
+
+
+def test_an_open_phase_goes_by_the_loss(
+    folders: dict[str, Path], dialogues: Path, tmp_path: Path
+) -> None:
+    """A model whose loss falls goes on, however few tokens it has right."""
+    config = make(folders["llama"], dialogues, tmp_path / "run")
+    trainer = Trainer(parse(config | {"rounds": 9, "sparse.rounds": 0}))
+    phase = ActivePhase.begin(trainer)
+    phase.phase_round = 5
+    assert phase.phase.is_open
+
+    def ends(losses: list[float], hits: list[float]) -> bool:
+        return phase.has_ended(
+            [
+                RecordedRound(
+                    phase="sparse",
+                    cohort=[],
+                    clients={},
+                    round=number,
+                    replied=3,
+                    payload_bytes=0,
+                    metrics={"loss": loss, "accuracy": hit},
+                    kept_energy=0.5,
+                )
+                for number, (loss, hit) in enumerate(
+                    zip(losses, hits, strict=True), start=1
+                )
+            ]
+        )
+
+    assert not ends([5.0, 4.0, 3.0, 2.0, 1.0], [0.1] * 5)
+    assert ends([2.0] * 5, [0.1, 0.2, 0.3, 0.4, 0.5])
 
 
 def test_exports_have_the_runs_loss_and_say_the_same_in_stock_libraries(
