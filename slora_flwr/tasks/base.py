@@ -233,7 +233,12 @@ class Task(ABC):
 
     @abstractmethod
     def answer(
-        self, model: Any, encoder: Any, classes: Sequence[str], texts: Texts
+        self,
+        model: Any,
+        encoder: Any,
+        classes: Sequence[str],
+        texts: Texts,
+        most: int | None = None,
     ) -> Iterator[Answer]:
         """Yield a model's answers to texts, in their order.
 
@@ -247,6 +252,13 @@ class Task(ABC):
             The label names.
         texts : Texts
             The texts, or the dialogues in which a response is due.
+        most : int or None
+            The most tokens of an answer; None for the task's own.
+
+        Raises
+        ------
+        ConfigError
+            If answers have no tokens and `most` is given.
         """
 
     def sample(self, model: Any, encoder: Any, examples: Examples) -> list[Sample]:

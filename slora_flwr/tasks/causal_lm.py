@@ -221,9 +221,10 @@ class CausalLM(Task):
         encoder: DialogueEncoder,
         classes: Sequence[str],
         texts: Texts,
+        most: int | None = None,
     ) -> Iterator[Response]:
         """Yield the responses to dialogues; see `Task.answer`."""
-        responses = respond(model, encoder, texts.dialogues, MOST_TOKENS)
+        responses = respond(model, encoder, texts.dialogues, most or MOST_TOKENS)
         for text, response in zip(texts.texts, responses, strict=True):
             yield Response(text, response)
 

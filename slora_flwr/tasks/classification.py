@@ -224,8 +224,11 @@ class Classification(Task):
         encoder: TextEncoder,
         classes: Sequence[str],
         texts: Texts,
+        most: int | None = None,
     ) -> Iterator[Prediction]:
         """Yield the labels of texts; see `Task.answer`."""
+        if most is not None:
+            raise refuse("--max-tokens", most, "none, since labels are no responses")
         rows = encoder.encode(texts)
         labels = np.zeros(len(texts.texts), dtype=np.int64)
         examples = Examples(**rows, labels=labels, pad=encoder.pad)

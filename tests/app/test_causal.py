@@ -27,6 +27,7 @@ from slora_flwr.server.conversation import Conversation
 from slora_flwr.server.export import KeptState, export_run
 from slora_flwr.server.phase import ActivePhase
 from slora_flwr.server.predict import answer_texts, predict_texts
+from slora_flwr.tasks.causal_lm import MOST_TOKENS
 from slora_flwr.training.trainer import Trainer
 from tests.support.causal import (
     CATEGORIES,
@@ -424,6 +425,29 @@ def test_a_chat_keeps_the_dialogue_until_a_blank_line(runs: dict[str, Path]) -> 
     talk = Conversation(directory, "averaged")
     assert [talk.say("w9 w8"), talk.say("w7")] == [first, second]
     assert talk.dialogue[:3] == [*answered(ask(["w9 w8"]), first), *ask(["w7"])]
+
+
+def test_max_tokens_bound_responses(runs: dict[str, Path]) -> None:
+    prompts = [f"w{number} w8" for number in range(5, 25)]
+    directory, prompt, words = next(
+        (directory, prompt, answer.line.split())
+        for directory in runs.values()
+        for prompt, answer in zip(
+            prompts, predict_texts(directory, "averaged", prompts), strict=True
+        )
+        if len(answer.line.split()) > 2
+    )
+    for command in (("predict", directory, prompt), ("chat", directory)):
+        told = slora(*command, "--max-tokens", "2", given=f"{prompt}\n")
+        assert told.split() == words[:2]
+        help_ = slora(command[0], "--help").replace("│", " ")
+        assert f"a response; default: {MOST_TOKENS}." in " ".join(help_.split())
+
+
+def test_labels_have_no_tokens_to_bound(config: Config) -> None:
+    directory = start(config, Grid(config))
+    with pytest.raises(ConfigError, match="--max-tokens is 4; allowed: none, since"):
+        predict_texts(directory, "averaged", ["w5"], most=4)
 
 
 def test_a_long_chat_forgets_what_is_oldest(runs: dict[str, Path]) -> None:
