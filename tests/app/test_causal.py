@@ -187,6 +187,46 @@ def test_an_open_phase_goes_by_the_loss(
     assert ends([2.0] * 5, [0.1, 0.2, 0.3, 0.4, 0.5])
 
 
+def test_a_language_model_learns_to_name_newsgroups(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exact matches are what a classifier's accuracy is of."""
+    groups = ["w11", "w12"]
+    folder = tmp_path / "assets" / "data" / "20newsgroups"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 48), ("test", 12)):
+        lines = ["text,label,label_text"]
+        lines += [
+            f"w{6 + i % 2} w{20 + i % 5},{i % 2},{groups[i % 2]}" for i in range(count)
+        ]
+        (folder / f"{split}.csv").write_text("\n".join(lines))
+    monkeypatch.setenv("SLORA_ASSETS", str(tmp_path / "assets"))
+    config: Config = {
+        "method": "fft",
+        "rounds": 8,
+        "model.name": str(folders["llama"]),
+        "data.name": "20newsgroups",
+        "data.max-length": 24,
+        "clients.count": 4,
+        "clients.per-round": 4,
+        "clients.alpha": 10.0,
+        "train.lr": 0.01,
+        "run.eval-every": 0,
+    }
+    names: Config = config | {
+        "task": "causal-lm",
+        "run.dir": str(tmp_path / "names"),
+        "run.generate": 12,
+        "run.max-tokens": 2,
+    }
+    labels: Config = config | {"run.dir": str(tmp_path / "labels")}
+    found = summary(start(names, Grid(names)))
+    assert found["exact_match"] == 1
+    assert summary(start(labels, Grid(labels)))["accuracy"] == 1
+    [answer] = predict_texts(tmp_path / "names", "averaged", ["w7 w20"])
+    assert answer.line == "w12"
+
+
 def test_exports_have_the_runs_loss_and_say_the_same_in_stock_libraries(
     runs: dict[str, Path],
     folders: dict[str, Path],
