@@ -29,4 +29,5 @@ if [ -d "${SLORA_ASSETS:-/nowhere}/models/$minilm" ]; then
     measure rounds-minilm rounds.py --model "$minilm"
     measure rounds-minilm-8 rounds.py --model "$minilm" --examples 8
 fi
+measure llm-example llm_example.py
 measure scale scale.py

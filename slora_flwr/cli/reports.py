@@ -24,7 +24,7 @@ def runs(
 ) -> None:
     """List the runs in $SLORA_HOME/runs, or below folders, the newest first.
 
-    Each has its state, method, data, accuracy, bytes and age. Of runs that ended early,
+    Each has its state, method, data, result, bytes and age. Of runs that ended early,
     those with the state `no checkpoint` cannot be resumed.
     """
     from rich.console import Console
@@ -84,9 +84,8 @@ def compare(
         float | None,
         typer.Option(
             min=0,
-            max=1,
-            help="Accuracy at which to compare bytes and time; default: a point below "
-            "fft's.",
+            help="Accuracy or, of language models, perplexity at which to compare "
+            "bytes and time; default: a point below fft's, or 1% above.",
         ),
     ] = None,
     uplink: Annotated[

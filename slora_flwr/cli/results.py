@@ -32,6 +32,12 @@ WhichOption = Annotated[
 ]
 
 
+MaxTokensOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="The most tokens of a response; default: 256."),
+]
+
+
 def export(
     run: RunArgument = None,
     which: WhichOption = Which.AVERAGED,
@@ -72,6 +78,7 @@ def predict(
         ),
     ] = None,
     which: WhichOption = Which.AVERAGED,
+    max_tokens: MaxTokensOption = None,
     as_json: Annotated[
         bool,
         typer.Option(
@@ -89,7 +96,7 @@ def predict(
         path = find_run(run)
         from slora_flwr.server.predict import predict_texts
 
-        for found in predict_texts(path, which, texts, file):
+        for found in predict_texts(path, which, texts, file, max_tokens):
             if as_json:
                 typer.echo(json.dumps(found.facts, ensure_ascii=False))
             else:
@@ -99,6 +106,7 @@ def predict(
 def chat(
     run: RunArgument = None,
     which: WhichOption = Which.AVERAGED,
+    max_tokens: MaxTokensOption = None,
 ) -> None:
     """Talk with a finished run's language model, a prompt a line.
 
@@ -110,7 +118,7 @@ def chat(
         path = find_run(run)
         from slora_flwr.server.conversation import Conversation
 
-        conversation = Conversation(path, which)
+        conversation = Conversation(path, which, max_tokens)
         try:
             for text in _prompts():
                 if text.strip():

@@ -150,8 +150,9 @@ PATIENCE, LEAST_GAIN = 3, 0.01
 def has_stopped_gaining(*figures: Sequence[float]) -> bool:
     """Return whether no figure of an open phase has gained for `PATIENCE` rounds.
 
-    A figure (accuracy; share of the delta's energy that the rank keeps) gains in a
-    round if it exceeds its best so far by `LEAST_GAIN`, absolute: one point.
+    A figure (the task's score; share of the delta's energy that the rank keeps) gains
+    in a round if it exceeds its best so far by `LEAST_GAIN`, absolute: one point of
+    accuracy, or about one percent of perplexity.
 
     Parameters
     ----------

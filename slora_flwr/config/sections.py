@@ -694,10 +694,10 @@ class OutputConfig:
         "`question`, `choices` and `answer`, that each evaluation of a `causal-lm` "
         "answers; empty for none.",
     )
-    target: Annotated[float, FROM_0_TO_1] = Field(
+    target: Annotated[float, at_least(0)] = Field(
         default=0.0,
-        description="A test accuracy whose first round and bytes the summary names; 0 "
-        "for none.",
+        description="A test accuracy or, for `causal-lm`, a perplexity whose first "
+        "round and bytes the summary names; 0 for none.",
     )
 
     @property

@@ -48,6 +48,13 @@ DIALOGUES = {
     "flwrlabs/code-alpaca-20k": Preset(
         "flwrlabs/code-alpaca-20k", "instruction,input", response="output"
     ),
+    "20newsgroups": Preset(
+        "SetFit/20_newsgroups",
+        "text",
+        test="test",
+        response="label_text",
+        by="label_text",
+    ),
     "news-category": Preset(
         "heegyu/news-category-dataset",
         "short_description",

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 
 from slora_flwr.common.text import printable, shorten
-from slora_flwr.config import RunConfig, flatten
+from slora_flwr.config import RunConfig, flatten, refuse
 from slora_flwr.reports.chance import tell_warned
 from slora_flwr.reports.charts import (
     Chart,
@@ -39,8 +39,6 @@ from slora_flwr.reports.groups import (
 from slora_flwr.reports.page import NOTHING, Cell, Column, Page, Section, Table
 from slora_flwr.runs.reader import RecordedRun, by_layer
 
-MARGIN = 0.01  # of the target below FFT's accuracy
-
 GROUP = Column("group", "group")
 
 
@@ -60,7 +58,8 @@ def compare(
     rates : Sequence[float]
         Rates of the modelled times, in Mbit/s.
     target : float or None
-        Accuracy to reach; None for a point below full fine-tuning, if it was run.
+        Accuracy or perplexity to reach; None for one near full fine-tuning's, if it
+        was run.
     names : Mapping[str, str]
         Names of groups; see `group_runs`.
     left_out : Sequence[str]
@@ -69,21 +68,22 @@ def compare(
     Raises
     ------
     ConfigError
-        If one of the names is impossible.
+        If one of the names, or the target, is impossible.
     """
     # Tuning runs are evaluated on other data and comparable only with each other.
     tested = [run for run in runs if not run.config["data.validation"]] or list(runs)
     groups = group_runs(tested, names)
     heads = [headline_of(r.evaluated) for g in groups for r in g.runs if r.evaluated]
     head = heads[0] if len({*heads}) == 1 else ACCURACY
+    if target is not None and target > 1 and not head.is_lower_better:
+        raise refuse("--target", target, "a number from 0 up to 1")
     curves = {group.label: curve(group, rates, head) for group in groups}
     sections = [
         _results(groups, head),
         *_differences(groups),
         *_curves(groups, curves, rates, head),
-        # What follows compares accuracies.
-        *([] if head.is_lower_better else _targets(groups, curves, rates, target)),
-        *([] if head.is_lower_better else _heterogeneity(groups)),
+        *_targets(groups, curves, rates, target, head),
+        *_heterogeneity(groups, head),
         *_energies(groups),
         *_spread(groups),
         *_failures(groups),
@@ -125,7 +125,6 @@ def _repeated(group: Group) -> list[str]:
 
 
 def _results(groups: list[Group], head: Headline) -> Section:
-    percent = "_percent" if head.scale > 1 else ""
     also = [
         name
         for name in FORMS
@@ -138,9 +137,9 @@ def _results(groups: list[Group], head: Headline) -> Section:
         Column("runs", "runs", "d"),
         Column("seeds", "seeds"),
         Column("rounds", "rounds", "d"),
-        Column(head.axis, f"{head.metric}{percent}", head.spec),
+        Column(head.axis, f"{head.metric}{head.percent}", head.spec),
         Column("± sd", f"{head.metric}_sd", head.spec),
-        Column(f"last {LAST}{head.unit}", f"last_{LAST}{percent}", head.spec),
+        Column(f"last {LAST}{head.unit}", f"last_{LAST}{head.percent}", head.spec),
         Column("± sd", f"last_{LAST}_sd", head.spec),
         *([] if head.is_lower_better else [Column("macro-F1", "macro_f1", ".3f")]),
         *(Column(FORMS[name][0], name, ".3f") for name in also),
@@ -302,13 +301,12 @@ def _curves(
 def _points(
     curves: dict[str, list[Point]], rates: Sequence[float], head: Headline
 ) -> Table:
-    percent = "_percent" if head.scale > 1 else ""
     columns = [
         GROUP,
         Column("round", "round", "d"),
         Column("phase", "phase"),
         *(
-            Column(f"{name}{head.unit}", f"{name}{percent}", head.spec)
+            Column(f"{name}{head.unit}", f"{name}{head.percent}", head.spec)
             for name in ("mean", "minimum", "maximum")
         ),
         Column("MB", "megabytes", ".2f"),
@@ -346,25 +344,26 @@ def _targets(
     curves: dict[str, list[Point]],
     rates: Sequence[float],
     given: float | None,
+    head: Headline,
 ) -> list[Section]:
     rows: list[list[Cell]] = []
     for group in groups:
         target = given
-        fft = fft_beside(group, groups)
+        fft = fft_beside(group, groups, head)
         if target is None and fft is not None:
-            target = fmean(over_runs(fft, last_mean)) - MARGIN
+            target = head.nearly(_level(fft, head))
         if target is None:
             continue
-        point = reached(curves[group.label], target)
+        point = reached(curves[group.label], target, head)
         at: list[Cell] = [None] * (2 + len(rates))
         if point is not None:
             at = [point.round, point.megabytes, *point.seconds]
-        rows.append([group.label, 100 * target, *at])
+        rows.append([group.label, head.scale * target, *at])
     if not rows:
         return []
     columns = [
         GROUP,
-        Column("target, %", "target_percent", ".1f"),
+        Column(f"target{head.unit}", f"target{head.percent}", head.spec),
         Column("round", "round", "d"),
         Column("MB", "megabytes", ".2f"),
         *_columns_of(rates),
@@ -372,7 +371,7 @@ def _targets(
     origin = "the one given"
     if given is None:
         origin = (
-            f"{100 * MARGIN:g} point below the mean of fft's last {LAST} evaluations "
+            f"{head.margin} the mean of fft's last {LAST} evaluations "
             "in the same setting"
         )
     caption = (
@@ -384,10 +383,15 @@ def _targets(
     return [Section("Bytes and time to the target", [_model(rates)], tables=[table])]
 
 
-def _heterogeneity(groups: list[Group]) -> list[Section]:
+def _level(group: Group, head: Headline) -> float:
+    """Return the mean of a group's last evaluations."""
+    return fmean(over_runs(group, partial(last_mean, head=head)))
+
+
+def _heterogeneity(groups: list[Group], head: Headline) -> list[Section]:
     families: dict[object, list[Group]] = {}
     for group in groups:
-        if group.ended and over_runs(group, last_mean):
+        if group.ended and over_runs(group, partial(last_mean, head=head)):
             families.setdefault(group.elsewhere, []).append(group)
     charts, tables = [], []
     found: dict[str, Look] = {}
@@ -399,40 +403,34 @@ def _heterogeneity(groups: list[Group]) -> list[Section]:
         if len(rows) < 2 or not (has_fft or len(columns) > 1):
             continue
         name = f"heterogeneity-{number}" if len(families) > 1 else "heterogeneity"
-        accuracy = {
-            row: {
-                group.heterogeneity: 100 * fmean(over_runs(group, last_mean))
-                for group in members
-            }
+        levels_of = {
+            row: {g.heterogeneity: head.scale * _level(g, head) for g in members}
             for row, members in rows.items()
         }
         gaps = {
             row: {
-                group.heterogeneity: 100
-                * (
-                    fmean(over_runs(group, last_mean))
-                    - fmean(over_runs(fft, last_mean))
-                )
+                group.heterogeneity: head.scale
+                * (_level(group, head) - _level(fft, head))
                 for group in members
-                if (fft := fft_beside(group, family)) is not None
+                if (fft := fft_beside(group, family, head)) is not None
             }
             for row, members in rows.items()
         }
-        tables.append(_gap_table(name, accuracy, gaps, columns, has_fft))
+        tables.append(_gap_table(name, levels_of, gaps, columns, has_fft, head))
         if len(columns) > 1:
             found |= looks(rows, [members[0].method for members in rows.values()])
-            shown = {"accuracy, %": accuracy}
+            shown = {head.axis: levels_of}
             if has_fft:
-                shown["gap to fft, points"] = gaps
+                shown[f"gap to fft{', points' if head.percent else ''}"] = gaps
             charts += [
                 _levels_chart(y, values, columns, found) for y, values in shown.items()
             ]
     if not tables:
         return []
     text = [
-        f"Mean accuracy over the last {LAST} evaluations and over seeds, from even to "
-        "uneven partitions. Groups in one table differ in method, in keys specific to "
-        "the method, such as its learning rate, and in heterogeneity."
+        f"Mean {head.name} over the last {LAST} evaluations and over seeds, from even "
+        "to uneven partitions. Groups in one table differ in method, in keys specific "
+        "to the method, such as its learning rate, and in heterogeneity."
     ]
     return [Section("Methods by heterogeneity", text, keys(found), charts, tables)]
 
@@ -441,23 +439,30 @@ Levels = dict[str, dict[str, float]]
 
 
 def _gap_table(
-    name: str, accuracy: Levels, gaps: Levels, columns: list[str], has_fft: bool
+    name: str,
+    levels: Levels,
+    gaps: Levels,
+    columns: list[str],
+    has_fft: bool,
+    head: Headline,
 ) -> Table:
     headings = [Column("method", "method")]
     for column in columns:
-        headings.append(Column(f"{column}, %", column, ".1f"))
+        headings.append(Column(f"{column}{head.unit}", column, head.spec))
         if has_fft:
-            headings.append(Column("gap", f"{column} gap", "+.1f"))
+            headings.append(Column("gap", f"{column} gap", f"+{head.spec}"))
     rows: list[list[Cell]] = []
-    for row, by_column in accuracy.items():
+    for row, by_column in levels.items():
         cells: list[Cell] = [row]
         for column in columns:
             cells.append(by_column.get(column))
             if has_fft:
                 cells.append(gaps[row].get(column))
         rows.append(cells)
-    gap = "; gap: points above full fine-tuning in the same setting" if has_fft else ""
-    return Table(name, f"Accuracy by heterogeneity{gap}.", headings, rows)
+    unit = "points" if head.percent else "how far"
+    gap = f"; gap: {unit} above full fine-tuning in the same setting" if has_fft else ""
+    told = f"{head.name.capitalize()} by heterogeneity{gap}."
+    return Table(name, told, headings, rows)
 
 
 def _levels_chart(

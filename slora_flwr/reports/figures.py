@@ -1,10 +1,14 @@
 """How metrics are told: their names and forms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from slora_flwr.runs.events import RecordedRound
 
+# By which targets are worse than full fine-tuning: a point of accuracy, or this share
+# of a perplexity.
+MARGIN = 0.01
 # Name and form by metric, in the order in which they are told.
 FORMS = {
     "perplexity": ("perplexity", ".2f"),
@@ -67,11 +71,37 @@ class Headline:
         """The format of numbers in tables."""
         return ".1f" if self.scale > 1 else ".2f"
 
+    @property
+    def percent(self) -> str:
+        """What ends the names of its columns in CSV."""
+        return "_percent" if self.scale > 1 else ""
+
+    @property
+    def better(self) -> Callable[..., Any]:
+        """`min` or `max`, whichever chooses the best of several values."""
+        return min if self.is_lower_better else max
+
+    def reaches(self, value: float, target: float) -> bool:
+        """Return whether a value is as good as a target."""
+        return value <= target if self.is_lower_better else value >= target
+
+    def nearly(self, value: float) -> float:
+        """Return what is worse than a value by the margin of targets; see `margin`."""
+        return value * (1 + MARGIN) if self.is_lower_better else value - MARGIN
+
+    @property
+    def margin(self) -> str:
+        """How far targets are from a value."""
+        share = f"{100 * MARGIN:g}"
+        return f"{share}% above" if self.is_lower_better else f"{share} point below"
+
     def best(self, rounds: Sequence[RecordedRound]) -> RecordedRound | None:
         """Return the first round with the best value; None if none has one."""
         known = [done for done in rounds if self.metric in done.metrics]
-        choose = min if self.is_lower_better else max
-        return choose(known, key=lambda done: done.metrics[self.metric], default=None)
+        found: RecordedRound | None = self.better(
+            known, key=lambda done: done.metrics[self.metric], default=None
+        )
+        return found
 
 
 ACCURACY = Headline("accuracy", ".1%", 100, ", %")

@@ -11,6 +11,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, count, product
 from math import ceil
 from statistics import fmean
@@ -326,22 +327,33 @@ def over_runs(
     return [value for run in group.runs if (value := figure(run)) is not None]
 
 
-def fft_beside(group: Group, groups: Iterable[Group]) -> Group | None:
+def fft_beside(
+    group: Group, groups: Iterable[Group], head: Headline = ACCURACY
+) -> Group | None:
     """Return full fine-tuning's best group in a group's setting, if there is one."""
+
+    def level(group: Group) -> list[float]:
+        return over_runs(group, partial(last_mean, head=head))
+
     found = [
         other
         for other in groups
         if other.is_reference
         and other.ended
         and other.setting == group.setting
-        and over_runs(other, last_mean)
+        and level(other)
     ]
-    return max(found, key=lambda g: fmean(over_runs(g, last_mean)), default=None)
+    best: Group | None = head.better(
+        found, key=lambda other: fmean(level(other)), default=None
+    )
+    return best
 
 
-def reached(points: Iterable[Point], target: float) -> Point | None:
-    """Return the first point of a mean curve that reaches an accuracy."""
-    return next((point for point in points if point.accuracy >= target), None)
+def reached(
+    points: Iterable[Point], target: float, head: Headline = ACCURACY
+) -> Point | None:
+    """Return the first point of a mean curve that reaches a target."""
+    return next((p for p in points if head.reaches(p.accuracy, target)), None)
 
 
 def late_losses(group: Group) -> list[float]:

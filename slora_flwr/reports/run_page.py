@@ -124,7 +124,7 @@ def _megabytes(
 
 def _phases(run: RecordedRun) -> Section:
     head = headline_of(run.evaluated)
-    name = f"{head.metric}_percent" if head.scale > 1 else head.metric
+    name = f"{head.metric}{head.percent}"
     columns = [
         Column("", "phase"),
         Column("rounds", "rounds", "d"),

@@ -21,6 +21,8 @@ class Conversation:
     ----------
     run, which
         As for `slora_flwr.server.export.export_run`.
+    most : int or None
+        The most tokens of a response; None for the task's own.
 
     Raises
     ------
@@ -30,7 +32,8 @@ class Conversation:
         If the run keeps no such state, or its model gives no responses.
     """
 
-    def __init__(self, run: Path, which: str) -> None:
+    def __init__(self, run: Path, which: str, most: int | None = None) -> None:
+        self._most = most or MOST_TOKENS
         self._kept = KeptState.read(run, which)
         task = self._kept.config.task
         if find_task(self._kept.config).has_classes:
@@ -55,13 +58,13 @@ class Conversation:
         dialogue = self.dialogue + ask([text])
         encoder: Any = self._kept.data.encoder
         model = self._kept.model.backbone.model
-        longest = longest_prompt(model, encoder, MOST_TOKENS)
+        longest = longest_prompt(model, encoder, self._most)
         while len(dialogue) > 1 and (
             len(encoder.prompt(dialogue, sys.maxsize)) > longest
         ):
             dialogue = dialogue[2:]
         given = Texts([text_of(dialogue)], [""], dialogues=[dialogue])
-        [answer] = answer_texts(self._kept, given)
+        [answer] = answer_texts(self._kept, given, self._most)
         response: str = answer.facts["response"]
         self.dialogue = answered(dialogue, response)
         return response

@@ -1,5 +1,6 @@
 """The phase under way: its adapter, base and state, and how a round changes them."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -97,6 +98,7 @@ class ActivePhase:
             self._primed_rank: int = primed.primed_rank(config)
         self.fingerprint, self.returned, self.largest = "", self.adapter.returned(), 0
         self._config, self._model, self._start = config, model, self.state
+        self._task = trainer.task
         self._published = self.state
 
     @classmethod
@@ -281,9 +283,11 @@ class ActivePhase:
         rounds = history[len(history) - self.phase_round :]
         energy = [done.kept_energy for done in rounds if done.kept_energy is not None]
         metrics = [done.metrics for done in rounds]
-        accuracy = [found["accuracy"] for found in metrics if "accuracy" in found]
-        figures = [energy, accuracy] if accuracy else [energy]
-        return self.phase.is_open and has_stopped_gaining(*figures)
+        scores = [self._task.score(found) for found in metrics if found]
+        # A state that has diverged gains nothing.
+        figures = [-math.inf if score is None else score for score in scores]
+        series = [energy, figures] if figures else [energy]
+        return self.phase.is_open and has_stopped_gaining(*series)
 
     def encode_for(
         self, node: int, clients: Iterable[int], *, anew: bool = False

@@ -15,7 +15,11 @@ from slora_flwr.training.loop import precision_of
 
 
 def predict_texts(
-    run: Path, which: str, texts: list[str], file: Path | None = None
+    run: Path,
+    which: str,
+    texts: list[str],
+    file: Path | None = None,
+    most: int | None = None,
 ) -> list[Answer]:
     """Return the answers of a run's state to texts.
 
@@ -28,14 +32,16 @@ def predict_texts(
     file : Path or None
         A file of texts in their place: a line each in a `.txt` file, else in the
         columns in which the run's data has its texts, prompts or conversations.
+    most : int or None
+        The most tokens of a response; None for the task's own.
 
     Raises
     ------
     RunError
         If it is no run directory, or cannot be read.
     ConfigError
-        If the run keeps no such state, the file cannot be read, or a text is not
-        Unicode.
+        If the run keeps no such state, the file cannot be read, a text is not
+        Unicode, or answers have no tokens and `most` is given.
     """
     kept = KeptState.read(run, which)
     config = kept.config
@@ -44,10 +50,12 @@ def predict_texts(
         given = read_unlabelled(config.data, expand(file), dialogues=dialogues)
     else:
         given = prompts_of(texts) if dialogues else Texts(texts, [""] * len(texts))
-    return answer_texts(kept, given)
+    return answer_texts(kept, given, most)
 
 
-def answer_texts(kept: KeptState, texts: Texts) -> list[Answer]:
+def answer_texts(
+    kept: KeptState, texts: Texts, most: int | None = None
+) -> list[Answer]:
     """Return the answers of a kept state to texts; its adapter is attached.
 
     Raises
@@ -62,4 +70,4 @@ def answer_texts(kept: KeptState, texts: Texts) -> list[Answer]:
     backbone, task = kept.model.backbone, find_task(kept.config)
     model, encoder = backbone.model.eval(), kept.data.encoder
     with torch.inference_mode(), precision_of(backbone, kept.config.train.precision):
-        return list(task.answer(model, encoder, kept.classes, texts))
+        return list(task.answer(model, encoder, kept.classes, texts, most))

@@ -91,7 +91,7 @@ def summarise(
     if warning := tell_chance(config, summary):
         summary["warning"] = warning
     target = config.run.target
-    reached = [h for h in history if h.metrics.get("accuracy", 0) >= target]
+    reached = [h for h in history if trainer.task.reaches(h.metrics, target)]
     if target and reached:
         keys = ("round", "payload_bytes", "seconds")
         summary["target"] = {name: getattr(reached[0], name) for name in keys}

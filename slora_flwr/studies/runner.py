@@ -37,6 +37,7 @@ from slora_flwr.common.text import counted
 from slora_flwr.config import ConfigError, parse
 from slora_flwr.config.identity import code_identity
 from slora_flwr.config.methods import find_adapter
+from slora_flwr.reports.figures import first_of, tell
 from slora_flwr.reports.progress import clock
 from slora_flwr.runs.events import EVENTS, RecordedRound, read_events
 from slora_flwr.runs.lock import is_locked
@@ -276,10 +277,10 @@ class Runner:
                 shutil.rmtree(run.path / name, ignore_errors=True)
         self._count(run)
         summary = run.summary()
-        accuracy = summary["accuracy"]
-        figures = "-" if accuracy is None else f"{accuracy:.1%}"
+        metric = first_of(summary)
         self.console.print(
-            f"{len(self._done)}/{self._all} {run.name}  accuracy {figures}  "
+            f"{len(self._done)}/{self._all} {run.name}  "
+            f"{tell(metric, summary[metric])}  "
             f"{clock(summary['seconds'])}  {self._left()}",
             highlight=False,
             soft_wrap=True,

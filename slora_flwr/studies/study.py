@@ -28,7 +28,7 @@ from hashlib import blake2b
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slora_flwr.config import ConfigError, RunConfig, Value, flatten, parse, refuse
 from slora_flwr.config.arguments import flatten_tables
@@ -40,6 +40,10 @@ from slora_flwr.config.methods import (
     list_methods,
 )
 from slora_flwr.config.schedule import make_schedule
+
+if TYPE_CHECKING:
+    # A worker's torch must see its number of threads before it is imported.
+    from slora_flwr.tasks.base import Task
 
 Config = dict[str, Value]
 
@@ -114,18 +118,30 @@ class Trial:
 
 @dataclass(frozen=True)
 class Score:
-    """The result of a tuning run: mean accuracy and loss of its last evaluations."""
+    """The result of a tuning run.
 
-    accuracy: float
-    loss: float
+    Attributes
+    ----------
+    merit : float
+        The task's score of `figures`.
+    figures : dict[str, float]
+        The task's goal and the loss: means over the last evaluations.
+    """
+
+    merit: float
+    figures: dict[str, float]
 
     @classmethod
-    def of(cls, evaluations: list[dict[str, float]]) -> "Score":
-        """Return the mean of the last three evaluations."""
+    def of(cls, evaluations: list[dict[str, float]], task: "Task") -> "Score":
+        """Return the score of the last three evaluations."""
         last = evaluations[-3:]
-        # A loss that is not finite is not recorded.
-        losses = [e.get("loss", math.inf) for e in last]
-        return cls(fmean(e["accuracy"] for e in last), fmean(losses))
+        # A figure that is not finite is not recorded.
+        figures = {
+            name: fmean(found.get(name, math.inf) for found in last)
+            for name in (task.goal, "loss")
+        }
+        score = task.score(figures)
+        return cls(-math.inf if score is None else score, figures)
 
 
 def read_study(
@@ -342,14 +358,15 @@ def planned(study: Study) -> Iterator[Config]:
 
 
 def best_rate(scores: Mapping[float, Score]) -> float:
-    """Return the rate with the highest accuracy; among equals, the lowest loss.
+    """Return the rate with the highest merit; among equals, the lowest loss.
 
     A run whose loss is not finite ranks below all others.
     """
 
     def merit(rate: float) -> tuple[bool, float, float, float]:
         score = scores[rate]
-        finite = math.isfinite(score.loss)
-        return finite, score.accuracy, -score.loss if finite else 0.0, -rate
+        loss = score.figures["loss"]
+        finite = math.isfinite(loss)
+        return finite, score.merit, -loss if finite else 0.0, -rate
 
     return max(scores, key=merit)

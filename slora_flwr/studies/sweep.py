@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -15,6 +15,7 @@ from rich.table import Table
 from slora_flwr.common.text import csv_cell
 from slora_flwr.config import ConfigError, Value, flatten, parse
 from slora_flwr.reports.chance import tell_warned
+from slora_flwr.reports.figures import FORMS, first_of
 from slora_flwr.reports.narrow_tables import print_table
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.runs.roster import write_roster
@@ -30,13 +31,20 @@ from slora_flwr.studies.study import (
     varying,
 )
 
+if TYPE_CHECKING:
+    from slora_flwr.tasks.base import Task
+
+_LAST = "_last_5"  # follows a metric's name for its mean over the last evaluations
 # Columns of `runs.csv`, each with its heading and format in the printed table, and
 # whether the table shows the spread over seeds.
 FIGURES = {
-    "accuracy": ("accuracy", ".1%", True),
-    "accuracy_last_5": ("mean of\nlast 5", ".1%", True),
-    "macro_f1": ("macro-F1", ".3f", True),
-    "loss": ("loss", ".3f", True),
+    column: told
+    for name, (heading, form) in FORMS.items()
+    for column, told in (
+        (name, (heading, form, True)),
+        (f"{name}{_LAST}", ("mean of\nlast 5", form, True)),
+    )
+} | {
     "payload_mb_up": ("MB up", ".1f", False),
     "payload_mb_down": ("MB down", ".1f", False),
     "seconds": ("seconds", ".0f", False),
@@ -99,7 +107,7 @@ def sweep(
         finish([run for by_rate in runs.values() for run in by_rate.values()])
         for trial, by_rate in runs.items():
             scores[trial] = {
-                rate: Score.of(run.evaluations())
+                rate: Score.of(run.evaluations(), _task_of(run.config))
                 for rate, run in by_rate.items()
                 if run.finished
             }
@@ -167,14 +175,15 @@ def _last(key: str) -> str:
 
 def _tuning_rows(scores: dict[Trial, dict[float, Score]]) -> Iterator[dict[str, Any]]:
     for trial, by_rate in scores.items():
+        goal = _task_of(trial.config(trial.rates[0])).goal
+        names = dict.fromkeys((goal, "loss"))
         for rate in trial.rates:
             score = by_rate.get(rate)
             yield {
                 **dict(zip(trial.per, trial.values, strict=True)),
                 "key": trial.key,
                 "rate": rate,
-                "accuracy": score and score.accuracy,
-                "loss": score and score.loss,
+                **{name: score and score.figures[name] for name in names},
                 "chosen": int(score is not None and rate == best_rate(by_rate)),
             }
 
@@ -187,15 +196,22 @@ def _describe_tuning(scores: dict[Trial, dict[float, Score]]) -> Iterator[str]:
             yield f"{trial.label}: {trial.key} {best:g}{where}"
 
 
+def _task_of(config: Config) -> "Task":
+    # Imported here, since a worker's torch must see its number of threads first.
+    from slora_flwr.tasks.choice import find_task
+
+    return find_task(parse(config))
+
+
 def _row(run: StudyRun, keys: list[str]) -> dict[str, Any]:
     summary = run.summary()
-    last = [metrics["accuracy"] for metrics in run.evaluations()][-5:]
+    head = first_of(summary)
+    last = [found[head] for found in run.evaluations() if head in found][-5:]
+    figures = {name: summary[name] for name in FORMS if name in summary}
+    figures[f"{head}{_LAST}"] = fmean(last) if last else None
     return {
         **{key: run.config[key] for key in keys},
-        "accuracy": summary["accuracy"],
-        "accuracy_last_5": fmean(last) if last else None,
-        "macro_f1": summary["macro_f1"],
-        "loss": summary["loss"],
+        **{name: figures[name] for name in FIGURES if name in figures},
         "payload_mb_up": summary["payload_bytes_up"] / 1e6,
         "payload_mb_down": summary["payload_bytes_down"] / 1e6,
         "seconds": summary["seconds"],
@@ -205,9 +221,10 @@ def _row(run: StudyRun, keys: list[str]) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows with equal keys as CSV, none of whose cells is a formula."""
+    """Write rows as CSV, none of whose cells is a formula."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(
             {name: csv_cell(value) for name, value in row.items()} for row in rows
@@ -219,15 +236,18 @@ def _table(rows: list[dict[str, Any]], keys: list[str]) -> Table:
     table = Table()
     for key in keys:
         table.add_column(_last(key))
-    for heading in ("runs", *(heading for heading, _, _ in FIGURES.values())):
+    shown = {
+        name: told for name, told in FIGURES.items() if any(name in r for r in rows)
+    }
+    for heading in ("runs", *(heading for heading, _, _ in shown.values())):
         table.add_column(heading, justify="right")
     groups: dict[tuple[Value, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     for values, group in groups.items():
         figures = [
-            _mean([row[name] for row in group], form, spread)
-            for name, (_, form, spread) in FIGURES.items()
+            _mean([row.get(name) for row in group], form, spread)
+            for name, (_, form, spread) in shown.items()
         ]
         cells = [escape(str(value)) for value in values]
         table.add_row(*cells, str(len(group)), *figures)

@@ -141,6 +141,10 @@ class Task(ABC):
         """Return how good a state is; None if its metrics do not tell."""
 
     @abstractmethod
+    def reaches(self, metrics: Mapping[str, float], target: float) -> bool:
+        """Return whether a state is as good as a run's `run.target`."""
+
+    @abstractmethod
     def spoil(self, examples: Examples, classes: Sequence[str]) -> Examples:
         """Return a hostile client's examples, with something else to learn of them."""
 
@@ -228,7 +232,12 @@ class Task(ABC):
 
     @abstractmethod
     def answer(
-        self, model: Any, encoder: Any, classes: Sequence[str], texts: Texts
+        self,
+        model: Any,
+        encoder: Any,
+        classes: Sequence[str],
+        texts: Texts,
+        most: int | None = None,
     ) -> Iterator[Answer]:
         """Yield a model's answers to texts, in their order.
 
@@ -242,6 +251,13 @@ class Task(ABC):
             The label names.
         texts : Texts
             The texts, or the dialogues in which a response is due.
+        most : int or None
+            The most tokens of an answer; None for the task's own.
+
+        Raises
+        ------
+        ConfigError
+            If answers have no tokens and `most` is given.
         """
 
     def sample(self, model: Any, encoder: Any, examples: Examples) -> list[Sample]:

@@ -112,11 +112,14 @@ class CausalLM(Task):
     has_classes = False
 
     def check(self, config: RunConfig) -> None:
-        """Refuse labels; see `Task.check`."""
+        """Refuse labels and impossible targets; see `Task.check`."""
         if config.data.labels:
             raise refuse(
                 "data.labels", config.data.labels, f"empty, since {_NO_LABELS}"
             )
+        if 0 < config.run.target < 1:
+            allowed = "a perplexity, which is from 1 up, or 0"
+            raise refuse("run.target", config.run.target, allowed)
 
     def encoder(self, config: DataConfig, tokenizer: Any) -> DialogueEncoder:
         """Return what makes tokens of dialogues; see `Task.encoder`."""
@@ -126,6 +129,10 @@ class CausalLM(Task):
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """Return the loss, negated."""
         return -metrics["loss"] if "loss" in metrics else None
+
+    def reaches(self, metrics: Mapping[str, float], target: float) -> bool:
+        """Return whether the perplexity is at most the target."""
+        return metrics.get("perplexity", math.inf) <= target
 
     def spoil(self, examples: Examples, classes: Sequence[str]) -> Examples:
         """Return the examples with learned tokens of other places."""
@@ -219,9 +226,10 @@ class CausalLM(Task):
         encoder: DialogueEncoder,
         classes: Sequence[str],
         texts: Texts,
+        most: int | None = None,
     ) -> Iterator[Response]:
         """Yield the responses to dialogues; see `Task.answer`."""
-        responses = respond(model, encoder, texts.dialogues, MOST_TOKENS)
+        responses = respond(model, encoder, texts.dialogues, most or MOST_TOKENS)
         for text, response in zip(texts.texts, responses, strict=True):
             yield Response(text, response)
 

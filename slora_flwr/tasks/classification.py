@@ -168,7 +168,7 @@ class Classification(Task):
     has_classes = True
 
     def check(self, config: RunConfig) -> None:
-        """Refuse what takes a language model; see `Task.check`."""
+        """Refuse what takes a language model, and targets; see `Task.check`."""
         for key, given, off in (
             ("run.generate", config.run.generate, 0),
             ("run.choices", config.run.choices, ""),
@@ -177,6 +177,8 @@ class Classification(Task):
                 raise refuse(
                     key, given, f"{off or 'empty'}, since task is {config.task}"
                 )
+        if config.run.target > 1:
+            raise refuse("run.target", config.run.target, "a number from 0 up to 1")
 
     def encoder(self, config: DataConfig, tokenizer: Any) -> TextEncoder:
         """Return what makes tokens of texts."""
@@ -185,6 +187,10 @@ class Classification(Task):
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """Return the accuracy; None for that of a state that has diverged."""
         return metrics.get("accuracy") if "loss" in metrics else None
+
+    def reaches(self, metrics: Mapping[str, float], target: float) -> bool:
+        """Return whether the accuracy is at least the target."""
+        return metrics.get("accuracy", 0) >= target
 
     def spoil(self, examples: Examples, classes: Sequence[str]) -> Examples:
         """Return the examples with labels rotated by one class."""
@@ -218,8 +224,11 @@ class Classification(Task):
         encoder: TextEncoder,
         classes: Sequence[str],
         texts: Texts,
+        most: int | None = None,
     ) -> Iterator[Prediction]:
         """Yield the labels of texts; see `Task.answer`."""
+        if most is not None:
+            raise refuse("--max-tokens", most, "none, since labels are no responses")
         rows = encoder.encode(texts)
         labels = np.zeros(len(texts.texts), dtype=np.int64)
         examples = Examples(**rows, labels=labels, pad=encoder.pad)

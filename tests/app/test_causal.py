@@ -21,10 +21,13 @@ from slora_flwr.data.examples import IGNORED
 from slora_flwr.data.shared_files import read_file
 from slora_flwr.data.texts import Texts, read_unlabelled
 from slora_flwr.result import Result
+from slora_flwr.runs.events import RecordedRound
 from slora_flwr.runs.reader import read_run
 from slora_flwr.server.conversation import Conversation
 from slora_flwr.server.export import KeptState, export_run
+from slora_flwr.server.phase import ActivePhase
 from slora_flwr.server.predict import answer_texts, predict_texts
+from slora_flwr.tasks.causal_lm import MOST_TOKENS
 from slora_flwr.training.trainer import Trainer
 from tests.support.causal import (
     CATEGORIES,
@@ -133,6 +136,95 @@ def test_perplexity_falls_and_clients_are_the_columns_values(
         sizes = [done["examples"] for done in rounds[0]["clients"].values()]
         assert len(sizes) == len(CATEGORIES)
         assert sizes[0] > sum(sizes[1:]) * 0.6
+
+
+def test_a_target_is_a_perplexity_to_come_down_to(
+    runs: dict[str, Path], folders: dict[str, Path], dialogues: Path, tmp_path: Path
+) -> None:
+    rounds = events(runs["llama fft"], "round")
+    high, *_, low = (done["perplexity"] for done in rounds)
+    config = make(folders["llama"], dialogues, tmp_path / "run", method="fft")
+    config["run.target"] = (high + low) / 2
+    found = summary(start(config, Grid(config)))["target"]
+    assert found["round"] == next(
+        done["round"] for done in rounds if done["perplexity"] <= config["run.target"]
+    )
+    assert found["round"] > 1
+    with pytest.raises(ConfigError, match=r"run\.target is 0\.5; allowed: a perp"):
+        start(config | {"run.target": 0.5}, Grid(config))
+
+
+def test_an_open_phase_goes_by_the_loss(
+    folders: dict[str, Path], dialogues: Path, tmp_path: Path
+) -> None:
+    """A model whose loss falls goes on, however few tokens it has right."""
+    config = make(folders["llama"], dialogues, tmp_path / "run")
+    trainer = Trainer(parse(config | {"rounds": 9, "sparse.rounds": 0}))
+    phase = ActivePhase.begin(trainer)
+    phase.phase_round = 5
+    assert phase.phase.is_open
+
+    def ends(losses: list[float], hits: list[float]) -> bool:
+        return phase.has_ended(
+            [
+                RecordedRound(
+                    phase="sparse",
+                    cohort=[],
+                    clients={},
+                    round=number,
+                    replied=3,
+                    payload_bytes=0,
+                    metrics={"loss": loss, "accuracy": hit},
+                    kept_energy=0.5,
+                )
+                for number, (loss, hit) in enumerate(
+                    zip(losses, hits, strict=True), start=1
+                )
+            ]
+        )
+
+    assert not ends([5.0, 4.0, 3.0, 2.0, 1.0], [0.1] * 5)
+    assert ends([2.0] * 5, [0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_a_language_model_learns_to_name_newsgroups(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exact matches are what a classifier's accuracy is of."""
+    groups = ["w11", "w12"]
+    folder = tmp_path / "assets" / "data" / "20newsgroups"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 48), ("test", 12)):
+        lines = ["text,label,label_text"]
+        lines += [
+            f"w{6 + i % 2} w{20 + i % 5},{i % 2},{groups[i % 2]}" for i in range(count)
+        ]
+        (folder / f"{split}.csv").write_text("\n".join(lines))
+    monkeypatch.setenv("SLORA_ASSETS", str(tmp_path / "assets"))
+    config: Config = {
+        "method": "fft",
+        "rounds": 8,
+        "model.name": str(folders["llama"]),
+        "data.name": "20newsgroups",
+        "data.max-length": 24,
+        "clients.count": 4,
+        "clients.per-round": 4,
+        "clients.alpha": 10.0,
+        "train.lr": 0.01,
+        "run.eval-every": 0,
+    }
+    names: Config = config | {
+        "task": "causal-lm",
+        "run.dir": str(tmp_path / "names"),
+        "run.generate": 12,
+        "run.max-tokens": 2,
+    }
+    labels: Config = config | {"run.dir": str(tmp_path / "labels")}
+    found = summary(start(names, Grid(names)))
+    assert found["exact_match"] == 1
+    assert summary(start(labels, Grid(labels)))["accuracy"] == 1
+    [answer] = predict_texts(tmp_path / "names", "averaged", ["w7 w20"])
+    assert answer.line == "w12"
 
 
 def test_exports_have_the_runs_loss_and_say_the_same_in_stock_libraries(
@@ -373,6 +465,29 @@ def test_a_chat_keeps_the_dialogue_until_a_blank_line(runs: dict[str, Path]) -> 
     talk = Conversation(directory, "averaged")
     assert [talk.say("w9 w8"), talk.say("w7")] == [first, second]
     assert talk.dialogue[:3] == [*answered(ask(["w9 w8"]), first), *ask(["w7"])]
+
+
+def test_max_tokens_bound_responses(runs: dict[str, Path]) -> None:
+    prompts = [f"w{number} w8" for number in range(5, 25)]
+    directory, prompt, words = next(
+        (directory, prompt, answer.line.split())
+        for directory in runs.values()
+        for prompt, answer in zip(
+            prompts, predict_texts(directory, "averaged", prompts), strict=True
+        )
+        if len(answer.line.split()) > 2
+    )
+    for command in (("predict", directory, prompt), ("chat", directory)):
+        told = slora(*command, "--max-tokens", "2", given=f"{prompt}\n")
+        assert told.split() == words[:2]
+        help_ = slora(command[0], "--help").replace("│", " ")
+        assert f"a response; default: {MOST_TOKENS}." in " ".join(help_.split())
+
+
+def test_labels_have_no_tokens_to_bound(config: Config) -> None:
+    directory = start(config, Grid(config))
+    with pytest.raises(ConfigError, match="--max-tokens is 4; allowed: none, since"):
+        predict_texts(directory, "averaged", ["w5"], most=4)
 
 
 def test_a_long_chat_forgets_what_is_oldest(runs: dict[str, Path]) -> None:

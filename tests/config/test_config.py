@@ -280,7 +280,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("run.generate", -1, "a number of at least 0"),
     ("run.max-tokens", 0, "a number from 1 up to 4096"),
     ("run.choices", "questions.jsonl", "an absolute path, or empty"),
-    ("run.target", 1.1, "a number from 0 up to 1"),
+    ("run.target", -0.1, "a number of at least 0"),
 ]
 # Any string will do here; what they name is looked up later.
 FREE = {"data.train", "data.test", "data.text", "data.label", "clients.by"}

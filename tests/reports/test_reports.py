@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from slora_flwr.cli import app
-from slora_flwr.config import Value
+from slora_flwr.config import ConfigError, Value
 from slora_flwr.reports.charts import COLOURS, GREY, INK, PALETTE
 from slora_flwr.reports.comparison_page import compare
 from slora_flwr.reports.groups import Group, curve, group_runs, modelled_seconds
@@ -759,7 +759,6 @@ def test_a_language_models_page_is_of_perplexity(tmp_path: Path) -> None:
 
 
 def test_language_models_are_compared_by_perplexity(tmp_path: Path) -> None:
-    """Neither targets nor gaps, which are of accuracy, are drawn up."""
     paths = [
         write_language_run(tmp_path / "a", (9.0, 5.0, 4.0), seed=0),
         write_language_run(tmp_path / "b", (9.0, 5.0, 2.0), seed=1),
@@ -778,8 +777,19 @@ def test_language_models_are_compared_by_perplexity(tmp_path: Path) -> None:
         "maximum",
     ]
     assert [row[3] for row in points.rows if row[0] == fft["group"]] == [9.0, 8.0, 7.0]
-    titles = [section.title for section in page.sections]
-    assert not {"Bytes and time to the target", "Methods by heterogeneity"} & {*titles}
+    # A hundredth above full fine-tuning's mean of 8.
+    rows = {row["group"]: row for row in rows_of(page, "target")}
+    assert rows[lora["group"]]["target"] == pytest.approx(8.08)
+    assert (rows[lora["group"]]["round"], rows[fft["group"]]["round"]) == (2, 2)
+    [row] = [row for row in rows_of(page, "heterogeneity") if row["method"] != "fft"]
+    level, gap = [row[name] for name in row if name != "method"]
+    assert (level, gap) == (pytest.approx(17 / 3), pytest.approx(17 / 3 - 8))
+    assert "Perplexity by heterogeneity" in render(page)
+    assert {
+        row["target"] for row in rows_of(page_of(*paths, target=4.5), "target")
+    } == {4.5}
+    with pytest.raises(ConfigError, match=r"--target is 4\.5; allowed: a number from"):
+        page_of(write_run(tmp_path / "d"), target=4.5)
 
 
 def test_the_list_of_runs_tells_perplexities(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from slora_flwr.common.tensors import State
+from slora_flwr.config import ConfigError
 from slora_flwr.runs.events import ClassRecord
 from slora_flwr.server import collect
 from slora_flwr.tasks.classification import ClassifierEvaluation
@@ -130,6 +131,11 @@ def test_the_summary_names_the_first_round_at_the_target(
     target = summary(start(config, RecordingGrid(config)))["target"]
     assert target["round"] == 2
     assert target["payload_bytes"] == 2 * 2 * 6 * 4 * (LORA_VALUES + HEAD_VALUES)
+
+
+def test_a_classifiers_target_is_an_accuracy(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"run\.target is 1\.1; allowed: a number"):
+        start(config | {"run.target": 1.1}, RecordingGrid(config))
 
 
 def test_a_target_that_is_not_reached_is_not_in_the_summary(config: Config) -> None:

@@ -44,6 +44,9 @@ from slora_flwr.studies.study import (
     tune,
 )
 from slora_flwr.studies.sweep import sweep
+from slora_flwr.tasks.causal_lm import CausalLM
+from slora_flwr.tasks.classification import Classification
+from tests.support.causal import save_language_model, write_dialogues
 from tests.support.processes import LONG, has_ended, wait_until
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -317,26 +320,46 @@ def test_without_a_rate_a_run_is_left_out(tmp_path: Path) -> None:
     assert {config["method"] for config in final} == set(KEYS)
 
 
+def scored(accuracy: float, loss: float) -> Score:
+    return Score.of([{"accuracy": accuracy, "loss": loss}], Classification())
+
+
 def test_the_best_rate_has_the_highest_accuracy_then_the_lowest_loss() -> None:
     scores = {
-        0.1: Score(0.5, 1.0),
-        0.2: Score(0.7, 1.2),
-        0.3: Score(0.7, 1.1),
-        0.4: Score(0.9, math.nan),
-        0.5: Score(0.9, math.inf),
+        0.1: scored(0.5, 1.0),
+        0.2: scored(0.7, 1.2),
+        0.3: scored(0.7, 1.1),
+        0.4: scored(0.9, math.nan),
+        0.5: scored(0.9, math.inf),
     }
     assert best_rate(scores) == 0.3
     assert best_rate(dict(reversed(scores.items()))) == 0.3
-    assert best_rate({0.1: Score(0.2, math.nan), 0.2: Score(0.3, math.nan)}) == 0.2
-    assert best_rate({0.2: Score(0.2, 1.0), 0.1: Score(0.2, 1.0)}) == 0.1
+    assert best_rate({0.1: scored(0.2, math.nan), 0.2: scored(0.3, math.nan)}) == 0.2
+    assert best_rate({0.2: scored(0.2, 1.0), 0.1: scored(0.2, 1.0)}) == 0.1
+
+
+def test_a_language_models_best_rate_has_the_lowest_loss() -> None:
+    """However many tokens it has right; what diverged is the worst."""
+    task = CausalLM()
+    scores = {
+        0.1: Score.of([{"accuracy": 0.9, "loss": 2.0}], task),
+        0.2: Score.of([{"accuracy": 0.1, "loss": 1.0}], task),
+        0.3: Score.of([{"accuracy": 0.9}], task),
+    }
+    assert best_rate(scores) == 0.2
+    assert scores[0.1].figures == {"loss": 2.0}
 
 
 def test_a_score_is_the_mean_of_the_last_three_evaluations() -> None:
     accuracies = [0.9, 0.1, 0.2, 0.6]
     rounds = [{"accuracy": a, "loss": 1 - a} for a in accuracies]
-    assert Score.of(rounds).accuracy == pytest.approx(0.3)
-    assert Score.of(rounds).loss == pytest.approx(0.7)
-    assert Score.of(rounds[:2]).accuracy == pytest.approx(0.5)
+    found = Score.of(rounds, Classification())
+    assert found.figures == {
+        "accuracy": pytest.approx(0.3),
+        "loss": pytest.approx(0.7),
+    }
+    assert found.merit == found.figures["accuracy"]
+    assert Score.of(rounds[:2], Classification()).merit == pytest.approx(0.5)
 
 
 # Whole sweeps
@@ -537,6 +560,58 @@ def test_runs_of_an_edited_study_are_kept_apart(
     assert {row["run"].split("/")[-1] for row in rows} == kept
 
 
+def test_a_sweep_of_language_models_goes_by_their_perplexity(tmp_path: Path) -> None:
+    made = make_causal(
+        save_language_model("llama", tmp_path / "model"),
+        write_dialogues(tmp_path / "dialogues.csv"),
+    )
+    study = {
+        "sweep": {"processes": 1},
+        "base": made,
+        "grid": {"seed": [0, 1]},
+        "tune": {"lr": [1e-6, 1e-2], "validation": 0.2, "rounds": 2},
+    }
+    out = tmp_path / "out"
+    status, output = invoke(write_study(tmp_path / "study.toml", study), "--out", out)
+    assert status == 0, output
+    low, high = rows_of(out / "tuning.csv")
+    assert [*low] == ["method", "key", "rate", "loss", "chosen"]
+    assert float(low["loss"]) > float(high["loss"])
+    assert (low["chosen"], high["chosen"]) == ("0", "1")
+    rows = rows_of(out / "runs.csv")
+    assert [*rows[0]][1:6] == [
+        "perplexity",
+        "perplexity_last_5",
+        "accuracy",
+        "loss",
+        "payload_mb_up",
+    ]
+    for row in rows:
+        lines = (out / row["run"] / "events.jsonl").read_text().splitlines()
+        by_round = [json.loads(line)["perplexity"] for line in lines]
+        assert float(row["perplexity"]) == by_round[-1]
+        assert float(row["perplexity_last_5"]) == pytest.approx(sum(by_round) / 2)
+        assert f"{row['run']}  perplexity {by_round[-1]:.2f}" in output
+    assert "mean of" in output
+
+
+def make_causal(model: Path, dialogues: Path) -> Config:
+    return {
+        "task": "causal-lm",
+        "method": "lora",
+        "rounds": 2,
+        "model.name": str(model),
+        "data.name": str(dialogues),
+        "data.text": "prompt,input",
+        "data.response": "response",
+        "data.max-length": 24,
+        "clients.by": "category",
+        "clients.partitioner": "natural",
+        "clients.count": 3,
+        "clients.per-round": 3,
+    }
+
+
 def test_the_table_is_over_seeds() -> None:
     assert sweeping._mean([0.1, 0.3], ".1%", True) == "20.0% ± 14.1%"
     assert sweeping._mean([0.1, 0.3], ".1%", False) == "20.0%"
@@ -545,7 +620,7 @@ def test_the_table_is_over_seeds() -> None:
 
 
 def test_the_tables_values_are_no_markup() -> None:
-    row = dict.fromkeys(sweeping.FIGURES, 0.5) | {"data.name": "/x[/e]"}
+    row = dict.fromkeys(("accuracy", "seconds"), 0.5) | {"data.name": "/x[/e]"}
     console = Console(width=140)
     with console.capture() as printed:
         console.print(sweeping._table([row], ["data.name"]))
