@@ -2,7 +2,7 @@
 
 A package separate from `slora_flwr`, since a Flower app bundle cannot hold weights:
 `pip install` puts it on every node. `pretrain.py` made the files in this folder,
-`tools/pretrain_llama.py` those of `llama`.
+`tools/pretrain_llama.py` those of `llama`. Each says how, and what came of it.
 """
 
 from pathlib import Path

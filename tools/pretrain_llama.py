@@ -2,9 +2,16 @@
 
     python -m tools.pretrain_llama --out DIR
 
+The files in `slora_embedded/llama` were made with Python 3.11.7's library (1.19 million
+tokens of prose, 1.98 million of code) and the defaults below. That took 455 seconds of
+one core's time on a shared two-core virtual machine, 76 of them for the text, the
+tokenizer and the word vectors. Final loss on prose that was held out: 4.636 a token
+(chance: 8.32).
+
 The text is the prose that the embedded classifier learned from (docstrings, comments
-and the pages of the language reference), and code. It has none of the sentences that
-`stdlib-summaries` asks for, neither of its training nor of its test data.
+and the pages of the language reference), and code. No passage of it begins with a
+sentence that `stdlib-summaries` asks for, of its training or of its test data. A few
+stand elsewhere in it: of the 1,428 test responses 9 in the prose and 2 in the code.
 """
 
 import argparse
