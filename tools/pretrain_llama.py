@@ -41,10 +41,10 @@ def read_prose() -> list[str]:
     """Return the prose without the sentences of `stdlib-summaries`."""
     asked = {summary.response for summary in stdlib_summaries.load()}
     passages = (passage for document in read_documents() for passage in document)
-    return [left for p in passages if (left := _without(p, asked))]
+    return [left for p in passages if (left := without(p, asked))]
 
 
-def _without(passage: str, asked: set[str]) -> str:
+def without(passage: str, asked: set[str]) -> str:
     """Return a passage that does not begin with any of some sentences."""
     sentence = stdlib_summaries.first_sentence(passage)
     if sentence not in asked:

@@ -29,7 +29,7 @@ def test_the_embedded_language_model_learns_to_summarise(
     trainer = Trainer(parse(config))
     trainer.model.detach()
     test = trainer.data.tokenised.test
-    pretrained = evaluate(trainer.model.backbone, test).perplexity
+    pretrained = evaluate(trainer.model.backbone, test).metrics()["perplexity"]
     capsys.readouterr()
     rounds = events(start(config, Grid(config)), "round")
     assert [done["phase"] for done in rounds] == ["sparse", "lora"]

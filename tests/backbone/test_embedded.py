@@ -34,5 +34,8 @@ def test_the_embedded_language_model_completes_text() -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     model = load_backbone(ModelConfig(name="embedded-llama"), None, seed=0).model
     given = tokenizer("    def __init__(", return_tensors="pt")["input_ids"]
-    said = model.generate(input_ids=given, max_new_tokens=2, do_sample=False)
-    assert tokenizer.decode(said[0, given.shape[1] :]).startswith("self")
+    said: torch.Tensor = model.generate(
+        input_ids=given, max_new_tokens=2, do_sample=False
+    )
+    (added,) = tokenizer.batch_decode(said[:, given.shape[1] :])
+    assert added.startswith("self")
