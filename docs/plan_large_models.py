@@ -61,6 +61,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 METHODS = ("slora", "lora", "fft")
+# The columns of the memory: `model.dtype` and `model.quantize`.
+WEIGHTS = (
+    ("float32", ""),
+    ("bfloat16", ""),
+    ("bfloat16", "8bit"),
+    ("bfloat16", "4bit"),
+)
 RUN: dict[str, Any] = {
     "task": "causal-lm",
     "rounds": 200,
@@ -76,7 +83,9 @@ RUN: dict[str, Any] = {
 }
 
 
-def make_outline(name: str, dtype: str, method: str) -> tuple[RunConfig, Backbone]:
+def make_outline(
+    name: str, method: str, dtype: str = "float32", quantize: str = ""
+) -> tuple[RunConfig, Backbone]:
     """Return the run of a model and its outline."""
     kind, sizes = MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -86,17 +95,10 @@ def make_outline(name: str, dtype: str, method: str) -> tuple[RunConfig, Backbon
         PreTrainedTokenizerFast(
             tokenizer_object=words, pad_token="pad", eos_token="end"
         ).save_pretrained(folder)
-        changes = {"method": method, "model.name": folder, "model.dtype": dtype}
-        config = parse(RUN | changes)
+        model = {"name": folder, "dtype": dtype, "quantize": quantize}
+        changes = {f"model.{key}": value for key, value in model.items()}
+        config = parse(RUN | {"method": method} | changes)
         return config, outline(config)
-
-
-def fewer_bits(weights: int, targets: int, bits: int) -> float:
-    """Return the bytes of bf16 weights whose target matrices have so many bits.
-
-    Each 64 of their values share a float32 scale, as in bitsandbytes' 4 bits.
-    """
-    return weights + targets * (bits / 8 + 4 / 64 - 2)
 
 
 def write_memory(names: list[str]) -> Iterator[str]:
@@ -105,20 +107,16 @@ def write_memory(names: list[str]) -> Iterator[str]:
     yield "|---|---|---:|---:|---:|---:|"
     for name in names:
         for method in METHODS:
-            config, shapes = make_outline(name, "float32", method)
-            for i, phase in enumerate(make_schedule(config)):
-                cells = [plan_memory(phase, config, shapes).total]
-                if method != "fft":  # which trains the float32 weights themselves
-                    halved, half = make_outline(name, "bfloat16", method)
-                    found = plan_memory(make_schedule(halved)[i], halved, half)
-                    cells.append(found.total)
-                    for bits in (8, 4):
-                        less = fewer_bits(found.weights, half.target_size, bits)
-                        cells.append(found.total - found.weights + round(less))
+            # fft trains the weights themselves, in float32.
+            weights = WEIGHTS[:1] if method == "fft" else WEIGHTS
+            plans = [make_outline(name, method, *kind) for kind in weights]
+            for i, phase in enumerate(make_schedule(plans[0][0])):
+                cells = ["-"] * len(WEIGHTS)
+                for j, (config, shapes) in enumerate(plans):
+                    found = plan_memory(make_schedule(config)[i], config, shapes)
+                    cells[j] = f"{found.total / 1e9:,.1f}"
                 label = _label(method, phase.adapter)
-                gigabytes = [f"{cell / 1e9:,.1f}" for cell in cells]
-                gigabytes += ["-"] * (4 - len(gigabytes))
-                yield f"| {name} | {label} | {' | '.join(gigabytes)} |"
+                yield f"| {name} | {label} | {' | '.join(cells)} |"
 
 
 def write_transfers(names: list[str]) -> Iterator[str]:
@@ -128,7 +126,7 @@ def write_transfers(names: list[str]) -> Iterator[str]:
     yield f"|---|---|---:|---:|{'---:|' * len(SPEEDS)}"
     for name in names:
         for method in METHODS:
-            config, shapes = make_outline(name, "float32", method)
+            config, shapes = make_outline(name, method)
             rounds = plan_rounds(config, shapes, population(config))
             for i, phase in enumerate(make_schedule(config)):
                 sent = sum(r.down + r.up for r in rounds if r.phase == i)

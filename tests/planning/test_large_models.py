@@ -28,9 +28,3 @@ def test_the_page_has_what_is_planned(
     shown = PAGE[first + 2 : end]
     assert len(shown) == 4 * len(MODELS)
     assert [row for row in shown if row.split(" | ")[0][2:] in names] == rows
-
-
-def test_fewer_bits_by_hand() -> None:
-    """Of 640 bf16 weights 512 are quantised: 4 bits each, and eight scales."""
-    assert plan_large_models.fewer_bits(1280, 512, 4) == 256 + 256 + 8 * 4
-    assert plan_large_models.fewer_bits(1280, 512, 8) == 256 + 512 + 8 * 4
