@@ -26,6 +26,7 @@ from slora_flwr.backbone.load import Backbone
 from slora_flwr.client.process import make_process
 from slora_flwr.data.examples import Examples
 from slora_flwr.server import collect, fleet
+from tests.support.causal import causal_keys, save_language_model, write_dialogues
 from tests.support.clock import Clock
 from tests.support.runs import Config, make_config
 from tests.support.tiny import (
@@ -76,6 +77,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             own = draw.choices(words[20 * c : 20 * c + 20], k=5)
             rows.writerow([" ".join(own + draw.choices(words, k=4)), CLASSES[c]])
     return path
+
+
+@pytest.fixture(scope="session")
+def causal(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The keys of a tiny Llama that learns responses to prompts."""
+    torch.manual_seed(12)
+    folder = tmp_path_factory.mktemp("causal")
+    model = save_language_model("llama", folder / "model")
+    return causal_keys(model, write_dialogues(folder / "dialogues.csv"))
 
 
 @pytest.fixture(params=FAMILIES)

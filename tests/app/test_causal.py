@@ -37,7 +37,7 @@ from tests.support.causal import (
 )
 from tests.support.grids import Grid
 from tests.support.resuming import assert_same, go_on, stop
-from tests.support.runs import Config, elsewhere, events, ledger, start, summary
+from tests.support.runs import Config, elsewhere, events, start, summary
 from tests.support.stock import read_code
 
 OWN = {"clients.count": 0, "clients.holdout": 0.2, "clients.partitioner": "iid"}
@@ -334,37 +334,6 @@ def test_answers_before_and_after_are_printed_at_the_end(
     assert told["after"] != told["before"]
 
 
-def test_a_killed_run_goes_on_bit_for_bit(
-    folders: dict[str, Path], dialogues: Path, tmp_path: Path
-) -> None:
-    config = make(folders["gemma"], dialogues, tmp_path / "whole", method="slora")
-    whole = start(config, Grid(config, nodes=2))
-    config = elsewhere(config)
-    stopped = stop(config, 3)
-    go_on(config)
-    assert_same(stopped, whole)
-
-
-def test_the_result_does_not_depend_on_the_number_of_nodes(
-    folders: dict[str, Path], dialogues: Path, tmp_path: Path
-) -> None:
-    made = []
-    for nodes in (1, 3):
-        config = make(
-            folders["llama"],
-            dialogues,
-            tmp_path / f"{nodes}",
-            method="slora",
-            **{"clients.weight": "tokens", "clients.holdout": 0.25},
-        )
-        made.append(start(config, Grid(config, nodes=nodes)))
-    one, other = map(summary, made)
-    for key in ("loss", "perplexity", "accuracy", "payload_bytes_up"):
-        assert one[key] == other[key]
-    held = [events(d, "round")[-1]["client_perplexity"] for d in made]
-    assert held[0] == held[1]
-
-
 def test_clients_weigh_as_many_tokens_as_they_learn(
     folders: dict[str, Path], dialogues: Path, tmp_path: Path
 ) -> None:
@@ -380,17 +349,9 @@ def test_clients_weigh_as_many_tokens_as_they_learn(
         assert done["clients"][str(client)]["examples"] == expected
 
 
-def test_coded_uploads_and_privacy_hold_for_language_models(
+def test_privacy_holds_for_language_models(
     folders: dict[str, Path], dialogues: Path, tmp_path: Path
 ) -> None:
-    coded = {"upload.dtype": "int8", "upload.lossless": True}
-    config = make(folders["llama"], dialogues, tmp_path / "coded", **coded)
-    plain = make(folders["llama"], dialogues, tmp_path / "plain")
-    sent = [
-        sum(int(row["payload_bytes"]) for row in ledger(d) if row["direction"] == "up")
-        for d in (start(config, Grid(config)), start(plain, Grid(plain)))
-    ]
-    assert sent[0] < sent[1] / 3
     private = {"privacy.noise-multiplier": 1.0, "privacy.clip-norm": 1.0}
     private |= {"privacy.delta": 0.01}
     config = make(folders["llama"], dialogues, tmp_path / "private", **private)

@@ -98,6 +98,21 @@ RUNS: dict[str, Config] = {
         "model.dtype": "bfloat16",
     },
 }
+CAUSAL = {"task": "causal-lm"}
+# A Llama has neither biases nor a head beside its embeddings, and bottlenecks do not
+# know its blocks.
+WITHOUT = ("bitfit", "head", "head-lora", "houlsby", "pfeiffer")
+RUNS |= {
+    f"causal {method}": {"method": method, **CAUSAL}
+    for method in METHODS
+    if method not in WITHOUT
+}
+RUNS |= {
+    "causal exact": {"method": "slora", "lora.aggregator": "exact", **CAUSAL},
+    "causal coded": INT8 | {"method": "slora", **CAUSAL},
+    "causal bf16": {"method": "slora", "model.dtype": "bfloat16", **CAUSAL},
+    "causal tokens": {"method": "slora", "clients.weight": "tokens", **CAUSAL},
+}
 
 
 # Makes the run of a name by one node, if no test has, and gives its config.
@@ -108,6 +123,7 @@ Ran = Callable[[str], Config]
 def ran(
     corpus: Path,
     tiny_models: dict[str, Path],
+    causal: Config,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Ran:
     @functools.cache
@@ -115,6 +131,7 @@ def ran(
         directory = tmp_path_factory.mktemp("ran") / "run"
         config = make_config(corpus, tiny_models["bert"], directory)
         # Not all clients in each round, so that some miss what changed.
+        config |= causal if "task" in RUNS[name] else {}
         config |= {**RUNS[name], "clients.per-round": 4, "rounds": 4}
         start(config, RecordingGrid(config))
         return config
@@ -170,7 +187,11 @@ def test_nodes_that_share_the_servers_model_change_nothing(
     assert summary(apart)["loss"] == summary(shared)["loss"]
 
 
-LOW_RANK = [n for n, c in RUNS.items() if make_schedule(parse(c))[-1].adapter == "lora"]
+LOW_RANK = [
+    name
+    for name, changes in RUNS.items()
+    if make_schedule(parse(changes))[-1].adapter == "lora" and "task" not in changes
+]
 
 
 @pytest.mark.parametrize("name", LOW_RANK)

@@ -62,13 +62,16 @@ CASES: dict[str, Config] = {
     | LOSSLESS
     | {"method": "ffa-lora", "lora.start": "orthonormal", "rounds": 3},
     "fft": TOP | LOSSLESS | {"method": "fft", "run.eval-every": 0, "rounds": 3},
+    "causal": SLORA | INT8 | LOSSLESS | {"task": "causal-lm"},
+    "causal-exact": SLORA | {"task": "causal-lm", "lora.aggregator": "exact"},
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_that_is_stopped_after_each_round_ends_as_if_it_were_not(
-    config: Config, name: str
+    config: Config, causal: Config, name: str
 ) -> None:
+    config |= causal if "task" in CASES[name] else {}
     config |= CASES[name]
     first, *others = range(2, int(config["rounds"]) + 1)
     if name == "open":

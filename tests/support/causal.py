@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.support.runs import Config
 from tests.support.tiny import SPECIAL, VOCAB, make_tokenizer
 
 CATEGORIES = ["north", "south", "west"]
@@ -159,3 +160,19 @@ def write_dialogues(path: Path, count: int = 60) -> Path:
                 ]
             )
     return path
+
+
+def causal_keys(model: Path, dialogues: Path) -> Config:
+    """Return what makes a run one of a language model; its clients share categories."""
+    return {
+        "task": "causal-lm",
+        "model.name": str(model),
+        "data.name": str(dialogues),
+        "data.text": "prompt,input",
+        "data.response": "response",
+        "data.max-length": 24,
+        "clients.by": "category",
+        "clients.partitioner": "dirichlet",
+        "clients.alpha": 1.0,
+        "train.batch-size": 4,
+    }
