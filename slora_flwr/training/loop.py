@@ -54,7 +54,7 @@ def train(
     Returns
     -------
     float
-        Mean loss over the examples, or their learned tokens, of all epochs; NaN without
+        Mean loss over the examples, or their learned tokens, of all steps; NaN without
         any.
 
     Raises
@@ -70,8 +70,10 @@ def train(
     sent = [p.detach().clone() for p in parameters] if recipe.prox else []
     model = backbone.model.train()
     losses: list[Tensor] = []
+    read = 0  # examples, or tokens
     batches = -(-len(examples) // recipe.batch_size)
-    size = max(1, int(examples.units.sum())) / max(1, batches)
+    units = examples.units
+    size = max(1, int(units.sum())) / max(1, batches)
     with _checkpointing(model, on=recipe.checkpointing):
         batched = (
             rows
@@ -92,8 +94,11 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             adapter.commit()
             losses.append(loss)
-    # One transfer from the device at the end instead of one per step.
-    return float(torch.stack(losses).mean()) if losses else float("nan")
+            read += int(units[rows].sum())
+    # One transfer from the device at the end instead of one per step. Bounded steps may
+    # have read more or fewer tokens than the mean.
+    whole = float(torch.stack(losses).mean()) if losses else float("nan")
+    return whole * (size * len(losses) / max(1, read))
 
 
 def _add_gradients(

@@ -1,6 +1,7 @@
 """Loss, metrics and answers of language models, against transformers' own."""
 
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from slora_flwr.adapters import LowRankAdapter, SparseAdapter
 from slora_flwr.backbone.load import Backbone, load_backbone
+from slora_flwr.common.random import key
 from slora_flwr.config import DataConfig, ModelConfig, RecipeConfig
 from slora_flwr.data.dialogues import content_of
 from slora_flwr.data.examples import Batch, Examples
@@ -106,6 +108,24 @@ def test_loss_and_metrics_are_those_of_single_unpadded_texts(
     [ours] = torch.autograd.grad(loss, weight)
     [theirs] = torch.autograd.grad(whole, weight)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 0])
+def test_loss_of_training_is_that_of_the_tokens_read(
+    folders: dict[str, Path], texts: Texts, steps: int
+) -> None:
+    """Steps differ in their numbers of tokens: batches are of similar length."""
+    backbone = load(folders["llama"])
+    examples = make_examples(backbone, texts)
+    stream = np.random.Philox(key=key("train", 0, 1, 2))
+    stream.random_raw()  # of dropout
+    read = np.concatenate([*islice(examples.shuffled(6, stream), steps or None)])
+    total, _, tokens = reference(folders["llama"], examples.select(read))
+    adapter = LowRankAdapter(4, 8.0)
+    adapter.attach(backbone)
+    recipe = RecipeConfig(batch_size=6, steps=steps, optimizer="sgd", lr=1e-12)
+    found = train(backbone, adapter, examples, recipe, (0, 1, 2))
+    assert found == pytest.approx(total / tokens, rel=1e-5)
 
 
 def test_evaluations_pool_by_tokens() -> None:
