@@ -227,7 +227,8 @@ class ClientsConfig:
     weight: Annotated[str, one_of("examples", "tokens")] = Field(
         default="examples",
         description="What a client weighs in means of updates: its `examples`, or the "
-        "`tokens` that it learns to predict.",
+        "`tokens` that it learns to predict. Reports and events then count its tokens "
+        "as they else count its examples.",
     )
     max_weight: Natural = Field(
         default=0,

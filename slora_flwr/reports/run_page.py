@@ -301,7 +301,8 @@ def _clients(run: RecordedRun) -> Section:
     for done in run.rounds:
         for client, trained in done.clients.items():
             did.setdefault(client, []).append(trained)
-    examples = [parts[-1].examples for parts in did.values()]
+    weights = [parts[-1].examples for parts in did.values()]
+    unit = str(run.config["clients.weight"])
     times = Counter(len(parts) for parts in did.values())
     count = int(run.config["clients.count"])
     taking_part = f"{len(did)} clients took part"
@@ -309,22 +310,20 @@ def _clients(run: RecordedRun) -> Section:
         taking_part = f"{len(did)} of {count} clients took part"
         times[0] = count - len(did)
     most = max(times)
-    sizes, edges = np.histogram(
-        examples, bins=min(20, max(examples) - min(examples) + 1)
-    )
-    middle = np.median(examples)
+    least, largest = min(weights), max(weights)
+    sizes, edges = np.histogram(weights, bins=min(20, largest - least + 1))
     text = (
-        f"{taking_part}, up to {most} times each. They have {min(examples)} to "
-        f"{max(examples)} examples, median {middle:g}."
+        f"{taking_part}, up to {most} times each. They have {least} to {largest} "
+        f"{unit}, median {np.median(weights):g}."
     )
     losses, found = _losses(run)
     charts = [
         losses,
         bar_chart(
-            f"Examples per client: {min(examples)} to {max(examples)}.",
+            f"{unit.capitalize()} per client: {least} to {largest}.",
             edges.tolist(),
             sizes.tolist(),
-            x="examples",
+            x=unit,
             y="clients",
         ),
         bar_chart(
@@ -343,7 +342,7 @@ def _clients(run: RecordedRun) -> Section:
         [
             Column("client", "client"),
             Column("rounds", "rounds", "d"),
-            Column("examples", "examples", "d"),
+            Column(unit, "examples", "d"),
             Column("first loss", "first_loss", ".3f"),
             Column("last loss", "last_loss", ".3f"),
             Column("seconds a round", "seconds", ".2f"),

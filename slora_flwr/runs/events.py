@@ -51,7 +51,10 @@ class Event:
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """One client's part in a round: its examples, mean loss and seconds."""
+    """One client's part in a round: its weight, mean loss and seconds.
+
+    The weight is its examples or, with `clients.weight` `tokens`, its learned tokens.
+    """
 
     examples: Count
     loss: Figure

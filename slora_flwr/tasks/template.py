@@ -97,7 +97,7 @@ class Template:
         done = ""
         for at in answers:
             before = self.prompt(dialogue[:at])
-            after = self._closed(dialogue[: at + 1])
+            after = self._until_end(self._closed(dialogue[: at + 1]))
             for earlier, later in ((done, before), (before, after)):
                 if not later.startswith(earlier):
                     raise ConfigError(
@@ -115,6 +115,15 @@ class Template:
             return self._chat(dialogue, False)
         response = dialogue[-1]["content"] + self._tokenizer.eos_token
         return self.prompt(dialogue[:-1]) + response
+
+    def _until_end(self, text: str) -> str:
+        """Return a text without the blanks after its end token.
+
+        Chat templates write line ends there, which the model is never asked for.
+        """
+        ended = text.rstrip()
+        is_ended = ended.endswith(tuple(self._tokenizer.all_special_tokens))
+        return ended if is_ended else text
 
     def _chat(self, dialogue: Dialogue, is_due: bool) -> str:
         turns = [{"role": t["role"], "content": content_of(t)} for t in dialogue]

@@ -39,8 +39,16 @@ from tests.support.runs import Config, elsewhere, start, summary
 pytest.importorskip("bitsandbytes")
 
 KINDS = ("4bit", "8bit")
-# Llama, and GPT-2, whose checkpoint holds weights transposed, and biases.
-MODELS = ("llama", "gpt2")
+# Llama, and GPT-2, whose checkpoint holds weights transposed, and biases. Rows that 64
+# divides, since bitsandbytes is right about others on some CPUs only.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 64, "intermediate_size": 128},
+    "gpt2": {
+        "n_embd": 64,
+        "n_inner": 128,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    },
+}
 # Of a loss: LLM.int8() rounds a layer's inputs to 8 bits in evaluations, on CPUs, and
 # not in training. Measured with these models: up to 0.011.
 INT8_ERROR = 0.02
@@ -72,8 +80,10 @@ for place in json.load(sys.stdin):
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("models")
-    off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return {name: save_language_model(name, root / name, **off) for name in MODELS}
+    return {
+        name: save_language_model(name, root / name, **sizes)
+        for name, sizes in MODELS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +392,7 @@ def test_the_plan_knows_the_bytes_that_layers_hold(
     for phase in make_schedule(config):
         planned = plan_memory(phase, config, backbone)
         assert planned.weights == held
-        assert planned.unpacked == 4 * 32 * 48
+        assert planned.unpacked == 4 * 64 * 128
         assert plan_memory(phase, config, plain).activations == planned.activations
         # Whose activations are counted otherwise, packed or not.
         found = replace(plan_memory(phase, config, outline), activations=0)
@@ -401,3 +411,24 @@ def test_a_packed_layers_output_is_its_unpacked_weights(
         for training in (True, False, True):
             module.train(training)
             assert torch.equal(module(x), expected), name
+
+
+# On some CPUs bitsandbytes 0.50 takes wrong scales of rows that 64 does not divide.
+@pytest.mark.parametrize("width", [32, 48, 64, 96, 128, 160])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_computes_with_the_weight_that_it_was_given_or_is_refused(
+    kind: str, width: int
+) -> None:
+    """Rounding to 4 bits is worth a tenth of the norm, and to 8 a hundredth."""
+    linear = torch.nn.Linear(width, 48, bias=False).requires_grad_(False)
+    weight, model = linear.weight.clone(), torch.nn.Sequential(linear)
+    try:
+        quantised.quantise(model, {"0": linear}, kind, torch.device("cpu"))
+    except ConfigError as error:
+        assert width % 64
+        assert f"wrong products with 0, 48 x {width}" in str(error)  # noqa: PT017
+        return
+    x = torch.randn(200, width, generator=torch.Generator().manual_seed(1))
+    found, right = model(x), x @ weight.T
+    bound = 0.15 if kind == "4bit" else 0.02
+    assert float((found - right).norm() / right.norm()) < bound

@@ -61,9 +61,10 @@ def test_a_chat_learns_every_answer_and_its_end(
     pieces = template.pieces(read_messages(given))
     assert pieces == [
         ("[CLS] system w5 [SEP]\n[CLS] user w6 [SEP]\n[CLS] assistant ", False),
-        ("w7 [SEP]\n", True),
-        ("[CLS] user w8 [SEP]\n[CLS] assistant ", False),
-        ("w9 [SEP]\n", True),
+        # The model is asked to go on after the line end, and never for it.
+        ("w7 [SEP]", True),
+        ("\n[CLS] user w8 [SEP]\n[CLS] assistant ", False),
+        ("w9 [SEP]", True),
     ]
     # What is asked of the model later is what it learned to continue.
     assert template.prompt(read_messages(given)[:2]) == pieces[0][0]
