@@ -38,6 +38,7 @@ class ResponseProbe:
     ) -> None:
         try:
             from rouge_score.rouge_scorer import RougeScorer
+            from rouge_score.tokenizers import DefaultTokenizer
         except ImportError as error:
             raise ConfigError(
                 f"run.generate is {asked}, and ROUGE-L needs rouge-score, which cannot "
@@ -55,7 +56,9 @@ class ResponseProbe:
             allowed = "0, since the server has no test data with prompts and responses"
             raise refuse("run.generate", asked, allowed)
         self._encoder, self._most = encoder, most
-        self._scorer = RougeScorer(["rougeL"])
+        # Choosing the tokenizer itself, it would log so, and thereby give the root
+        # logger a handler, by which all of the run's lines would appear twice.
+        self._scorer = RougeScorer(["rougeL"], tokenizer=DefaultTokenizer())
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Return the metrics of a model."""

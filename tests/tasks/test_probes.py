@@ -1,6 +1,7 @@
 """Generated responses and multiple choice: the figures by hand, and what is refused."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,16 @@ def test_responses_are_compared_by_words(backbone: Backbone) -> None:
     assert found["exact_match"] == pytest.approx(1 / 3)
     # Precision 2 / 4 and recall 1 make 2 / 3.
     assert found["rouge_l"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_rouge_leaves_logging_as_it_was(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rouge_score")
+    # With a handler at the root, each line of the run's log would appear twice.
+    monkeypatch.setattr(logging.root, "handlers", [])
+    probe(backbone, [answered(ask(["w5"]), "w6")], generate=1, max_tokens=2)
+    assert not logging.root.handlers
 
 
 def test_rouge_is_asked_for_by_name(
