@@ -508,7 +508,7 @@ def require_targets(config: RunConfig, backbone: Backbone) -> None:
             f"lora.targets is 'all-linear', and no adapter trains the experts of model "
             f"{config.model.name!r} ({next(iter(experts))} and {len(experts) - 1} "
             f"more); allowed for {config.method}: names of other layers, such as "
-            f"{_ends(backbone)}, or method fft, bitfit or head"
+            f"{_ends(backbone)}, or method fft"
         )
 
 

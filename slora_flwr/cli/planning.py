@@ -56,10 +56,12 @@ def plan(
         from slora_flwr.planning.outline import outline
         from slora_flwr.reports.narrow_tables import print_table
         from slora_flwr.reports.plan_table import plan_tables
+        from slora_flwr.tasks.choice import find_task
         from slora_flwr.training.trainer import Trainer
 
         assumed = Assumptions(labels, nodes, examples)
         assumed.check(config)
+        find_task(config).check(config)
         classes = assumed.classes(config)
         is_outline = no_weights or not has_weights(config.model)
         if is_outline:
@@ -67,6 +69,7 @@ def plan(
         else:
             trainer = Trainer(config, classes)
             trainer.data.check()
+            _ = trainer.probes  # whose files are read and checked
             backbone = trainer.model.backbone
         planned, clients = assumed.in_batches(config), assumed.clients(config)
         console = Console()

@@ -350,6 +350,11 @@ def _own_columns(
             "a data-response or data-messages beside it, or none, to have the texts "
             "themselves learned"
         )
+    if dialogues and response in [name.strip() for name in text.split(",") if name]:
+        raise OwnDataError(
+            f"data-response is {response!r}; allowed: a column that data-text lacks, "
+            "or prompts would hold the answers"
+        )
     needed = {"data-text": text} | ({} if dialogues else {"data-label": label})
     for key, given in needed.items():
         if not given:

@@ -264,7 +264,7 @@ def _natural(labels: Int64Array, count: int, min_examples: int) -> list[Int64Arr
     if (present := int((sizes > 0).sum())) < count:
         raise PartitionError(
             f"clients.count = {count}: must be at most {present}, the values of the "
-            "column that clients.by names"
+            "column that clients.by names, or of the labels if it names none"
         )
     if (fewest := int(sizes[chosen].min())) < min_examples:
         raise PartitionError(

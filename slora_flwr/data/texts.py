@@ -30,7 +30,7 @@ from slora_flwr.common.text import (
     redact_hub_logs,
     shorten,
 )
-from slora_flwr.config import ConfigError, DataConfig
+from slora_flwr.config import ConfigError, DataConfig, refuse
 from slora_flwr.data.dialogues import (
     Dialogue,
     answered,
@@ -449,6 +449,9 @@ class Columns:
             return cls([], messages=config.messages, by=by, dialogues=True)
         # A text of one's own choice is learned itself, unless there is a response.
         response = config.response or ("" if config.text else preset.response)
+        if response in text:
+            allowed = "a column that data.text lacks, or prompts would hold the answers"
+            raise refuse("data.response", response, allowed)
         return cls(text, response=response, by=by, dialogues=True)
 
     @property

@@ -140,7 +140,7 @@ def _run(
         were = counted(moved, "example was", "examples were")
         log(INFO, "%s moved so that no client is empty", were)
     if checkpoint is None:
-        for warning in foresee(config):
+        for warning in foresee(config) if trainer.task.has_classes else []:
             log(WARNING, "%s", warning)
         directory.release.write_resolved(config, {})
         directory.release.write_config(config)

@@ -172,6 +172,8 @@ class Classification(Task):
         for key, given, off in (
             ("run.generate", config.run.generate, 0),
             ("run.choices", config.run.choices, ""),
+            ("data.response", config.data.response, ""),
+            ("data.messages", config.data.messages, ""),
         ):
             if given != off:
                 raise refuse(

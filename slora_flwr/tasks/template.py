@@ -60,7 +60,8 @@ class Template:
         if tokenizer.eos_token is None:
             raise ConfigError(
                 "the model's tokenizer has no end token, so responses could not end; "
-                "allowed: a model whose tokenizer has one"
+                "allowed: a language model whose tokenizer has one, such as "
+                "embedded-llama"
             )
         self.name = name
         self._tokenizer = tokenizer
@@ -143,6 +144,8 @@ class Template:
     def _turn(self, turn: Message) -> str:
         if turn["role"] == "assistant":
             return turn["content"] + self._tokenizer.eos_token
+        if turn["role"] == "system":  # before the first instruction
+            return turn["content"] + ("\n" if self.name == "plain" else "\n\n")
         if self.name == "plain":
             return content_of(turn) + "\n"
         given = turn.get("input", "")

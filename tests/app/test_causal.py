@@ -548,6 +548,7 @@ def test_what_is_asked_besides_is_in_events_summary_and_card(
         ({"method": "bitfit"}, "finds none for causal-lm"),
         ({"clients.count": 4, "clients.per-round": 4}, "the values of the column"),
         ({"data.response": "answer"}, "data.response names 'answer'; the columns are"),
+        ({"data.response": "input"}, "'input'; allowed: a column that data.text lacks"),
         ({"clients.by": "region"}, "clients.by names 'region'; the columns are"),
         ({"data.messages": "chat"}, "data.messages names 'chat'; the columns are"),
         ({"data.template": "chat"}, "no chat template; allowed: alpaca, plain"),

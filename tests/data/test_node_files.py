@@ -289,6 +289,8 @@ def test_a_language_models_columns(tmp_path: Path) -> None:
         of(text="a", label="l")
     with pytest.raises(OwnDataError, match="data-text is ''"):
         of(response="c")
+    with pytest.raises(OwnDataError, match="'c'; allowed: a column that data-text"):
+        of(text="a, c", response="c")
     simulated = OwnData("/s/3.csv", "prompt", "", response="response")
     assert of("/s/{}.csv") == simulated
 

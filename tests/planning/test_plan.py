@@ -182,12 +182,16 @@ NODES: Config = {"data.name": "node", "clients.count": 0, "data.labels": "odd,ev
         {"clients.holdout": 0.99, "clients.count": 60},
         {**NODES, "data.test": "/absent.csv"},
         {**NODES, "data.test": "corpus"},
+        {"run.target": 2.0},
+        {"data.response": "text"},
+        {"task": "causal-lm", "run.target": 0.5},
+        {"task": "causal-lm", "run.choices": "/absent.jsonl"},
     ],
 )
-def test_what_a_run_refuses_of_its_data_a_plan_refuses(
-    config: Config, corpus: Path, tmp_path: Path, changes: Config
+def test_what_a_run_refuses_a_plan_refuses(
+    config: Config, causal: Config, corpus: Path, tmp_path: Path, changes: Config
 ) -> None:
-    config |= changes
+    config |= (causal if "task" in changes else {}) | changes
     if config.get("data.test") == "corpus":
         config["data.test"] = str(corpus)  # whose labels are others
     path = tmp_path / "run.toml"

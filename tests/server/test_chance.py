@@ -167,16 +167,30 @@ def test_the_default_run_is_not_warned_of() -> None:
     assert foresee(parse({})) == []
 
 
+class SentError(Exception):
+    """A message was about to be sent."""
+
+
+class SilentGrid(InlineGrid):
+    """Sends nothing."""
+
+    def push_messages(self, messages: object) -> list[str]:
+        raise SentError
+
+
+def test_language_models_have_no_majority_class(
+    config: Config, causal: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    config |= causal | {"clients.per-round": 2, "clients.alpha": 0.1}
+    assert foresee(parse(config))
+    with caplog.at_level(logging.WARNING, "flwr"), pytest.raises(SentError):
+        start(config, SilentGrid(config))
+    assert not caplog.records
+
+
 def test_warnings_come_before_any_message(
     config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class SentError(Exception):
-        """A message was about to be sent."""
-
-    class SilentGrid(InlineGrid):
-        def push_messages(self, messages: object) -> list[str]:
-            raise SentError
-
     config |= SKEWED | {n: config[n] for n in ("model.name", "data.name")}
     config |= {"clients.count": 6, "clients.partitioner": "dirichlet"}
     assert foresee(parse(config))

@@ -188,7 +188,13 @@ def test_a_file_of_questions_has_its_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("run.generate", 3), ("run.choices", "/srv/questions.jsonl")]
+    ("key", "value"),
+    [
+        ("run.generate", 3),
+        ("run.choices", "/srv/questions.jsonl"),
+        ("data.response", "answer"),
+        ("data.messages", "chat"),
+    ],
 )
 def test_a_classifier_generates_nothing(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{key} is .*since task is classification"):

@@ -46,6 +46,22 @@ def test_plain_and_alpaca_keep_an_instructions_input(
     assert "paired" not in without
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("plain", "Be terse.\nHi\n"),
+        ("alpaca", "Be terse.\n\nBelow is an instruction that describes a task. "),
+    ],
+)
+def test_a_system_message_is_no_task_of_its_own(
+    tokenizer: PreTrainedTokenizerFast, name: str, written: str
+) -> None:
+    given = [{"role": "system", "content": "Be terse."}, *ask(["Hi"])]
+    prompt = Template(name, tokenizer).prompt(given)
+    assert prompt.startswith(written)
+    assert prompt.count("Response:") == (name == "alpaca")
+
+
 def test_a_chat_learns_every_answer_and_its_end(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
