@@ -126,11 +126,12 @@ def _type(x: Tensor) -> torch.dtype:
 
 
 def _multiply(x: Tensor, s: Tensor) -> Tensor:
-    """Compute x Sᵀ for a sparse or a dense S."""
-    if s.layout == torch.strided:
-        return F.linear(x.to(s.dtype), s)
-    rows = x.flatten(0, -2).to(s.dtype)
-    return (s @ rows.T).T.unflatten(0, x.shape[:-1])
+    """Compute x Sᵀ for a sparse or a dense S, in the type of S."""
+    with torch.autocast(x.device.type, enabled=False):
+        if s.layout == torch.strided:
+            return F.linear(x.to(s.dtype), s)
+        rows = x.flatten(0, -2).to(s.dtype)
+        return (s @ rows.T).T.unflatten(0, x.shape[:-1])
 
 
 def is_sampled(positions: Tensor, shape: tuple[int, int]) -> bool:

@@ -259,6 +259,28 @@ def test_the_result_does_not_depend_on_the_number_of_nodes(
         assert one[key] == other[key]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("density", [0.05, 0.5])
+def test_a_run_in_bf16_is_that_in_float32_but_for_its_rounding(
+    kind: str, density: float, folders: dict[str, Path], dialogues: Path, tmp_path: Path
+) -> None:
+    """With sparse products and with dense ones, of which CPUs have the latter alone."""
+    found: list[float] = []
+    for changes in ({}, {"model.dtype": "bfloat16"}, {"train.precision": "bf16"}):
+        config = make(
+            folders["llama"],
+            dialogues,
+            tmp_path / f"{len(found)}",
+            kind,
+            method="slora",
+            **{"sparse.density": density, **changes},
+        )
+        found.append(summary(start(config, Grid(config)))["loss"])
+    assert found[1] != found[0]
+    assert found[2] != found[0]
+    assert found[1:] == pytest.approx(2 * [found[0]], rel=0.02)
+
+
 def test_each_setting_has_a_digest_of_its_own(folders: dict[str, Path]) -> None:
     """A node that computes with other weights than the server's is left out by it."""
     task = find_task(parse({"task": "causal-lm"}))
