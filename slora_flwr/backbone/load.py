@@ -80,7 +80,8 @@ class Backbone:
     head_size: int = field(init=False)
 
     def __post_init__(self) -> None:
-        packed = [m for m in find_targets(self.model).values() if is_quantised(m)]
+        linear = find_targets(self.model).values() if self.quantize else ()
+        packed = [module for module in linear if is_quantised(module)]
         self.size = sum(parameter.numel() for parameter in self.model.parameters())
         self.size += sum(_entries(m) - m.weight.numel() for m in packed)
         self.head_size = sum(parameter.numel() for parameter in self.head.values())
