@@ -54,7 +54,9 @@ def load_dequantised(family: Any, described: Any, **arguments: Any) -> tuple[Any
         Further arguments of `from_pretrained`.
     """
     plain = deepcopy(described)
-    found, info = family.from_pretrained(config=described, **arguments)
+    found, info = family.from_pretrained(
+        config=described, trust_remote_code=False, **arguments
+    )
     model = family.from_config(plain, dtype=found.dtype)
     model.load_state_dict(found.state_dict())
     return model, info

@@ -225,7 +225,7 @@ def load_backbone(
         tokenizer = load_tokenizer(config)
     _quiet_transformers()
     described, family = describe(config, outputs), _family(outputs)
-    load = partial(family.from_pretrained, config=described)
+    load = partial(family.from_pretrained, config=described, trust_remote_code=False)
     if is_gguf(config.name):
         load = partial(load_dequantised, family, described)
     torch.manual_seed(seed)
@@ -235,7 +235,6 @@ def load_backbone(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             use_safetensors=True,  # a pickled checkpoint could run code
-            trust_remote_code=False,
             **_source(config),
         )
     except (OSError, ValueError) as error:
