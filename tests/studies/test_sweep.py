@@ -171,7 +171,11 @@ def test_a_bad_study_is_refused_by_name(
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.toml")), ids=str)
+# The config of one run lies among the studies.
+STUDIES = {*EXPERIMENTS.glob("*.toml")} - {EXPERIMENTS / "causal.toml"}
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES), ids=str)
 def test_the_studies_of_this_project_can_be_run(path: Path) -> None:
     assert len(list(planned(read_study(path)))) > 1
 
