@@ -7,6 +7,7 @@ from slora_flwr.adapters.head import HeadAdapter
 from slora_flwr.adapters.lora import LoraAdapter
 from slora_flwr.adapters.low_rank import LowRankAdapter
 from slora_flwr.adapters.sparse import SparseAdapter
+from slora_flwr.common.quiet import quiet_bitsandbytes
 
 __all__ = [
     "Adapter",
@@ -19,3 +20,6 @@ __all__ = [
     "PfeifferAdapter",
     "SparseAdapter",
 ]
+
+# PEFT, which this package alone imports, imports bitsandbytes where it is installed.
+quiet_bitsandbytes()

@@ -1,12 +1,12 @@
 """Frozen linear layers in 8 or 4 bits, which bitsandbytes holds and computes with."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slora_flwr.common.quiet import quiet_bitsandbytes
 from slora_flwr.common.text import redact
 from slora_flwr.config import ConfigError, refuse
 
@@ -65,8 +65,7 @@ def quantise(
 
 
 def _library(kind: str) -> Any:
-    # It tells at its import, and then in each of some products, what would be faster.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     try:
         import bitsandbytes
     except ImportError as error:
