@@ -30,11 +30,10 @@ from slora_flwr.backbone.quantised import (
 )
 from slora_flwr.common.files import expand
 from slora_flwr.common.text import printable, redact, redact_hub_logs
-from slora_flwr.config import ConfigError, ModelConfig
+from slora_flwr.config import EMBEDDED_MODELS, ConfigError, ModelConfig
 from slora_flwr.tasks.base import Task
 from slora_flwr.tasks.classification import Classification
 
-_EMBEDDED = ("embedded", "embedded-llama")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -435,16 +434,17 @@ def _source(config: ModelConfig) -> dict[str, str]:
 
 
 def _not_found(config: ModelConfig, error: Exception) -> ConfigError:
+    own = ", ".join(EMBEDDED_MODELS)
     return ConfigError(
-        f"model.name is {config.name!r}; allowed: {', '.join(_EMBEDDED)}, a folder "
-        "with config.json, model.safetensors and tokenizer.json, a .gguf file, a name "
-        f"below $SLORA_ASSETS/models, or a Hub id that can be reached ({redact(error)})"
+        f"model.name is {config.name!r}; allowed: {own}, a folder with config.json, "
+        "model.safetensors and tokenizer.json, a .gguf file, a name below "
+        f"$SLORA_ASSETS/models, or a Hub id that can be reached ({redact(error)})"
     )
 
 
 def locate(name: str) -> str:
     """Return the folder or Hub id from which transformers loads `model.name`."""
-    if name in _EMBEDDED:
+    if name in EMBEDDED_MODELS:
         try:
             import slora_embedded
         except ImportError as error:
@@ -467,8 +467,8 @@ def public_name(name: str) -> str:
     if is_gguf(name):
         return public_folder(name)
     place = locate(name)
-    if name in _EMBEDDED or not Path(place).is_dir():
-        return f"./{name}" if name in _EMBEDDED else name
+    if name in EMBEDDED_MODELS or not Path(place).is_dir():
+        return f"./{name}" if name in EMBEDDED_MODELS else name
     return f"./{Path(place).absolute().name}"
 
 

@@ -3,6 +3,7 @@
 from slora_flwr.config.errors import ConfigError, refuse
 from slora_flwr.config.keys import Key, flatten, list_keys, parse
 from slora_flwr.config.sections import (
+    EMBEDDED_MODELS,
     OWN_DATA,
     PARTITIONERS,
     AttackConfig,
@@ -24,6 +25,7 @@ from slora_flwr.config.sections import (
 )
 
 __all__ = [
+    "EMBEDDED_MODELS",
     "OWN_DATA",
     "PARTITIONERS",
     "AttackConfig",

@@ -38,6 +38,8 @@ PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual", "natural")
 TASKS = ("classification", "causal-lm")
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
 # `data.name` where each node trains on data of its own.
+# The models that come with the package `slora_embedded`.
+EMBEDDED_MODELS = ("embedded", "embedded-llama")
 OWN_DATA = "node"
 
 # Beyond what any run needs, and within what a node can be asked to hold or wait for.

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slora_flwr.common.files import below_assets, expand
-from slora_flwr.config import OWN_DATA, Value
+from slora_flwr.config import EMBEDDED_MODELS, OWN_DATA, Value
 from slora_flwr.data.presets import DIALOGUES, PRESETS
 from slora_flwr.data.shared_files import FORMATS
 
 _NAMES = {"model.name": "models", "data.name": "data"}
-_KNOWN = ("embedded", "embedded-llama", OWN_DATA, *PRESETS, *DIALOGUES)
+_KNOWN = (*EMBEDDED_MODELS, OWN_DATA, *PRESETS, *DIALOGUES)
 
 
 def make_absolute(values: Mapping[str, Value]) -> dict[str, Value]:

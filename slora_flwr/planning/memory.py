@@ -178,7 +178,7 @@ def _activation_bytes(
     where = 0
 
     def keep(tensor: Tensor) -> Tensor:
-        if (place := _place(tensor)) not in own | found:
+        if (place := _place(tensor)) not in own and place not in found:
             found.add(place)
             kept[where][place] = tensor.untyped_storage().nbytes()
         return tensor

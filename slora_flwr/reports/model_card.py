@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from slora_flwr.adapters.loading import Loading
 from slora_flwr.common.files import expand
 from slora_flwr.common.text import printable
-from slora_flwr.config import RunConfig
+from slora_flwr.config import EMBEDDED_MODELS, RunConfig
 from slora_flwr.config.methods import list_methods
 from slora_flwr.reports.closing_table import tell_figures, tell_guarantee
 from slora_flwr.tasks.base import Task
@@ -39,8 +39,8 @@ It was trained by federated learning with
 The code below needs {{ card.packages }}. Run it in the folder of this file.
 {% if card.loading.needs_base and not card.is_public %}
 It looks there for the checkpoint, the folder `{{ card.shown }}`: copy or link it.
-{% if card.base.startswith("./embedded") %}
-The package slora-flwr has it: `slora_embedded.folder("{{ card.base[2:] }}")`.
+{% if card.is_embedded %}
+The package slora-flwr has it: `slora_embedded.folder("{{ card.config.model.name }}")`.
 {% endif %}
 {% endif %}
 {% if card.loading.refused %}
@@ -145,6 +145,11 @@ class ModelCard:
     def is_public(self) -> bool:
         """Whether the checkpoint has a public name."""
         return not self.base.startswith("./")
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the package `slora_embedded` has the checkpoint."""
+        return self.config.model.name in EMBEDDED_MODELS
 
     @property
     def shown(self) -> str:

@@ -313,6 +313,18 @@ def test_a_card_is_whole_whatever_its_checkpoints_folder_is_called(
     assert '"pretrained_model_name_or_path": "./a|b`c"' in card
 
 
+def test_a_folder_named_like_an_embedded_model_is_not_said_to_be_one(
+    config: Config, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "embedded"
+    folder.symlink_to(tiny_models["bert"])
+    config |= {"rounds": 1, "model.name": str(folder)}
+    directory = start(config, RecordingGrid(config))
+    card = (directory / "adapter" / "README.md").read_text()
+    assert "the folder `./embedded`: copy or link it" in card
+    assert "slora_embedded" not in card
+
+
 def test_an_export_names_nothing_of_this_machine(directories: dict[str, Path]) -> None:
     for directory in directories.values():
         [folder] = {p.parent for p in directory.glob("*/classes.json")}
