@@ -167,7 +167,7 @@ class CanaryGrid(InlineGrid):
             value = FAR if client == CANARY else 0.0
             update = {name: torch.full_like(t, value) for name, t in sent.items()}
             examples = int(trainer.data.partition.sizes[client])
-            return ClientUpdate(update, examples, 0.0, examples)
+            return ClientUpdate(update, 0.0, examples)
 
         trainer.train_client = train_client  # type: ignore[method-assign]
 

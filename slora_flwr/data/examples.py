@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -58,12 +59,12 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Number of tokens in each text."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def units(self) -> NDArray[np.int64]:
         """What each text counts as in losses: one, or its number of learned tokens."""
         if self.learned is None:

@@ -36,10 +36,11 @@ from numpy.typing import NDArray
 from slora_flwr.common.files import expand
 from slora_flwr.common.text import clean_label, counted
 from slora_flwr.config import OWN_DATA, ConfigError, DataConfig
+from slora_flwr.data.columns import Columns
 from slora_flwr.data.dialogues import Dialogue, answered, ask, read_messages, text_of
 from slora_flwr.data.presets import Preset
 from slora_flwr.data.shared_files import refuse_repeated
-from slora_flwr.data.texts import Columns, Texts, at_most
+from slora_flwr.data.texts import Texts, at_most
 
 BROKEN, NO_TEXT, NO_LABEL = "broken", "no text", "no label"
 NO_RESPONSE = "no response"

@@ -7,7 +7,8 @@ import torch
 from slora_flwr.common.files import expand
 from slora_flwr.common.text import is_unicode
 from slora_flwr.config import refuse
-from slora_flwr.data.texts import Texts, prompts_of, read_unlabelled
+from slora_flwr.data.data_sets import read_unlabelled
+from slora_flwr.data.texts import Texts, prompts_of
 from slora_flwr.server.export import KeptState
 from slora_flwr.tasks.base import Answer
 from slora_flwr.tasks.choice import find_task

@@ -12,7 +12,8 @@ from torch import Tensor
 from slora_flwr.config import DataConfig, RunConfig
 from slora_flwr.data.dialogues import Dialogue
 from slora_flwr.data.examples import Batch, Examples
-from slora_flwr.data.texts import Encoder, Texts
+from slora_flwr.data.texts import Texts
+from slora_flwr.data.tokens import Encoder
 from slora_flwr.runs.events import ClassRecord
 
 E = TypeVar("E", bound="Evaluation")

@@ -14,7 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 from slora_flwr.common.text import printable
 from slora_flwr.config import DataConfig, RunConfig, refuse
 from slora_flwr.data.examples import Batch, Examples
-from slora_flwr.data.texts import Texts, in_one_array
+from slora_flwr.data.texts import Texts
+from slora_flwr.data.tokens import in_one_array
 from slora_flwr.runs.events import ClassRecord
 from slora_flwr.tasks.base import Answer, Evaluation, Task
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from slora_flwr.common.text import printable
 from slora_flwr.config import ConfigError
 from slora_flwr.data.dialogues import Dialogue, Message, content_of
-from slora_flwr.data.texts import Texts, in_one_array
+from slora_flwr.data.texts import Texts
+from slora_flwr.data.tokens import in_one_array
 
 # Stanford Alpaca's, https://github.com/tatsu-lab/stanford_alpaca (Apache-2.0).
 _ALPACA = (

@@ -17,22 +17,13 @@ from slora_flwr.backbone.load import load_tokenizer
 from slora_flwr.common.text import counted
 from slora_flwr.config import ConfigError, RunConfig, refuse
 from slora_flwr.config.schedule import make_schedule
+from slora_flwr.data.data_sets import load_texts, public_classes
 from slora_flwr.data.dialogues import Dialogue
 from slora_flwr.data.examples import Examples
 from slora_flwr.data.node_files import OwnData, load_test_texts
 from slora_flwr.data.partition import Partition, make_partition
-from slora_flwr.data.texts import (
-    Encoder,
-    Texts,
-    at_most,
-    count_common,
-    list_classes,
-    load_texts,
-    number,
-    of_classes,
-    public_classes,
-    tokenise,
-)
+from slora_flwr.data.texts import Texts, at_most, count_common, list_classes, of_classes
+from slora_flwr.data.tokens import Encoder, number, tokenise
 from slora_flwr.tasks.choice import find_task
 
 

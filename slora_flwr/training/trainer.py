@@ -31,8 +31,6 @@ class ClientUpdate:
     ----------
     update : State
         The trained state minus the state that was sent.
-    examples : int
-        Number of examples.
     loss : float
         Mean loss.
     weight : int
@@ -40,7 +38,6 @@ class ClientUpdate:
     """
 
     update: State
-    examples: int
     loss: float
     weight: int
 
@@ -107,7 +104,7 @@ class Trainer:
         units = len(examples)
         if clients.weight == "tokens":
             units = int(examples.units.sum())
-        return ClientUpdate(update, len(examples), loss, clients.weigh(units))
+        return ClientUpdate(update, loss, clients.weigh(units))
 
     def evaluate_client(
         self, client: int, state: State, until: float = math.inf

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 from slora_flwr.cli import app
 from slora_flwr.config import ConfigError, DataConfig, parse
+from slora_flwr.data.data_sets import read_unlabelled
 from slora_flwr.data.dialogues import answered, ask, text_of
 from slora_flwr.data.examples import IGNORED
 from slora_flwr.data.shared_files import read_file
-from slora_flwr.data.texts import Texts, read_unlabelled
+from slora_flwr.data.texts import Texts
 from slora_flwr.result import Result
 from slora_flwr.runs.events import RecordedRound
 from slora_flwr.runs.reader import read_run

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from slora_flwr import __version__
 from slora_flwr.cli import app
 from slora_flwr.config import parse
-from slora_flwr.data.texts import load_texts
+from slora_flwr.data.data_sets import load_texts
 from slora_flwr.runs.checkpoint_files import list_checkpoints
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.runs.reader import read_run

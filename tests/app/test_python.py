@@ -21,7 +21,7 @@ import slora_flwr
 from slora_flwr import ConfigError, Result, RunError, train
 from slora_flwr.cli import app
 from slora_flwr.config import parse
-from slora_flwr.data.texts import load_texts
+from slora_flwr.data.data_sets import load_texts
 from tests.support.runs import SLORA, Config, events, ledger, make_config, summary
 from tests.support.tiny import CLASSES, make_tokenizer
 

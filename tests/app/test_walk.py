@@ -27,7 +27,7 @@ from transformers import (
 
 from slora_flwr import train
 from slora_flwr.config import parse
-from slora_flwr.data.texts import load_texts
+from slora_flwr.data.data_sets import load_texts
 from slora_flwr.runs.checkpoint_files import checkpoint_path, list_checkpoints
 from slora_flwr.runs.reader import read_run
 from tests.support.processes import wait_until

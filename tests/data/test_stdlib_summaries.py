@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from slora_flwr.config import ConfigError, DataConfig
+from slora_flwr.data.data_sets import load_texts
 from slora_flwr.data.stdlib_docs import CHAPTERS
 from slora_flwr.data.stdlib_summaries import first_sentence, signatures
-from slora_flwr.data.texts import Texts, load_texts
+from slora_flwr.data.texts import Texts
 from tools.pretrain_llama import without
 
 MODULE = '''

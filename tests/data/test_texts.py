@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from slora_flwr.config import ConfigError, DataConfig
+from slora_flwr.data.data_sets import load_texts
 from slora_flwr.data.examples import Examples
-from slora_flwr.data.texts import Texts, list_classes, load_texts, tokenise
+from slora_flwr.data.texts import Texts, list_classes
+from slora_flwr.data.tokens import tokenise
 from slora_flwr.tasks.classification import Classification
 
 COLORS = ["red", "blue", "green"]

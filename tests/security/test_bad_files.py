@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from slora_flwr.cli import app
 from slora_flwr.client.base_cache import find_base, keep_base
 from slora_flwr.config import ConfigError, DataConfig
+from slora_flwr.data.data_sets import load_texts
 from slora_flwr.data.node_files import OwnData, OwnDataError
-from slora_flwr.data.texts import Texts, load_texts
+from slora_flwr.data.texts import Texts
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.runs.writing import RunDirectoryError, writing
 from slora_flwr.server.run import run

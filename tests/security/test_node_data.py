@@ -8,8 +8,8 @@ from flwr.common.serde import message_to_proto
 
 from slora_flwr.client.process import SharedContext, get_process, make_process
 from slora_flwr.config import ConfigError, DataConfig
+from slora_flwr.data.data_sets import load_texts
 from slora_flwr.data.node_files import OwnData, OwnDataError
-from slora_flwr.data.texts import load_texts
 from slora_flwr.wire.messages import Instruction
 from tests.support.causal import save_language_model
 from tests.support.own_data import KINDS, as_dialogues, columns_of, texts, write

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slora_flwr.config import ConfigError, parse
-from slora_flwr.data.texts import load_texts
+from slora_flwr.data.data_sets import load_texts
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.run import run
 from slora_flwr.training.process_data import ProcessData

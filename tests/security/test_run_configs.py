@@ -20,7 +20,7 @@ from slora_flwr.config import (
     parse,
 )
 from slora_flwr.config.schedule import make_schedule
-from slora_flwr.data.texts import check_data_files, load_texts
+from slora_flwr.data.data_sets import check_data_files, load_texts
 
 
 class Marks:

@@ -18,9 +18,11 @@ from slora_flwr.adapters import LowRankAdapter, SparseAdapter
 from slora_flwr.backbone.load import Backbone, load_backbone
 from slora_flwr.common.random import key
 from slora_flwr.config import DataConfig, ModelConfig, RecipeConfig
+from slora_flwr.data.data_sets import load_texts
 from slora_flwr.data.dialogues import content_of
 from slora_flwr.data.examples import Batch, Examples
-from slora_flwr.data.texts import Texts, load_texts, prompts_of, tokenise
+from slora_flwr.data.texts import Texts, prompts_of
+from slora_flwr.data.tokens import tokenise
 from slora_flwr.tasks import causal_lm
 from slora_flwr.tasks.base import pool
 from slora_flwr.tasks.causal_lm import CausalLM, TokenEvaluation

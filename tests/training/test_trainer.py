@@ -7,7 +7,9 @@ from transformers import BertConfig, BertModel
 
 from slora_flwr.common.files import cache_folder
 from slora_flwr.config import ConfigError, Value, methods, parse
-from slora_flwr.data.texts import list_classes, load_texts, tokenise
+from slora_flwr.data.data_sets import load_texts
+from slora_flwr.data.texts import list_classes
+from slora_flwr.data.tokens import tokenise
 from slora_flwr.tasks.classification import Classification
 from slora_flwr.training.trainer import Trainer
 from tests.support.tiny import VOCAB, make_tokenizer, save_checkpoint
