@@ -44,8 +44,8 @@ WORDS = [f"w{i}" for i in range(8000)]
 # glibc's: blocks from this size on are given back when they are freed.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 TINY: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
 }
 SMALL: dict[str, Any] = {
