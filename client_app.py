@@ -12,6 +12,8 @@ from slora_flwr.client.resident import handle
 app = ClientApp()
 app.query()(handle)
 app.query("end")(handle)
+app.query("introduce")(handle)
+app.query("tell")(handle)
 app.train()(handle)
 app.evaluate()(handle)
 

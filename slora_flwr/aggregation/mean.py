@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from flwr.app import Array
@@ -12,6 +12,7 @@ from slora_flwr.adapters.low_rank import fill_slices
 from slora_flwr.wire.clipping import largest_norm, norm
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.state_channel import (
+    Upload,
     read_sums,
     read_update,
     write_sums,
@@ -50,6 +51,8 @@ class Mean:
 
     Attributes
     ----------
+    needs_each : bool
+        Whether it keeps each client's update, and not their sum alone.
     sums : dict[str, Tensor]
         The sums so far, int64.
     weight : int
@@ -61,6 +64,8 @@ class Mean:
         The largest magnitude in each reply that was added, in their order: that of the
         update, of the largest of several, or of the mean of a sum.
     """
+
+    needs_each: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -133,6 +138,12 @@ class Mean:
             for own, block in zip(sums, blocks, strict=True):
                 own.add_(_whole(block, scale))
         self._count(client, weight)
+
+    def add_upload(
+        self, upload: Upload, weight: int, client: int = 0, loss: float = 0.0
+    ) -> None:
+        """Add one client's update as its node sends it; see `add`."""
+        self.add(upload.update, weight, client)
 
     def packed(self) -> Array:
         """Return the reply of a node with several clients: their sums, int64."""

@@ -19,6 +19,8 @@ class Stack(Mean):
     Its size grows with the cohort. A node sends all of its clients' updates.
     """
 
+    needs_each = True
+
     def __init__(
         self,
         rank_of: Callable[[int], int] | None = None,

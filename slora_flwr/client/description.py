@@ -6,6 +6,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 
 from slora_flwr.backbone.load import digest_of
+from slora_flwr.client.membership import new_keys
 from slora_flwr.client.permits import masked
 from slora_flwr.client.process import get_process, read_config, read_source
 from slora_flwr.common.protocol import installed_version
@@ -13,6 +14,7 @@ from slora_flwr.common.text import default_name
 from slora_flwr.config import RunConfig
 from slora_flwr.config.identity import code_identity
 from slora_flwr.tasks.choice import find_task
+from slora_flwr.wire.secure_messages import KEYS
 
 
 def describe(context: Context) -> RecordDict:
@@ -24,6 +26,8 @@ def describe(context: Context) -> RecordDict:
     own = config.data.is_own
     add_clients = _add_own_data if own else _add_partition
     metrics = add_clients(config, context, described)
+    if config.secure.aggregation:
+        described[KEYS] = new_keys(context)
     return RecordDict({"config": described, "metrics": metrics})
 
 

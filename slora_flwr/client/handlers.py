@@ -9,20 +9,31 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.logger import log
 
 from slora_flwr.aggregation.choice import make_aggregator
-from slora_flwr.aggregation.mean import FoldError
+from slora_flwr.aggregation.mean import FoldError, Mean
+from slora_flwr.aggregation.ring_sum import RingSum
 from slora_flwr.client.description import describe, node_name
 from slora_flwr.client.errors import MissingBaseError, MissingStateError
 from slora_flwr.client.keeping import kept_in, limit, remember, remove
+from slora_flwr.client.membership import (
+    check_secure,
+    join_round,
+    mask_sum,
+    masked_report,
+    receive_letters,
+    tell_shares,
+)
 from slora_flwr.client.network_bytes import count_wire
 from slora_flwr.client.process import (
     get_process,
     is_simulated,
     make_process,
     one_by_one,
+    read_config,
 )
 from slora_flwr.client.sender import Sender
 from slora_flwr.common.text import printable
 from slora_flwr.data.node_files import OwnDataError
+from slora_flwr.secure.errors import SecureError
 from slora_flwr.tasks.base import pool
 from slora_flwr.training.trainer import ClientError
 from slora_flwr.wire.messages import (
@@ -34,6 +45,13 @@ from slora_flwr.wire.messages import (
     read_lineage,
     release,
     write_evaluation,
+)
+from slora_flwr.wire.secure_messages import (
+    INTRODUCE,
+    TELL,
+    Introduction,
+    Question,
+    write_shares,
 )
 
 Handler = Callable[[Message, Context], Message]
@@ -53,6 +71,9 @@ def _with_known_errors(handler: Handler) -> Handler:
             return Message(Error(MISSING_BASE, str(error)), reply_to=message)
         except MissingStateError as error:
             return Message(Error(MISSING_STATE, str(error)), reply_to=message)
+        except SecureError as error:
+            log(ERROR, "refused: %s", error)
+            return Message(Error(0, f"it refuses: {error}"), reply_to=message)
         except OwnDataError as error:
             # Details stay in this log: the server needs neither paths nor columns.
             log(ERROR, "%s", printable(error, 2000))
@@ -97,8 +118,13 @@ def train(message: Message, context: Context) -> Message:
 
     trainer = process.trainer
     phase = trainer.schedule[instruction.phase].at(instruction.phase_round)
-    head = trainer.model.backbone.head_size
-    fold = make_aggregator(phase, trainer.config, head).make_fold()
+    masks = None
+    if trainer.config.secure.aggregation:
+        masks = receive_letters(context, instruction)
+        fold: Mean = RingSum(trainer.config, trainer.model.adapter.returned())
+    else:
+        head = trainer.model.backbone.head_size
+        fold = make_aggregator(phase, trainer.config, head).make_fold()
     sender = Sender(trainer, context, instruction)
     report = Report(
         instruction.server_round,
@@ -112,9 +138,12 @@ def train(message: Message, context: Context) -> Message:
             number = instruction.server_round
             turn = trainer.train_client(client, state, phase, number, until)
             upload = sender.code(client, turn.update, state)
-            fold.add(upload.update, turn.weight, client)
+            fold.add_upload(upload, turn.weight, client, turn.loss)
         except (ClientError, FoldError) as error:
             report.failures[client] = str(error)
+            if masks is not None:  # the reason may hold a loss
+                log(ERROR, "client %d failed: %s", client, printable(error))
+                report.failures[client] = "it failed; its node's log says why"
             continue
         sender.keep(client, upload)
         report.update = upload.array
@@ -125,9 +154,28 @@ def train(message: Message, context: Context) -> Message:
     if not report.clients:
         reasons = "; ".join(f"client {c}: {r}" for c, r in report.failures.items())
         return Message(Error(0, reasons), reply_to=message)
+    if masks is not None:
+        masked = mask_sum(context, masks, RingSum.of(fold))
+        return Message(masked_report(report, masked).content(), reply_to=message)
     if len(report.clients) > 1:  # a single update is smaller encoded
         report.update = fold.packed()
     return Message(report.content(), reply_to=message)
+
+
+@_with_known_errors
+def introduce(message: Message, context: Context) -> Message:
+    """Share the secrets of this node's part in a round with its neighbours."""
+    check_secure(read_config(context))
+    letters = join_round(context, Introduction.read(message.content))
+    return Message(letters.content(), reply_to=message)
+
+
+@_with_known_errors
+def tell(message: Message, context: Context) -> Message:
+    """Tell this node's shares of the secrets without which a sum cannot be read."""
+    check_secure(read_config(context))
+    shares = tell_shares(context, Question.read(message.content))
+    return Message(write_shares(shares), reply_to=message)
 
 
 @_with_known_errors
@@ -165,6 +213,8 @@ def _deadline(message: Message) -> float:
 HANDLERS: dict[str, Handler] = {
     "query": query,
     "train": train,
+    INTRODUCE: introduce,
+    TELL: tell,
     "evaluate": evaluate,
     END: end,
 }

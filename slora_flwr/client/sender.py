@@ -3,12 +3,14 @@
 from flwr.app import Context
 from numpy.random import Philox
 
+from slora_flwr.aggregation.ring_sum import grid_of
 from slora_flwr.client.residuals import Residuals
 from slora_flwr.common.random import key
 from slora_flwr.common.tensors import State
 from slora_flwr.config import parse
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.codec import Codec
+from slora_flwr.wire.grid import Grid
 from slora_flwr.wire.messages import Instruction
 from slora_flwr.wire.state_channel import Upload, write_update
 
@@ -31,16 +33,19 @@ class Sender:
     ) -> None:
         self._trainer, self._instruction = trainer, instruction
         config, phase = trainer.config, trainer.schedule[instruction.phase]
-        self._codec = Codec.of_upload(
+        self._codec: Codec | Grid = Codec.of_upload(
             config.upload,
             phase.adapter_type.is_selection,
             trainer.model.backbone.head_size,
         )
         self._rank_of = phase.adapter_type.client_ranks(config)
-        self._remembers = config.upload.feedback and not self._codec.is_exact
         self._clip_norm = config.server.clip_norm
         if config.privacy.is_on:
             self._clip_norm = config.privacy.bound(phase.adapter_type.section)
+        if config.secure.aggregation:
+            self._codec = grid_of(config, trainer.model.adapter.returned())
+            self._clip_norm = config.secure_bound
+        self._remembers = config.upload.feedback and not self._codec.is_exact
         self._before: State = {}
         # Residuals of a redrawn mask, or of refactored factors, do not apply to the
         # next round.

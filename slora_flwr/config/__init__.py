@@ -4,6 +4,7 @@ from slora_flwr.config.errors import ConfigError, refuse
 from slora_flwr.config.keys import Key, flatten, list_keys, parse
 from slora_flwr.config.sections import (
     EMBEDDED_MODELS,
+    GRID_LEVELS,
     OWN_DATA,
     PARTITIONERS,
     AttackConfig,
@@ -18,6 +19,7 @@ from slora_flwr.config.sections import (
     PrivacyConfig,
     RecipeConfig,
     RunConfig,
+    SecureConfig,
     ServerConfig,
     SparseConfig,
     UploadConfig,
@@ -26,6 +28,7 @@ from slora_flwr.config.sections import (
 
 __all__ = [
     "EMBEDDED_MODELS",
+    "GRID_LEVELS",
     "OWN_DATA",
     "PARTITIONERS",
     "AttackConfig",
@@ -42,6 +45,7 @@ __all__ = [
     "PrivacyConfig",
     "RecipeConfig",
     "RunConfig",
+    "SecureConfig",
     "ServerConfig",
     "SparseConfig",
     "UploadConfig",

@@ -16,11 +16,19 @@ from slora_flwr.config.methods import (
     list_methods,
 )
 from slora_flwr.config.schedule import Phase, make_schedule
-from slora_flwr.config.sections import OWN_DATA, DownloadConfig, LoraConfig, RunConfig
+from slora_flwr.config.sections import (
+    GRID_LEVELS,
+    MOST_SUM,
+    OWN_DATA,
+    DownloadConfig,
+    LoraConfig,
+    RunConfig,
+)
 
 # Robust statistics of single entries. Entries of LoRA's factors are not comparable if
 # clients train both, so the statistic is then that of the products, which are weights.
 _BY_ENTRY = ("median", "trimmed-mean")
+_NO_NOISE = "noise on masked sums is not built yet"
 # Of privacy, whatever the population: a run publishes a client's data with at most this
 # probability.
 _LARGEST_DELTA = 0.01
@@ -62,6 +70,8 @@ def check(config: RunConfig) -> None:
         _check_robust(config, phases)
     if config.privacy.is_on:
         _check_privacy(config, phases)
+    if config.secure.aggregation:
+        _check_secure(config, phases)
 
 
 def _check_cohort(config: RunConfig) -> None:
@@ -341,6 +351,48 @@ def _check_privacy(config: RunConfig, phases: Sequence[Phase]) -> None:
                 raise refuse("method", config.method, allowed)
             raise refuse("lora.aggregator", config.lora.aggregator, allowed)
     _check_delta(config)
+
+
+def _check_secure(config: RunConfig, phases: Sequence[Phase]) -> None:
+    why, clients = "since secure.aggregation is on", config.clients
+    for key, given, off, because in (
+        ("clients.holdout", clients.holdout, 0, "metrics would be each node's own"),
+        ("lora.ranks", config.lora.ranks, "", "ranks would tell clients apart"),
+        ("privacy.noise-multiplier", config.privacy.noise_multiplier, 0, _NO_NOISE),
+        ("privacy.epsilon", config.privacy.epsilon, 0, _NO_NOISE),
+        ("server.robust", config.server.robust, "none", "it compares updates"),
+        ("upload.top-k", config.upload.top_k, 0, "each client would choose its own"),
+        ("upload.lossless", config.upload.lossless, False, "masks have no pattern"),
+    ):
+        if given != off:
+            allowed = str(off).lower() or "empty"
+            raise refuse(key, given, f"{allowed}, {why}: {because}")
+    rows = list_methods()[config.method].phases
+    for row, phase in zip(rows, phases, strict=True):
+        if phase.aggregator_type.fold.needs_each:
+            allowed = f"one with a mean alone, {why}: {phase.aggregator} needs each "
+            allowed += "client's update"
+            if row.aggregator:
+                raise refuse("method", config.method, allowed)
+            raise refuse("lora.aggregator", config.lora.aggregator, allowed)
+    if not config.secure_bound:
+        allowed = f"above 0, {why} and server.clip-norm is 0"
+        raise refuse("secure.clip", config.secure.clip, allowed)
+    for key, given in (
+        ("clients.per-round", clients.per_round),
+        ("clients.min-replies", clients.min_replies),
+        ("clients.min-nodes", clients.min_nodes),
+    ):
+        if given < 2:
+            raise refuse(key, given, f"at least 2, {why}: a sum of one is no secret")
+    levels = GRID_LEVELS[config.upload.dtype]
+    most = MOST_SUM // (levels * clients.per_round)
+    if not 0 < clients.max_weight <= most:
+        allowed = (
+            f"1 to {most}, {why}: sums of clients.per-round {clients.per_round} "
+            f"updates have 32 bits, of {config.upload.dtype}'s precision"
+        )
+        raise refuse("clients.max-weight", clients.max_weight, allowed)
 
 
 def _check_delta(config: RunConfig) -> None:

@@ -38,6 +38,12 @@ PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual", "natural")
 TASKS = ("classification", "causal-lm")
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
 # `data.name` where each node trains on data of its own.
+# By `upload.dtype`, the least steps from 0 to the largest value of a secure sum's grid:
+# about as many as the type itself tells apart.
+GRID_LEVELS = {"float32": 2**15, "float16": 2**11, "bfloat16": 2**8}
+GRID_LEVELS |= {"int8": 127, "int4": 7}
+# The largest magnitude of a secure sum, in 32 bits.
+MOST_SUM = 2**31 - 1
 # The models that come with the package `slora_embedded`.
 EMBEDDED_MODELS = ("embedded", "embedded-llama")
 OWN_DATA = "node"
@@ -655,6 +661,35 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class SecureConfig:
+    """Secure aggregation: the server learns the sum of a round's updates alone."""
+
+    aggregation: bool = Field(
+        default=False,
+        description="Whether nodes mask their updates, so that the server learns their "
+        "sum and nothing else of them.",
+    )
+    clip: NotNegative = Field(
+        default=0.0,
+        description="The bound of the L2 norm of a client's update, head included, to "
+        "which clients clip it; 0 for `server.clip-norm`. Values travel on a grid that "
+        "is as fine as the bound is small.",
+    )
+    threshold: Annotated[
+        float, allow("a number from 0.5 below 1", lambda x: 0.5 <= x < 1)
+    ] = Field(
+        default=0.66,
+        description="The share of a node's neighbours, itself among them, of whom more "
+        "must answer to the end: with fewer the round's sum is never read.",
+    )
+    colluding: Annotated[float, FROM_0_BELOW_1] = Field(
+        default=0.05,
+        description="The share of a round's nodes that may help the server against "
+        "others. Beyond 30 nodes it decides with how many others each node masks.",
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
 class OutputConfig:
     """Where a run writes, and how often it evaluates."""
 
@@ -747,6 +782,7 @@ class RunConfig:
     download: DownloadConfig = DownloadConfig()
     attack: AttackConfig = AttackConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    secure: SecureConfig = SecureConfig()
     run: OutputConfig = OutputConfig()
 
     def __post_init__(self) -> None:
@@ -757,6 +793,16 @@ class RunConfig:
             first = max(1, self.rounds // 3) if is_split else 4
             sparse = replace(self.sparse, rounds=first)
             object.__setattr__(self, "sparse", sparse)  # it is frozen
+
+    @property
+    def secure_bound(self) -> float:
+        """The bound of an update's norm with secure aggregation."""
+        return self.secure.clip or self.server.clip_norm
+
+    @property
+    def most_weight_of_cohort(self) -> int:
+        """The most that a cohort weighs, if `clients.max-weight` limits each client."""
+        return self.clients.per_round * self.clients.max_weight
 
     def most_weight(self, examples: int) -> int:
         """Return the most that a client with so many examples weighs in means."""

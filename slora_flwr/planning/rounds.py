@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from slora_flwr.aggregation.ring_sum import masked_bytes
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.random import sample_cohort
 from slora_flwr.config import RunConfig
@@ -70,7 +71,10 @@ def plan_rounds(
                     phase, config, backbone, phase_round, client
                 )
                 down += down_codec.size(sent) + versions.bytes_due(client)
-                up += up_codec.size(back)
+                if config.secure.aggregation:
+                    up += masked_bytes(config, back)
+                else:
+                    up += up_codec.size(back)
             rounds.append(PlannedRound(number, index, down, up))
             change = 0
             if phase.changes_base:

@@ -24,6 +24,7 @@ from slora_flwr.server.collect import (
     push,
 )
 from slora_flwr.wire.messages import END, write_lineage
+from slora_flwr.wire.secure_messages import KEYS
 
 # Seconds to wait for nodes to come online.
 REGISTRATION_SECONDS = 120.0
@@ -57,6 +58,11 @@ class Fleet:
         Seconds to wait for answers to queries.
     sizes : Mapping[int, int] or None
         Each client's number of examples; None if the server does not know it.
+
+    Attributes
+    ----------
+    keys : dict[int, bytes]
+        With secure aggregation, the public keys that a node told last, by node.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class Fleet:
         self._rests: dict[int, int] = {}
         self._round = 0
         self._lineage = 0
+        self.keys: dict[int, bytes] = {}
         # Number of nodes in a simulation, once one has reported it; before that 0. All
         # report the same. Elsewhere, where one may be hostile, the smallest counts.
         self._told = 0
@@ -346,6 +353,7 @@ class Fleet:
             try:
                 described, metrics = self._read(reply)
                 self._admit(node, described, metrics)
+                self.keys[node] = described.get(KEYS, b"")
                 self._tell_version(node, described)
             except ValueError as error:
                 self._leave_out(node, str(error))

@@ -1,6 +1,7 @@
 """The instructions of a round, one for each node."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from flwr.app import Message
 
@@ -36,6 +37,9 @@ class Instructions:
     counted : Mapping[int, int] or None
         Each client's last round that counted; None if clients need no residuals.
 
+    letters : Mapping
+        As in `Instruction`, by node; empty without secure aggregation.
+
     Attributes
     ----------
     messages : list[Message]
@@ -51,6 +55,7 @@ class Instructions:
         phase: ActivePhase,
         journal: Journal,
         counted: Mapping[int, int] | None = None,
+        letters: Mapping[int, Mapping[int, bytes]] = MappingProxyType({}),
     ) -> None:
         self._number, self._phase, self._journal = number, phase, journal
         self._deadline = trainer.config.clients.deadline
@@ -70,6 +75,7 @@ class Instructions:
                 since=since,
                 base_delta=phase.base.delta_for(node),
             )
+            instruction.letters = dict(letters.get(node, {}))
             if trainer.config.data.is_own:
                 instruction.classes = trainer.data.classes
             if counted is not None:

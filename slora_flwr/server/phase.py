@@ -88,7 +88,7 @@ class ActivePhase:
         # Without client ids, a node keeps the residual of its only client itself.
         self.keeps_residuals = (
             config.upload.feedback
-            and not self.aggregator.codec.is_exact
+            and (config.secure.aggregation or not self.aggregator.codec.is_exact)
             and config.clients.count > 0
         )
         self.sizes = UpdateSizes()

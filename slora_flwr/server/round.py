@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -163,10 +163,14 @@ class Round:
     ----------
     cohort : dict[int, list[int]]
         The clients drawn, by node.
-    clients : dict[int, ClientRecord]
+    answered : set[int]
         The clients whose updates are in the aggregate.
+    clients : dict[int, ClientRecord]
+        What is known of each of them.
     failure : str
         Why the round failed; empty if it did not.
+    may_repeat : bool
+        Whether the round may be held again if it fails.
     """
 
     def __init__(
@@ -182,8 +186,9 @@ class Round:
     ) -> None:
         self.number = number
         self.cohort: dict[int, list[int]] = {}
+        self.answered: set[int] = set()
         self.clients: dict[int, ClientRecord] = {}
-        self.failure = ""
+        self.failure, self.may_repeat = "", True
         self._trainer, self._phase, self._fleet = trainer, phase, fleet
         self._journal, self._privacy, self._counted = journal, privacy, counted
         self._progress = progress
@@ -199,10 +204,14 @@ class Round:
         Each reply is checked, folded and freed as it arrives. Return False, and leave
         the state unchanged, if too few clients are in the aggregate, or it has no mean.
         """
-        config, phase, fleet = self._trainer.config, self._phase, self._fleet
-        journal, number, privacy = self._journal, self.number, self._privacy
-        record, plan = journal.directory.record, journal.planned[number]
+        drawn = self._draw(grid)
+        fold = self._gather(grid, drawn)
+        return fold is not None and self._close(fold, drawn)
 
+    def _draw(self, grid: Grid) -> list[int]:
+        """Draw the cohort, deal it to nodes, and begin the phase's round."""
+        config, fleet, privacy = self._trainer.config, self._fleet, self._privacy
+        number = self.number
         fleet.refresh(grid, config.clients.min_replies, number)
         if privacy is not None:
             drawn = privacy.draw(fleet.clients, number)
@@ -210,20 +219,13 @@ class Round:
             per_round = config.clients.per_round
             drawn = sample_cohort(fleet.clients, per_round, config.seed, number)
         self.cohort = fleet.assign(drawn)
-        phase.begin_round()
-        instructions = Instructions(
-            MessageType.TRAIN,
-            self.cohort,
-            number,
-            self._trainer,
-            phase,
-            journal,
-            self._counted,
-        )
-        messages, again = instructions.messages, instructions.complete
-        size, sent = phase.bytes_due(drawn), sum(map(message_bytes, messages))
-        record(Entry(number, phase.name, "down", len(drawn), size, sent, plan.down))
+        self._phase.begin_round()
+        return drawn
 
+    def _gather(self, grid: Grid, drawn: list[int]) -> Mean | None:
+        """Return the fold of what the cohort answers; None if the round failed."""
+        config, phase, fleet = self._trainer.config, self._phase, self._fleet
+        number = self.number
         weights = {client: config.most_weight(fleet.sizes[client]) for client in drawn}
         sizes = {n: {c: weights[c] for c in cs} for n, cs in self.cohort.items()}
         asked = Asked(number, phase.index, phase.fingerprint, sizes, phase.largest)
@@ -231,30 +233,72 @@ class Round:
         fold.expect(sum(weights.values()))
         if self._is_bounded:
             fold.limit = phase.sizes.bound
+        most = max(map(len, self.cohort.values()), default=0)
+        most = phase.most_bytes(most)
+        self._instruct(grid, most, lambda reply: self._take(reply, asked, fold))
+        return fold
+
+    def _instruct(
+        self,
+        grid: Grid,
+        most: int,
+        take: Callable[[Message], None],
+        letters: Mapping[int, Mapping[int, bytes]] | None = None,
+    ) -> None:
+        """Have the cohort train, take each reply, and record the bytes.
+
+        Parameters
+        ----------
+        grid : Grid
+            Flower's grid.
+        most : int
+            Limit on the bytes of a reply's arrays.
+        take : Callable
+            Takes a reply.
+        letters : Mapping or None
+            As in `Instruction`, by node; others are not asked. None without secure
+            aggregation.
+        """
+        config, phase, progress = self._trainer.config, self._phase, self._progress
+        number, journal = self.number, self._journal
+        cohort = self.cohort
+        if letters is not None:
+            cohort = {node: cohort[node] for node in letters}
+        record, plan = journal.directory.record, journal.planned[number]
+        instructions = Instructions(
+            MessageType.TRAIN,
+            cohort,
+            number,
+            self._trainer,
+            phase,
+            journal,
+            self._counted,
+            letters or {},
+        )
+        messages, again = instructions.messages, instructions.complete
+        drawn = [client for clients in cohort.values() for client in clients]
+        size, sent = phase.bytes_due(drawn), sum(map(message_bytes, messages))
+        record(Entry(number, phase.name, "down", len(drawn), size, sent, plan.down))
         received = 0
-        most = max(len(clients) for clients in self.cohort.values()) if messages else 0
-        progress = self._progress
         replies = collect(
-            grid,
-            messages,
-            config.clients.deadline,
-            again,
-            phase.most_bytes(most),
-            progress.hear,
+            grid, messages, config.clients.deadline, again, most, progress.hear
         )
         with progress.follow(f"{self._label} {phase.name}", len(drawn)):
             for reply, reply_size in replies:
                 received += reply_size
-                self._take(reply, asked, fold)
-                progress.hear(self.clients.keys() | self._failed)
+                take(reply)
+                progress.hear(self.answered | self._failed)
         self._fail_silent()
-        done, size, up = len(self.clients), self._payload, self._wire.get("up")
+        done, size, up = len(self.answered), self._payload, self._wire.get("up")
         record(Entry(number, phase.name, "up", done, size, received, plan.up, up))
         if self._wire:
             down = self._wire["down"]
             record(Entry(number, phase.name, "down", 0, 0, 0, wire_bytes=down))
 
-        wanted = config.clients.min_replies
+    def _close(self, fold: Mean, drawn: list[int]) -> bool:
+        """Step along the fold; return False if it is of too few, or has no mean."""
+        config, phase, privacy = self._trainer.config, self._phase, self._privacy
+        done, wanted = len(self.answered), config.clients.min_replies
         if privacy is not None:
             wanted = min(wanted, len(drawn))  # a draw may be smaller, even empty
         if self._is_bounded and self._refuse_outliers(fold.limit):
@@ -271,7 +315,7 @@ class Round:
             self.failure = f"ended without a state: {error}"
             return False
         if self._counted is not None:
-            self._counted |= dict.fromkeys(self.clients, number)
+            self._counted |= dict.fromkeys(self.answered, self.number)
         return True
 
     def evaluate(self, grid: Grid, state: State) -> Evaluation | None:
@@ -286,7 +330,7 @@ class Round:
             return None
         if len(trainer.data.tokenised.test):
             trained = {
-                node: [client for client in clients if client in self.clients]
+                node: [client for client in clients if client in self.answered]
                 for node, clients in self.cohort.items()
             }
             asked = {node: clients for node, clients in trained.items() if clients}
@@ -350,11 +394,7 @@ class Round:
         metrics : dict[str, float]
             Metrics of the new state.
         """
-        records, ledger = self.clients.values(), self._journal.directory.ledger
-        loss = epsilon = None
-        if records:
-            weights = [did.examples for did in records]
-            loss = fmean([did.loss for did in records], weights)
+        ledger, epsilon = self._journal.directory.ledger, None
         if self._privacy is not None:
             epsilon = self._privacy.epsilon(self.number)
         return RecordedRound(
@@ -362,14 +402,21 @@ class Round:
             cohort=sorted(c for clients in self.cohort.values() for c in clients),
             clients=self.clients,
             round=self.number,
-            replied=len(records),
-            train_loss=loss,
+            replied=len(self.answered),
+            train_loss=self._mean_loss(),
             payload_bytes=ledger.total("payload", "up")
             + ledger.total("payload", "down"),
             metrics=metrics,
             kept_energy=self._phase.kept_energy(),
             epsilon=epsilon,
         )
+
+    def _mean_loss(self) -> float | None:
+        """Return the clients' mean loss, weighted; None without any."""
+        records = self.clients.values()
+        if not records:
+            return None
+        return fmean([did.loss for did in records], [did.examples for did in records])
 
     def _take(self, reply: Message, asked: Asked, fold: Mean) -> None:
         """Add the update in a reply to the fold, or record why not."""
@@ -392,6 +439,7 @@ class Round:
             report.clients, report.examples, report.losses, report.seconds, strict=True
         ):
             self.clients[client] = ClientRecord(examples, loss, round(seconds, 3))
+        self.answered.update(report.clients)
         alone = len(report.clients) == 1
         self._payload += len(report.update.data) if alone else sum(report.payloads)
         self._wire.update(self._journal.wire_bytes(node, report.wire))
@@ -433,7 +481,7 @@ class Round:
     def _fail_silent(self) -> None:
         """Record as failed the clients that no reply mentions."""
         for node, clients in self.cohort.items():
-            told = self.clients.keys() | self._failed
+            told = self.answered | self._failed
             silent = [client for client in clients if client not in told]
             if silent and len(silent) < len(clients):
                 self._fail(node, silent, "not in its node's reply")

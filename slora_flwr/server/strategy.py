@@ -22,6 +22,7 @@ from slora_flwr.server.journal import Journal
 from slora_flwr.server.phase import ActivePhase
 from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.round import Round
+from slora_flwr.server.secure_round import SecureRound
 from slora_flwr.tasks.base import Evaluation, Task
 from slora_flwr.training.trainer import Trainer
 
@@ -147,19 +148,11 @@ class PhasedStrategy:
     def _train(self, grid: Grid) -> Round:
         """Train one round; repeat it once if it fails."""
         number, least = self._server_round, self._config.clients.min_replies
-        for another in ("; trying once more", ""):
-            held = Round(
-                number,
-                self._trainer,
-                self.phase,
-                self._fleet,
-                self.journal,
-                self._privacy,
-                self._counted if self.phase.keeps_residuals else None,
-                self._progress,
-            )
+        for attempt, another in enumerate(("; trying once more", ""), start=1):
+            held = self._make_round(number, attempt)
             if held.train(grid):
                 return held
+            another = another if held.may_repeat else ""
             log(
                 WARNING,
                 "round %d %s; clients.min-replies is %d%s",
@@ -168,13 +161,32 @@ class PhasedStrategy:
                 least,
                 another,
             )
+            if not held.may_repeat:
+                break
+        twice = " twice" if held.may_repeat else ""
         directory = self.journal.directory.path
         goes_on = ", from which run.resume continues"
         raise TooFewRepliesError(
-            f"round {number} {held.failure} twice; clients.min-replies is {least}. "
+            f"round {number} {held.failure}{twice}; clients.min-replies is {least}. "
             f"The run directory {directory} holds the rounds before it"
             + (goes_on if list_checkpoints(directory) else "")
         )
+
+    def _make_round(self, number: int, attempt: int) -> Round:
+        """Return an attempt at a round."""
+        parts = (
+            number,
+            self._trainer,
+            self.phase,
+            self._fleet,
+            self.journal,
+            self._privacy,
+            self._counted if self.phase.keeps_residuals else None,
+            self._progress,
+        )
+        if self._config.secure.aggregation:
+            return SecureRound(*parts, attempt=attempt)
+        return Round(*parts)
 
     def _evaluate(
         self, held: Round, grid: Grid, state: State, sent: State

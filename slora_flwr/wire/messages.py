@@ -87,6 +87,8 @@ class Instruction:
     residuals : list[int]
         For each client, its last round that counted, whose residual its next update
         adds; 0 for none. Empty if clients keep none.
+    letters : dict[int, bytes]
+        With secure aggregation, sealed shares from the node's neighbours, by number.
     """
 
     server_round: int
@@ -101,6 +103,7 @@ class Instruction:
     since: str = ""
     lineage: int = 0
     residuals: list[int] = field(default_factory=list)
+    letters: dict[int, bytes] = field(default_factory=dict)
 
     def content(self) -> RecordDict:
         """Return the records."""
@@ -134,6 +137,9 @@ class Instruction:
         if self.residuals:
             config["lineage"] = str(self.lineage)  # it can be beyond 63 bits
             config["residuals"] = self.residuals
+        if self.letters:
+            config["writers"] = [*self.letters]
+            config["letters"] = [*self.letters.values()]
         return RecordDict({"arrays": arrays, "config": config})
 
     @classmethod
@@ -149,26 +155,27 @@ class Instruction:
             arrays = content.array_records["arrays"]
             config: Mapping[str, Any] = content.config_records["config"]
             return cls(
-                server_round=_number(config["server-round"]),
-                phase=_number(config["phase"]),
-                phase_round=_number(config["phase-round"]),
+                server_round=read_number(config["server-round"]),
+                phase=read_number(config["phase"]),
+                phase_round=read_number(config["phase-round"]),
                 clients=_clients(config["clients"]),
                 fingerprint=_digest(config["fingerprint"]),
                 state=arrays["state"],
                 base=_digest(config.get("base", "")),
                 base_delta=BaseDelta(
                     known=_digest(config.get("known", "")),
-                    version=_number(config["version"]),
+                    version=read_number(config["version"]),
                     start=arrays.get("base"),
                     changes=[
-                        arrays[f"move-{i}"] for i in range(_number(config["moves"]))
+                        arrays[f"move-{i}"] for i in range(read_number(config["moves"]))
                     ],
                     weights=arrays.get("weights"),
                 ),
                 classes=_classes(config.get("classes", [])),
                 since=_digest(config.get("since", "")),
-                lineage=_number(config.get("lineage", 0)),
-                residuals=[_number(number) for number in config.get("residuals", [])],
+                lineage=read_number(config.get("lineage", 0)),
+                residuals=[*map(read_number, config.get("residuals", []))],
+                letters=by_number(config.get("writers", []), config.get("letters", [])),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MessageError(
@@ -176,13 +183,33 @@ class Instruction:
             ) from error
 
 
-# Both may become file names, so they must be nothing but digits.
-def _number(given: Any) -> int:
+def read_number(given: Any) -> int:
+    """Return a number from 0 to 2^64 - 1, which may be sent as text.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If it is none. It may become a file name, so it is nothing but digits.
+    """
     number = int(given)
     # Large numbers are sent as text.
     if given not in (number, str(number)) or not 0 <= number < 2**64:
         raise ValueError(f"{printable(given)} is not a number from 0 to 2^64 - 1")
     return number
+
+
+def by_number(numbers: Any, values: Any) -> dict[int, bytes]:
+    """Return bytes by distinct numbers, of two lists of the same length.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If they are something else.
+    """
+    found = dict(zip(map(read_number, numbers), values, strict=True))
+    if len(found) != len(values) or not all(type(x) is bytes for x in found.values()):
+        raise ValueError("a number is given twice, or a value is no bytes")
+    return found
 
 
 def write_lineage(lineage: int) -> RecordDict:
@@ -200,7 +227,7 @@ def read_lineage(content: RecordDict) -> int:
         If there is none, or it is no number.
     """
     try:
-        return _number(content.config_records["config"]["lineage"])
+        return read_number(content.config_records["config"]["lineage"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MessageError(f"the message's records are off: {error!r}") from error
 
@@ -213,7 +240,7 @@ def _digest(given: Any) -> str:
 
 
 def _clients(given: Any) -> list[int]:
-    clients = [_number(client) for client in given]
+    clients = [read_number(client) for client in given]
     if len({*clients}) != len(clients):
         raise ValueError("a client is named twice")
     return clients

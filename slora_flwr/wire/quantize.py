@@ -61,7 +61,7 @@ def quantize(
     codes, scales = bytearray(), bytearray()
     for start in range(0, len(values), _CHUNK):
         part = values[start : start + _CHUNK]
-        noise = _noise(len(part), stream)
+        noise = None if stream is None else _noise(len(part), stream)
         if dtype == "float16":
             codes += _to_float16(part, noise).tobytes()
         elif dtype == "bfloat16":
@@ -116,11 +116,14 @@ def dequantize(codes: bytes, scales: bytes, count: int, dtype: str) -> Values:
     return values
 
 
-def _noise(count: int, stream: np.random.Philox | None) -> NDArray[np.uint16] | None:
+def _noise(count: int, stream: np.random.Philox) -> NDArray[np.uint16]:
     """Draw 16 random bits per value."""
-    if stream is None:
-        return None
     return stream.random_raw(-(-count // 4)).view(np.uint16)[:count]
+
+
+def draw_unit(count: int, stream: np.random.Philox) -> Values:
+    """Draw values from (0, 1), of 16 random bits each, for stochastic rounding."""
+    return _unit(_noise(count, stream))
 
 
 def _to_integers(

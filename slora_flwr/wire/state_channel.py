@@ -33,8 +33,9 @@ from torch import Size, Tensor
 from slora_flwr.adapters.low_rank import fill_slices, rank_shapes, take_slices
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.common.tensors import State
-from slora_flwr.wire.clipping import clip
+from slora_flwr.wire.clipping import clip, norm
 from slora_flwr.wire.codec import Codec
+from slora_flwr.wire.grid import Grid
 from slora_flwr.wire.packing import pack, unpack
 from slora_flwr.wire.selection import choose, weigh_by_product
 
@@ -164,18 +165,21 @@ class Upload:
         The array to send.
     update : State
         The update that the server reads, with zeros beyond the client's rank.
+    norm : float
+        Its norm before it was clipped; 0 if it was not to be.
     residual : State
         What the server does not read of the update; empty if it reads all.
     """
 
     array: Array
     update: State
+    norm: float = 0.0
     residual: State = field(default_factory=dict)
 
 
 def write_update(
     update: State,
-    codec: Codec,
+    codec: Codec | Grid,
     *,
     residual: Mapping[str, Tensor],
     start: State,
@@ -212,11 +216,12 @@ def write_update(
     shapes = {name: tensor.shape for name, tensor in update.items()}
     update, start = _cut(update, rank), _cut(start, rank)
     whole = {n: t + residual[n] if n in residual else t for n, t in update.items()}
+    length = norm(whole) if clip_norm else 0.0
     whole = clip(whole, clip_norm)
     if codec.is_exact:
-        return Upload(codec.encode(whole), fill_slices(whole, shapes))
+        return Upload(codec.encode(whole), fill_slices(whole, shapes), length)
     chosen = None
-    if codec.share:
+    if isinstance(codec, Codec) and codec.share:
         count = sum(tensor.numel() for tensor in whole.values())
         weights = {name: tensor.abs() for name, tensor in whole.items()}
         if importance == "product":
@@ -226,11 +231,11 @@ def write_update(
     array = codec.encode(whole, chosen, stream)
     read = read_update(array, shapes, codec, rank)
     lost = {name: tensor - read[name] for name, tensor in whole.items()}
-    return Upload(array, fill_slices(read, shapes), lost)
+    return Upload(array, fill_slices(read, shapes), length, lost)
 
 
 def read_update(
-    array: Array, shapes: Layout, codec: Codec, rank: int | None = None
+    array: Array, shapes: Layout, codec: Codec | Grid, rank: int | None = None
 ) -> State:
     """Return the update in an array, its factors cut to the client's rank.
 

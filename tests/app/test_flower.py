@@ -60,6 +60,16 @@ def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
         yield environment
 
 
+SECURE: dict[str, Any] = {
+    "secure.aggregation": "true",
+    "secure.clip": 2.0,
+    "upload.dtype": "'int8'",
+    "clients.max-weight": 100,
+    "clients.min-nodes": 2,
+    "clients.min-replies": 2,
+}
+
+
 def slora(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [Path(sys.executable).parent / "slora", "run", str(ROOT), *arguments],
@@ -79,6 +89,7 @@ def slora(environment: dict[str, str], *arguments: str) -> subprocess.CompletedP
         # What the coded one is sent as well, and by Ray too in test_cluster.py.
         pytest.param({}, id="plain", marks=pytest.mark.sockets),
         pytest.param(CODED, id="coded"),
+        pytest.param(SECURE, id="secure", marks=pytest.mark.sockets),
     ],
 )
 def test_a_simulation_gives_the_inline_engines_figures(
@@ -95,7 +106,7 @@ def test_a_simulation_gives_the_inline_engines_figures(
 
     read = tomllib.loads(written.replace(" ", "\n"))
     values = flatten_dict(read) | {"run.dir": str(tmp_path / "inline")}
-    run(InlineGrid(values, run_id=2), values, run_id=2)
+    run(InlineGrid(values, nodes=2, run_id=2), values, run_id=2)
     for name in ("last", "averaged", "best"):
         states = [
             load_file(tmp_path / engine / "checkpoints" / f"{name}.safetensors")

@@ -27,6 +27,7 @@ from tests.support.runs import (
     start,
     summary,
 )
+from tests.support.secure import SECURE
 
 pytestmark = pytest.mark.sockets
 
@@ -128,6 +129,17 @@ def test_a_deployment_gives_the_inline_engines_result(
 ) -> None:
     assert_same(start(config, InlineGrid(config, nodes=2)), whole)
     assert read_run(whole).engine.name == "deployment"
+
+
+def test_secure_sums_of_a_deployment_are_the_inline_engines(
+    deployment: Deployment, config: Config
+) -> None:
+    config |= SECURE
+    run = deployment.run(config)
+    finish(deployment, run)
+    inline = elsewhere(config)
+    assert_same(run.directory, start(inline, InlineGrid(inline, nodes=2)))
+    assert all(not done["clients"] for done in run.events("round"))
 
 
 def test_a_run_whose_serverapp_is_killed_in_either_phase_goes_on_from_its_checkpoint(

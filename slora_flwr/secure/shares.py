@@ -1,0 +1,80 @@
+"""Shamir shares of secrets, and how they travel to their holders."""
+
+import os
+from collections.abc import Mapping
+
+from Crypto.Protocol.SecretSharing import Shamir
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from slora_flwr.secure.errors import SecureError
+
+SECRET_SIZE = 32
+# PyCryptodome shares secrets of 128 bits, so each half of ours is shared by itself.
+_HALF = 16
+_NONCE_SIZE, _TAG_SIZE = 12, 16
+
+
+def split(secret: bytes, needed: int, holders: int) -> list[bytes]:
+    """Return shares of a secret of 32 bytes, 32 bytes each, in the holders' order.
+
+    Any `needed` of them, two at least, recover it, and fewer tell nothing of it
+    (Shamir 1979).
+    """
+    halves = (secret[:_HALF], secret[_HALF:])
+    shared = [Shamir.split(needed, holders, half, ssss=False) for half in halves]
+    return [first[1] + second[1] for first, second in zip(*shared, strict=True)]
+
+
+def join(shares: Mapping[int, bytes], needed: int) -> bytes:
+    """Return the secret of some shares, by their holders' places from 0.
+
+    Raises
+    ------
+    SecureError
+        If there are fewer than needed, or one has another size.
+    """
+    if len(shares) < needed:
+        raise SecureError(f"{len(shares)} shares of a secret; needed: {needed}")
+    if any(len(share) != SECRET_SIZE for share in shares.values()):
+        raise SecureError(f"a share has another size than {SECRET_SIZE} bytes")
+    chosen = sorted(shares.items())[:needed]
+    return b"".join(
+        Shamir.combine([(place + 1, s[cut]) for place, s in chosen], ssss=False)
+        for cut in (slice(_HALF), slice(_HALF, None))
+    )
+
+
+def seal(plain: bytes, key: bytes, label: bytes) -> bytes:
+    """Return bytes that only the holder of a key can read or change, AES-256-GCM.
+
+    Parameters
+    ----------
+    plain : bytes
+        What is sealed.
+    key : bytes
+        32 bytes.
+    label : bytes
+        What the bytes are for; they open with the same one alone.
+    """
+    nonce = os.urandom(_NONCE_SIZE)
+    return nonce + AESGCM(key).encrypt(nonce, plain, label)
+
+
+def unseal(sealed: bytes, key: bytes, label: bytes) -> bytes:
+    """Return what was sealed.
+
+    Raises
+    ------
+    SecureError
+        If it was not sealed with this key and label, or was changed since.
+    """
+    try:
+        return AESGCM(key).decrypt(sealed[:_NONCE_SIZE], sealed[_NONCE_SIZE:], label)
+    except (InvalidTag, ValueError) as error:
+        raise SecureError("a sealed share was forged, changed or cut") from error
+
+
+def sealed_size(plain: int) -> int:
+    """Return how many bytes so many become as they are sealed."""
+    return _NONCE_SIZE + plain + _TAG_SIZE
