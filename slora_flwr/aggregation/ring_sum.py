@@ -72,8 +72,10 @@ class RingSum(Mean):
         self.figures += np.array([int(figure) for figure in told], FIGURES)
         self.weight += weight
 
-    def open(self, values: NDArray[np.int64], figures: NDArray[np.uint64]) -> None:
-        """Take the sum of all clients, as whole numbers.
+    def open(
+        self, values: NDArray[np.int64], figures: NDArray[np.uint64], count: int
+    ) -> None:
+        """Take the sum of `count` clients, as whole numbers.
 
         Raises
         ------
@@ -82,7 +84,7 @@ class RingSum(Mean):
         """
         clients, weight, loss, norm, clipped = map(int, figures)
         if not (
-            0 < clients <= weight <= self._most
+            0 < clients == count <= weight <= self._most
             and norm <= clients * FINE
             and clipped <= clients
             and loss <= weight * _fine(MOST_FIGURE)
@@ -99,15 +101,14 @@ class RingSum(Mean):
                 f"client clips its own to {self.grid.bound:g}: one sent something else"
             )
 
-    def told(self) -> dict[str, float]:
-        """Return the means of losses and norms, and how many clients were clipped."""
-        clients, weight, loss, norm, clipped = map(int, self.figures)
-        return {
-            "clients": clients,
-            "loss": loss / weight / FINE,
-            "norm": norm / clients / FINE * self.grid.bound,
-            "clipped": clipped,
-        }
+    def total(self, name: str) -> int:
+        """Return a figure's sum, as a whole number; see `NAMES`."""
+        return int(self.figures[NAMES.index(name)])
+
+    def mean(self, name: str) -> float:
+        """Return the weighted mean loss, or the mean norm as a share of the bound."""
+        over = self.total("weight" if name == "loss" else "clients")
+        return self.total(name) / over / FINE
 
     def result(self) -> dict[str, Tensor]:
         """Return the mean of the sum that was opened, float32."""

@@ -1,6 +1,6 @@
 """What a node keeps for secure aggregation: new keys, and its part in a round.
 
-Both are in Flower's `Context`, which never leaves the node and ends with the run.
+Both are in Flower's `Context`, which never leaves the node.
 """
 
 from typing import cast

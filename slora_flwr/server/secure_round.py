@@ -1,7 +1,7 @@
 """A round of which the server learns the sum alone."""
 
 from collections.abc import Callable, Iterable, Mapping
-from logging import WARNING
+from logging import INFO, WARNING
 
 import numpy as np
 from flwr.app import Message, RecordDict
@@ -84,7 +84,7 @@ class SecureRound(Round):
                 name = self._fleet.name(node)
                 log(WARNING, "%s told forged shares, and the sum is right", name)
                 self._fleet.forget(node)
-            fold.open(*opened)
+            fold.open(*opened, len(self.answered))
         except (SecureError, FoldError) as error:
             self.failure = f"has no sum: {error}"
             return None
@@ -95,12 +95,14 @@ class SecureRound(Round):
         """Have the cohort's nodes share their secrets with their neighbours."""
         config = self._trainer.config
         members: list[PublicKeys] = []
+        used: set[bytes] = set()
         for node in sorted(self.cohort):
             try:
                 # Each is used once, whatever becomes of it.
                 keys = PublicKeys.unpack(self._fleet.keys.pop(node, b""))
-                if keys in members:
-                    raise SecureError("its public keys are another node's")
+                if used & {keys.seal, keys.mask}:
+                    raise SecureError("a public key of it is another node's")
+                used |= {keys.seal, keys.mask}
                 members.append(keys)
                 self._nodes.append(node)
             except SecureError as error:
@@ -255,8 +257,16 @@ class SecureRound(Round):
         self._journal.directory.record(entry)
 
     def _note(self, fold: RingSum) -> None:
-        told = fold.told()
-        self._loss = told["loss"]
+        """Note the mean loss; tell how the updates' norms stand to their bound."""
+        self._loss = fold.mean("loss")
+        clipped, clients = fold.total("clipped"), fold.total("clients")
+        bound = fold.grid.bound
+        if 2 * clipped > clients:
+            told = "%s: %d of %d updates were longer than %g, and scaled down to it"
+            log(WARNING, told, self._label, clipped, clients, bound)
+        elif self._phase.phase_round == 1:
+            told = "%s: updates have a mean norm of %.3g, of %g allowed"
+            log(INFO, told, self._label, fold.mean("norm") * bound, bound)
 
     def _mean_loss(self) -> float | None:
         return self._loss

@@ -254,6 +254,30 @@ def test_files_tell_nothing_of_single_clients(secure: Config) -> None:
         }
 
 
+def test_the_log_says_how_norms_stand_to_the_bound(
+    secure: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Against the norms of the updates that clients trained."""
+    norms: list[float] = []
+    config = secure | {"rounds": 1}
+    train_client = Trainer.train_client
+    with pytest.MonkeyPatch.context() as patched:
+
+        def measure(self: Trainer, *given: Any) -> ClientUpdate:
+            turn = train_client(self, *given)
+            flat = torch.cat([t.flatten() for t in turn.update.values()])
+            norms.append(float(flat.norm()))
+            return turn
+
+        patched.setattr(Trainer, "train_client", measure)
+        start(config, SecretGrid(config))
+    mean = sum(norms) / 6
+    assert f"updates have a mean norm of {mean:.3g}, of 4 allowed" in caplog.text
+    short = elsewhere(config) | {"secure.clip": min(norms) / 2}
+    start(short, SecretGrid(short))
+    assert "6 of 6 updates were longer than" in caplog.text
+
+
 def test_bytes_of_a_round(secure: Config) -> None:
     """By hand: the ring of 6 x 100 examples at int8's 127 levels has 24 bits."""
     config = secure | {"upload.dtype": "int8"}
