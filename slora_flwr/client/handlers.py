@@ -155,7 +155,9 @@ def train(message: Message, context: Context) -> Message:
         reasons = "; ".join(f"client {c}: {r}" for c, r in report.failures.items())
         return Message(Error(0, reasons), reply_to=message)
     if masks is not None:
-        masked = mask_sum(context, masks, RingSum.of(fold))
+        told = instruction.phase, instruction.fingerprint, instruction.base
+        about = trainer.digest_task(*told, state)
+        masked = mask_sum(context, masks, RingSum.of(fold), about)
         return Message(masked_report(report, masked).content(), reply_to=message)
     if len(report.clients) > 1:  # a single update is smaller encoded
         report.update = fold.packed()

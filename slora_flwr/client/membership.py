@@ -89,9 +89,12 @@ def receive_letters(context: Context, instruction: Instruction) -> Member:
     return member
 
 
-def mask_sum(context: Context, member: Member, fold: RingSum) -> bytes:
-    """Return the masked sum of this node's clients, and its masked figures."""
-    member.mask(fold.values, fold.figures)
+def mask_sum(context: Context, member: Member, fold: RingSum, about: bytes) -> bytes:
+    """Return the masked sum of this node's clients, and its masked figures.
+
+    `about` is what `Trainer.digest_task` says.
+    """
+    member.mask(fold.values, fold.figures, about=about)
     # Before it is sent, so that nothing is masked twice with the same keys.
     _keep(context, member)
     return fold.ring.pack(fold.values) + fold.figures.tobytes()

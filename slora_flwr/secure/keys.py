@@ -79,11 +79,13 @@ def public_of(private: bytes) -> bytes:
     return key.public_key().public_bytes_raw()
 
 
-def agree(private: bytes, public: bytes, terms: Terms, purpose: str) -> bytes:
+def agree(
+    private: bytes, public: bytes, terms: Terms, purpose: str, about: bytes = b""
+) -> bytes:
     """Return the secret that two members have in common for a purpose, 32 bytes.
 
-    X25519 (RFC 7748), then HKDF-SHA256 (RFC 5869) over the terms, the purpose and both
-    public keys, in the same order on both sides.
+    X25519 (RFC 7748), then HKDF-SHA256 (RFC 5869) over the terms, the purpose, what it
+    is about, and both public keys, in the same order on both sides.
 
     Raises
     ------
@@ -91,7 +93,7 @@ def agree(private: bytes, public: bytes, terms: Terms, purpose: str) -> bytes:
         If the public key is none that an honest member has.
     """
     shared = _exchange(X25519PrivateKey.from_private_bytes(private), public)
-    info = terms.label(purpose, *sorted((public_of(private), public)))
+    info = terms.label(purpose, about, *sorted((public_of(private), public)))
     return HKDF(SHA256(), KEY_SIZE, salt=None, info=info).derive(shared)
 
 

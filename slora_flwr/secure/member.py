@@ -127,8 +127,16 @@ class Member:
                 f"{self.needed}"
             )
 
-    def mask(self, *arrays: NDArray[np.unsignedinteger]) -> None:
+    def mask(self, *arrays: NDArray[np.unsignedinteger], about: bytes = b"") -> None:
         """Add its masks to numbers of the ring, in place.
+
+        Parameters
+        ----------
+        arrays : NDArray
+            The numbers.
+        about : bytes
+            What they were made from. Masks of members who differ in it do not cancel,
+            so a server that gives one member something of its own learns no sum.
 
         Raises
         ------
@@ -141,7 +149,7 @@ class Member:
         add_mask(arrays, self_mask_key(self.seed), 1)
         for other in self.held.keys() - {self.number}:
             public = self.peers[other].mask
-            key = agree(self.keys.mask, public, self.terms, MASKING)
+            key = agree(self.keys.mask, public, self.terms, MASKING, about)
             add_mask(arrays, key, sign_of(self.number, other))
 
     def tell(self, alive: Collection[int], dead: Collection[int]) -> dict[int, bytes]:

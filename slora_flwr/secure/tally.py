@@ -38,6 +38,8 @@ class Tally:
 
     Attributes
     ----------
+    about : bytes
+        What the members' values are made from; see `Member.mask`.
     shared : set[int]
         Those whose shares are with their neighbours.
     alive : set[int]
@@ -55,6 +57,7 @@ class Tally:
         count: int,
         figures: int,
     ) -> None:
+        self.about = b""
         self.shared: set[int] = set()
         self.alive: set[int] = set()
         self.forgers: set[int] = set()
@@ -191,7 +194,7 @@ class Tally:
             key = self._recover(member, self._is_key_of)
             for other in self._tellers(member):
                 public = self._members[other].mask
-                pair = agree(key, public, self._terms, MASKING)
+                pair = agree(key, public, self._terms, MASKING, self.about)
                 self._remove(pair, sign_of(other, member))
         return self._ring.centred(self._sums), self._figures
 

@@ -308,6 +308,11 @@ class ActivePhase:
             return self.versions.encode_for(node, anew=anew)
         return write_slices(self._published, max(map(rank_of, clients))), ""
 
+    @property
+    def start(self) -> State:
+        """The state that the round's clients start from, as they read it."""
+        return self._start
+
     def bytes_due(self, clients: Iterable[int]) -> int:
         """Return the bytes to send to clients, each as if it were a separate node."""
         bases = sum(self.base.clients.bytes_due(client) for client in clients)

@@ -71,6 +71,10 @@ class SecureRound(Round):
                 lambda reply: self._take_masked(reply, tally, numbers),
                 letters,
             )
+            phase = self._phase
+            tally.about = self._trainer.digest_task(
+                phase.index, phase.fingerprint, phase.base.digest, phase.start
+            )
             tally.check()
             # Else the round would be held again once its sum is known, and the two sums
             # would differ by those who answered once only.

@@ -1,14 +1,16 @@
 """A run's data and model in one process, for training clients and evaluating."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 
 import torch
 
 from slora_flwr.common.tensors import State
-from slora_flwr.config import RunConfig
+from slora_flwr.config import RunConfig, flatten
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.data.examples import Examples
 from slora_flwr.tasks.base import Evaluation, Probe, Sample
@@ -105,6 +107,26 @@ class Trainer:
         if clients.weight == "tokens":
             units = int(examples.units.sum())
         return ClientUpdate(update, loss, clients.weigh(units))
+
+    def digest_task(
+        self, index: int, fingerprint: str, base: str, state: State
+    ) -> bytes:
+        """Return a digest of all that a client's update follows from but its data.
+
+        Parameters
+        ----------
+        index : int
+            The phase's, in the schedule.
+        fingerprint, base : str
+            The adapter's fingerprint, and the base's digest.
+        state : State
+            The state that clients start from, as they read it.
+        """
+        facts = [flatten(self.config), index, fingerprint, base, [*sorted(state)]]
+        digest = blake2b(json.dumps(facts).encode(), digest_size=32)
+        for _, tensor in sorted(state.items()):
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.digest()
 
     def evaluate_client(
         self, client: int, state: State, until: float = math.inf

@@ -354,6 +354,37 @@ def test_why_a_client_failed_stays_on_its_node(
     assert "the update is not finite (loss" in caplog.text
 
 
+def test_one_node_with_a_state_of_its_own_gives_no_sum(secure: Config) -> None:
+    """Else the others' states could teach nothing, and the sum be its update alone."""
+
+    class LyingGrid(SecretGrid):
+        def _answer(self, message: Message) -> Message:
+            kind, node = message.metadata.message_type, message.metadata.dst_node_id
+            if kind == TRAIN and node == 2:
+                told = Instruction.read(message.content)
+                values = np.frombuffer(told.state.data, "<f4").copy()
+                values[0] += 1e-3
+                told.state.data = values.tobytes()
+                message.content = told.content()
+            return super()._answer(message)
+
+    with pytest.raises(TooFewRepliesError, match=r"figures that cannot be|has norm"):
+        start(secure, LyingGrid(secure))
+
+
+@pytest.mark.parametrize("download", ["float32", "int8", "bfloat16"])
+@pytest.mark.parametrize("name", ["slora", "ffa-lora", "alternate-lora"])
+def test_all_read_the_same_state_however_it_is_coded(
+    secure: Config, plain_run: Any, name: str, download: str
+) -> None:
+    """Else what a lost node had masked could not be taken away."""
+    config = secure | ALLOWED[name] | {"download.dtype": download, "rounds": 4}
+    config |= {"download.lossless": True, "clients.per-round": 4}
+    options: dict[str, Any] = {"lost": {(2, TRAIN): {3}, (4, TRAIN): {1}}}
+    directory = start(config, SecretGrid(config, **options))
+    assert_same(directory, plain_run(config, **options))
+
+
 def test_garbage_is_noticed_by_its_length(secure: Config) -> None:
     class SpoiledGrid(SecretGrid):
         def _answer(self, message: Message) -> Message:

@@ -124,6 +124,18 @@ def test_swapped_keys_are_noticed_as_letters_do_not_open() -> None:
         held.members[0].receive(held.tally.letters_to(0))
 
 
+def test_masks_of_different_things_do_not_cancel() -> None:
+    held = draw(3, 4000).share()
+    for i, member in enumerate(held.members):
+        member.receive(held.tally.letters_to(i))
+        values = held.values[i].astype(held.ring.dtype)
+        figures = held.figures[i].copy()
+        member.mask(values, figures, about=b"other" if i == 2 else b"same")
+        held.tally.add(i, held.ring.pack(values) + figures.tobytes())
+    values, _ = held.tell().tally.open()
+    assert (values == held.values.sum(axis=0)).sum() < 10
+
+
 def test_keys_that_two_members_share_are_refused() -> None:
     own, other = PrivateKeys.generate(), PrivateKeys.generate()
     crossed = PublicKeys(other.public.mask, other.public.seal)
@@ -143,13 +155,14 @@ def test_secrets_of_pairs_depend_on_all_that_they_are_for() -> None:
     assert secret == agree(two.mask, one.public.mask, TERMS, "mask")
     others = [
         agree(one.mask, two.public.mask, TERMS, "share"),
+        agree(one.mask, two.public.mask, TERMS, "mask", b"a state"),
         agree(one.mask, two.public.seal, TERMS, "mask"),
         *(
             agree(one.mask, two.public.mask, dataclasses.replace(TERMS, **c), "mask")
             for c in ({"run": 8}, {"server_round": 4}, {"attempt": 2})
         ),
     ]
-    assert len({secret, *others}) == 6
+    assert len({secret, *others}) == 7
 
 
 @pytest.mark.parametrize("forger", [0, 3, 4])
