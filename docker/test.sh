@@ -275,32 +275,40 @@ counters() {
 }
 
 e_bytes() {
+    # What nodes send and receive while nothing runs: polls and heartbeats.
+    counters > "$work/idle-before"
+    sleep 10
+    counters > "$work/idle-after"
+    local since=$SECONDS
     start e 'method="fft" rounds=3 data.test="/data/test.csv"'
     counters > "$work/before"
     finish e
     counters > "$work/after"
+    local took=$((SECONDS - since + 1))
     local compared
-    compared=$("$python" - "$work" << 'END'
+    compared=$("$python" - "$work" "$took" << 'END'
 import csv, sys, zlib
 from pathlib import Path
 
 from flwr.cli.build import build_fab_from_disk
 
 # Bytes other than messages: the app's bundle, compressed, with 40 kB of what else a run
-# begins with; and each round's polls and heartbeats.
+# begins with; what each round needs besides; and polls and heartbeats, by the second.
 ONCE, A_ROUND = len(zlib.compress(build_fab_from_disk(Path.cwd()))) + 40_000, 20_000
-work = Path(sys.argv[1])
-before, after = ([line.split() for line in (work / name).read_text().splitlines()] for name in ("before", "after"))
+work, seconds = Path(sys.argv[1]), int(sys.argv[2])
+names = ("before", "after", "idle-before", "idle-after")
+before, after, rested, idled = ([line.split() for line in (work / name).read_text().splitlines()] for name in names)
 ledger = list(csv.DictReader((work / "e" / "ledger.csv").open()))
 for i, way in enumerate(("down", "up")):
     told = sum(int(row["message_bytes"]) for row in ledger if row["direction"] == way) / 3
     wire = [int(b[i]) - int(a[i]) for a, b in zip(before, after)]
-    known = 3 * A_ROUND + (ONCE if way == "down" else 0)
+    idle = max(int(b[i]) - int(a[i]) for a, b in zip(rested, idled)) * seconds / 10
+    known = 3 * A_ROUND + idle + (ONCE if way == "down" else 0)
     counted = sum(int(row["wire_bytes"] or 0) for row in ledger if row["direction"] == way) / 3
     # Counted from a node's first reply to its third: two of three rounds, not the app.
     if not 0.6 * told <= counted <= 0.7 * max(wire) + known:
         sys.exit(f"{way}: the ledger counts {counted} bytes on the wire of {wire}")
-    print(f"{way}: ledger {told / 1e6:.3f} MB a node, wire {min(wire) / 1e6:.3f} to {max(wire) / 1e6:.3f} MB;", end=" ")
+    print(f"{way}: ledger {told / 1e6:.3f} MB a node, wire {min(wire) / 1e6:.3f} to {max(wire) / 1e6:.3f} MB, idle {idle / 1e6:.3f} MB;", end=" ")
     if not all(told <= w <= 1.05 * told + known for w in wire):
         sys.exit(1)
 END
