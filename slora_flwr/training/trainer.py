@@ -125,7 +125,8 @@ class Trainer:
         facts = [flatten(self.config), index, fingerprint, base, [*sorted(state)]]
         digest = blake2b(json.dumps(facts).encode(), digest_size=32)
         for _, tensor in sorted(state.items()):
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            flat = tensor.detach().cpu().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
         return digest.digest()
 
     def evaluate_client(
