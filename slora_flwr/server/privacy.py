@@ -12,25 +12,19 @@ round, 15 rounds and noise multiplier 1, dp-accounting bounds epsilon by 1.7. It
 for cohorts of a fixed size, where one client replaces another, is 10.6.
 """
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
 
-import dp_accounting
 import numpy as np
-from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 from slora_flwr.aggregation.clipped import ClippedMean
 from slora_flwr.aggregation.mean import Mean
 from slora_flwr.common.random import key
 from slora_flwr.config import ConfigError, RunConfig
+from slora_flwr.privacy.accountant import Release, calibrate, epsilon
 
 # The largest standard deviation of noise. Noise is drawn in float64: beyond this its
 # steps near those of the sums' grid, and their last bits would show through.
 _MOST_NOISE = 2.0**15
-# Beyond the rounding errors in the accountant's divergences.
-_ROUNDING = 1e-12
 
 
 class Privacy:
@@ -61,7 +55,9 @@ class Privacy:
         self.delta = privacy.delta_of(clients.count)
         self.noise_multiplier = privacy.noise_multiplier
         if privacy.epsilon:
-            self.noise_multiplier = self._calibrate(privacy.epsilon, config.rounds)
+            self.noise_multiplier = calibrate(
+                self._rate, config.rounds, privacy.epsilon, self.delta
+            )
         bounds = privacy.clip_norm, privacy.sparse_clip_norm, privacy.lora_clip_norm
         if (std := self.noise_multiplier * max(bounds)) > _MOST_NOISE:
             raise ConfigError(
@@ -87,7 +83,8 @@ class Privacy:
 
     def epsilon(self, rounds: int) -> float:
         """Return the epsilon spent after a number of rounds, at `delta`."""
-        return _spent(self._rate, self.noise_multiplier, rounds, self.delta)
+        releases = [Release(self._rate, self.noise_multiplier, rounds)]
+        return epsilon(releases, self.delta)
 
     def facts(self, rounds: int) -> dict[str, float]:
         """Return the guarantee after some rounds, for the run's files."""
@@ -96,54 +93,3 @@ class Privacy:
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
         }
-
-    def _calibrate(self, epsilon: float, rounds: int) -> float:
-        with _quiet():
-            return float(
-                dp_accounting.calibrate_dp_mechanism(
-                    _Accountant,
-                    lambda noise: _event(self._rate, noise, rounds),
-                    epsilon,
-                    self.delta,
-                )
-            )
-
-
-class _Accountant(RdpAccountant):
-    """dp-accounting's accountant, which rounding errors cannot bring to epsilon 0.
-
-    It takes a divergence that they made negative for epsilon 0, whatever delta.
-    """
-
-    def get_epsilon(self, target_delta: float) -> float:
-        """Return epsilon from divergences of at least the rounding errors."""
-        rdp = np.maximum(self.rdp, _ROUNDING)
-        return float(compute_epsilon(self.orders, rdp, target_delta)[0])
-
-
-def _event(rate: float, noise_multiplier: float, rounds: int) -> dp_accounting.DpEvent:
-    noise = dp_accounting.GaussianDpEvent(noise_multiplier)
-    sampled = dp_accounting.PoissonSampledDpEvent(rate, noise)
-    return dp_accounting.SelfComposedDpEvent(sampled, rounds)
-
-
-@cache
-def _spent(rate: float, noise_multiplier: float, rounds: int, delta: float) -> float:
-    event = _event(rate, noise_multiplier, rounds)
-    with _quiet():
-        return _Accountant().compose(event).get_epsilon(delta)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the accountant's warnings about the orders that it skips.
-
-    For them absl would add a handler to the root logger, which would print Flower's
-    lines twice.
-    """
-    root, handler = logging.getLogger(), logging.NullHandler()
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)

@@ -1,0 +1,1 @@
+"""What differential privacy costs, and the noise that pays for it."""

@@ -1,0 +1,116 @@
+"""What differential privacy costs: epsilon of noised sums, and noise for an epsilon.
+
+Each release is a Poisson-sampled Gaussian mechanism: every record joins a sum
+independently with the same rate, has an L2 norm of at most a bound, and the sum gets
+Gaussian noise. Neighbours differ by one record, added or removed. The divergences of
+all releases add up (Mironov et al., arXiv 1908.10530).
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import dp_accounting
+import numpy as np
+from dp_accounting.rdp import RdpAccountant, compute_epsilon
+
+# Beyond the rounding errors in the accountant's divergences.
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Release:
+    """Some noised sums of the same kind.
+
+    Attributes
+    ----------
+    rate : float
+        The probability with which a record joins a sum.
+    noise_multiplier : float
+        The standard deviation of a sum's noise, over the bound of a record's norm.
+    steps : int
+        The number of sums.
+    """
+
+    rate: float
+    noise_multiplier: float
+    steps: int
+
+
+def epsilon(releases: Iterable[Release], delta: float) -> float:
+    """Return the epsilon that releases have spent together, at a delta."""
+    steps: dict[tuple[float, float], int] = {}
+    for release in releases:
+        kind = release.rate, release.noise_multiplier
+        steps[kind] = steps.get(kind, 0) + release.steps
+    return _epsilon(
+        tuple(Release(*kind, number) for kind, number in steps.items() if number), delta
+    )
+
+
+@cache
+def _epsilon(releases: tuple[Release, ...], delta: float) -> float:
+    if not releases:
+        return 0.0
+    accountant = _Accountant()
+    with _quiet():
+        for release in releases:
+            accountant.compose(_event(release))
+        return accountant.get_epsilon(delta)
+
+
+@cache
+def calibrate(rate: float, steps: int, epsilon: float, delta: float) -> float:
+    """Return the least noise multiplier at which steps spend no more than an epsilon.
+
+    Parameters
+    ----------
+    rate, steps
+        As in `Release`.
+    epsilon, delta : float
+        The guarantee.
+    """
+    with _quiet():
+        return float(
+            dp_accounting.calibrate_dp_mechanism(
+                _Accountant,
+                lambda noise: _event(Release(rate, noise, steps)),
+                epsilon,
+                delta,
+            )
+        )
+
+
+class _Accountant(RdpAccountant):
+    """dp-accounting's accountant, which rounding errors cannot bring to epsilon 0.
+
+    It takes a divergence that they made negative for epsilon 0, whatever delta.
+    """
+
+    def get_epsilon(self, target_delta: float) -> float:
+        """Return epsilon from divergences of at least the rounding errors."""
+        rdp = np.maximum(self.rdp, _ROUNDING)
+        return float(compute_epsilon(self.orders, rdp, target_delta)[0])
+
+
+def _event(release: Release) -> dp_accounting.DpEvent:
+    noise = dp_accounting.GaussianDpEvent(release.noise_multiplier)
+    sampled = dp_accounting.PoissonSampledDpEvent(release.rate, noise)
+    return dp_accounting.SelfComposedDpEvent(sampled, release.steps)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the accountant's warnings about the orders that it skips.
+
+    For them absl would add a handler to the root logger, which would print Flower's
+    lines twice.
+    """
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
