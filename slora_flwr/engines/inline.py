@@ -16,7 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from slora_flwr.client import handlers as node
 from slora_flwr.client.process import SharedContext, make_process
-from slora_flwr.config import Value
+from slora_flwr.config import Value, parse
 from slora_flwr.reports.live_line import LiveLine
 from slora_flwr.reports.progress import CohortProgress
 from slora_flwr.server.run import run as run_on
@@ -32,8 +32,9 @@ def run_inline(run_config: Mapping[str, Value], nodes: int = 1) -> dict[str, Any
     run_config : Mapping[str, Value]
         The run's flat config.
     nodes : int
-        Number of nodes.
+        Number of nodes; `clients.min-nodes` if that is more.
     """
+    nodes = max(nodes, parse(run_config).clients.min_nodes)
     update_console_handler(colored=sys.stderr.isatty())
     run_id = time.time_ns()
     grid = InlineGrid(run_config, nodes, run_id)
