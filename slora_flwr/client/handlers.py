@@ -23,6 +23,7 @@ from slora_flwr.client.membership import (
     tell_shares,
 )
 from slora_flwr.client.network_bytes import count_wire
+from slora_flwr.client.participation import take_part
 from slora_flwr.client.process import (
     get_process,
     is_simulated,
@@ -121,7 +122,9 @@ def train(message: Message, context: Context) -> Message:
     masks = None
     if trainer.config.secure.aggregation:
         masks = receive_letters(context, instruction)
-        fold: Mean = RingSum(trainer.config, trainer.model.adapter.returned())
+        shapes = trainer.model.adapter.returned()
+        section = phase.adapter_type.section
+        fold: Mean = RingSum(trainer.config, section, shapes)
     else:
         head = trainer.model.backbone.head_size
         fold = make_aggregator(phase, trainer.config, head).make_fold()
@@ -136,6 +139,7 @@ def train(message: Message, context: Context) -> Message:
         started = time.perf_counter()
         try:
             number = instruction.server_round
+            take_part(context, trainer.config, client)
             turn = trainer.train_client(client, state, phase, number, until)
             upload = sender.code(client, turn.update, state)
             fold.add_upload(upload, turn.weight, client, turn.loss)

@@ -90,10 +90,11 @@ def receive_letters(context: Context, instruction: Instruction) -> Member:
 
 
 def mask_sum(context: Context, member: Member, fold: RingSum, about: bytes) -> bytes:
-    """Return the masked sum of this node's clients, and its masked figures.
+    """Return the masked sum of this node's clients, with noise, and its figures.
 
     `about` is what `Trainer.digest_task` says.
     """
+    fold.perturb()
     member.mask(fold.values, fold.figures, about=about)
     # Before it is sent, so that nothing is masked twice with the same keys.
     _keep(context, member)

@@ -43,8 +43,9 @@ class Sender:
         if config.privacy.is_on:
             self._clip_norm = config.privacy.bound(phase.adapter_type.section)
         if config.secure.aggregation:
-            self._codec = grid_of(config, trainer.model.adapter.returned())
-            self._clip_norm = config.secure_bound
+            section = phase.adapter_type.section
+            self._codec = grid_of(config, section, trainer.model.adapter.returned())
+            self._clip_norm = config.secure_bound(section)
         self._remembers = config.upload.feedback and not self._codec.is_exact
         self._before: State = {}
         # Residuals of a redrawn mask, or of refactored factors, do not apply to the

@@ -28,7 +28,6 @@ from slora_flwr.config.sections import (
 # Robust statistics of single entries. Entries of LoRA's factors are not comparable if
 # clients train both, so the statistic is then that of the products, which are weights.
 _BY_ENTRY = ("median", "trimmed-mean")
-_NO_NOISE = "noise on masked sums is not built yet"
 # Of privacy, whatever the population: a run publishes a client's data with at most this
 # probability.
 _LARGEST_DELTA = 0.01
@@ -325,6 +324,12 @@ def _check_average(config: RunConfig, phases: Sequence[Phase]) -> None:
 
 def _check_privacy(config: RunConfig, phases: Sequence[Phase]) -> None:
     why = "since privacy is on"
+    if config.privacy.trust == "sums" and not config.secure.aggregation:
+        allowed = "server, since secure.aggregation is off"
+        raise refuse("privacy.trust", config.privacy.trust, allowed)
+    if config.privacy.participations and not config.shares_noise:
+        allowed = "0, since privacy.trust is server"
+        raise refuse("privacy.participations", config.privacy.participations, allowed)
     if not config.privacy.clip_norm:
         raise refuse("privacy.clip-norm", 0.0, f"a number above 0, {why}")
     if config.clients.count < 2:
@@ -358,8 +363,6 @@ def _check_secure(config: RunConfig, phases: Sequence[Phase]) -> None:
     for key, given, off, because in (
         ("clients.holdout", clients.holdout, 0, "metrics would be each node's own"),
         ("lora.ranks", config.lora.ranks, "", "ranks would tell clients apart"),
-        ("privacy.noise-multiplier", config.privacy.noise_multiplier, 0, _NO_NOISE),
-        ("privacy.epsilon", config.privacy.epsilon, 0, _NO_NOISE),
         ("server.robust", config.server.robust, "none", "it compares updates"),
         ("upload.top-k", config.upload.top_k, 0, "each client would choose its own"),
         ("upload.lossless", config.upload.lossless, False, "masks have no pattern"),
@@ -375,9 +378,10 @@ def _check_secure(config: RunConfig, phases: Sequence[Phase]) -> None:
             if row.aggregator:
                 raise refuse("method", config.method, allowed)
             raise refuse("lora.aggregator", config.lora.aggregator, allowed)
-    if not config.secure_bound:
-        allowed = f"above 0, {why} and server.clip-norm is 0"
-        raise refuse("secure.clip", config.secure.clip, allowed)
+    for phase in phases:
+        if not config.secure_bound(phase.adapter_type.section):
+            allowed = f"above 0, {why} and server.clip-norm is 0"
+            raise refuse("secure.clip", config.secure.clip, allowed)
     for key, given in (
         ("clients.per-round", clients.per_round),
         ("clients.min-replies", clients.min_replies),
@@ -385,6 +389,9 @@ def _check_secure(config: RunConfig, phases: Sequence[Phase]) -> None:
     ):
         if given < 2:
             raise refuse(key, given, f"at least 2, {why}: a sum of one is no secret")
+    if config.privacy.is_on:
+        _check_shares(config)
+        return
     levels = GRID_LEVELS[config.upload.dtype]
     most = MOST_SUM // (levels * clients.per_round)
     if not 0 < clients.max_weight <= most:
@@ -393,6 +400,32 @@ def _check_secure(config: RunConfig, phases: Sequence[Phase]) -> None:
             f"updates have 32 bits, of {config.upload.dtype}'s precision"
         )
         raise refuse("clients.max-weight", clients.max_weight, allowed)
+
+
+def _check_shares(config: RunConfig) -> None:
+    """Check what noise of clients needs; privacy and secure sums are on."""
+    privacy, clients, why = config.privacy, config.clients, "since privacy is on"
+    for key, given in (
+        ("secure.clip", config.secure.clip),
+        ("secure.sparse-clip", config.secure.sparse_clip),
+        ("secure.lora-clip", config.secure.lora_clip),
+    ):
+        if given:
+            raise refuse(key, given, f"0, {why}: the bound is privacy.clip-norm")
+    if privacy.trust != "sums":
+        allowed = "sums, since secure.aggregation is on and privacy too"
+        raise refuse("privacy.trust", privacy.trust, allowed)
+    least = -(-config.rounds * clients.per_round // clients.count)
+    if not least <= config.participations <= config.rounds:
+        allowed = f"0, or {least} to {config.rounds}, since rounds is {config.rounds} "
+        allowed += f"and {clients.per_round} of {clients.count} clients train in each"
+        raise refuse("privacy.participations", privacy.participations, allowed)
+    if config.sharers < 1:
+        missing = clients.min_replies + 1 - config.sharers
+        allowed = f"at least {missing}, since privacy.trust is sums and up to "
+        allowed += f"secure.colluding {config.secure.colluding:g} of clients.per-round "
+        allowed += f"{clients.per_round} may know their shares of the noise"
+        raise refuse("clients.min-replies", clients.min_replies, allowed)
 
 
 def _check_delta(config: RunConfig) -> None:

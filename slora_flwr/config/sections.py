@@ -644,6 +644,18 @@ class PrivacyConfig:
         default=0.0,
         description="Overrides `privacy.clip-norm` in a low-rank phase; 0 keeps it.",
     )
+    trust: Annotated[str, one_of("server", "sums")] = Field(
+        default="server",
+        description="Who adds the noise: the `server`, to sums that it knows; or, with "
+        "`secure.aggregation`, the clients, in shares, so that the server learns "
+        "noised `sums` alone.",
+    )
+    participations: Natural = Field(
+        default=0,
+        description="With trust `sums`, the most rounds in which a client takes part, "
+        "for which its noise is; 0 for as many as all rounds need if clients take "
+        "turns.",
+    )
 
     @property
     def is_on(self) -> bool:
@@ -673,7 +685,15 @@ class SecureConfig:
         default=0.0,
         description="The bound of the L2 norm of a client's update, head included, to "
         "which clients clip it; 0 for `server.clip-norm`. Values travel on a grid that "
-        "is as fine as the bound is small.",
+        "is as fine as the bound is small. With privacy it is `privacy.clip-norm`.",
+    )
+    sparse_clip: NotNegative = Field(
+        default=0.0,
+        description="Overrides `secure.clip` in a sparse phase; 0 keeps it.",
+    )
+    lora_clip: NotNegative = Field(
+        default=0.0,
+        description="Overrides `secure.clip` in a low-rank phase; 0 keeps it.",
     )
     threshold: Annotated[
         float, allow("a number from 0.5 below 1", lambda x: 0.5 <= x < 1)
@@ -795,14 +815,47 @@ class RunConfig:
             object.__setattr__(self, "sparse", sparse)  # it is frozen
 
     @property
-    def secure_bound(self) -> float:
-        """The bound of an update's norm with secure aggregation."""
-        return self.secure.clip or self.server.clip_norm
+    def shares_noise(self) -> bool:
+        """Whether clients add noise, each a share, before their updates are summed."""
+        return self.privacy.is_on and self.privacy.trust == "sums"
+
+    @property
+    def participations(self) -> int:
+        """The most rounds in which a client takes part, where `shares_noise`."""
+        turns = math.ceil(self.rounds * self.clients.per_round / self.clients.count)
+        return self.privacy.participations or turns
+
+    @property
+    def sharers(self) -> int:
+        """The clients whose shares of the noise suffice, where `shares_noise`.
+
+        Of the fewest that a round ends with, those that may collude count for nothing.
+        """
+        clients = self.clients
+        colluding = math.ceil(self.secure.colluding * clients.per_round)
+        return clients.min_replies - colluding
+
+    def secure_bound(self, section: str) -> float:
+        """Return the bound of an update's norm with secure aggregation.
+
+        Parameters
+        ----------
+        section : str
+            The config section of the phase's adapter.
+        """
+        if self.privacy.is_on:
+            return self.privacy.bound(section)
+        own: float = getattr(self.secure, f"{section}_clip", 0.0)
+        return own or self.secure.clip or self.server.clip_norm
 
     @property
     def most_weight_of_cohort(self) -> int:
-        """The most that a cohort weighs, if `clients.max-weight` limits each client."""
-        return self.clients.per_round * self.clients.max_weight
+        """The most that a cohort weighs with secure aggregation.
+
+        With privacy all clients weigh the same, else as `clients.max-weight` says.
+        """
+        each = 1 if self.privacy.is_on else self.clients.max_weight
+        return self.clients.per_round * each
 
     def most_weight(self, examples: int) -> int:
         """Return the most that a client with so many examples weighs in means."""

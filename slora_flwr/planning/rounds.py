@@ -72,7 +72,7 @@ def plan_rounds(
                 )
                 down += down_codec.size(sent) + versions.bytes_due(client)
                 if config.secure.aggregation:
-                    up += masked_bytes(config, back)
+                    up += masked_bytes(config, adapter.section, back)
                 else:
                     up += up_codec.size(back)
             rounds.append(PlannedRound(number, index, down, up))

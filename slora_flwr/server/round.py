@@ -18,10 +18,10 @@ from slora_flwr.runs.events import ClientRecord, RecordedRound
 from slora_flwr.runs.ledger import Entry
 from slora_flwr.server.collect import collect, is_gone
 from slora_flwr.server.fleet import Fleet
+from slora_flwr.server.guarantee import Guarantee
 from slora_flwr.server.instructions import Instructions
 from slora_flwr.server.journal import Journal
 from slora_flwr.server.phase import ActivePhase
-from slora_flwr.server.privacy import Privacy
 from slora_flwr.tasks.base import Evaluation, pool
 from slora_flwr.training.process_data import held_out
 from slora_flwr.training.trainer import Trainer
@@ -152,7 +152,7 @@ class Round:
         The nodes.
     journal : Journal
         Records bytes and failures.
-    privacy : Privacy or None
+    privacy : Guarantee or None
         The run's privacy; None without.
     counted : dict[int, int] or None
         Each client's last round that counted; None if clients keep no residuals.
@@ -180,7 +180,7 @@ class Round:
         phase: ActivePhase,
         fleet: Fleet,
         journal: Journal,
-        privacy: Privacy | None,
+        privacy: Guarantee | None,
         counted: dict[int, int] | None,
         progress: CohortProgress,
     ) -> None:

@@ -30,8 +30,8 @@ from slora_flwr.runs.snapshot import Snapshot
 from slora_flwr.runs.writing import RunDirectoryError
 from slora_flwr.server.export import export
 from slora_flwr.server.fleet import Fleet
+from slora_flwr.server.guarantee import make_guarantee
 from slora_flwr.server.own_data_fleet import OwnDataFleet
-from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.strategy import PhasedStrategy
 from slora_flwr.server.summary import resolve, summarise
 from slora_flwr.tasks.choice import find_task
@@ -119,7 +119,7 @@ def _run(
 ) -> dict[str, Any]:
     """Run from the start or a checkpoint; `held` keeps the directory's lock."""
     started = time.perf_counter()
-    privacy = Privacy(config, generator) if config.privacy.is_on else None
+    privacy = make_guarantee(config, generator)
     share = share or (lambda model: None)
     trainer = Trainer(config)
     share(trainer.model)

@@ -57,7 +57,8 @@ class SecureRound(Round):
 
     def _gather(self, grid: Grid, drawn: list[int]) -> Mean | None:
         """Return the sum of what the cohort answers; None if it cannot be read."""
-        fold = RingSum(self._trainer.config, self._phase.returned)
+        section = self._phase.phase.adapter_type.section
+        fold = RingSum(self._trainer.config, section, self._phase.returned)
         try:
             tally = self._introduce(grid, fold)
             for member in sorted(tally.settle()):
@@ -262,6 +263,8 @@ class SecureRound(Round):
 
     def _note(self, fold: RingSum) -> None:
         """Note the mean loss; tell how the updates' norms stand to their bound."""
+        if fold.has_noise:
+            return
         self._loss = fold.mean("loss")
         clipped, clients = fold.total("clipped"), fold.total("clients")
         bound = fold.grid.bound

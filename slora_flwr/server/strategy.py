@@ -18,9 +18,9 @@ from slora_flwr.runs.directory import RunDirectory
 from slora_flwr.runs.events import METRICS, ClassRecord
 from slora_flwr.runs.snapshot import Snapshot
 from slora_flwr.server.fleet import Fleet
+from slora_flwr.server.guarantee import Guarantee
 from slora_flwr.server.journal import Journal
 from slora_flwr.server.phase import ActivePhase
-from slora_flwr.server.privacy import Privacy
 from slora_flwr.server.round import Round
 from slora_flwr.server.secure_round import SecureRound
 from slora_flwr.tasks.base import Evaluation, Task
@@ -48,7 +48,7 @@ class PhasedStrategy:
         The nodes, already gathered.
     checkpoint : Snapshot or None
         The checkpoint to resume from; None for a new run.
-    privacy : Privacy or None
+    privacy : Guarantee or None
         The run's privacy; None without.
     progress : CohortProgress or None
         Tells how much of a cohort has answered; None for one that uses the log.
@@ -69,7 +69,7 @@ class PhasedStrategy:
         directory: RunDirectory,
         fleet: Fleet,
         checkpoint: Snapshot | None = None,
-        privacy: Privacy | None = None,
+        privacy: Guarantee | None = None,
         progress: CohortProgress | None = None,
     ) -> None:
         config = trainer.config

@@ -29,6 +29,10 @@ SPREAD = 5.0
 # Steps from 0 to the largest value. Beyond, float32 would round a sum with the noise of
 # stochastic rounding itself, and no longer without bias.
 MOST_LEVELS = 2**19
+# Allowance for float32's products.
+_SLACK = 1 - 1e-6
+# Roundings of an update before it is cut off instead, which one in 10^13 needs.
+_MOST_TRIES = 64
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,16 @@ class Grid:
         Steps from 0 to the largest value.
     seed : int
         The run's seed, from which the rotation follows.
+    is_strict : bool
+        Whether no rounded update is longer than `sensitivity`: those that are, are
+        rounded again.
     """
 
     count: int
     bound: float
     levels: int
     seed: int
+    is_strict: bool = False
 
     # Something is always lost to rounding.
     is_exact = False
@@ -64,6 +72,17 @@ class Grid:
     def step(self) -> float:
         """The distance between neighbours on the grid."""
         return SPREAD * self.bound / math.sqrt(self.size) / self.levels
+
+    @property
+    def sensitivity(self) -> float:
+        """The largest L2 norm of a rounded update, in steps.
+
+        Of the roundings of any update that the bound allows, at least 1 - e^-1/2 are no
+        longer than that (Kairouz et al., proposition 22).
+        """
+        length, size = self.bound / self.step, self.size
+        likely = length**2 + size / 4 + length + math.sqrt(size) / 2
+        return min(math.sqrt(likely), length + math.sqrt(size))
 
     @cached_property
     def _signs(self) -> NDArray[np.float32]:
@@ -96,13 +115,34 @@ class Grid:
         padded *= self._signs
         rotated = dct(padded, norm="ortho", overwrite_x=True)
         rotated /= np.float32(self.step)
-        if stream is None:
-            np.rint(rotated, out=rotated)
-        else:
-            rotated += draw_unit(self.size, stream)
-            np.floor(rotated, out=rotated)
-        codes = rotated.astype(np.int64).clip(-self.levels, self.levels)
+        if self.is_strict:
+            # What float32 made of it may be a little longer than the bound.
+            length = float(np.linalg.norm(rotated.astype(np.float64)))
+            most = self.bound / self.step * _SLACK
+            rotated *= np.float32(min(1, most / length) if length else 1)
+        codes = self._round(rotated, stream)
+        tries = 1
+        while self.is_strict and np.linalg.norm(codes) > self.sensitivity:
+            # Towards 0 in the end, which lengthens nothing.
+            tries += 1
+            codes = self._round(rotated, stream, cut=tries > _MOST_TRIES)
         return Array("int32", (self.size,), "slora.grid", codes.astype("<i4").tobytes())
+
+    def _round(
+        self,
+        rotated: NDArray[np.float32],
+        stream: np.random.Philox | None,
+        *,
+        cut: bool = False,
+    ) -> NDArray[np.int64]:
+        """Return values on the grid, none beyond its ends."""
+        if cut:
+            rounded = np.trunc(rotated)
+        elif stream is None:
+            rounded = np.rint(rotated)
+        else:
+            rounded = np.floor(rotated + draw_unit(self.size, stream))
+        return rounded.astype(np.int64).clip(-self.levels, self.levels)
 
     def codes(self, array: Array) -> NDArray[np.int32]:
         """Return the whole numbers of an encoded update."""

@@ -172,7 +172,7 @@ def test_a_mean_is_that_of_plain_updates_within_the_grids_steps(config: Config) 
     masked = start(coded, SecretGrid(coded))
     own, other = final(plain), final(masked)
     shapes = {name: tensor.shape for name, tensor in own.items()}
-    grid = grid_of(parse(coded), shapes)
+    grid = grid_of(parse(coded), "sparse", shapes)
     error = torch.cat([(own[name] - other[name]).flatten() for name in own])
     # Each value is within a step after the rotation, which keeps lengths; those of six
     # clients partly cancel. float32 holds the states themselves to 1e-7.
@@ -283,7 +283,7 @@ def test_bytes_of_a_round(secure: Config) -> None:
     config = secure | {"upload.dtype": "int8"}
     directory = start(config, SecretGrid(config))
     size = grid_of(
-        parse(config), {n: t.shape for n, t in final(directory).items()}
+        parse(config), "lora", {n: t.shape for n, t in final(directory).items()}
     ).size
     up = [row for row in ledger(directory) if row["direction"] == "up"]
     trained = [int(row["payload_bytes"]) for row in up if int(row["clients"])]
@@ -312,14 +312,6 @@ REFUSED: dict[str, tuple[Config, str]] = {
     ),
     "alone": ({"clients.per-round": 1, "clients.min-replies": 1}, "at least 2"),
     "nodes": ({"clients.min-nodes": 1}, "clients.min-nodes is 1; allowed: at least 2"),
-    "privacy": (
-        {
-            "privacy.noise-multiplier": 1.0,
-            "privacy.clip-norm": 1.0,
-            "privacy.delta": 0.01,
-        },
-        "privacy.noise-multiplier is 1.0; allowed: 0",
-    ),
     "threshold": ({"secure.threshold": 0.4}, "secure.threshold"),
 }
 

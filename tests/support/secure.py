@@ -22,6 +22,16 @@ SECURE: Config = {
     "clients.min-nodes": 2,
     "clients.min-replies": 2,
 }
+# What turns one into a run whose clients add noise.
+SHARED: Config = {
+    "secure.aggregation": True,
+    "clients.min-nodes": 2,
+    "clients.min-replies": 4,
+    "privacy.trust": "sums",
+    "privacy.noise-multiplier": 1.0,
+    "privacy.clip-norm": 0.5,
+    "privacy.delta": 0.01,
+}
 
 
 @dataclass
