@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slora_flwr.aggregation.ring_sum import Numbers
-from slora_flwr.config import ConfigError, RunConfig, parse
+from slora_flwr.config import ConfigError, RunConfig, Value, parse
 from slora_flwr.privacy.discrete_gaussian import LEAST_STD
 from slora_flwr.privacy.shares import epsilon_of, noise_multiplier, share_multiplier
 from slora_flwr.wire.grid import Grid
@@ -27,9 +27,9 @@ WHOLE: Config = {
 }
 
 
-def made(**changes: object) -> RunConfig:
+def made(**changes: Value) -> RunConfig:
     named = {key.replace("__", ".").replace("_", "-"): v for key, v in changes.items()}
-    return parse(WHOLE | named)  # type: ignore[arg-type]
+    return parse(WHOLE | named)
 
 
 def test_the_fewest_that_are_left_without_colluding_ones_add_noise_enough() -> None:
@@ -86,10 +86,10 @@ def test_no_rounded_update_is_longer_than_the_sensitivity(
         update = np.eye(count)[seed % count]
     update *= 0.7 / np.linalg.norm(update)
     if shape == "halves":  # all rotated values lie between two steps
-        codes = np.full(grid.size, 0.5)
-        placed = grid.place(codes, 1, {"w": (count,)})  # type: ignore[arg-type]
+        codes = np.ones(grid.size, np.int64)
+        placed = grid.place(codes, 2, {"w": (count,)})
         update = placed["w"].double().numpy()
-        update *= min(1, 0.7 / np.linalg.norm(update))
+        update = update * min(1.0, 0.7 / float(np.linalg.norm(update)))
     state = {"w": torch.from_numpy(update.astype(np.float32))}
     array = grid.encode(state, stream=np.random.Philox(seed))
     exact = sum(int(code) ** 2 for code in grid.codes(array))
