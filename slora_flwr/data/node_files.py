@@ -58,6 +58,10 @@ class OwnDataError(ConfigError):
     """A node cannot use its data; the message is for the node's operator."""
 
 
+class TooFewError(OwnDataError):
+    """A node has fewer examples than it trains on."""
+
+
 @dataclass(frozen=True)
 class OwnData:
     """The location of a node's own data.
@@ -260,10 +264,10 @@ class OwnData:
         return texts
 
     def check_count(self, count: int, skipped: Mapping[str, int] | None = None) -> None:
-        """Raise OwnDataError if so few examples should not be trained on."""
+        """Raise TooFewError if so few examples should not be trained on."""
         if count < self.min_examples:
             rows = ", ".join(f"{n} {reason}" for reason, n in (skipped or {}).items())
-            raise OwnDataError(
+            raise TooFewError(
                 f"{counted(count, 'example is', 'examples are')} left to train on, and "
                 f"min-examples is {self.min_examples}; skipped: {rows or 'none'}"
             )
