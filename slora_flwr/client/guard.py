@@ -77,7 +77,8 @@ class Guard:
         ttl = message.metadata.ttl
         self._seconds = ttl if 0 < ttl <= MOST_SECONDS else MOST_SECONDS
         self.until = time.monotonic() + self._seconds
-        self._limit = ""
+        # The key of the policy that ends the message before that, and what it allows.
+        self._limit: tuple[str, str] | None = None
         self._folder: Path | None = None
         given = context.node_config.get("policy") or os.environ.get("SLORA_POLICY")
         if given and not isinstance(context, SharedContext):
@@ -149,9 +150,10 @@ class Guard:
                 least = f"at least {self.fewest}"
                 raise PolicyError(reason("fewest.examples", told, least)) from None
             if self._limit and reply.has_error() and time.monotonic() >= self.until:
-                given = "this message would take longer"
-                allowed = f"{self._seconds:g}"
-                raise PolicyError(reason(f"most.{self._limit}", given, allowed))
+                key, allowed = self._limit
+                raise PolicyError(
+                    reason(key, "this message would take longer", allowed)
+                )
         if not reply.has_error():
             self._ledger.add_bytes(self._context.run_id, message_bytes(reply))
         return reply
@@ -174,10 +176,12 @@ class Guard:
         started, run = time.monotonic(), self._context.run_id
         most = self.policy.most.message_seconds
         if most is not None and most < self._seconds:
-            self._seconds, self._limit = most, "message-seconds"
+            self._seconds = most
+            self._limit = "most.message-seconds", f"{most:g}"
         name, granted = self._ledger.reserve(run, self._seconds)
         if granted < self._seconds:
-            self._seconds, self._limit = granted, "seconds"
+            self._seconds = granted
+            self._limit = "most.seconds", f"{self.policy.most.seconds:g} in all"
         self.until = started + self._seconds
         stack.callback(
             lambda: self._ledger.settle(run, name, time.monotonic() - started)

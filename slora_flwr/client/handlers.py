@@ -123,6 +123,7 @@ def train(message: Message, context: Context, guard: Guard) -> Message:
     then.
     """
     instruction = Instruction.read(message.content)
+    guard.check_members(len(instruction.letters) + 1, "train")
     release(message)
     process = get_process(context, instruction, guard.fewest)
     state = process.prepare(instruction, kept_in(context))
@@ -131,7 +132,6 @@ def train(message: Message, context: Context, guard: Guard) -> Message:
     phase = trainer.schedule[instruction.phase].at(instruction.phase_round)
     masks = None
     if trainer.config.secure.aggregation:
-        guard.check_members(len(instruction.letters) + 1, "train")
         masks = receive_letters(context, instruction)
         fold: Mean = RingSum(trainer.config, trainer.model.adapter.returned())
     else:
