@@ -61,14 +61,22 @@ def _add_partition(
 def _add_own_data(
     config: RunConfig, context: Context, described: ConfigRecord, fewest: int
 ) -> MetricRecord:
-    """Add counts, label names if the task has any, and nothing else about the data."""
-    texts, skipped = read_source(context, config, fewest).usable()
-    task = find_task(config)
+    """Add counts, label names if the task has any, and nothing else about the data.
+
+    With privacy of examples it is their number alone.
+    """
+    source, task = read_source(context, config, fewest), find_task(config)
+    is_private = config.privacy.of_examples
+    skipped: dict[str, int] = {}
+    if is_private:
+        texts = source.of_labels(config.data.label_names)
+    else:
+        texts, skipped = source.usable()
     with masked():
         described["backbone"] = digest_of(config.model, task)
     described["name"] = node_name(context)
     counts = [len(texts.texts)]
-    if task.has_classes:
+    if task.has_classes and not is_private:
         labels = dict(sorted(Counter(texts.labels).items()))
         described["labels"], counts = list(labels), list(labels.values())
     if "partition-id" in context.node_config:

@@ -32,10 +32,12 @@ from slora_flwr.client.process import (
     read_config,
 )
 from slora_flwr.client.sender import Sender
+from slora_flwr.client.spending import spend
 from slora_flwr.common.text import printable
 from slora_flwr.data.node_files import OwnDataError
 from slora_flwr.policy.policy import Policy, PolicyFileError
 from slora_flwr.policy.rules import PolicyError
+from slora_flwr.privacy.examples import BudgetError
 from slora_flwr.secure.errors import SecureError
 from slora_flwr.tasks.base import pool
 from slora_flwr.training.trainer import ClientError
@@ -58,6 +60,9 @@ from slora_flwr.wire.secure_messages import (
 )
 
 Handler = Callable[[Message, Context], Message]
+
+# In place of a reason that may tell of the data.
+FAILED = "it failed; its node's log says why"
 
 
 def _with_known_errors(handler: Guarded) -> Handler:
@@ -130,6 +135,7 @@ def train(message: Message, context: Context, guard: Guard) -> Message:
 
     trainer = process.trainer
     phase = trainer.schedule[instruction.phase].at(instruction.phase_round)
+    is_private = trainer.config.privacy.of_examples
     masks = None
     if trainer.config.secure.aggregation:
         masks = receive_letters(context, instruction)
@@ -147,19 +153,33 @@ def train(message: Message, context: Context, guard: Guard) -> Message:
     for client in one_by_one(instruction.clients, context):
         started = time.perf_counter()
         try:
+            noise = None
+            if is_private:
+                index = instruction.phase
+                noise = spend(context, trainer, client, index, guard.spend)
             number = instruction.server_round
-            turn = trainer.train_client(client, state, phase, number, guard.until)
+            turn = trainer.train_client(
+                client, state, phase, number, guard.until, noise
+            )
             upload = sender.code(client, turn.update, state)
             fold.add_upload(upload, turn.weight, client, turn.loss)
-        except (ClientError, FoldError) as error:
+        except PolicyError:
+            raise
+        except BudgetError as error:
             report.failures[client] = str(error)
-            if masks is not None:  # the reason may hold a loss
+            continue
+        except Exception as error:
+            if not (is_private or isinstance(error, ClientError | FoldError)):
+                raise
+            report.failures[client] = str(error)
+            if masks is not None or is_private:  # the reason may hold a loss
                 log(ERROR, "client %d failed: %s", client, printable(error))
-                report.failures[client] = "it failed; its node's log says why"
+                report.failures[client] = FAILED
             continue
         sender.keep(client, upload)
         report.update = upload.array
-        seconds = time.perf_counter() - started
+        # How many examples the steps drew is no public figure.
+        seconds = 0.0 if is_private else time.perf_counter() - started
         size = len(upload.array.data)
         report.add(client, turn.weight, turn.loss, seconds, size)
 

@@ -18,6 +18,7 @@ from slora_flwr.config.methods import (
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.config.sections import (
     GRID_LEVELS,
+    LARGEST_DELTA,
     MOST_SUM,
     OWN_DATA,
     DownloadConfig,
@@ -29,9 +30,6 @@ from slora_flwr.config.sections import (
 # clients train both, so the statistic is then that of the products, which are weights.
 _BY_ENTRY = ("median", "trimmed-mean")
 _NO_NOISE = "noise on masked sums is not built yet"
-# Of privacy, whatever the population: a run publishes a client's data with at most this
-# probability.
-_LARGEST_DELTA = 0.01
 # Of the learning rate times what pulls values back, which is the share of its change
 # so far that a step undoes. Were it 1, a client's update would be its last step alone.
 _MOST_UNDONE = 0.1
@@ -70,6 +68,8 @@ def check(config: RunConfig) -> None:
         _check_robust(config, phases)
     if config.privacy.is_on:
         _check_privacy(config, phases)
+    if config.privacy.of_examples:
+        _check_examples(config, phases)
     if config.secure.aggregation:
         _check_secure(config, phases)
 
@@ -86,7 +86,8 @@ def _check_cohort(config: RunConfig) -> None:
 
 def _check_labels(config: RunConfig) -> None:
     labels, given = config.data.labels, config.data.label_names
-    if labels and not config.data.is_own and not config.privacy.is_on:
+    is_private = config.privacy.is_on or config.privacy.of_examples
+    if labels and not config.data.is_own and not is_private:
         allowed = f"empty, or data.name {OWN_DATA}, or privacy"
         raise refuse("data.labels", labels, allowed)
     if labels and len({*given}) < max(2, len(labels.split(","))):
@@ -139,6 +140,10 @@ def _check_own_data(config: RunConfig) -> None:
     if data.train and "{}" not in data.train:
         allowed = "a path with {} for a simulated node's number, or empty"
         raise refuse("data.train", data.train, f"{allowed}, {why}")
+    if not data.test and config.privacy.of_examples:
+        allowed = "a file on the server, since privacy.unit is example: figures of "
+        allowed += "clients' held-out texts would be exact"
+        raise refuse("data.test", data.test, allowed)
     if not (data.test or config.clients.holdout):
         allowed = (
             f"above 0, {why} and data.test is empty: there would be nothing to "
@@ -353,13 +358,45 @@ def _check_privacy(config: RunConfig, phases: Sequence[Phase]) -> None:
     _check_delta(config)
 
 
+def _check_examples(config: RunConfig, phases: Sequence[Phase]) -> None:
+    """Refuse what DP-SGD on the clients does not cover."""
+    privacy, why = config.privacy, "since privacy.unit is example"
+    if not privacy.clip_norm:
+        raise refuse("privacy.clip-norm", 0.0, f"a number above 0, {why}")
+    for key, given, off, because in (
+        ("clients.holdout", config.clients.holdout, 0, "metrics would be exact"),
+        ("clients.weight", config.clients.weight, "examples", "tokens are not public"),
+        ("train.clip-norm", config.train.clip_norm, 0, "each gradient is clipped"),
+        (
+            "run.resume",
+            config.run.resume,
+            "",
+            "clients' counts of what they have spent end with the run",
+        ),
+    ):
+        if given != off:
+            raise refuse(
+                key, given, f"{'empty' if off == '' else off}, {why}: {because}"
+            )
+    if privacy.delta > LARGEST_DELTA:
+        raise refuse("privacy.delta", privacy.delta, f"up to {LARGEST_DELTA}")
+    kinds = {(p.recipe.epochs, p.recipe.batch_size) for p in phases}
+    if privacy.epsilon and len(kinds) > 1 and any(p.is_open for p in phases):
+        allowed = f"at least 1, {why} and the phases differ in epochs or batch-size: "
+        allowed += "the noise depends on their lengths"
+        raise refuse("sparse.rounds", config.sparse.rounds, allowed)
+
+
 def _check_secure(config: RunConfig, phases: Sequence[Phase]) -> None:
     why, clients = "since secure.aggregation is on", config.clients
+    noise, epsilon = config.privacy.noise_multiplier, config.privacy.epsilon
+    if config.privacy.of_examples:  # whose noise is in the updates
+        noise = epsilon = 0.0
     for key, given, off, because in (
         ("clients.holdout", clients.holdout, 0, "metrics would be each node's own"),
         ("lora.ranks", config.lora.ranks, "", "ranks would tell clients apart"),
-        ("privacy.noise-multiplier", config.privacy.noise_multiplier, 0, _NO_NOISE),
-        ("privacy.epsilon", config.privacy.epsilon, 0, _NO_NOISE),
+        ("privacy.noise-multiplier", noise, 0, _NO_NOISE),
+        ("privacy.epsilon", epsilon, 0, _NO_NOISE),
         ("server.robust", config.server.robust, "none", "it compares updates"),
         ("upload.top-k", config.upload.top_k, 0, "each client would choose its own"),
         ("upload.lossless", config.upload.lossless, False, "masks have no pattern"),
@@ -399,8 +436,8 @@ def _check_delta(config: RunConfig) -> None:
     """Refuse a delta at which a run may publish the data of one of its clients."""
     count, given = config.clients.count, config.privacy.delta
     delta = config.privacy.delta_of(count)
-    if delta > _LARGEST_DELTA or delta >= 1 / count:
-        allowed = f"above 0 up to {_LARGEST_DELTA} and below {1 / count:.4g}, which is "
+    if not config.privacy.allows_delta(count):
+        allowed = f"above 0 up to {LARGEST_DELTA} and below {1 / count:.4g}, which is "
         allowed += f"1 / clients.count, for {count} clients"
         if not given:
             allowed += f"; 0 stands for {count} ** -1.1 = {delta:.3g}"

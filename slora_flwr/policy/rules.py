@@ -123,10 +123,7 @@ def _secure(policy: Policy, config: RunConfig) -> Iterator[str]:
 
 
 def _epsilon(policy: Policy, config: RunConfig) -> Iterator[str]:
-    privacy = config.privacy
-    unit = flatten(config).get("privacy.unit", "client")
-    is_on = privacy.noise_multiplier or privacy.epsilon
-    if policy.most.epsilon is not None and not (unit == "example" and is_on):
+    if policy.most.epsilon is not None and not config.privacy.of_examples:
         given = "the run has no privacy of single examples"
         allowed = "privacy.unit 'example', with privacy.epsilon or a noise multiplier"
         yield reason("most.epsilon", given, allowed)
