@@ -13,6 +13,7 @@ from sphinx.environment import BuildEnvironment
 from slora_flwr.cli import app as command_line
 from slora_flwr.config import list_keys
 from slora_flwr.config.methods import ADAPTERS, find_adapter, list_methods
+from slora_flwr.policy.policy import list_policy_keys
 from slora_flwr.runs.release import KEPT, RELEASED
 
 MARK = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)
@@ -53,15 +54,22 @@ def write_methods() -> Iterator[str]:
 
 def write_commands() -> Iterator[str]:
     """Yield a section for each command of `slora`."""
-    group = typer.main.get_command(command_line)
+    yield from _write_group("slora", typer.main.get_command(command_line))
+
+
+def _write_group(prefix: str, group: click.Command) -> Iterator[str]:
     assert isinstance(group, click.Group)
-    with click.Context(group, info_name="slora") as parent:
+    with click.Context(group, info_name=prefix) as parent:
         for name, command in group.commands.items():
+            whole = f"{prefix} {name}"
+            if isinstance(command, click.Group):
+                yield from _write_group(whole, command)
+                continue
             context = click.Context(command, info_name=name, parent=parent)
-            yield f"\n## `slora {name}`\n"
+            yield f"\n## `{whole}`\n"
             yield f"{command.help}\n"
             pieces = " ".join(command.collect_usage_pieces(context))
-            yield f"```text\nslora {name} {pieces}\n```\n"
+            yield f"```text\n{whole} {pieces}\n```\n"
             # Not from the parameters: click 8.5 drops the help of typer's arguments.
             hints = get_type_hints(command.callback, include_extras=True)
             for parameter in command.params:
@@ -74,6 +82,14 @@ def write_commands() -> Iterator[str]:
                 if parameter.default:
                     yield f"  Default: `{parameter.default}`."
                 yield ""
+
+
+def write_policy() -> Iterator[str]:
+    """Yield a table of the keys of a node's policy."""
+    yield "| key | what it allows or demands | allowed |"
+    yield "|---|---|---|"
+    for key in list_policy_keys():
+        yield f"| `{key.name}` | {key.help} | {key.allowed} |"
 
 
 def write_released() -> Iterator[str]:
@@ -98,6 +114,7 @@ GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "kept": write_kept,
     "keys": write_keys,
     "methods": write_methods,
+    "policy": write_policy,
     "rates": write_rates,
     "released": write_released,
 }

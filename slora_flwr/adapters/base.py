@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slora_flwr.adapters.loading import WHOLE, Loading
 from slora_flwr.adapters.model_files import export_model
+from slora_flwr.adapters.per_example import Use, find_uses
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.families import expert_weights
 from slora_flwr.backbone.load import Backbone
@@ -293,6 +294,14 @@ class Adapter:
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimiser trains, in the order of `state`."""
         return [p for name, p in self._trained.items() if name not in self._idle]
+
+    def uses(self) -> list[Use]:
+        """Return where the trained parameters are used, for each example's gradient.
+
+        Uses that are left out only make privacy of examples slow: gradients that these
+        do not give in full are computed with a backward pass for each example.
+        """
+        return find_uses(self.backbone.model.modules(), self.parameters())
 
     def anchors(self) -> dict[str, Tensor]:
         """Return the values towards which weight decay pulls, by names of the state.

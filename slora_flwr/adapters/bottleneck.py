@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from slora_flwr.adapters.base import Adapter, require_float32
 from slora_flwr.adapters.loading import BOTTLENECKS, Loading
 from slora_flwr.adapters.model_files import export_model
+from slora_flwr.adapters.per_example import Use, find_uses
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.backbone.load import Backbone, block_modules
 from slora_flwr.common.tensors import State, save_tensors
@@ -138,10 +139,17 @@ class BottleneckAdapter(Adapter):
 
     def make(self, backbone: Backbone) -> dict[str, nn.Parameter]:
         """Insert the bottlenecks, and return them with the normalisations."""
-        trained, self._hooks = insert(backbone.model, self.kind, self._reduction)
+        trained, self._inserted, self._hooks = insert(
+            backbone.model, self.kind, self._reduction
+        )
         norms = self._find_norms(backbone)
         self._norms = {name: (p, p.detach().clone()) for name, p in norms.items()}
         return trained | norms
+
+    def uses(self) -> list[Use]:
+        """Return the uses of the bottlenecks, the normalisations and the head."""
+        layers = [layer for module in self._inserted for layer in module.modules()]
+        return super().uses() + find_uses(layers, self.parameters())
 
     def restore(self, backbone: Backbone) -> None:
         """Remove the bottlenecks and restore the normalisations."""
@@ -150,7 +158,7 @@ class BottleneckAdapter(Adapter):
         with torch.no_grad():
             for parameter, before in self._norms.values():
                 parameter.copy_(before)
-        self._hooks, self._norms = [], {}
+        self._inserted, self._hooks, self._norms = [], [], {}
 
     @classmethod
     def _find_norms(cls, backbone: Backbone) -> dict[str, nn.Parameter]:
@@ -178,7 +186,7 @@ class PfeifferAdapter(BottleneckAdapter):
 
 def insert(
     model: Any, kind: str, reduction: int
-) -> tuple[dict[str, nn.Parameter], list[RemovableHandle]]:
+) -> tuple[dict[str, nn.Parameter], list[Bottleneck], list[RemovableHandle]]:
     """Insert bottlenecks into a model.
 
     Returns
@@ -187,18 +195,21 @@ def insert(
         Their parameters, named by the module and `down.weight`, `down.bias`,
         `up.weight` or `up.bias`.
     list
+        The bottlenecks.
+    list
         A handle per bottleneck that removes it.
     """
-    parameters, hooks = {}, []
+    parameters, inserted, hooks = {}, [], []
     device = next(model.parameters()).device
     width, inner = bottleneck_shape(model, reduction)
     for name, module in find_places(model, kind).items():
         bottleneck = Bottleneck(width, inner, relu=kind == "pfeiffer").to(device)
+        inserted.append(bottleneck)
         hook = _after if kind == "houlsby" else _around
         hooks.append(module.register_forward_hook(partial(hook, bottleneck)))
         for part, parameter in bottleneck.named_parameters():
             parameters[f"{name}.{part}"] = parameter
-    return parameters, hooks
+    return parameters, inserted, hooks
 
 
 def bottleneck_shape(model: Any, reduction: int) -> tuple[int, int]:
@@ -272,6 +283,6 @@ def apply_bottlenecks(model: nn.Module, path: Path) -> None:
     """
     with safe_open(path, "pt") as file, torch.no_grad():
         facts = file.metadata()
-        parameters, _ = insert(model, facts["kind"], int(facts["reduction"]))
+        parameters, _, _ = insert(model, facts["kind"], int(facts["reduction"]))
         for name, parameter in parameters.items():
             parameter.copy_(file.get_tensor(name))

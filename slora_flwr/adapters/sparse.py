@@ -29,6 +29,7 @@ from slora_flwr.adapters.masks import (
     undrawn_lines,
     undrawn_positions,
 )
+from slora_flwr.adapters.per_example import Use
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.backbone.quantised import is_quantised, weight_of
 from slora_flwr.backbone.sparse_term import (
@@ -92,6 +93,7 @@ class SparseAdapter(Adapter):
         self._fingerprint = ""
         self._before: dict[str, Tensor] = {}
         self._terms: dict[str, SparseTerm] = {}
+        self._masks: dict[str, _Mask] = {}
 
     @classmethod
     def from_config(
@@ -219,6 +221,13 @@ class SparseAdapter(Adapter):
             self._number = phase_round
             self._trained |= self.make(self.backbone)
 
+    def uses(self) -> list[Use]:
+        """Return the uses of the masked values and of the head."""
+        return super().uses() + [
+            Use(self._trained[f"{name}.values"], self.backbone.targets[name], mask.rows)
+            for name, mask in self._masks.items()
+        ]
+
     def anchors(self) -> dict[str, Tensor]:
         """Return W_0's values at the mask."""
         # Earlier rounds' masks have changed the weights that this round started from.
@@ -328,7 +337,7 @@ class SparseAdapter(Adapter):
             is_single = self._structure == "unstructured"
             if is_drawn and is_single and is_sampled(lines, _shape(module)):
                 pattern = sparse_pattern(lines, _shape(module))
-            mask = _Mask(lines, self._structure, pattern)
+            self._masks[name] = mask = _Mask(lines, self._structure, pattern)
             if is_quantised(module):
                 term = SparseTerm(module, masks[name], values, mask, pattern)
                 self._terms[name], self._before[name] = term, term.before
@@ -347,7 +356,7 @@ class SparseAdapter(Adapter):
                 before, lines = self._before[name], self._lines[name]
                 _scatter(module.weight, lines, before, self._structure)
                 del module.forward  # uncovers the class's own forward
-        self._lines, self._before = {}, {}
+        self._lines, self._before, self._masks = {}, {}, {}
 
 
 @dataclass(frozen=True)
@@ -379,6 +388,11 @@ class _Mask:
         if self.pattern is not None and kept.dtype == grad_y.dtype == torch.float32:
             return sampled_gradient(kept, grad_y, self.pattern)
         return gathered_gradient(kept, grad_y, self.lines).float()
+
+    def rows(self, x: Tensor, grad_y: Tensor) -> Tensor:
+        """Compute what `gradient` does for each row of a batch, (rows, k)."""
+        pairs = zip(self.keep(x), grad_y, strict=True)
+        return torch.stack([self.gradient(kept, given) for kept, given in pairs])
 
 
 def sampled_gradient(x: Tensor, grad_y: Tensor, pattern: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from slora_flwr import __version__
+from slora_flwr.cli.node import check, show_log
 from slora_flwr.cli.options import MergingCommand
 from slora_flwr.cli.planning import plan, show_config
 from slora_flwr.cli.reports import compare, report, runs
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "sweep": sweep,
 }
+NODE_COMMANDS: dict[str, Callable[..., None]] = {"check": check, "log": show_log}
 app = typer.Typer(
     help="Federated fine-tuning of transformers: SLoRA and its peers.",
     no_args_is_help=True,
@@ -54,5 +56,8 @@ def main(
     """Accept the options shared by all commands."""
 
 
-for name, command in COMMANDS.items():
-    app.command(name, cls=MergingCommand)(command)
+node = typer.Typer(help="A node's policy, and the log of what it was asked.")
+for group, commands in ((app, COMMANDS), (node, NODE_COMMANDS)):
+    for name, command in commands.items():
+        group.command(name, cls=MergingCommand)(command)
+app.add_typer(node, name="node", no_args_is_help=True)

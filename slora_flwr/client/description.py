@@ -17,15 +17,19 @@ from slora_flwr.tasks.choice import find_task
 from slora_flwr.wire.secure_messages import KEYS
 
 
-def describe(context: Context) -> RecordDict:
-    """Return this node's answer to the server's query."""
+def describe(context: Context, fewest: int = 0) -> RecordDict:
+    """Return this node's answer to the server's query.
+
+    `fewest` is how many examples of its own data the node must have.
+    """
     config = read_config(context)
     described = ConfigRecord({"version": installed_version(), **code_identity(config)})
     # Number of nodes in a simulation, for which the server waits.
     described["nodes"] = int(context.node_config.get("num-partitions", 1))
-    own = config.data.is_own
-    add_clients = _add_own_data if own else _add_partition
-    metrics = add_clients(config, context, described)
+    if config.data.is_own:
+        metrics = _add_own_data(config, context, described, fewest)
+    else:
+        metrics = _add_partition(config, context, described)
     if config.secure.aggregation:
         described[KEYS] = new_keys(context)
     return RecordDict({"config": described, "metrics": metrics})
@@ -55,16 +59,24 @@ def _add_partition(
 
 
 def _add_own_data(
-    config: RunConfig, context: Context, described: ConfigRecord
+    config: RunConfig, context: Context, described: ConfigRecord, fewest: int
 ) -> MetricRecord:
-    """Add counts, label names if the task has any, and nothing else about the data."""
-    texts, skipped = read_source(context, config).usable()
-    task = find_task(config)
+    """Add counts, label names if the task has any, and nothing else about the data.
+
+    With privacy of examples it is their number alone.
+    """
+    source, task = read_source(context, config, fewest), find_task(config)
+    is_private = config.privacy.of_examples
+    skipped: dict[str, int] = {}
+    if is_private:
+        texts = source.of_labels(config.data.label_names)
+    else:
+        texts, skipped = source.usable()
     with masked():
         described["backbone"] = digest_of(config.model, task)
     described["name"] = node_name(context)
     counts = [len(texts.texts)]
-    if task.has_classes:
+    if task.has_classes and not is_private:
         labels = dict(sorted(Counter(texts.labels).items()))
         described["labels"], counts = list(labels), list(labels.values())
     if "partition-id" in context.node_config:

@@ -13,6 +13,7 @@ from slora_flwr.aggregation.mean import FoldError, Mean
 from slora_flwr.aggregation.ring_sum import RingSum
 from slora_flwr.client.description import describe, node_name
 from slora_flwr.client.errors import MissingBaseError, MissingStateError
+from slora_flwr.client.guard import Guard, Guarded
 from slora_flwr.client.keeping import kept_in, limit, remember, remove
 from slora_flwr.client.membership import (
     check_secure,
@@ -32,8 +33,12 @@ from slora_flwr.client.process import (
     read_config,
 )
 from slora_flwr.client.sender import Sender
+from slora_flwr.client.spending import spend
 from slora_flwr.common.text import printable
 from slora_flwr.data.node_files import OwnDataError
+from slora_flwr.policy.policy import Policy, PolicyFileError
+from slora_flwr.policy.rules import PolicyError
+from slora_flwr.privacy.examples import BudgetError
 from slora_flwr.secure.errors import SecureError
 from slora_flwr.tasks.base import pool
 from slora_flwr.training.trainer import ClientError
@@ -57,24 +62,35 @@ from slora_flwr.wire.secure_messages import (
 
 Handler = Callable[[Message, Context], Message]
 
-# The longest time, in seconds, that a node works on a message.
-MOST_SECONDS = 86_400.0
+# In place of a reason that may tell of the data.
+FAILED = "it failed; its node's log says why"
 
 
-def _with_known_errors(handler: Handler) -> Handler:
-    """Reply with errors that the server can act on; bound what the node keeps."""
+def _with_known_errors(handler: Guarded) -> Handler:
+    """Have the node's policy guard a handler, and bound what the node keeps.
+
+    Errors on which the server can act are replies.
+    """
 
     @wraps(handler)
     def answer(message: Message, context: Context) -> Message:
+        policy = Policy()
         try:
-            return handler(message, context)
+            guard = Guard(message, context)
+            policy = guard.policy
+            return guard.handle(handler)
         except MissingBaseError as error:
             return Message(Error(MISSING_BASE, str(error)), reply_to=message)
         except MissingStateError as error:
             return Message(Error(MISSING_STATE, str(error)), reply_to=message)
-        except SecureError as error:
+        except (SecureError, PolicyError) as error:
             log(ERROR, "refused: %s", error)
             return Message(Error(0, f"it refuses: {error}"), reply_to=message)
+        except PolicyFileError as error:
+            # Where its files are, and what is in them, is the node's own affair.
+            log(ERROR, "refused: %s", printable(error, 2000))
+            reason = "it refuses: its policy or log is of no use; its own log says why"
+            return Message(Error(0, reason), reply_to=message)
         except OwnDataError as error:
             # Details stay in this log: the server needs neither paths nor columns.
             log(ERROR, "%s", printable(error, 2000))
@@ -83,20 +99,21 @@ def _with_known_errors(handler: Handler) -> Handler:
             return Message(Error(0, reason), reply_to=message)
         finally:
             if not is_simulated(context):
-                limit(context)
+                limit(context, policy.most.gigabytes)
 
     return answer
 
 
 @_with_known_errors
-def query(message: Message, context: Context) -> Message:
+def query(message: Message, context: Context, guard: Guard) -> Message:
     """Describe this node: its code, its backbone, its clients and their sizes."""
     if message.content.config_records:  # which another version's query lacks
         remember(context, read_lineage(message.content))
-    return Message(describe(context), reply_to=message)
+    return Message(describe(context, guard.fewest), reply_to=message)
 
 
-def end(message: Message, context: Context) -> Message:
+@_with_known_errors
+def end(message: Message, context: Context, guard: Guard) -> Message:
     """Remove what this node keeps for a run that has ended."""
     remove(context, read_lineage(message.content))
     if not is_simulated(context):  # Otherwise the process ends with the simulation.
@@ -105,20 +122,21 @@ def end(message: Message, context: Context) -> Message:
 
 
 @_with_known_errors
-def train(message: Message, context: Context) -> Message:
+def train(message: Message, context: Context, guard: Guard) -> Message:
     """Train clients one after another and fold their updates.
 
     Nobody waits for a reply after the message's time to live, so no batch is begun
     then.
     """
-    until = _deadline(message)
     instruction = Instruction.read(message.content)
+    guard.check_members(len(instruction.letters) + 1, "train")
     release(message)
-    process = get_process(context, instruction)
+    process = get_process(context, instruction, guard.fewest)
     state = process.prepare(instruction, kept_in(context))
 
     trainer = process.trainer
     phase = trainer.schedule[instruction.phase].at(instruction.phase_round)
+    is_private = trainer.config.privacy.of_examples
     masks = None
     if trainer.config.secure.aggregation:
         masks = receive_letters(context, instruction)
@@ -138,20 +156,34 @@ def train(message: Message, context: Context) -> Message:
     for client in one_by_one(instruction.clients, context):
         started = time.perf_counter()
         try:
+            noise = None
+            if is_private:
+                index = instruction.phase
+                noise = spend(context, trainer, client, index, guard.spend)
             number = instruction.server_round
             take_part(context, trainer.config, client)
-            turn = trainer.train_client(client, state, phase, number, until)
+            turn = trainer.train_client(
+                client, state, phase, number, guard.until, noise
+            )
             upload = sender.code(client, turn.update, state)
             fold.add_upload(upload, turn.weight, client, turn.loss)
-        except (ClientError, FoldError) as error:
+        except PolicyError:
+            raise
+        except BudgetError as error:
             report.failures[client] = str(error)
-            if masks is not None:  # the reason may hold a loss
+            continue
+        except Exception as error:
+            if not (is_private or isinstance(error, ClientError | FoldError)):
+                raise
+            report.failures[client] = str(error)
+            if masks is not None or is_private:  # the reason may hold a loss
                 log(ERROR, "client %d failed: %s", client, printable(error))
-                report.failures[client] = "it failed; its node's log says why"
+                report.failures[client] = FAILED
             continue
         sender.keep(client, upload)
         report.update = upload.array
-        seconds = time.perf_counter() - started
+        # How many examples the steps drew is no public figure.
+        seconds = 0.0 if is_private else time.perf_counter() - started
         size = len(upload.array.data)
         report.add(client, turn.weight, turn.loss, seconds, size)
 
@@ -169,51 +201,44 @@ def train(message: Message, context: Context) -> Message:
 
 
 @_with_known_errors
-def introduce(message: Message, context: Context) -> Message:
+def introduce(message: Message, context: Context, guard: Guard) -> Message:
     """Share the secrets of this node's part in a round with its neighbours."""
     check_secure(read_config(context))
-    letters = join_round(context, Introduction.read(message.content))
+    told = Introduction.read(message.content)
+    guard.check_members(len(told.neighbours) + 1, "are introduced")
+    letters = join_round(context, told)
     return Message(letters.content(), reply_to=message)
 
 
 @_with_known_errors
-def tell(message: Message, context: Context) -> Message:
+def tell(message: Message, context: Context, guard: Guard) -> Message:
     """Tell this node's shares of the secrets without which a sum cannot be read."""
     check_secure(read_config(context))
-    shares = tell_shares(context, Question.read(message.content))
+    asked = Question.read(message.content)
+    guard.check_members(len(asked.alive), "are in the sum")
+    shares = tell_shares(context, asked)
     return Message(write_shares(shares), reply_to=message)
 
 
 @_with_known_errors
-def evaluate(message: Message, context: Context) -> Message:
+def evaluate(message: Message, context: Context, guard: Guard) -> Message:
     """Evaluate a state on the held-out examples of some clients.
 
     No batch is begun after the message's time to live.
     """
-    until = _deadline(message)
     instruction = Instruction.read(message.content)
     release(message)
-    process = get_process(context, instruction)
+    process = get_process(context, instruction, guard.fewest)
     state = process.prepare(instruction, kept_in(context))
     evaluate_client = process.trainer.evaluate_client
     try:
         clients = one_by_one(instruction.clients, context)
-        results = [evaluate_client(c, state, until) for c in clients]
+        results = [evaluate_client(c, state, guard.until) for c in clients]
     except ClientError as error:
         return Message(Error(0, str(error)), reply_to=message)
     found = [result for result in results if result is not None]
     content = write_evaluation(pool(found) if found else None)
     return Message(content, reply_to=message)
-
-
-def _deadline(message: Message) -> float:
-    """Return the end of a message's time to live by the monotonic clock.
-
-    It is counted from here, since other machines' clocks may differ.
-    """
-    ttl = message.metadata.ttl
-    # As written, since no comparison holds for NaN.
-    return time.monotonic() + (ttl if 0 < ttl <= MOST_SECONDS else MOST_SECONDS)
 
 
 HANDLERS: dict[str, Handler] = {

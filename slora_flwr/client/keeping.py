@@ -31,8 +31,11 @@ def remove(context: Context, lineage: int) -> None:
     context.state.pop(RECORD, None)
 
 
-def limit(context: Context) -> None:
+def limit(context: Context, gigabytes: float | None = None) -> None:
     """Delete the oldest files of the cache while there are too many bytes.
+
+    They are too many beyond the node config's `cache-gigabytes`, and beyond
+    `gigabytes` if that is given.
 
     A node that is sent something large may exceed the limit for as long as the message
     takes. What is lost is made or sent again.
@@ -51,6 +54,8 @@ def limit(context: Context) -> None:
         raise ValueError(
             f"cache-gigabytes in the node config is {given!r}; allowed: numbers from 0"
         )
+    if gigabytes is not None:
+        most = min(most, gigabytes * 1e9)
     found = []
     with suppress(OSError):
         # Files that another process removes meanwhile are no longer of interest.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from slora_flwr.client.pinned import pinned_client
 from slora_flwr.client.resident import in_simulation
 from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig, flatten, parse
-from slora_flwr.data.node_files import OwnData, OwnDataError
+from slora_flwr.data.node_files import OwnData, OwnDataError, TooFewError
 from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.trainer import Trainer
@@ -216,9 +217,18 @@ def read_config(context: Context) -> RunConfig:
 
 
 def get_process(
-    context: Context, instruction: Instruction | None = None
+    context: Context, instruction: Instruction | None = None, fewest: int = 0
 ) -> ClientProcess:
     """Return the run's process state; a simulation's processes reuse it.
+
+    Parameters
+    ----------
+    context : Context
+        The node's context.
+    instruction : Instruction or None
+        What the server asks for.
+    fewest : int
+        The fewest examples that a client of this node trains on.
 
     Raises
     ------
@@ -229,18 +239,21 @@ def get_process(
     if config.clients.count == 0 and not config.data.is_own:
         config = _one_client_per_node(config, context)
     with nullcontext() if is_simulated(context) else restricted(context):
-        return _load(config, context, instruction)
+        return _load(config, context, instruction, fewest)
 
 
 def _load(
-    config: RunConfig, context: Context, instruction: Instruction | None
+    config: RunConfig, context: Context, instruction: Instruction | None, fewest: int
 ) -> ClientProcess:
     """Return the process state with all data loaded that the instruction needs."""
     classes = tuple(instruction.classes) if instruction else ()
     model = context.model if isinstance(context, SharedContext) else None
     if not config.data.is_own:
         process = make_process(config, classes, model)
-        _ = process.trainer.data.partition
+        sizes = process.trainer.data.partition.sizes
+        asked = instruction.clients if instruction else []
+        if any(sizes[client] < fewest for client in asked):
+            raise TooFewError(f"a client has fewer than {fewest} examples")
         return process
     # Without those of a task that has some, they would be those of a file that the run
     # names. Those of a task that has none could only tell examples apart.
@@ -252,13 +265,13 @@ def _load(
         )
     client = pinned_client(context, instruction)
     process = make_process(config, classes, model)
-    source = read_source(context, config)
+    source = read_source(context, config, fewest)
     process.trainer.data.host(client, source, kept_in(context))
     return process
 
 
-def read_source(context: Context, config: RunConfig) -> OwnData:
-    """Return the location of this node's own data.
+def read_source(context: Context, config: RunConfig, fewest: int = 0) -> OwnData:
+    """Return the location of this node's own data, of at least so many examples.
 
     Raises
     ------
@@ -267,7 +280,8 @@ def read_source(context: Context, config: RunConfig) -> OwnData:
     """
     train = config.data.train if is_simulated(context) else ""
     dialogues = not find_task(config).has_classes
-    return OwnData.of(context.node_config, config.data, train, dialogues=dialogues)
+    source = OwnData.of(context.node_config, config.data, train, dialogues=dialogues)
+    return replace(source, min_examples=max(source.min_examples, fewest))
 
 
 def _one_client_per_node(config: RunConfig, context: Context) -> RunConfig:

@@ -18,6 +18,7 @@ from slora_flwr.config.methods import (
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.config.sections import (
     GRID_LEVELS,
+    LARGEST_DELTA,
     MOST_SUM,
     OWN_DATA,
     DownloadConfig,
@@ -28,9 +29,6 @@ from slora_flwr.config.sections import (
 # Robust statistics of single entries. Entries of LoRA's factors are not comparable if
 # clients train both, so the statistic is then that of the products, which are weights.
 _BY_ENTRY = ("median", "trimmed-mean")
-# Of privacy, whatever the population: a run publishes a client's data with at most this
-# probability.
-_LARGEST_DELTA = 0.01
 # Of the learning rate times what pulls values back, which is the share of its change
 # so far that a step undoes. Were it 1, a client's update would be its last step alone.
 _MOST_UNDONE = 0.1
@@ -69,6 +67,8 @@ def check(config: RunConfig) -> None:
         _check_robust(config, phases)
     if config.privacy.is_on:
         _check_privacy(config, phases)
+    if config.privacy.of_examples:
+        _check_examples(config, phases)
     if config.secure.aggregation:
         _check_secure(config, phases)
 
@@ -85,7 +85,8 @@ def _check_cohort(config: RunConfig) -> None:
 
 def _check_labels(config: RunConfig) -> None:
     labels, given = config.data.labels, config.data.label_names
-    if labels and not config.data.is_own and not config.privacy.is_on:
+    is_private = config.privacy.is_on or config.privacy.of_examples
+    if labels and not config.data.is_own and not is_private:
         allowed = f"empty, or data.name {OWN_DATA}, or privacy"
         raise refuse("data.labels", labels, allowed)
     if labels and len({*given}) < max(2, len(labels.split(","))):
@@ -138,6 +139,10 @@ def _check_own_data(config: RunConfig) -> None:
     if data.train and "{}" not in data.train:
         allowed = "a path with {} for a simulated node's number, or empty"
         raise refuse("data.train", data.train, f"{allowed}, {why}")
+    if not data.test and config.privacy.of_examples:
+        allowed = "a file on the server, since privacy.unit is example: figures of "
+        allowed += "clients' held-out texts would be exact"
+        raise refuse("data.test", data.test, allowed)
     if not (data.test or config.clients.holdout):
         allowed = (
             f"above 0, {why} and data.test is empty: there would be nothing to "
@@ -358,6 +363,37 @@ def _check_privacy(config: RunConfig, phases: Sequence[Phase]) -> None:
     _check_delta(config)
 
 
+def _check_examples(config: RunConfig, phases: Sequence[Phase]) -> None:
+    """Refuse what DP-SGD on the clients does not cover."""
+    privacy, why = config.privacy, "since privacy.unit is example"
+    if not privacy.clip_norm:
+        raise refuse("privacy.clip-norm", 0.0, f"a number above 0, {why}")
+    for key, given, off, because in (
+        ("clients.holdout", config.clients.holdout, 0, "metrics would be exact"),
+        ("clients.weight", config.clients.weight, "examples", "tokens are not public"),
+        ("train.clip-norm", config.train.clip_norm, 0, "each gradient is clipped"),
+        ("privacy.trust", privacy.trust, "server", "its noise is in each update"),
+        ("privacy.participations", privacy.participations, 0, "it counts trainings"),
+        (
+            "run.resume",
+            config.run.resume,
+            "",
+            "clients' counts of what they have spent end with the run",
+        ),
+    ):
+        if given != off:
+            raise refuse(
+                key, given, f"{'empty' if off == '' else off}, {why}: {because}"
+            )
+    if privacy.delta > LARGEST_DELTA:
+        raise refuse("privacy.delta", privacy.delta, f"up to {LARGEST_DELTA}")
+    kinds = {(p.recipe.epochs, p.recipe.batch_size) for p in phases}
+    if privacy.epsilon and len(kinds) > 1 and any(p.is_open for p in phases):
+        allowed = f"at least 1, {why} and the phases differ in epochs or batch-size: "
+        allowed += "the noise depends on their lengths"
+        raise refuse("sparse.rounds", config.sparse.rounds, allowed)
+
+
 def _check_secure(config: RunConfig, phases: Sequence[Phase]) -> None:
     why, clients = "since secure.aggregation is on", config.clients
     for key, given, off, because in (
@@ -432,8 +468,8 @@ def _check_delta(config: RunConfig) -> None:
     """Refuse a delta at which a run may publish the data of one of its clients."""
     count, given = config.clients.count, config.privacy.delta
     delta = config.privacy.delta_of(count)
-    if delta > _LARGEST_DELTA or delta >= 1 / count:
-        allowed = f"above 0 up to {_LARGEST_DELTA} and below {1 / count:.4g}, which is "
+    if not config.privacy.allows_delta(count):
+        allowed = f"above 0 up to {LARGEST_DELTA} and below {1 / count:.4g}, which is "
         allowed += f"1 / clients.count, for {count} clients"
         if not given:
             allowed += f"; 0 stands for {count} ** -1.1 = {delta:.3g}"

@@ -47,6 +47,9 @@ MOST_SUM = 2**31 - 1
 # The models that come with the package `slora_embedded`.
 EMBEDDED_MODELS = ("embedded", "embedded-llama")
 OWN_DATA = "node"
+# Of privacy, whatever the population: a run publishes one's data with at most this
+# probability.
+LARGEST_DELTA = 0.01
 
 # Beyond what any run needs, and within what a node can be asked to hold or wait for.
 _MOST_CLIENTS, _MOST_ROUNDS, _MOST_EPOCHS = 10**7, 10**6, 1000
@@ -606,8 +609,14 @@ class AttackConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class PrivacyConfig:
-    """Client-level differential privacy, on with a noise multiplier or an epsilon."""
+    """Differential privacy, on with a noise multiplier or an epsilon."""
 
+    unit: Annotated[str, one_of("client", "example")] = Field(
+        default="client",
+        description="Whom the guarantee protects: a `client` with all that it holds, "
+        "by noise that the server adds to sums of updates, or each `example`, by noise "
+        "that every client adds to its own gradients (DP-SGD).",
+    )
     noise_multiplier: Annotated[
         float,
         allow(
@@ -618,23 +627,25 @@ class PrivacyConfig:
         ),
     ] = Field(
         default=0.0,
-        description="The standard deviation of the noise on the sum of updates, over "
-        "`privacy.clip-norm`; 0 for none, or for what `privacy.epsilon` needs.",
+        description="The standard deviation of the noise on the sum of updates, or of "
+        "a step's gradients, over `privacy.clip-norm`; 0 for none, or for what "
+        "`privacy.epsilon` needs.",
     )
     epsilon: NotNegative = Field(
         default=0.0,
         description="The epsilon of the whole run, from which the noise is found; 0 "
-        "for none.",
+        "for none. With `privacy.unit` `example` no client trains beyond it.",
     )
     delta: Annotated[float, at_least(0), FROM_0_BELOW_1] = Field(
         default=0.0,
         description="The delta of the guarantee, up to 0.01 and below 1 / "
-        "`clients.count`; 0 for `clients.count` to the power -1.1.",
+        "`clients.count`; 0 for `clients.count` to the power -1.1. With `privacy.unit` "
+        "`example` a client's number of examples stands in its place.",
     )
     clip_norm: NotNegative = Field(
         default=0.0,
-        description="The bound of the L2 norm of a client's update, head included; "
-        "above 0 where privacy is on.",
+        description="The bound of the L2 norm of a client's update, or of an example's "
+        "gradient, head included; above 0 where privacy is on.",
     )
     sparse_clip_norm: NotNegative = Field(
         default=0.0,
@@ -660,11 +671,21 @@ class PrivacyConfig:
     @property
     def is_on(self) -> bool:
         """Whether updates are clipped and noise is added to their sum."""
-        return bool(self.noise_multiplier or self.epsilon)
+        return self.unit == "client" and bool(self.noise_multiplier or self.epsilon)
 
-    def delta_of(self, clients: int) -> float:
-        """Return the delta of the guarantee in a population of clients."""
-        return self.delta or clients**-1.1
+    @property
+    def of_examples(self) -> bool:
+        """Whether clients clip and noise the gradients of their examples."""
+        return self.unit == "example" and bool(self.noise_multiplier or self.epsilon)
+
+    def delta_of(self, population: int) -> float:
+        """Return the delta of the guarantee in a population, of clients or examples."""
+        return self.delta or population**-1.1
+
+    def allows_delta(self, population: int) -> bool:
+        """Return whether no run may publish the data of one of so many."""
+        delta = self.delta_of(population)
+        return delta <= LARGEST_DELTA and delta * population < 1
 
     def bound(self, section: str) -> float:
         """Return the bound of an update's norm in a phase with a config section."""

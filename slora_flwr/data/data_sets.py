@@ -120,7 +120,7 @@ def public_classes(config: DataConfig, test: Texts) -> list[str]:
 
 def _load(config: DataConfig, by: str, dialogues: bool) -> tuple[Texts, Texts]:
     preset = _preset(config, dialogues)
-    columns = Columns.of(config, preset, by or preset.by, dialogues=dialogues)
+    columns = columns_read(config, by, dialogues=dialogues)
     if not preset.hub:
         whole = columns.read(_read_embedded(config.name), config.name)
         return split_off(whole, TEST_SHARE, "test")
@@ -148,6 +148,12 @@ def _read_embedded(name: str) -> Table:
     names = [*stdlib_summaries.Summary._fields]
     rows = zip(*stdlib_summaries.load(), strict=True)
     return Table(names, dict(zip(names, map(list, rows), strict=True)))
+
+
+def columns_read(config: DataConfig, by: str, *, dialogues: bool) -> Columns:
+    """Return the columns that a run reads of its data set; see `load_texts`."""
+    preset = _preset(config, dialogues)
+    return Columns.of(config, preset, by or preset.by, dialogues=dialogues)
 
 
 def _preset(config: DataConfig, dialogues: bool = False) -> Preset:

@@ -58,6 +58,10 @@ class OwnDataError(ConfigError):
     """A node cannot use its data; the message is for the node's operator."""
 
 
+class TooFewError(OwnDataError):
+    """A node has fewer examples than it trains on."""
+
+
 @dataclass(frozen=True)
 class OwnData:
     """The location of a node's own data.
@@ -243,6 +247,24 @@ class OwnData:
         self.check_count(len(texts.texts), skipped)
         return texts, skipped
 
+    def of_labels(self, known: Sequence[str]) -> Texts:
+        """Return the rows with some public labels, or all dialogues.
+
+        Whether a row is among them does not depend on the other rows: with privacy of
+        examples one row more or less must not change which others are trained on.
+
+        Raises
+        ------
+        OwnDataError
+            As `load`; and if fewer than `min_examples` rows are usable.
+        """
+        texts, _ = self.load()
+        if self.label:
+            told = {*known} & {*self.labels} if self.labels else {*known}
+            texts = texts.select(np.array([x in told for x in texts.labels], bool))
+        self.check_count(len(texts.texts))
+        return texts
+
     def _of_told_labels(self, texts: Texts, skipped: dict[str, int]) -> Texts:
         """Return the rows whose labels may leave the node; count the others."""
         self._check_labels(texts)
@@ -260,10 +282,10 @@ class OwnData:
         return texts
 
     def check_count(self, count: int, skipped: Mapping[str, int] | None = None) -> None:
-        """Raise OwnDataError if so few examples should not be trained on."""
+        """Raise TooFewError if so few examples should not be trained on."""
         if count < self.min_examples:
             rows = ", ".join(f"{n} {reason}" for reason, n in (skipped or {}).items())
-            raise OwnDataError(
+            raise TooFewError(
                 f"{counted(count, 'example is', 'examples are')} left to train on, and "
                 f"min-examples is {self.min_examples}; skipped: {rows or 'none'}"
             )

@@ -9,7 +9,7 @@ all releases add up (Mironov et al., arXiv 1908.10530).
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import dp_accounting
@@ -39,48 +39,49 @@ class Release:
     steps: int
 
 
-def epsilon(releases: Iterable[Release], delta: float) -> float:
-    """Return the epsilon that releases have spent together, at a delta."""
+def unite(releases: Iterable[Release]) -> tuple[Release, ...]:
+    """Return releases with the steps of those of the same kind added up."""
     steps: dict[tuple[float, float], int] = {}
     for release in releases:
         kind = release.rate, release.noise_multiplier
         steps[kind] = steps.get(kind, 0) + release.steps
-    return _epsilon(
-        tuple(Release(*kind, number) for kind, number in steps.items() if number), delta
-    )
+    return tuple(Release(*kind, count) for kind, count in steps.items() if count)
+
+
+def epsilon(releases: Iterable[Release], delta: float) -> float:
+    """Return the epsilon that releases have spent together, at a delta."""
+    return _epsilon(unite(releases), delta)
+
+
+def calibrate(releases: Iterable[Release], epsilon: float, delta: float) -> float:
+    """Return the least noise multiplier at which releases spend at most an epsilon.
+
+    Parameters
+    ----------
+    releases : Iterable[Release]
+        The releases. Their own noise multipliers do not count.
+    epsilon, delta : float
+        The guarantee.
+    """
+    return _calibrate(unite(releases), epsilon, delta)
 
 
 @cache
 def _epsilon(releases: tuple[Release, ...], delta: float) -> float:
     if not releases:
         return 0.0
-    accountant = _Accountant()
     with _quiet():
-        for release in releases:
-            accountant.compose(_event(release))
-        return accountant.get_epsilon(delta)
+        return _Accountant().compose(_event(releases)).get_epsilon(delta)
 
 
 @cache
-def calibrate(rate: float, steps: int, epsilon: float, delta: float) -> float:
-    """Return the least noise multiplier at which steps spend no more than an epsilon.
+def _calibrate(releases: tuple[Release, ...], epsilon: float, delta: float) -> float:
+    def event(noise: float) -> dp_accounting.DpEvent:
+        return _event([replace(kind, noise_multiplier=noise) for kind in releases])
 
-    Parameters
-    ----------
-    rate, steps
-        As in `Release`.
-    epsilon, delta : float
-        The guarantee.
-    """
     with _quiet():
-        return float(
-            dp_accounting.calibrate_dp_mechanism(
-                _Accountant,
-                lambda noise: _event(Release(rate, noise, steps)),
-                epsilon,
-                delta,
-            )
-        )
+        found = dp_accounting.calibrate_dp_mechanism(_Accountant, event, epsilon, delta)
+    return float(found)
 
 
 class _Accountant(RdpAccountant):
@@ -95,10 +96,14 @@ class _Accountant(RdpAccountant):
         return float(compute_epsilon(self.orders, rdp, target_delta)[0])
 
 
-def _event(release: Release) -> dp_accounting.DpEvent:
-    noise = dp_accounting.GaussianDpEvent(release.noise_multiplier)
-    sampled = dp_accounting.PoissonSampledDpEvent(release.rate, noise)
-    return dp_accounting.SelfComposedDpEvent(sampled, release.steps)
+def _event(releases: Iterable[Release]) -> dp_accounting.DpEvent:
+    """Return the event of some releases, for the accountant."""
+    events = []
+    for release in releases:
+        noise = dp_accounting.GaussianDpEvent(release.noise_multiplier)
+        sampled = dp_accounting.PoissonSampledDpEvent(release.rate, noise)
+        events.append(dp_accounting.SelfComposedDpEvent(sampled, release.steps))
+    return dp_accounting.ComposedDpEvent(events)
 
 
 @contextmanager

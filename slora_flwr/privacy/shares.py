@@ -19,7 +19,8 @@ def noise_multiplier(config: RunConfig) -> float:
     if not privacy.epsilon:
         return privacy.noise_multiplier
     delta = privacy.delta_of(config.clients.count)
-    return calibrate(1.0, config.participations, privacy.epsilon, delta)
+    releases = [Release(1.0, 0.0, config.participations)]
+    return calibrate(releases, privacy.epsilon, delta)
 
 
 def share_multiplier(config: RunConfig) -> float:

@@ -12,7 +12,7 @@ from slora_flwr.reports.figures import FORMS, tell
 def closing_table(summary: dict[str, Any]) -> Table:
     """Return a table of a run's metrics, and of its bytes compared with FFT and LoRA.
 
-    With privacy it has no bytes and seconds, which depend on who was drawn.
+    With privacy of clients it has no bytes and seconds, which depend on who was drawn.
 
     Parameters
     ----------
@@ -20,19 +20,21 @@ def closing_table(summary: dict[str, Any]) -> Table:
         The content of summary.json.
     """
     privacy = summary.get("privacy")
-    seconds = "" if privacy else f", {summary['seconds']:.0f} s"
+    is_bare = hides_traffic(privacy or {})
+    seconds = "" if is_bare else f", {summary['seconds']:.0f} s"
     title = f"{summary['method']}: {tell_figures(summary)}{seconds}"
     table = Table(title=title)
     table.add_column("")
     table.add_column("rounds", justify="right")
-    if privacy:
+    if is_bare:
         for name, phase in summary["phases"].items():
             table.add_row(f"{name} phase", str(phase["rounds"]))
         table.add_section()
         table.add_row(summary["method"], str(summary["rounds"]))
-        table.caption = tell_guarantee(privacy)
     else:
         _add_traffic(table, summary)
+    if privacy:
+        table.caption = tell_guarantee(privacy)
     return table
 
 
@@ -87,9 +89,15 @@ def _add_traffic(table: Table, summary: Mapping[str, Any]) -> None:
     )
 
 
-def tell_guarantee(privacy: Mapping[str, float]) -> str:
+def hides_traffic(privacy: Mapping[str, Any]) -> bool:
+    """Return whether bytes and seconds tell of what the guarantee hides."""
+    return bool(privacy) and privacy.get("unit", "client") == "client"
+
+
+def tell_guarantee(privacy: Mapping[str, Any]) -> str:
     """Return the guarantee of a run with privacy, given `Privacy.facts`."""
+    unit, noise = privacy.get("unit", "client"), privacy["noise_multiplier"]
     return (
-        f"for each client ({privacy['epsilon']:.3g}, {privacy['delta']:.2g})-"
-        f"differentially private at noise multiplier {privacy['noise_multiplier']:.3g}"
+        f"for each {unit} ({privacy['epsilon']:.3g}, {privacy['delta']:.2g})-"
+        f"differentially private at noise multiplier {noise:.3g}"
     )

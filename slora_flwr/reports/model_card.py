@@ -12,7 +12,7 @@ from slora_flwr.common.files import expand
 from slora_flwr.common.text import printable
 from slora_flwr.config import EMBEDDED_MODELS, RunConfig
 from slora_flwr.config.methods import list_methods
-from slora_flwr.reports.closing_table import tell_figures, tell_guarantee
+from slora_flwr.reports.closing_table import hides_traffic, tell_figures, tell_guarantee
 from slora_flwr.tasks.base import Task
 
 _TEMPLATE = """\
@@ -123,7 +123,7 @@ class ModelCard:
         Its figures, named as in summary.json; empty if unknown.
     payload : Sequence[int]
         Payload bytes that clients received and sent. With privacy they are not told.
-    privacy : Mapping[str, float]
+    privacy : Mapping[str, Any]
         The guarantee; empty without one.
     """
 
@@ -139,7 +139,7 @@ class ModelCard:
     loading: Loading
     figures: Mapping[str, Any]
     payload: Sequence[int]
-    privacy: Mapping[str, float]
+    privacy: Mapping[str, Any]
 
     @property
     def is_public(self) -> bool:
@@ -231,7 +231,7 @@ class ModelCard:
     @property
     def traffic(self) -> dict[str, str]:
         """The payload bytes, told in megabytes."""
-        if self.privacy:
+        if hides_traffic(self.privacy):
             return {}
         down, up = self.payload
         told = f"{down / 1e6:.2f} MB to clients, {up / 1e6:.2f} MB from them (payload)"

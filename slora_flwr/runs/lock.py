@@ -47,6 +47,20 @@ def sole_use(path: Path, refusal: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def turns(path: Path) -> Iterator[None]:
+    """Wait for an exclusive lock on a file, and hold it; the file is made if missing.
+
+    The kernel releases the lock if the process is killed.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def is_locked(path: Path) -> bool:
     """Return whether a process has sole use of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)

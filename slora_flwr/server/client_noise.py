@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -48,9 +49,10 @@ class ClientNoise:
         """Return the epsilon spent of any client after some rounds, at `delta`."""
         return epsilon_of(self._config, rounds)
 
-    def facts(self, rounds: int) -> dict[str, float]:
+    def facts(self, rounds: int) -> dict[str, Any]:
         """Return the guarantee after some rounds, for the run's files."""
         return {
+            "unit": "client",
             "epsilon": self.epsilon(rounds),
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,

@@ -153,7 +153,7 @@ class KeptState:
     classes: list[str]
     figures: Mapping[str, Any]
     payload: Sequence[int]
-    privacy: Mapping[str, float]
+    privacy: Mapping[str, Any]
 
     @classmethod
     def read(cls, run: Path, which: str) -> "KeptState":
@@ -212,7 +212,7 @@ class _Exported:
     loading: Loading
     figures: Mapping[str, Any]
     payload: Sequence[int]
-    privacy: Mapping[str, float]
+    privacy: Mapping[str, Any]
 
 
 def _complete(

@@ -1,7 +1,7 @@
 """What a run's privacy has the server do, whoever adds the noise."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class Guarantee(Protocol):
     def epsilon(self, rounds: int) -> float:
         """Return the epsilon spent after a number of rounds."""
 
-    def facts(self, rounds: int) -> dict[str, float]:
+    def facts(self, rounds: int) -> dict[str, Any]:
         """Return the guarantee after some rounds, for the run's files."""
 
 

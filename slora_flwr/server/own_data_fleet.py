@@ -146,7 +146,7 @@ class OwnDataFleet(Fleet):
     min_examples : int
         A node with fewer examples of these labels is left out.
     has_classes : bool
-        Whether the task has labels. Otherwise no node tells any.
+        Whether nodes tell labels. Without, `labels` are all that there are.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""Client-level differential privacy: sampling, noise, and the privacy spent.
+"""Differential privacy: clients' sampling and noise, and what has been spent.
+
+With `privacy.unit` `client` the server adds the noise, and `Privacy` has the guarantee.
+With `example` the clients do, and `ExampleLedger` counts what they have spent.
 
 The guarantee is (epsilon, delta) for the global states of all rounds and phases, when
 one client is added or removed, whatever its data. The server is trusted. Each round is
@@ -12,7 +15,10 @@ round, 15 rounds and noise multiplier 1, dp-accounting bounds epsilon by 1.7. It
 for cohorts of a fixed size, where one client replaces another, is 10.6.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +26,9 @@ from slora_flwr.aggregation.clipped import ClippedMean
 from slora_flwr.aggregation.mean import Mean
 from slora_flwr.common.random import key
 from slora_flwr.config import ConfigError, RunConfig
+from slora_flwr.config.schedule import make_schedule
 from slora_flwr.privacy.accountant import Release, calibrate, epsilon
+from slora_flwr.privacy.examples import BudgetError, ExamplePrivacy
 
 # The largest standard deviation of noise. Noise is drawn in float64: beyond this its
 # steps near those of the sums' grid, and their last bits would show through.
@@ -56,7 +64,7 @@ class Privacy:
         self.noise_multiplier = privacy.noise_multiplier
         if privacy.epsilon:
             self.noise_multiplier = calibrate(
-                self._rate, config.rounds, privacy.epsilon, self.delta
+                [Release(self._rate, 0.0, config.rounds)], privacy.epsilon, self.delta
             )
         bounds = privacy.clip_norm, privacy.sparse_clip_norm, privacy.lora_clip_norm
         if (std := self.noise_multiplier * max(bounds)) > _MOST_NOISE:
@@ -86,10 +94,66 @@ class Privacy:
         releases = [Release(self._rate, self.noise_multiplier, rounds)]
         return epsilon(releases, self.delta)
 
-    def facts(self, rounds: int) -> dict[str, float]:
+    def facts(self, rounds: int) -> dict[str, Any]:
         """Return the guarantee after some rounds, for the run's files."""
         return {
+            "unit": "client",
             "epsilon": self.epsilon(rounds),
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
+        }
+
+
+class ExampleLedger:
+    """What clients' trainings have spent of the privacy of their examples.
+
+    It follows from their numbers of examples, which are public, and counts each
+    training that was asked for, whether or not it was answered.
+
+    Parameters
+    ----------
+    config : RunConfig
+        A config with privacy of examples.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._asked: dict[int, Counter[int]] = {}
+
+    def note(self, phase: int, clients: Iterable[int]) -> None:
+        """Note that clients were asked to train in a phase, by its index."""
+        for client in clients:
+            self._asked.setdefault(client, Counter())[phase] += 1
+
+    def foresee(self, clients: Iterable[int]) -> None:
+        """Note that clients were asked to train in every round of the run."""
+        every = [*clients]
+        for index, phase in enumerate(make_schedule(self._config)):
+            for _ in range(phase.rounds):
+                self.note(index, every)
+
+    def facts(self, sizes: Mapping[int, int]) -> dict[str, Any]:
+        """Return the guarantee of the client that has spent most.
+
+        Parameters
+        ----------
+        sizes : Mapping[int, int]
+            Numbers of examples, by client.
+        """
+        found = [(0.0, 0.0, 0.0)]
+        for size, asked in {
+            (sizes[client], tuple(sorted(asked.items())))
+            for client, asked in self._asked.items()
+            if client in sizes
+        }:
+            with suppress(BudgetError):  # which does not train
+                privacy = ExamplePrivacy(self._config, size)
+                spent = privacy.epsilon(dict(asked))
+                found.append((spent, privacy.noise_multiplier, privacy.delta))
+        most, noise, _ = max(found)
+        return {
+            "unit": "example",
+            "epsilon": most,
+            "delta": max(delta for _, _, delta in found),
+            "noise_multiplier": noise,
         }

@@ -403,7 +403,7 @@ class Round:
             clients=self.clients,
             round=self.number,
             replied=len(self.answered),
-            train_loss=self._mean_loss(),
+            train_loss=None if self._is_private else self._mean_loss(),
             payload_bytes=ledger.total("payload", "up")
             + ledger.total("payload", "down"),
             metrics=metrics,
@@ -438,13 +438,19 @@ class Round:
         for client, examples, loss, seconds in zip(
             report.clients, report.examples, report.losses, report.seconds, strict=True
         ):
-            self.clients[client] = ClientRecord(examples, loss, round(seconds, 3))
+            if not self._is_private:
+                self.clients[client] = ClientRecord(examples, loss, round(seconds, 3))
         self.answered.update(report.clients)
         alone = len(report.clients) == 1
         self._payload += len(report.update.data) if alone else sum(report.payloads)
         self._wire.update(self._journal.wire_bytes(node, report.wire))
         phase.versions.received(node, report.clients)
         self._fleet.note_reply(node, MessageType.TRAIN)
+
+    @property
+    def _is_private(self) -> bool:
+        """Whether clients tell no losses and seconds, for their examples' privacy."""
+        return self._trainer.config.privacy.of_examples
 
     @property
     def _label(self) -> str:

@@ -32,6 +32,7 @@ from slora_flwr.server.export import export
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.guarantee import make_guarantee
 from slora_flwr.server.own_data_fleet import OwnDataFleet
+from slora_flwr.server.privacy import ExampleLedger
 from slora_flwr.server.strategy import PhasedStrategy
 from slora_flwr.server.summary import resolve, summarise
 from slora_flwr.tasks.choice import find_task
@@ -156,6 +157,10 @@ def _run(
         resolved = resolve(trainer, moved)
         if privacy is not None:
             resolved["privacy"] = privacy.facts(config.rounds)
+        elif config.privacy.of_examples:
+            foreseen = ExampleLedger(config)
+            foreseen.foresee(fleet.clients)
+            resolved["privacy"] = foreseen.facts(fleet.sizes)
         if checkpoint is None:
             made_by = {"name": engine, "nodes": len(list(grid.get_node_ids()))}
             directory.release.write_resolved(config, resolved, made_by)
@@ -180,6 +185,8 @@ def _run(
     summary = summarise(trainer, strategy, directory, seconds)
     if privacy is not None:
         summary["privacy"] = privacy.facts(config.rounds)
+    elif strategy.spent is not None:
+        summary["privacy"] = strategy.spent.facts(fleet.sizes)
     with strategy.phase.on_average() as state:
         trainer.model.adapter.load(state)
         after = trainer.sample_test()
@@ -223,5 +230,5 @@ def _own_data_fleet(trainer: Trainer, expected: dict[str, object]) -> Fleet:
         # Until the nodes' labels are known, the classes are those of the test data.
         also=trainer.data.classes,
         min_examples=config.clients.min_examples,
-        has_classes=trainer.task.has_classes,
+        has_classes=trainer.task.has_classes and not config.privacy.of_examples,
     )

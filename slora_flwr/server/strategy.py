@@ -1,8 +1,10 @@
 """The strategy: a schedule of phases, round by round, over Flower's grid."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from logging import INFO, WARNING
+from typing import Any
 
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -21,6 +23,7 @@ from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.guarantee import Guarantee
 from slora_flwr.server.journal import Journal
 from slora_flwr.server.phase import ActivePhase
+from slora_flwr.server.privacy import ExampleLedger
 from slora_flwr.server.round import Round
 from slora_flwr.server.secure_round import SecureRound
 from slora_flwr.tasks.base import Evaluation, Task
@@ -61,6 +64,8 @@ class PhasedStrategy:
         The record of the closed rounds.
     lengths : list[int]
         Rounds of each phase: actual if finished, else the maximum.
+    spent : ExampleLedger or None
+        With privacy of examples, what clients have spent of it.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class PhasedStrategy:
         self.lengths = [phase.rounds for phase in trainer.schedule]
         self._config, self._trainer, self._fleet = config, trainer, fleet
         self._privacy = privacy
+        self.spent = ExampleLedger(config) if config.privacy.of_examples else None
         if privacy is not None:
             # How many answered, and how long it took, depend on who was drawn.
             progress = CohortProgress(first=math.inf)
@@ -150,7 +156,11 @@ class PhasedStrategy:
         number, least = self._server_round, self._config.clients.min_replies
         for attempt, another in enumerate(("; trying once more", ""), start=1):
             held = self._make_round(number, attempt)
-            if held.train(grid):
+            is_held = held.train(grid)
+            if self.spent is not None:
+                asked = (c for clients in held.cohort.values() for c in clients)
+                self.spent.note(self.phase.index, asked)
+            if is_held:
                 return held
             another = another if held.may_repeat else ""
             log(
@@ -209,8 +219,11 @@ class PhasedStrategy:
     ) -> None:
         """Record a round with its state and checkpoint, and log the progress."""
         done = replace(held.recorded(metrics), classes=classes)
+        if self.spent is not None:
+            done = replace(done, epsilon=self.spent.facts(self._fleet.sizes)["epsilon"])
         done = self.journal.record_round(done, self.phase)
-        if self._privacy is None:  # Otherwise it would hold secrets, for no resuming.
+        # Otherwise it would hold secrets, or be for no resuming.
+        if self._privacy is None and self.spent is None:
             # After the state, so that a checkpoint never refers to a missing one.
             self.journal.directory.save_checkpoint(
                 self._server_round, self.journal.best_round, self._snapshot()
@@ -265,12 +278,18 @@ class PhasedStrategy:
                 told = "%s: the %s average of the states is evaluated"
                 log(INFO, told, phase.adapter, phase.average)
         if self._privacy is not None:
-            log(
-                INFO,
-                "privacy: noise multiplier %(noise_multiplier).3g, epsilon "
-                "%(epsilon).3g at delta %(delta).2g after all rounds",
-                self._privacy.facts(self._config.rounds),
-            )
+            self._tell_privacy(self._privacy.facts(self._config.rounds))
+        elif self._config.privacy.of_examples:
+            foreseen = ExampleLedger(self._config)
+            foreseen.foresee(self._fleet.clients)
+            self._tell_privacy(foreseen.facts(self._fleet.sizes))
+
+    def _tell_privacy(self, facts: Mapping[str, Any]) -> None:
+        told = "privacy: noise multiplier %(noise_multiplier).3g, epsilon %(epsilon).3g"
+        told += " at delta %(delta).2g after all rounds"
+        if facts["unit"] == "example":
+            told += ", for each example of the client that spends most"
+        log(INFO, told, facts)
 
 
 def _metrics(

@@ -64,17 +64,14 @@ def train(
     """
     stream = np.random.Philox(key=key("train", *rng_key))
     torch.manual_seed(int(stream.random_raw()) >> 1)
-    parameters = adapter.parameters()
-    anchored = _anchored(adapter) if recipe.weight_decay else []
-    optimizer = make_optimizer(parameters, recipe, [p for p, _ in anchored])
-    sent = [p.detach().clone() for p in parameters] if recipe.prox else []
+    optimizer = LocalOptimizer(adapter, recipe)
     model = backbone.model.train()
     losses: list[Tensor] = []
     read = 0  # examples, or tokens
     batches = -(-len(examples) // recipe.batch_size)
     units = examples.units
     size = max(1, int(units.sum())) / max(1, batches)
-    with _checkpointing(model, on=recipe.checkpointing):
+    with checkpointing(model, on=recipe.checkpointing):
         batched = (
             rows
             for _ in range(recipe.epochs)
@@ -84,15 +81,7 @@ def train(
             # Over the mean size of batches: all examples, or tokens, weigh the
             # same.
             loss = _add_gradients(backbone, examples, rows, recipe, size, until)
-            for parameter, origin in zip(parameters, sent, strict=False):
-                if parameter.grad is not None:  # None if the loss does not use it
-                    parameter.grad.add_(parameter.detach() - origin, alpha=recipe.prox)
-            if recipe.clip_norm:
-                nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-            _decay(anchored, recipe)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            adapter.commit()
             losses.append(loss)
             read += int(units[rows].sum())
     # One transfer from the device at the end instead of one per step. Bounded steps may
@@ -124,7 +113,7 @@ def _add_gradients(
 
 
 @contextmanager
-def _checkpointing(model: Any, *, on: bool) -> Iterator[None]:
+def checkpointing(model: Any, *, on: bool) -> Iterator[None]:
     """Have the blocks keep only what goes into them, for the while of a training."""
     if not on:
         yield
@@ -178,6 +167,38 @@ def evaluate(
 
     with torch.inference_mode(), precision_of(backbone, precision):
         return backbone.task.evaluate(model, batches())
+
+
+class LocalOptimizer:
+    """The steps of a client's training, from its parameters' gradients.
+
+    Parameters
+    ----------
+    adapter, recipe
+        As for `train`.
+    """
+
+    def __init__(self, adapter: Adapter, recipe: RecipeConfig) -> None:
+        self.parameters = adapter.parameters()
+        self._adapter, self._recipe = adapter, recipe
+        self._anchored = _anchored(adapter) if recipe.weight_decay else []
+        anchored = [parameter for parameter, _ in self._anchored]
+        self._optimizer = make_optimizer(self.parameters, recipe, anchored)
+        kept = self.parameters if recipe.prox else []
+        self._sent = [parameter.detach().clone() for parameter in kept]
+
+    def step(self) -> None:
+        """Take a step along the gradients, and clear them."""
+        recipe = self._recipe
+        for parameter, origin in zip(self.parameters, self._sent, strict=False):
+            if parameter.grad is not None:  # None if the loss does not use it
+                parameter.grad.add_(parameter.detach() - origin, alpha=recipe.prox)
+        if recipe.clip_norm:
+            nn.utils.clip_grad_norm_(self.parameters, recipe.clip_norm)
+        _decay(self._anchored, recipe)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._adapter.commit()
 
 
 def make_optimizer(

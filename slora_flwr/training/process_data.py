@@ -101,7 +101,9 @@ class ProcessData:
             test = load_test_texts(self._config.data, dialogues=dialogues)
             return Texts([], []), test
         train, test = load_texts(self._config.data, by, dialogues=dialogues)
-        if self._config.privacy.is_on and self._task.has_classes:
+        privacy = self._config.privacy
+        is_private = privacy.is_on or privacy.of_examples
+        if is_private and self._task.has_classes:
             # Even a client that is the only one with a label must not show.
             known = public_classes(self._config.data, test)
             train = of_classes(train, known)
@@ -115,7 +117,8 @@ class ProcessData:
         """The label names; class id i is the i-th. None if the task has no classes."""
         if not self._task.has_classes:
             return []
-        if self._config.privacy.is_on:
+        privacy = self._config.privacy
+        if privacy.is_on or (privacy.of_examples and not self._config.data.is_own):
             return public_classes(self._config.data, self._texts[1])
         return self._agreed or list_classes(self._texts)
 
@@ -189,6 +192,10 @@ class ProcessData:
             than the nodes' may have.
         """
         data = self._config.data
+        tells_none = data.is_own and self._config.privacy.of_examples
+        if tells_none and self._task.has_classes and not data.labels:
+            allowed = "two or more names, since privacy.unit is example and nodes tell "
+            raise refuse("data.labels", data.labels, f"{allowed}no labels of theirs")
         if self._config.clients.count:
             self._check_holdout(self.partition.sizes.tolist())
         elif not self._task.has_classes:
@@ -240,14 +247,18 @@ class ProcessData:
                 # In its place, so that ids do not fill the memory.
                 self._own[client] = self._own.pop(other)
                 return
-        texts, _ = source.usable()
+        if self._config.privacy.of_examples:
+            texts = source.of_labels(self.classes)
+        else:
+            texts, _ = source.usable()
         if self._task.has_classes:
             texts = of_classes(texts, self.classes)
         count = len(texts.texts)
         held = source.held_out(held_out(count, self._config.clients.holdout))
         # Bounded steps read fewer, and an update tells the more of each.
         recipes = [phase.recipe for phase in make_schedule(self._config)]
-        source.check_count(min(r.fewest_read(count - held) for r in recipes))
+        fewest = min(r.fewest_read(count - held) for r in recipes)
+        source.check_count(count if self._config.privacy.of_examples else fewest)
         evaluated = source.held_out(self._config.clients.weigh(held))
         examples = tokenise(self.encoder, self.classes, texts, folder)
         order = order_of(texts.texts)

@@ -18,6 +18,7 @@ from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.attack import is_flipped, spoil_update
 from slora_flwr.training.loop import DeadlineError, evaluate, precision_of, train
+from slora_flwr.training.private import train_privately
 from slora_flwr.training.process_data import ProcessData
 
 
@@ -74,8 +75,12 @@ class Trainer:
         phase: Phase,
         server_round: int,
         until: float = math.inf,
+        noise_multiplier: float | None = None,
     ) -> ClientUpdate:
         """Train one client from a state, with the phase's adapter attached.
+
+        With privacy of examples, gradients have noise of `noise_multiplier`, and no
+        loss is told, which would be exact: it is 0.
 
         Raises
         ------
@@ -93,8 +98,15 @@ class Trainer:
         adapter.load(state)
         rng_key = (self.config.seed, server_round, client)
         backbone, recipe = self.model.backbone, phase.recipe
+        loss = 0.0
         try:
-            loss = train(backbone, adapter, examples, recipe, rng_key, until)
+            if noise_multiplier is None:
+                loss = train(backbone, adapter, examples, recipe, rng_key, until)
+            else:
+                bound = self.config.privacy.bound(phase.adapter_type.section)
+                train_privately(
+                    backbone, adapter, examples, recipe, bound, noise_multiplier, until
+                )
         except DeadlineError as error:
             raise ClientError(str(error)) from error
         after = adapter.state()

@@ -80,7 +80,7 @@ def grid(
         clock.step(grid.seconds)
         return entropy(*arguments, **options)  # type: ignore[arg-type]
 
-    for module in ("training.loop", "client.handlers"):
+    for module in ("training.loop", "client.guard"):
         monkeypatch.setattr(f"slora_flwr.{module}.time", clock, raising=False)
     monkeypatch.setattr(classification.F, "cross_entropy", step)
     return grid
