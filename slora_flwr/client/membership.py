@@ -11,7 +11,8 @@ from slora_flwr.aggregation.ring_sum import RingSum
 from slora_flwr.client.errors import MismatchError
 from slora_flwr.config import RunConfig, parse
 from slora_flwr.secure.errors import SecureError
-from slora_flwr.secure.keys import PrivateKeys, PublicKeys
+from slora_flwr.secure.identity import Identity, Peers, ShownKeys
+from slora_flwr.secure.keys import PrivateKeys
 from slora_flwr.secure.member import Member
 from slora_flwr.secure.terms import Terms
 from slora_flwr.wire.messages import Instruction, Report
@@ -27,15 +28,25 @@ _KEYS, _MEMBER = "secure-keys", "secure-member"
 _MOST_KEYS = 4
 
 
-def new_keys(context: Context) -> bytes:
-    """Make keys for a round to come, and return the public ones."""
+def new_keys(context: Context, identity: Identity | None = None) -> bytes:
+    """Make keys for a round to come, and return the public ones.
+
+    Parameters
+    ----------
+    context : Context
+        The node's context.
+    identity : Identity or None
+        Signs them; None for no signature.
+    """
     keys = PrivateKeys.generate()
     public = keys.public.pack()
     waiting = dict(context.state.config_records.get(_KEYS, {}))
     waiting[public.hex()] = keys.seal + keys.mask
     newest = list(waiting.items())[-_MOST_KEYS:]
     context.state[_KEYS] = ConfigRecord(dict(newest))
-    return public
+    if identity is None:
+        return public
+    return identity.show(keys.public, context.run_id).pack()
 
 
 def check_secure(config: RunConfig) -> None:
@@ -44,31 +55,51 @@ def check_secure(config: RunConfig) -> None:
         raise MismatchError("this run's config has secure.aggregation off")
 
 
-def join_round(context: Context, told: Introduction) -> Letters:
+def join_round(
+    context: Context,
+    told: Introduction,
+    identity: Identity | None = None,
+    peers: Peers | None = None,
+) -> Letters:
     """Take part in an attempt at a round, in place of any before.
+
+    Parameters
+    ----------
+    context : Context
+        The node's context.
+    told : Introduction
+        Its neighbours.
+    identity : Identity or None
+        The node's own.
+    peers : Peers or None
+        Who may be a neighbour; None for all.
 
     Raises
     ------
     SecureError
-        If the keys are not this node's, or were used before; or if the neighbours are
-        such that the sum would be no secret.
+        If the keys are not this node's, or were used before; if a neighbour is no peer;
+        or if the neighbours are such that the sum would be no secret.
     """
     waiting = dict(context.state.config_records.get(_KEYS, {}))
     private = cast(bytes, waiting.pop(told.own.hex(), b""))
     if not private:
         raise SecureError("the keys named for this node are not its own, or were used")
     context.state[_KEYS] = ConfigRecord(waiting)
+    shown = {n: ShownKeys.unpack(keys) for n, keys in told.neighbours.items()}
+    if peers is not None:
+        own = [] if identity is None else [identity.name]
+        peers.check(shown, context.run_id, own)
     config = parse(context.run_config)
     half = len(private) // 2
     member = Member(
         Terms(told.run, told.server_round, told.attempt, config.secure.threshold),
         told.number,
         PrivateKeys(private[:half], private[half:]),
-        {n: PublicKeys.unpack(keys) for n, keys in told.neighbours.items()},
+        {number: keys.public for number, keys in shown.items()},
     )
     letters = member.letters()
     _keep(context, member)
-    return Letters(letters, member.commitment, new_keys(context))
+    return Letters(letters, member.commitment, new_keys(context, identity))
 
 
 def receive_letters(context: Context, instruction: Instruction) -> Member:

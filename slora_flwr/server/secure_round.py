@@ -14,7 +14,7 @@ from slora_flwr.common.text import printable, shorten
 from slora_flwr.runs.ledger import Entry
 from slora_flwr.secure.errors import SecureError
 from slora_flwr.secure.graph import degree, link
-from slora_flwr.secure.keys import PublicKeys
+from slora_flwr.secure.identity import ShownKeys
 from slora_flwr.secure.tally import Tally
 from slora_flwr.secure.terms import Terms
 from slora_flwr.server.collect import collect, is_gone
@@ -99,16 +99,17 @@ class SecureRound(Round):
     def _introduce(self, grid: Grid, fold: RingSum) -> Tally:
         """Have the cohort's nodes share their secrets with their neighbours."""
         config = self._trainer.config
-        members: list[PublicKeys] = []
+        members: list[ShownKeys] = []
         used: set[bytes] = set()
         for node in sorted(self.cohort):
             try:
                 # Each is used once, whatever becomes of it.
-                keys = PublicKeys.unpack(self._fleet.keys.pop(node, b""))
-                if used & {keys.seal, keys.mask}:
+                shown = ShownKeys.unpack(self._fleet.keys.pop(node, b""))
+                keys = {shown.public.seal, shown.public.mask}
+                if used & keys:
                     raise SecureError("a public key of it is another node's")
-                used |= {keys.seal, keys.mask}
-                members.append(keys)
+                used |= keys
+                members.append(shown)
                 self._nodes.append(node)
             except SecureError as error:
                 self._fail(node, self.cohort[node], error)
@@ -125,14 +126,15 @@ class SecureRound(Round):
         # Drawn anew in each attempt, by nobody's seed.
         near = link(len(members), each, np.random.default_rng())
         size = fold.grid.size
-        tally = Tally(terms, members, near, fold.ring, size, len(NAMES))
+        public = [shown.public for shown in members]
+        tally = Tally(terms, public, near, fold.ring, size, len(NAMES))
         questions = {
             i: Introduction(
                 terms.run,
                 terms.server_round,
                 terms.attempt,
                 i,
-                members[i].pack(),
+                public[i].pack(),
                 {other: members[other].pack() for other in near[i]},
             ).content()
             for i in range(len(members))

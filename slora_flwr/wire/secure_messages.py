@@ -35,7 +35,7 @@ class Introduction:
     own : bytes
         Its own public keys, by which it finds the private ones.
     neighbours : dict[int, bytes]
-        The public keys of its neighbours, by number.
+        What its neighbours show of their keys, by number.
     """
 
     run: int
