@@ -251,7 +251,7 @@ def _load(
     if not config.data.is_own:
         process = make_process(config, classes, model)
         sizes = process.trainer.data.partition.sizes
-        asked = instruction.clients if instruction else []
+        asked = instruction.clients if instruction and fewest else []
         if any(sizes[client] < fewest for client in asked):
             raise TooFewError(f"a client has fewer than {fewest} examples")
         return process
