@@ -226,6 +226,9 @@ def test_a_node_of_few_examples_does_not_tell_how_many(
         node = policed(tmp_path, policy, config, data_path=str(notes))
         reply = ask(kind, node, None if kind == "query" else instruct(config))
         assert reply.error.reason == f"it refuses: {told}{least}"
+    policy = "fewest.examples = 41"
+    node = policed(tmp_path, policy, config, data_path=str(notes), min_examples=42)
+    assert ask("query", node).error.reason == MASKED
     for least, kind in ((40, "query"), (35, "train")):
         policy = f"fewest.examples = {least}"
         node = policed(tmp_path, policy, config, data_path=str(notes))
