@@ -145,6 +145,8 @@ class Guard:
             try:
                 reply = handler(self._message, self._context, self)
             except TooFewError as error:
+                if error.least != self.fewest:
+                    raise  # by the node's config, which is its own affair
                 log(ERROR, "%s", error)
                 told = "a client here has fewer"
                 least = f"at least {self.fewest}"

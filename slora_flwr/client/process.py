@@ -251,9 +251,9 @@ def _load(
     if not config.data.is_own:
         process = make_process(config, classes, model)
         sizes = process.trainer.data.partition.sizes
-        asked = instruction.clients if instruction else []
+        asked = instruction.clients if instruction and fewest else []
         if any(sizes[client] < fewest for client in asked):
-            raise TooFewError(f"a client has fewer than {fewest} examples")
+            raise TooFewError(f"a client has fewer than {fewest} examples", fewest)
         return process
     # Without those of a task that has some, they would be those of a file that the run
     # names. Those of a task that has none could only tell examples apart.

@@ -4,7 +4,8 @@
 `--poll-seconds` (default 0.5). This is the longest pause between two requests for a
 message, for which Flower pauses 3 seconds, and between two checks for the ClientApp's
 reply. The SuperExec that the SuperNode starts polls for work as often, unless
-FLWR_SUPEREXEC_TASK_POLL_INTERVAL is set.
+FLWR_SUPEREXEC_TASK_POLL_INTERVAL is set. If SLORA_TRUSTED is set, it is the file of
+`--trusted-entities`.
 """
 
 import argparse
@@ -45,6 +46,8 @@ def main() -> None:
             "use flower-supernode"
         )
     vars(main_loop)["time"] = _Clock(own.poll_seconds)
+    if trusted := os.environ.get("SLORA_TRUSTED"):
+        sys.argv += ["--trusted-entities", trusted]
     os.environ.setdefault(_SUPEREXEC_INTERVAL, str(own.poll_seconds))
     flower_supernode()
 

@@ -59,7 +59,11 @@ class OwnDataError(ConfigError):
 
 
 class TooFewError(OwnDataError):
-    """A node has fewer examples than it trains on."""
+    """A node has fewer examples than the `least` that it trains on."""
+
+    def __init__(self, text: str, least: int) -> None:
+        super().__init__(text)
+        self.least = least
 
 
 @dataclass(frozen=True)
@@ -287,7 +291,8 @@ class OwnData:
             rows = ", ".join(f"{n} {reason}" for reason, n in (skipped or {}).items())
             raise TooFewError(
                 f"{counted(count, 'example is', 'examples are')} left to train on, and "
-                f"min-examples is {self.min_examples}; skipped: {rows or 'none'}"
+                f"min-examples is {self.min_examples}; skipped: {rows or 'none'}",
+                self.min_examples,
             )
 
     def held_out(self, count: int) -> int:

@@ -93,7 +93,8 @@ def _append(folder: Path, entry: Mapping[str, Any]) -> None:
         file.write(line + b"\n")
         file.truncate()
     sync(path)
-    write_head(folder, Head(last.number + 1, _digest(line)))
+    head = _FILE.dump_json(Head(last.number + 1, _digest(line)))
+    write_atomically(folder / _HEAD, head, durably=True)
 
 
 def read_log(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -146,11 +147,6 @@ def _check_end(folder: Path, last: Head, line: bytes) -> None:
             f"line {last.number} is not the last that was written, which was line "
             f"{noted.number} with the digest {noted.digest}"
         )
-
-
-def write_head(folder: Path, head: Head) -> None:
-    """Note the last line of a log."""
-    write_atomically(folder / _HEAD, _FILE.dump_json(head), durably=True)
 
 
 def _read_line(line: bytes, name: str) -> dict[str, Any]:

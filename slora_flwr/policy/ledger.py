@@ -16,7 +16,7 @@ from slora_flwr.common.files import make_folder, read_regular, write_atomically
 from slora_flwr.policy.audit import LOG
 from slora_flwr.policy.policy import Most, PolicyFileError
 from slora_flwr.policy.rules import PolicyError, reason
-from slora_flwr.privacy.accountant import Release, epsilon
+from slora_flwr.privacy.accountant import Release, epsilon, unite
 from slora_flwr.runs.lock import turns
 
 NAME, LOCK = "ledger.json", "ledger.lock"
@@ -152,7 +152,8 @@ class Ledger:
         """
         with self._turn():
             runs, most = self.runs(), self._most
-            _entry(runs, run).releases.append(release)
+            used = _entry(runs, run)
+            used.releases = [*unite([*used.releases, release])]
             if most.epsilon is not None and total_epsilon(runs, most) > most.epsilon:
                 raise _used_up("epsilon", most.epsilon)
             self._write(runs)

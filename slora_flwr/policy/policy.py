@@ -9,10 +9,9 @@ import posixpath
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass as plain_dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -221,8 +220,7 @@ def parse_policy(table: Mapping[str, Any]) -> Policy:
     return made
 
 
-@plain_dataclass(frozen=True)
-class PolicyKey:
+class PolicyKey(NamedTuple):
     """One key of the policy; see `slora_flwr.config.Key`."""
 
     name: str

@@ -50,6 +50,9 @@ def test_a_command_in_the_docs_is_one(line: str) -> None:
     group = typer.main.get_command(app)
     assert isinstance(group, click.Group)
     command = group.commands[name]
+    if isinstance(command, click.Group):
+        name, *given = given
+        command = command.commands[name]
     params = command.make_context(name, given).params
     pairs = params.get("run_config") or []
     parse(merge_arguments(pair for pair in pairs if not pair.endswith(".toml")))

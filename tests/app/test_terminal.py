@@ -7,7 +7,7 @@ import pytest
 import tomli_w
 from rich.cells import cell_len
 
-from slora_flwr.cli import COMMANDS
+from slora_flwr.cli import COMMANDS, NODE_COMMANDS
 from tests.support.runs import Config, make_config
 from tests.support.terminal import COLUMNS, slora_on_terminal
 
@@ -60,9 +60,12 @@ def written(place: Path, corpus: Path, tiny_models: dict[str, Path]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+NESTED = ["node", *(f"node {name}" for name in NODE_COMMANDS)]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, *NESTED])
 def test_help_fits(command: str) -> None:
-    status, lines = slora_on_terminal(*([command] if command else []), "--help")
+    status, lines = slora_on_terminal(*command.split(), "--help")
     assert status == 0
     assert max(map(cell_len, lines)) <= COLUMNS
 

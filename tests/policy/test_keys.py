@@ -12,11 +12,12 @@ from slora_flwr.common.files import cache_folder
 from slora_flwr.config import list_keys
 from slora_flwr.policy.ledger import Ledger
 from slora_flwr.policy.policy import Most, list_policy_keys, parse_policy
+from slora_flwr.privacy.accountant import Release
 from slora_flwr.wire.messages import Instruction, message_bytes, write_lineage
 from slora_flwr.wire.secure_messages import Introduction, Question
 from tests.support import own_data
 from tests.support.own_node import MASKED, a_node, ask, first_instruction, make_config
-from tests.support.policy import KINDS, NOWHERE, log_of, policed
+from tests.support.policy import KINDS, NOWHERE, by_hand, log_of, policed
 from tests.support.runs import Config
 from tests.support.secure import SECURE
 
@@ -225,6 +226,9 @@ def test_a_node_of_few_examples_does_not_tell_how_many(
         node = policed(tmp_path, policy, config, data_path=str(notes))
         reply = ask(kind, node, None if kind == "query" else instruct(config))
         assert reply.error.reason == f"it refuses: {told}{least}"
+    policy = "fewest.examples = 41"
+    node = policed(tmp_path, policy, config, data_path=str(notes), min_examples=42)
+    assert ask("query", node).error.reason == MASKED
     for least, kind in ((40, "query"), (35, "train")):
         policy = f"fewest.examples = {least}"
         node = policed(tmp_path, policy, config, data_path=str(notes))
@@ -348,6 +352,33 @@ def test_a_message_ends_when_all_runs_have_had_their_seconds(
     node = policed(tmp_path, policy, config)
     for kind in KINDS:
         assert ask(kind, node).error.reason == f"it refuses: {told}"
+
+
+def test_all_runs_together_spend_no_more_of_examples_privacy(
+    config: Config, tmp_path: Path, notes: Path
+) -> None:
+    """Each run's training is one step, on all of the node's forty examples."""
+    config |= {"privacy.unit": "example", "privacy.noise-multiplier": 4.0}
+    config |= {"privacy.clip-norm": 1.0, "clients.holdout": 0.0}
+    config |= {"data.test": "/test.csv", "data.labels": ",".join(LABELS)}
+    config |= {"train.batch-size": 40, "privacy.delta": 1e-3}
+    one, two = (by_hand(4.0, steps, 1e-6) for steps in (1, 2))
+    policy = f"most = {{epsilon = {(one + two) / 2}, delta = 1e-6}}"
+    told = "too little is left of what all runs together may use; allowed: "
+    for run, is_refused in ((5, False), (6, True), (7, True)):
+        node = policed(tmp_path, policy, config, data_path=str(notes))
+        node.run_id = run
+        reply = ask("train", node, instruct(config))
+        assert reply.has_error() == is_refused
+        make_process.cache_clear()
+    reason = str(reply.error.reason)
+    assert reason.startswith(f"it refuses: most.epsilon of its policy: {told}")
+    runs = Ledger(tmp_path / "state", Most()).runs()
+    assert {run: used.releases for run, used in runs.items() if used.releases} == {
+        "5": [Release(1.0, 4.0, 1)]
+    }
+    # Of the others nothing was sent, but time has passed.
+    assert [used.bytes for used in runs.values()][1:] == [0, 0]
 
 
 def test_the_cache_is_as_small_as_the_policy_says(

@@ -1,13 +1,11 @@
 """What all runs together use: counted before it is used, whoever is killed."""
 
-import math
 import multiprocessing
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from slora_flwr.policy.audit import append
@@ -21,6 +19,7 @@ from slora_flwr.policy.ledger import (
 from slora_flwr.policy.policy import Most, PolicyFileError
 from slora_flwr.policy.rules import PolicyError
 from slora_flwr.privacy.accountant import Release
+from tests.support.policy import by_hand
 
 SPENT = "too little is left of what all runs together may use; allowed: "
 
@@ -71,17 +70,6 @@ def test_what_a_killed_node_had_reserved_stays(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     ledger = Ledger(tmp_path, Most(seconds=100.0))
     assert ledger.reserve(2, 80.0)[1] == 60
-
-
-def by_hand(noise: float, steps: int, delta: float) -> float:
-    """Return epsilon of Gaussian sums of all examples.
-
-    By arXiv 1702.07476, corollary 3, and arXiv 2004.00010, proposition 12.
-    """
-    order = np.linspace(1.01, 200, 200_000)
-    rdp = steps * order / (2 * noise**2)
-    found = rdp + np.log1p(-1 / order) - (math.log(delta) + np.log(order)) / (order - 1)
-    return float(found.min())
 
 
 def test_epsilon_is_that_of_all_runs_at_the_policys_delta(tmp_path: Path) -> None:

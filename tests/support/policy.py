@@ -1,9 +1,11 @@
 """Nodes that have a policy, and what is beside it."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import Context
 
 from slora_flwr.policy.audit import LOG
@@ -27,3 +29,14 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of the log of a policy in a folder."""
     lines = (folder / "state" / LOG).read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def by_hand(noise: float, steps: int, delta: float) -> float:
+    """Return epsilon of Gaussian sums of all examples.
+
+    By arXiv 1702.07476, corollary 3, and arXiv 2004.00010, proposition 12.
+    """
+    order = np.linspace(1.01, 200, 200_000)
+    rdp = steps * order / (2 * noise**2)
+    found = rdp + np.log1p(-1 / order) - (math.log(delta) + np.log(order)) / (order - 1)
+    return float(found.min())
