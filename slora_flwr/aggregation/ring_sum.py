@@ -65,8 +65,10 @@ class RingSum(Mean):
         if not (math.isfinite(loss) and weight > 0):
             raise FoldError(f"its loss is {loss:.3g} and its weight {weight}")
         loss = min(max(loss, 0.0), MOST_FIGURE)
-        codes = self.grid.codes(upload.array) * np.int64(weight)
-        np.add(self.values, codes.astype(self.ring.dtype), out=self.values)
+        # Modulo the ring's power of two, as a cast of negative numbers is.
+        codes = self.grid.codes(upload.array).astype(self.ring.dtype)
+        codes *= self.ring.dtype.type(weight % 2**self.ring.bits)
+        np.add(self.values, codes, out=self.values)
         share = upload.norm / self.grid.bound
         told = (1, weight, _fine(loss) * weight, _fine(min(share, 1)), share > 1)
         self.figures += np.array([int(figure) for figure in told], FIGURES)

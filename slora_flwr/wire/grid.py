@@ -101,8 +101,9 @@ class Grid:
         else:
             rotated += draw_unit(self.size, stream)
             np.floor(rotated, out=rotated)
-        codes = rotated.astype(np.int64).clip(-self.levels, self.levels)
-        return Array("int32", (self.size,), "slora.grid", codes.astype("<i4").tobytes())
+        np.clip(rotated, -self.levels, self.levels, out=rotated)
+        data = rotated.astype("<i4").tobytes()
+        return Array("int32", (self.size,), "slora.grid", data)
 
     def codes(self, array: Array) -> NDArray[np.int32]:
         """Return the whole numbers of an encoded update."""
