@@ -558,19 +558,22 @@ def print_tables(results: dict[str, Any]) -> None:
         if "neighbours" in row:
             sizes = " | ".join(f"{s:,.0f}" for s in row["message_bytes"].values())
             print(f"| {row['clients']:,}, {_count(row['values'])} | {sizes} |")
-    for name in ("stream", "shares", "runs"):
+    for name in results.keys() & {"stream", "shares", "runs"}:
         print(f"\n{name}: {json.dumps(results[name], indent=1)}")
 
 
 def main() -> None:
     """Measure rounds, key streams, shares and whole runs."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1_000])
+    parser.add_argument("--clients", type=int, nargs="*", default=[10, 100, 1_000])
     parser.add_argument(
         "--values", type=int, nargs="+", default=[10**4, 10**5, 10**6, 10**7]
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=10, help="of a whole run")
+    parser.add_argument(
+        "--rounds-only", action="store_true", help="no key streams, shares and runs"
+    )
     parser.add_argument("--json", action="store_true", help="print only JSON")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -591,14 +594,15 @@ def main() -> None:
             rounds.append(measure_round(clients, values, repeats))
             gc.collect()
             print(f"{clients} clients, {values} values", file=sys.stderr, flush=True)
-    results = {
+    results: dict[str, Any] = {
         **{name: version(name) for name in ("flwr", "torch", "cryptography")},
         "python": platform.python_version(),
         "rounds": rounds,
-        "stream": measure_stream(),
-        "shares": measure_shares(),
-        "runs": measure_runs(given.repeats, given.rounds),
     }
+    if not given.rounds_only:
+        results["stream"] = measure_stream()
+        results["shares"] = measure_shares()
+        results["runs"] = measure_runs(given.repeats, given.rounds)
     if given.json:
         print(json.dumps(results, indent=2))
         return
