@@ -23,6 +23,7 @@ measure handoff handoff.py
 measure memory memory.py
 measure aggregation aggregation.py
 measure codec codec.py
+measure secure-sums secure_sums.py
 measure rounds-embedded rounds.py
 minilm=minilm-l6-h384-uncased
 if [ -d "${SLORA_ASSETS:-/nowhere}/models/$minilm" ]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the image and tests the deployment on a real Docker engine.
-#   docker/test.sh            one host, parts a to e
+#   docker/test.sh            one host, parts a to f
 #   docker/test.sh a d        only these parts
 #   docker/test.sh network    two hosts behind slow links; needs root and /dev/net/tun
 # Needs slora-flwr installed (PYTHON names the interpreter, python3 by default).
@@ -93,7 +93,7 @@ node_container() {
 # prepare NAME_OR_IP...: creates data, keys and a server certificate for these names.
 prepare() {
     "$python" - "$work" << 'END'
-"""Write the files of three nodes and the server from the library's docstrings."""
+"""Write the files of four nodes and the server from the library's docstrings."""
 import csv, hashlib, sys
 from pathlib import Path
 from slora_flwr.data.stdlib_docs import load
@@ -101,7 +101,7 @@ from slora_flwr.data.stdlib_docs import load
 work = Path(sys.argv[1])
 rows = sorted(zip(*load()), key=lambda row: hashlib.sha256(row[0].encode()).digest())[:700]
 # Files differ in size, and each node's lacks a different label.
-shares = {"0": rows[:100], "1": rows[100:250], "2": rows[250:500]}
+shares = {"0": rows[:100], "1": rows[100:250], "2": rows[250:500], "3": rows[50:200]}
 labels = sorted({label for _, label in rows})
 files = {
     work / "nodes" / name / "data" / "train.csv": [r for r in share if r[1] != labels[int(name)]]
@@ -316,6 +316,78 @@ END
     pass "e: fft, 3 rounds: $compared at most 5% + 20 kB a round + the app once"
 }
 
+# online COUNT: whether so many SuperNodes are online according to Flower.
+online() {
+    [ "$(flwr supernode list docker --format json | "$python" -c 'import json, sys
+print(sum(node["status"] == "online" for node in json.load(sys.stdin)["nodes"]))')" = "$1" ]
+}
+
+# now STAGE: has nodes wait there; see stages/sitecustomize.py.
+now() { echo "$1" > "$SLORA_STAGES/new" && mv "$SLORA_STAGES/new" "$SLORA_STAGES/now"; }
+said() { docker logs "$1" 2>&1 | grep -F "$2" > /dev/null; }
+
+f_secure() {
+    # Nodes that may be told to wait, a fourth among them; of four that hold a secret,
+    # three are needed.
+    export SLORA_STAGES=$work/stages
+    mkdir "$SLORA_STAGES"
+    cp docker/stages/*.py "$SLORA_STAGES"
+    chmod 755 "$SLORA_STAGES"
+    now nowhere
+    docker/certs.sh node 3
+    echo "partition-id=3 data-text=\"text\" data-label=\"label\"" > "$SLORA_NODES/3/config"
+    compose -f docker/stages/compose.yml up --detach --scale supernode=4 > /dev/null 2>&1
+    docker/certs.sh register 3
+    common=${common//=3/=4}
+    local config='method="slora" rounds=3 sparse.rounds=2 upload.dtype="int8" secure.aggregation=true secure.clip=20.0 clients.max-weight=50 clients.min-replies=3 data.test="/data/test.csv"'
+    local lost=0 stage when kind node name compared told=()
+    for stage in "before query.introduce" "before train" "after train" "before query.tell"; do
+        until_true "four nodes online" online 4
+        read -r when kind <<< "$stage"
+        name=f-$when-$kind
+        node=$(node_container $lost)
+        now "$stage 2"
+        start "$name" "$config"
+        until_true "node $lost $stage of round 2" said "$node" "waits $stage 2"
+        docker kill "$node" > /dev/null
+        now nowhere
+        finish "$name"
+        docker start "$node" > /dev/null
+        mkdir --mode 777 "$work/$name/inline"
+        docker run --rm --name "$project-inline" --network none --env OMP_NUM_THREADS \
+            --volume "$SLORA_NODES:/nodes:ro" --volume "$SLORA_DATA:/data:ro" \
+            --volume "$SLORA_STAGES:/stages:ro" --volume "$work/$name/inline:/inline" slora-flwr \
+            python3 /stages/lose.py 4 $lost "$kind" 2 "$common" "$config" \
+            'data.train="/nodes/{}/data/train.csv" run.dir="/inline/run"' > "$work/$name-inline.log" 2>&1
+        compared=$("$python" - "$work/$name" "$work/$name/inline/run" << 'END'
+import json, sys
+from pathlib import Path
+from safetensors.numpy import load_file
+
+runs = [*map(Path, sys.argv[1:])]
+one, other = ({p.name: load_file(p) for p in (run / "checkpoints").glob("*.safetensors")} for run in runs)
+assert one.keys() == other.keys(), one.keys() ^ other.keys()
+for name, state in one.items():
+    assert state.keys() == other[name].keys(), name
+    for key, value in state.items():
+        assert value.tobytes() == other[name][key].tobytes(), f"{name}: {key} differs"
+rounds, others = ([e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["event"] == "round"] for run in runs)
+replied = [done["replied"] for done in rounds]
+assert replied == [done["replied"] for done in others], replied
+losses = [done["train_loss"] for done in rounds]
+assert losses == [done["train_loss"] for done in others], losses
+summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+assert summaries[0]["accuracy"] == summaries[1]["accuracy"]
+print(f"{len(one)} states equal, replies", *replied)
+END
+        ) || fail "f: $stage: $compared"
+        echo "f: node $lost killed $stage of round 2: $compared"
+        told+=("$stage: $compared;")
+        lost=$((lost + 1))
+    done
+    pass "f: secure sums, TLS, 4 nodes, one killed in round 2: ${told[*]} as on the inline engine, bit for bit"
+}
+
 # Server and two nodes in different compose projects, connected only by link.py.
 network() {
     local node method
@@ -361,7 +433,7 @@ pid() {
     docker inspect --format '{{.State.Pid}}' "$(docker ps --quiet --filter "label=com.docker.compose.project=$1" --filter "label=com.docker.compose.service=$2")"
 }
 
-[ $# -gt 0 ] || set -- a b c d e
+[ $# -gt 0 ] || set -- a b c d e f
 [ "$1" = network ] || up
 for part; do
     case $part in
@@ -370,6 +442,7 @@ for part; do
         c) c_refusals ;;
         d) d_failures ;;
         e) e_bytes ;;
+        f) f_secure ;;
         network) network ;;
         *) fail "there is no part $part" ;;
     esac

@@ -166,8 +166,10 @@ class RingSum(Mean):
             raise FoldError(f"its loss is {loss:.3g} and its weight {weight}")
         weight = 1 if self.has_noise else weight
         loss = min(max(loss, 0.0), MOST_FIGURE)
-        codes = self.grid.codes(upload.array) * np.int64(weight)
-        np.add(self.values, codes.astype(self.ring.dtype), out=self.values)
+        # Modulo the ring's power of two, as a cast of negative numbers is.
+        codes = self.grid.codes(upload.array).astype(self.ring.dtype)
+        codes *= self.ring.dtype.type(weight % 2**self.ring.bits)
+        np.add(self.values, codes, out=self.values)
         share = upload.norm / self.grid.bound
         told = (1, weight, _fine(loss) * weight, _fine(min(share, 1)), share > 1)
         known = told[:2] if self.has_noise else told

@@ -79,6 +79,7 @@ class Sender:
             stream=self._stream(client),
             clip_norm=self._clip_norm,
             rank=self._rank_of(client) if self._rank_of else None,
+            keeps_lost=self._remembers,
         )
 
     def keep(self, client: int, upload: Upload) -> None:

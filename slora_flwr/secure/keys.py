@@ -50,8 +50,7 @@ class PublicKeys:
         if keys.seal == keys.mask:
             raise SecureError("its public keys are one")
         for key in (keys.seal, keys.mask):
-            # A key of low order gives no secret with any other.
-            _exchange(X25519PrivateKey.generate(), key)
+            _exchange(_ANY, key)
         return keys
 
 
@@ -79,6 +78,28 @@ def public_of(private: bytes) -> bytes:
     return key.public_key().public_bytes_raw()
 
 
+class Pairing:
+    """A private key, with which secrets are agreed on with many others.
+
+    Parameters
+    ----------
+    private : bytes
+        The key.
+    """
+
+    def __init__(self, private: bytes) -> None:
+        self._private = X25519PrivateKey.from_private_bytes(private)
+        self._public = self._private.public_key().public_bytes_raw()
+
+    def agree(
+        self, public: bytes, terms: Terms, purpose: str, about: bytes = b""
+    ) -> bytes:
+        """Return the secret in common with the holder of a public key; see `agree`."""
+        shared = _exchange(self._private, public)
+        info = terms.label(purpose, about, *sorted((self._public, public)))
+        return HKDF(SHA256(), KEY_SIZE, salt=None, info=info).derive(shared)
+
+
 def agree(
     private: bytes, public: bytes, terms: Terms, purpose: str, about: bytes = b""
 ) -> bytes:
@@ -92,9 +113,7 @@ def agree(
     SecureError
         If the public key is none that an honest member has.
     """
-    shared = _exchange(X25519PrivateKey.from_private_bytes(private), public)
-    info = terms.label(purpose, about, *sorted((public_of(private), public)))
-    return HKDF(SHA256(), KEY_SIZE, salt=None, info=info).derive(shared)
+    return Pairing(private).agree(public, terms, purpose, about)
 
 
 def _exchange(private: X25519PrivateKey, public: bytes) -> bytes:
@@ -102,3 +121,7 @@ def _exchange(private: X25519PrivateKey, public: bytes) -> bytes:
         return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
         raise SecureError(f"a public key is off: {error}") from error
+
+
+# Keys of low order give no secret with any other, so not with this one.
+_ANY = X25519PrivateKey.from_private_bytes(bytes(KEY_SIZE))

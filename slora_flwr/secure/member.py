@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slora_flwr.secure.errors import SecureError
-from slora_flwr.secure.keys import PrivateKeys, PublicKeys, agree
+from slora_flwr.secure.keys import KEY_SIZE, Pairing, PrivateKeys, PublicKeys
 from slora_flwr.secure.masks import add_mask
 from slora_flwr.secure.shares import SECRET_SIZE, seal, split, unseal
 from slora_flwr.secure.terms import Terms
@@ -95,10 +95,11 @@ class Member:
         ]
         pairs = dict(zip(holders, zip(*shared, strict=True), strict=True))
         self.held = {self.number: pairs.pop(self.number)}
+        pairing = Pairing(self.keys.seal)
         return {
             other: seal(
                 b"".join(pair),
-                self._sealing_key(other),
+                self._sealing_key(pairing, other),
                 letter_label(self.terms, self.number, other),
             )
             for other, pair in pairs.items()
@@ -113,11 +114,12 @@ class Member:
             If a letter is from nobody that it knows, or is not as it was sent; or if
             too few neighbours shared to recover its own secrets.
         """
+        pairing = Pairing(self.keys.seal)
         for other, letter in letters.items():
             if other not in self.peers:
                 raise SecureError(f"member {other} is no neighbour of {self.number}")
             label = letter_label(self.terms, other, self.number)
-            plain = unseal(letter, self._sealing_key(other), label)
+            plain = unseal(letter, self._sealing_key(pairing, other), label)
             if len(plain) != 2 * SECRET_SIZE:
                 raise SecureError(f"member {other} sent shares of {len(plain)} bytes")
             self.held[other] = plain[:SECRET_SIZE], plain[SECRET_SIZE:]
@@ -147,9 +149,10 @@ class Member:
             raise SecureError("a member masks once, after it has received shares")
         self.has_masked = True
         add_mask(arrays, self_mask_key(self.seed), 1)
+        pairing = Pairing(self.keys.mask)
         for other in self.held.keys() - {self.number}:
             public = self.peers[other].mask
-            key = agree(self.keys.mask, public, self.terms, MASKING, about)
+            key = pairing.agree(public, self.terms, MASKING, about)
             add_mask(arrays, key, sign_of(self.number, other))
 
     def tell(self, alive: Collection[int], dead: Collection[int]) -> dict[int, bytes]:
@@ -205,19 +208,24 @@ class Member:
             Terms(*(facts[name] for name in names)),
             facts["number"],
             PrivateKeys(*map(read, facts["keys"])),
-            {number: PublicKeys.unpack(read(keys)) for number, keys in facts["peers"]},
+            {number: _known(read(keys)) for number, keys in facts["peers"]},
             read(facts["seed"]),
             {n: (read(first), read(second)) for n, first, second in facts["held"]},
             facts["has_masked"],
         )
 
-    def _sealing_key(self, other: int) -> bytes:
-        return agree(self.keys.seal, self.peers[other].seal, self.terms, SEALING)
+    def _sealing_key(self, pairing: Pairing, other: int) -> bytes:
+        return pairing.agree(self.peers[other].seal, self.terms, SEALING)
 
 
 def self_mask_key(seed: bytes) -> bytes:
     """Return the key of the mask that a seed stands for."""
     return hashlib.sha256(b"slora-flwr self-mask" + seed).digest()
+
+
+def _known(packed: bytes) -> PublicKeys:
+    """Return public keys that were checked before they were packed."""
+    return PublicKeys(packed[:KEY_SIZE], packed[KEY_SIZE:])
 
 
 def _number(member: int) -> bytes:

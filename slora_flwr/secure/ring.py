@@ -78,7 +78,7 @@ class Ring:
             values = np.zeros((count, 4), np.uint8)
             values[:, :3] = np.frombuffer(data, np.uint8).reshape(-1, 3)
             return values.reshape(-1).view(self.dtype)
-        return np.frombuffer(data, self.dtype).copy()
+        return np.frombuffer(data, self.dtype)
 
     def centred(self, values: NDArray[np.unsignedinteger]) -> NDArray[np.int64]:
         """Return the numbers of least magnitude that numbers of the ring stand for."""

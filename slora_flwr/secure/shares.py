@@ -3,15 +3,13 @@
 import os
 from collections.abc import Mapping
 
-from Crypto.Protocol.SecretSharing import Shamir
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from slora_flwr.secure.errors import SecureError
+from slora_flwr.secure.field import Curve, evaluate, read_pair, write_pair
 
 SECRET_SIZE = 32
-# PyCryptodome shares secrets of 128 bits, so each half of ours is shared by itself.
-_HALF = 16
 _NONCE_SIZE, _TAG_SIZE = 12, 16
 
 
@@ -19,11 +17,35 @@ def split(secret: bytes, needed: int, holders: int) -> list[bytes]:
     """Return shares of a secret of 32 bytes, 32 bytes each, in the holders' order.
 
     Any `needed` of them, two at least, recover it, and fewer tell nothing of it
-    (Shamir 1979).
+    (Shamir 1979). Each half of the secret is shared by itself, over GF(2^128).
     """
-    halves = (secret[:_HALF], secret[_HALF:])
-    shared = [Shamir.split(needed, holders, half, ssss=False) for half in halves]
-    return [first[1] + second[1] for first, second in zip(*shared, strict=True)]
+    drawn = [os.urandom(SECRET_SIZE) for _ in range(needed - 1)]
+    coefficients = [*map(read_pair, drawn), read_pair(secret)]
+    return [write_pair(evaluate(coefficients, i + 1)) for i in range(holders)]
+
+
+class Shared:
+    """What some shares have in common: the secret, and each other share of it.
+
+    Parameters
+    ----------
+    shares : Mapping[int, bytes]
+        As many as are needed, by their holders' places from 0.
+
+    Attributes
+    ----------
+    secret : bytes
+        The secret.
+    """
+
+    def __init__(self, shares: Mapping[int, bytes]) -> None:
+        places = [place + 1 for place in shares]
+        self._curve = Curve(places, map(read_pair, shares.values()))
+        self.secret = write_pair(self._curve.at(0))
+
+    def share(self, place: int) -> bytes:
+        """Return the share of the holder at a place."""
+        return write_pair(self._curve.at(place + 1))
 
 
 def join(shares: Mapping[int, bytes], needed: int) -> bytes:
@@ -38,11 +60,7 @@ def join(shares: Mapping[int, bytes], needed: int) -> bytes:
         raise SecureError(f"{len(shares)} shares of a secret; needed: {needed}")
     if any(len(share) != SECRET_SIZE for share in shares.values()):
         raise SecureError(f"a share has another size than {SECRET_SIZE} bytes")
-    chosen = sorted(shares.items())[:needed]
-    return b"".join(
-        Shamir.combine([(place + 1, s[cut]) for place, s in chosen], ssss=False)
-        for cut in (slice(_HALF), slice(_HALF, None))
-    )
+    return Shared(dict(sorted(shares.items())[:needed])).secret
 
 
 def seal(plain: bytes, key: bytes, label: bytes) -> bytes:

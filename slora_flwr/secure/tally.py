@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slora_flwr.secure.errors import SecureError
-from slora_flwr.secure.keys import PublicKeys, agree, public_of
+from slora_flwr.secure.keys import Pairing, PublicKeys, public_of
 from slora_flwr.secure.masks import add_mask
 from slora_flwr.secure.member import MASKING, commit, self_mask_key, sign_of
 from slora_flwr.secure.ring import FIGURES, Ring
-from slora_flwr.secure.shares import SECRET_SIZE, join, sealed_size
+from slora_flwr.secure.shares import SECRET_SIZE, Shared, join, sealed_size
 from slora_flwr.secure.terms import Terms
 
 # How many sets of shares are tried for one that recovers a secret: a forger among the
@@ -191,11 +191,11 @@ class Tally:
             seed = self._recover(member, self._is_seed_of)
             self._remove(self_mask_key(seed), 1)
         for member in sorted(self.shared - self.alive):
-            key = self._recover(member, self._is_key_of)
+            pairing = Pairing(self._recover(member, self._is_key_of))
             for other in self._tellers(member):
                 public = self._members[other].mask
-                pair = agree(key, public, self._terms, MASKING, self.about)
-                self._remove(pair, sign_of(other, member))
+                key = pairing.agree(public, self._terms, MASKING, self.about)
+                self._remove(key, sign_of(other, member))
         return self._ring.centred(self._sums), self._figures
 
     def _around(self, member: int) -> Iterator[int]:
@@ -231,16 +231,16 @@ class Tally:
                 f"{needed}"
             )
         for tried in islice(combinations(places.values(), needed), _MOST_TRIES):
-            secret = join({place: told[place] for place in tried}, needed)
-            if is_right(member, secret):
+            shared = Shared({place: told[place] for place in tried})
+            if is_right(member, shared.secret):
                 kept = {place: told[place] for place in tried[1:]}
                 for holder, place in places.items():
-                    if place in tried:
+                    if place in tried or shared.share(place) == told[place]:
                         continue
                     other = join(kept | {place: told[place]}, needed)
                     if not is_right(member, other):
                         self.forgers.add(holder)
-                return secret
+                return shared.secret
         raise SecureError(f"too many shares of member {member}'s secret are forged")
 
     def _remove(self, key: bytes, sign: int) -> None:

@@ -126,7 +126,7 @@ class Grid:
             # Towards 0 in the end, which lengthens nothing.
             tries += 1
             codes = self._round(rotated, stream, cut=tries > _MOST_TRIES)
-        return Array("int32", (self.size,), "slora.grid", codes.astype("<i4").tobytes())
+        return Array("int32", (self.size,), "slora.grid", codes.tobytes())
 
     def _round(
         self,
@@ -134,15 +134,17 @@ class Grid:
         stream: np.random.Philox | None,
         *,
         cut: bool = False,
-    ) -> NDArray[np.int64]:
+    ) -> NDArray[np.int32]:
         """Return values on the grid, none beyond its ends."""
         if cut:
             rounded = np.trunc(rotated)
         elif stream is None:
             rounded = np.rint(rotated)
         else:
-            rounded = np.floor(rotated + draw_unit(self.size, stream))
-        return rounded.astype(np.int64).clip(-self.levels, self.levels)
+            rounded = rotated + draw_unit(self.size, stream)
+            np.floor(rounded, out=rounded)
+        np.clip(rounded, -self.levels, self.levels, out=rounded)
+        return rounded.astype("<i4")
 
     def codes(self, array: Array) -> NDArray[np.int32]:
         """Return the whole numbers of an encoded update."""

@@ -164,7 +164,8 @@ class Upload:
     array : Array
         The array to send.
     update : State
-        The update that the server reads, with zeros beyond the client's rank.
+        The update that the server reads, with zeros beyond the client's rank; empty if
+        nobody is to read it.
     norm : float
         Its norm before it was clipped; 0 if it was not to be.
     residual : State
@@ -187,6 +188,7 @@ def write_update(
     stream: np.random.Philox,
     clip_norm: float = 0.0,
     rank: int | None = None,
+    keeps_lost: bool = True,
 ) -> Upload:
     """Encode one client's update with error feedback.
 
@@ -212,6 +214,9 @@ def write_update(
         kept: it would return round after round.
     rank : int or None
         The client's rank, if clients have factors of different ranks.
+    keeps_lost : bool
+        Whether the client keeps what the encoding loses. If not, an update on a grid is
+        not decoded: its fold adds up whole numbers.
     """
     shapes = {name: tensor.shape for name, tensor in update.items()}
     update, start = _cut(update, rank), _cut(start, rank)
@@ -229,6 +234,8 @@ def write_update(
             weights = weigh_by_product(whole, trained)
         chosen = choose(weights, codec.parts(count), codec.head)
     array = codec.encode(whole, chosen, stream)
+    if isinstance(codec, Grid) and not keeps_lost:
+        return Upload(array, {}, length)
     read = read_update(array, shapes, codec, rank)
     lost = {name: tensor - read[name] for name, tensor in whole.items()}
     return Upload(array, fill_slices(read, shapes), length, lost)
