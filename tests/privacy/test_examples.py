@@ -60,7 +60,8 @@ def test_an_open_phase_may_end_whenever() -> None:
 
 
 def test_no_training_beyond_the_budget() -> None:
-    privacy, done = ExamplePrivacy(make(), 200), ()
+    privacy = ExamplePrivacy(make(), 200)
+    done: tuple[Release, ...] = ()
     for _ in range(6):
         done = privacy.spend(done, 0)
     assert done == (privacy.release(0, 6),)
@@ -73,7 +74,8 @@ def test_no_training_beyond_the_budget() -> None:
 
 def test_without_an_epsilon_there_is_no_budget() -> None:
     config = make({"privacy.epsilon": 0.0, "privacy.noise-multiplier": 0.7})
-    privacy, done = ExamplePrivacy(config, 200), ()
+    privacy = ExamplePrivacy(config, 200)
+    done: tuple[Release, ...] = ()
     for _ in range(30):
         done = privacy.spend(done, 0)
     assert done == (Release(0.08, 0.7, 13 * 30),)
@@ -127,6 +129,7 @@ def test_the_server_tells_the_most_that_a_client_has_spent() -> None:
         ({"clients.holdout": 0.1}, "clients.holdout is 0.1; allowed: 0, since privacy"),
         ({"clients.weight": "tokens"}, "clients.weight is 'tokens'; allowed: examples"),
         ({"train.clip-norm": 1.0}, "train.clip-norm is 1.0; allowed: 0, since privacy"),
+        ({"lora.ranks": "1,2"}, "lora.ranks is '1,2'; allowed: empty, since privacy"),
         ({"run.resume": "/runs/a"}, "run.resume is '/runs/a'; allowed: empty, since"),
         (
             {"data.name": "node", "clients.count": 0, "data.labels": "a,b"},
@@ -148,7 +151,6 @@ def test_what_has_no_guarantee_is_refused(changes: Config, message: str) -> None
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lora.ranks": "1,2"},
         {"server.robust": "median"},
         {"server.clip-norm": 1.0},
         {"method": "fedex-lora"},
