@@ -374,6 +374,7 @@ def _check_examples(config: RunConfig, phases: Sequence[Phase]) -> None:
         ("train.clip-norm", config.train.clip_norm, 0, "each gradient is clipped"),
         ("privacy.trust", privacy.trust, "server", "its noise is in each update"),
         ("privacy.participations", privacy.participations, 0, "it counts trainings"),
+        ("lora.ranks", config.lora.ranks, "", "noise would fill what a client lacks"),
         (
             "run.resume",
             config.run.resume,
