@@ -195,9 +195,9 @@ class SecureRound:
             Context(7, client + 1, {}, RecordDict(), run_config)
             for client in range(clients)
         ]
-        self.fold = RingSum(self.config, shapes)
+        self.fold = RingSum(self.config, "lora", shapes)
         # The same sum without masks.
-        self.plain = RingSum(self.config, shapes)
+        self.plain = RingSum(self.config, "lora", shapes)
 
     def introduce(self) -> None:
         """Have all share their secrets with their neighbours."""
@@ -245,7 +245,7 @@ class SecureRound:
         with steps.time("mask"):
             member = receive_letters(context, Instruction.read(content))
         with steps.time("code"):
-            fold = RingSum(self.config, self.shapes)
+            fold = RingSum(self.config, "lora", self.shapes)
             upload = code(update, fold.grid, client)
             fold.add_upload(upload, 1, client, 0.5)
         self.plain.add_upload(upload, 1, client, 0.5)

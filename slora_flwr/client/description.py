@@ -13,14 +13,24 @@ from slora_flwr.common.protocol import installed_version
 from slora_flwr.common.text import default_name
 from slora_flwr.config import RunConfig
 from slora_flwr.config.identity import code_identity
+from slora_flwr.secure.identity import Identity
 from slora_flwr.tasks.choice import find_task
 from slora_flwr.wire.secure_messages import KEYS
 
 
-def describe(context: Context, fewest: int = 0) -> RecordDict:
+def describe(
+    context: Context, fewest: int = 0, identity: Identity | None = None
+) -> RecordDict:
     """Return this node's answer to the server's query.
 
-    `fewest` is how many examples of its own data the node must have.
+    Parameters
+    ----------
+    context : Context
+        The node's context.
+    fewest : int
+        How many examples of its own data the node must have.
+    identity : Identity or None
+        The node's own key, which signs its keys of secure sums.
     """
     config = read_config(context)
     described = ConfigRecord({"version": installed_version(), **code_identity(config)})
@@ -31,7 +41,7 @@ def describe(context: Context, fewest: int = 0) -> RecordDict:
     else:
         metrics = _add_partition(config, context, described)
     if config.secure.aggregation:
-        described[KEYS] = new_keys(context)
+        described[KEYS] = new_keys(context, identity)
     return RecordDict({"config": described, "metrics": metrics})
 
 

@@ -23,7 +23,7 @@ from slora_flwr.config import RunConfig, parse
 from slora_flwr.data.node_files import TooFewError
 from slora_flwr.policy.audit import append
 from slora_flwr.policy.ledger import Ledger
-from slora_flwr.policy.policy import Policy, read_policy, state_folder
+from slora_flwr.policy.policy import Policy, read_identity, read_policy, state_folder
 from slora_flwr.policy.rules import (
     PolicyError,
     check_digest,
@@ -34,6 +34,7 @@ from slora_flwr.policy.rules import (
 )
 from slora_flwr.privacy.accountant import Release
 from slora_flwr.secure.errors import SecureError
+from slora_flwr.secure.identity import Identity, Peers
 from slora_flwr.tasks.choice import find_task
 from slora_flwr.wire.messages import END, message_bytes
 
@@ -66,9 +67,15 @@ class Guard:
     until : float
         When to stop, by the monotonic clock: the end of the message's time to live,
         counted from here, since other machines' clocks may differ; or before.
+    identity : Identity or None
+        The node's own key, which signs its keys of secure sums.
+    peers : Peers or None
+        The nodes that it shares secure sums with; None for any.
     """
 
     policy = Policy()
+    identity: Identity | None = None
+    peers: Peers | None = None
 
     def __init__(self, message: Message, context: Context) -> None:
         self._message, self._context = message, context
@@ -86,6 +93,9 @@ class Guard:
             self.policy = read_policy(path)
             self._folder = state_folder(path, self.policy)
             self._ledger = Ledger(self._folder, self.policy.most)
+            self.identity = read_identity(path, self.policy)
+            if self.policy.peers is not None:
+                self.peers = Peers(self.policy.peers)
 
     @property
     def fewest(self) -> int:

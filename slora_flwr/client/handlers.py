@@ -109,7 +109,7 @@ def query(message: Message, context: Context, guard: Guard) -> Message:
     """Describe this node: its code, its backbone, its clients and their sizes."""
     if message.content.config_records:  # which another version's query lacks
         remember(context, read_lineage(message.content))
-    return Message(describe(context, guard.fewest), reply_to=message)
+    return Message(describe(context, guard.fewest, guard.identity), reply_to=message)
 
 
 @_with_known_errors
@@ -207,7 +207,7 @@ def introduce(message: Message, context: Context, guard: Guard) -> Message:
     check_secure(read_config(context))
     told = Introduction.read(message.content)
     guard.check_members(len(told.neighbours) + 1, "are introduced")
-    letters = join_round(context, told)
+    letters = join_round(context, told, guard.identity, guard.peers)
     return Message(letters.content(), reply_to=message)
 
 

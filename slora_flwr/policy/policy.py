@@ -22,6 +22,7 @@ from slora_flwr.common.text import printable
 from slora_flwr.config import ConfigError, Value, list_keys, refuse
 from slora_flwr.config.allowed import POSITIVE, Allowed, allow, at_least
 from slora_flwr.config.sections import STRICT, TASKS
+from slora_flwr.secure.identity import Identity, Peers
 
 _DIGEST = re.compile("[0-9a-f]{32}")
 
@@ -136,6 +137,17 @@ class Policy:
     secure_aggregation: Annotated[bool, allow("true or false", lambda _: True)] = Field(
         default=False, description="Whether runs without secure sums are refused."
     )
+    key: Annotated[str | None, allow("a file", bool)] = Field(
+        default=None,
+        description="The node's private key, such as the one that it is registered "
+        "with: ECDSA or Ed25519 in OpenSSH's format. It signs the node's keys of "
+        "secure sums, for others' `peers`. A path, absolute or relative to the policy.",
+    )
+    peers: Annotated[list[str] | None, allow("a list of public keys", bool)] = Field(
+        default=None,
+        description="The public keys, in OpenSSH's format, of the nodes that it shares "
+        "secure sums with. Runs without secure sums are refused.",
+    )
     state: Annotated[str, allow("a folder", bool)] = Field(
         default="state",
         description="The folder of the log and of what runs have used, absolute or "
@@ -186,6 +198,24 @@ def state_folder(path: Path, policy: Policy) -> Path:
     return path.absolute().parent / expand(policy.state)
 
 
+def read_identity(path: Path, policy: Policy) -> Identity | None:
+    """Return the node's own key, for the policy in a file; None without one.
+
+    Raises
+    ------
+    PolicyFileError
+        If it cannot be read, or is of no use.
+    """
+    if policy.key is None:
+        return None
+    file = path.absolute().parent / expand(policy.key)
+    try:
+        return Identity(read_regular(file))
+    except (OSError, ValueError) as error:
+        told = f"policy {path}: key is {printable(policy.key)}; allowed: a private key "
+        raise PolicyFileError(f"{told}without a passphrase ({error})") from error
+
+
 def parse_policy(table: Mapping[str, Any]) -> Policy:
     """Return the policy in a TOML document.
 
@@ -217,6 +247,10 @@ def parse_policy(table: Mapping[str, Any]) -> Policy:
         if not isinstance(values, list) or not values:
             raise refuse(f"allowed.{key}", values, "a list of at least one value")
     made: Policy = _make("", Policy, given)
+    try:
+        Peers(made.peers or [])
+    except ValueError as error:
+        raise ConfigError(f"peers: {error}; allowed: OpenSSH public keys") from error
     return made
 
 

@@ -117,6 +117,7 @@ def _secure(policy: Policy, config: RunConfig) -> Iterator[str]:
     for key, wanted in (
         ("secure-aggregation", policy.secure_aggregation),
         ("fewest.members", policy.fewest.members),
+        ("peers", policy.peers),
     ):
         if wanted and not config.secure.aggregation:
             yield reason(key, "secure.aggregation is false", "true")

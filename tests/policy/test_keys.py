@@ -39,6 +39,9 @@ def notes(tmp_path: Path) -> Path:
 
 
 NEVER = "0" * 32
+PEER = (
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIqI4910CfGV/VLbLTy6XXLKZwm/HZQSG/N0iAG0D29c"
+)
 # By key: a policy, and the words with which it refuses `make_config`; then a policy
 # that allows it.
 REFUSALS = {
@@ -85,6 +88,11 @@ REFUSALS = {
     ),
     "fewest.members": (
         "fewest.members = 3",
+        "secure.aggregation is false; allowed: true",
+        "",
+    ),
+    "peers": (
+        f'peers = ["{PEER}"]',
         "secure.aggregation is false; allowed: true",
         "",
     ),
@@ -135,6 +143,7 @@ def test_each_key_has_its_test() -> None:
     known = {key.name for key in list_policy_keys()}
     known -= {"state", "most.seconds", "most.delta"}  # see test_ledger
     known -= {"fewest.examples", "most.message-seconds", "most.gigabytes"}  # below
+    known -= {"key"}  # see test_peers
     tables = {"ranges.train.epochs", "allowed.upload.dtype"}
     assert known | tables == {*REFUSALS}
 
