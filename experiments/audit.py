@@ -161,6 +161,7 @@ class CanaryGrid(InlineGrid):
             phase: Phase,
             server_round: int,
             until: float = math.inf,
+            noise_multiplier: float | None = None,
         ) -> ClientUpdate:
             sent = {name: state[name] for name in trainer.model.adapter.returned()}
             self.seen.setdefault(server_round, along(sent))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from logging import ERROR
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -153,14 +153,15 @@ def train(message: Message, context: Context, guard: Guard) -> Message:
     for client in one_by_one(instruction.clients, context):
         started = time.perf_counter()
         try:
-            noise = None
+            number = instruction.server_round
+            train_client = partial(
+                trainer.train_client, client, state, phase, number, guard.until
+            )
             if is_private:
                 index = instruction.phase
                 noise = spend(context, trainer, client, index, guard.spend)
-            number = instruction.server_round
-            turn = trainer.train_client(
-                client, state, phase, number, guard.until, noise
-            )
+                train_client = partial(train_client, noise_multiplier=noise)
+            turn = train_client()
             upload = sender.code(client, turn.update, state)
             fold.add_upload(upload, turn.weight, client, turn.loss)
         except PolicyError:

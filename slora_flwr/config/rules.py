@@ -367,6 +367,7 @@ def _check_examples(config: RunConfig, phases: Sequence[Phase]) -> None:
         ("clients.holdout", config.clients.holdout, 0, "metrics would be exact"),
         ("clients.weight", config.clients.weight, "examples", "tokens are not public"),
         ("train.clip-norm", config.train.clip_norm, 0, "each gradient is clipped"),
+        ("lora.ranks", config.lora.ranks, "", "noise would fill what a client lacks"),
         (
             "run.resume",
             config.run.resume,

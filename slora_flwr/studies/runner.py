@@ -84,8 +84,8 @@ class StudyRun:
         # Imported here, since a worker's torch must see its number of threads first.
         from slora_flwr.runs.checkpoint import find_checkpoint
 
-        config = parse(self.resuming)
         try:
+            config = parse(self.resuming)  # refused with privacy
             checkpoint = find_checkpoint(config)
         except ConfigError:
             return False

@@ -117,8 +117,10 @@ class ProcessData:
         """The label names; class id i is the i-th. None if the task has no classes."""
         if not self._task.has_classes:
             return []
-        privacy = self._config.privacy
-        if privacy.is_on or (privacy.of_examples and not self._config.data.is_own):
+        privacy, data = self._config.privacy, self._config.data
+        if privacy.of_examples and data.is_own:  # whatever a server says
+            return data.label_names
+        if privacy.is_on or privacy.of_examples:
             return public_classes(self._config.data, self._texts[1])
         return self._agreed or list_classes(self._texts)
 
