@@ -28,6 +28,7 @@ measure rounds-embedded rounds.py
 minilm=minilm-l6-h384-uncased
 if [ -d "${SLORA_ASSETS:-/nowhere}/models/$minilm" ]; then
     measure rounds-minilm rounds.py --model "$minilm"
+    measure private-step private_step.py --model "$minilm"
     measure rounds-minilm-8 rounds.py --model "$minilm" --examples 8
 fi
 measure llm-example llm_example.py

@@ -107,6 +107,10 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
     gradients = 4 * sum(sizes)
     in_parts = rows < phase.recipe.batch_size
     largest = 4 * max(sizes, default=0)
+    apart = 0
+    if config.privacy.of_examples:
+        # Each example's gradients, one parameter's in float64 too, and the noised sum.
+        apart = rows * (gradients + 2 * largest) + 2 * gradients
     return Memory(
         weights=backbone.weight_bytes,
         aside=_aside_bytes(phase, config, backbone),
@@ -114,7 +118,7 @@ def plan_memory(phase: Phase, config: RunConfig, backbone: Backbone) -> Memory:
         moments=4 * moments * sum(sizes),
         state=4 * phase.adapter_type.state_size(config, backbone),
         gradients=gradients,
-        added=max(3 * twice, largest) if in_parts else 2 * twice,
+        added=(max(3 * twice, largest) if in_parts else 2 * twice) + apart,
         kept=gradients if in_parts else 0,
         activations=activations,
         again=again,

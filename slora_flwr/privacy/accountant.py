@@ -18,6 +18,8 @@ from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 # Beyond the rounding errors in the accountant's divergences.
 _ROUNDING = 1e-12
+# Below it epsilon means nothing.
+_LEAST_NOISE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,26 @@ def _calibrate(releases: tuple[Release, ...], epsilon: float, delta: float) -> f
     def event(noise: float) -> dp_accounting.DpEvent:
         return _event([replace(kind, noise_multiplier=noise) for kind in releases])
 
+    def spent(noise: float) -> float:
+        kinds = tuple(replace(kind, noise_multiplier=noise) for kind in releases)
+        return _epsilon(kinds, delta)
+
+    # The library's own search begins with next to no noise, at which it takes long.
+    least = most = 1.0
+    while spent(most) > epsilon:
+        least, most = most, 2 * most
+    while spent(least) <= epsilon and least > _LEAST_NOISE:
+        least, most = least / 1.5, least
+    if spent(least) <= epsilon:
+        return least
     with _quiet():
-        found = dp_accounting.calibrate_dp_mechanism(_Accountant, event, epsilon, delta)
+        found = dp_accounting.calibrate_dp_mechanism(
+            _Accountant,
+            event,
+            epsilon,
+            delta,
+            dp_accounting.ExplicitBracketInterval(least, most),
+        )
     return float(found)
 
 

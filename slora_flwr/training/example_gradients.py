@@ -115,8 +115,10 @@ class ExampleGradients:
 
     def _widen(self, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """Give each example positions of its own, where one row is for all."""
-        (ids,) = given
-        return (ids.expand(self._size, *ids.shape[1:]) if len(ids) == 1 else ids,)
+        if not given or len(given[0]) != 1:
+            return given
+        ids, *others = given
+        return (ids.expand(self._size, *ids.shape[1:]), *others)
 
     def _watch(
         self, place: int, rule: Rule, _: nn.Module, given: tuple[Tensor], y: Tensor
@@ -129,9 +131,10 @@ class ExampleGradients:
     def _record(self, place: int, rule: Rule, x: Tensor, grad_y: Tensor) -> None:
         if len(x) != self._size or len(grad_y) != self._size:
             raise _MixedRowsError("a layer's rows are not the examples")
-        with torch.no_grad():
-            x = x.float() if x.is_floating_point() else x
-            found = rule(x, grad_y.float())
+        x = x.float() if x.is_floating_point() else x
+        found = rule(x, grad_y.float())
+        if found.shape[1:] != self._parameters[place].shape:
+            raise _MixedRowsError("a layer computes with another shape")
         before = self._found[place]
         self._found[place] = found if before is None else before + found
 

@@ -51,8 +51,12 @@ def test_nothing_released_costs_nothing() -> None:
     assert epsilon([], DELTA) == epsilon([Release(0.1, 1.0, 0)], DELTA) == 0.0
 
 
-@pytest.mark.parametrize("target", [0.5, 8.0])
+@pytest.mark.parametrize("target", [0.05, 0.5, 8.0, 60.0])
 def test_the_noise_is_the_least_for_an_epsilon(target: float) -> None:
     noise = calibrate(MIXED, target, DELTA)
     found = epsilon([Release(r.rate, noise, r.steps) for r in MIXED], DELTA)
     assert 0.999 * target < found <= target
+
+
+def test_an_epsilon_that_means_nothing_takes_next_to_no_noise() -> None:
+    assert calibrate([Release(0.5, 0.0, 1)], 1e9, DELTA) < 1e-3

@@ -31,7 +31,7 @@ from slora_flwr.runs.roster import ROSTER
 from slora_flwr.server.export import read_state
 from slora_flwr.server.run import run
 from slora_flwr.studies import sweep as sweeping
-from slora_flwr.studies.runner import Runner
+from slora_flwr.studies.runner import Runner, StudyRun
 from slora_flwr.studies.study import (
     Config,
     Score,
@@ -673,6 +673,14 @@ def test_no_worker_outlives_the_sweep(
         process.kill()
         process.wait()
     wait_until(lambda: all(map(has_ended, workers)))
+
+
+@pytest.mark.parametrize("unit", ["client", "example"])
+def test_a_private_run_is_begun_anew(tmp_path: Path, unit: str) -> None:
+    """It cannot be resumed, which its config would say."""
+    keys: Config = {"privacy.unit": unit, "privacy.epsilon": 8.0}
+    keys |= {"privacy.clip-norm": 1.0, "privacy.delta": 0.01}
+    assert not StudyRun(keys, tmp_path / "run").can_resume()
 
 
 def test_two_sweeps_do_not_share_a_folder(base: Config, tmp_path: Path) -> None:
