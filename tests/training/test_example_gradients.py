@@ -173,6 +173,7 @@ def test_checkpointing_and_bf16(
     with checkpointed(backbone.model.train(), on=checkpointing):
         assert_equal(backbone, adapter, examples)
         rough = ExampleGradients(backbone, adapter, "bf16")
+        assert rough.together
         found = rough.of(examples.batch(np.arange(4)))
     exact = one_by_one(backbone, adapter, examples)
     for row in range(4):
