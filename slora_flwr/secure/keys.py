@@ -78,6 +78,16 @@ def public_of(private: bytes) -> bytes:
     return key.public_key().public_bytes_raw()
 
 
+def is_private(private: bytes, public: bytes) -> bool:
+    """Return whether bytes are the private key of a public one, as its owner made it.
+
+    X25519 ignores five bits of a private key (RFC 7748, section 5). Those of a key that
+    was made are set, so that no other bytes pass for it.
+    """
+    is_clamped = not private[0] & 7 and private[-1] >> 6 == 1
+    return is_clamped and public_of(private) == public
+
+
 class Pairing:
     """A private key, with which secrets are agreed on with many others.
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slora_flwr.secure.errors import SecureError
-from slora_flwr.secure.keys import Pairing, PublicKeys, public_of
+from slora_flwr.secure.keys import Pairing, PublicKeys, is_private
 from slora_flwr.secure.masks import add_mask
 from slora_flwr.secure.member import MASKING, commit, self_mask_key, sign_of
 from slora_flwr.secure.ring import FIGURES, Ring
@@ -214,7 +214,7 @@ class Tally:
         return commit(secret, self._terms, member) == self._commitments[member]
 
     def _is_key_of(self, member: int, secret: bytes) -> bool:
-        return public_of(secret) == self._members[member].mask
+        return is_private(secret, self._members[member].mask)
 
     def _recover(self, member: int, is_right: Callable[[int, bytes], bool]) -> bytes:
         """Return a member's secret, from the shares of those who did not forge theirs.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from slora_flwr.secure.errors import SecureError
-from slora_flwr.secure.keys import PrivateKeys, PublicKeys, agree
+from slora_flwr.secure.keys import PrivateKeys, PublicKeys, agree, is_private, public_of
 from slora_flwr.secure.member import Member
 from slora_flwr.secure.shares import join, seal, split, unseal
 from slora_flwr.secure.terms import Terms
@@ -179,6 +179,18 @@ def test_a_forged_share_is_named_and_does_no_harm(about: int, forger: int) -> No
     values, _ = held.tally.open()
     np.testing.assert_array_equal(values, held.values[:5].sum(axis=0))
     assert held.tally.forgers == {forger}
+
+
+@pytest.mark.parametrize(("byte", "bit"), [(0, 1), (0, 2), (0, 4), (31, 64), (31, 128)])
+def test_a_key_with_other_ignored_bits_is_no_members_own(byte: int, bit: int) -> None:
+    """A forged share could turn them, and honest shares would not fit the result."""
+    private = PrivateKeys.generate().mask
+    public = public_of(private)
+    turned = bytearray(private)
+    turned[byte] ^= bit
+    assert public_of(bytes(turned)) == public
+    assert is_private(private, public)
+    assert not is_private(bytes(turned), public)
 
 
 @pytest.mark.parametrize("about", [1, 3])
