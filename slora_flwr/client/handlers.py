@@ -164,20 +164,21 @@ def train(message: Message, context: Context, guard: Guard) -> Message:
                 index = instruction.phase
                 noise = spend(context, trainer, client, index, guard.spend)
                 train_client = partial(train_client, noise_multiplier=noise)
-            take_part(context, trainer.config, client)
+            take_part(context, trainer.config, client, number)
             turn = train_client()
             upload = sender.code(client, turn.update, state)
             fold.add_upload(upload, turn.weight, client, turn.loss)
-        except PolicyError:
+        except (PolicyError, SecureError):
             raise
         except BudgetError as error:
             report.failures[client] = str(error)
             continue
         except Exception as error:
-            if not (is_private or isinstance(error, ClientError | FoldError)):
+            is_secret = is_private or masks is not None
+            if not (is_secret or isinstance(error, ClientError | FoldError)):
                 raise
             report.failures[client] = str(error)
-            if masks is not None or is_private:  # the reason may hold a loss
+            if is_secret:  # the reason may hold a loss, or words of a text
                 log(ERROR, "client %d failed: %s", client, printable(error))
                 report.failures[client] = FAILED
             continue
@@ -216,7 +217,7 @@ def tell(message: Message, context: Context, guard: Guard) -> Message:
     """Tell this node's shares of the secrets without which a sum cannot be read."""
     check_secure(read_config(context))
     asked = Question.read(message.content)
-    guard.check_members(len(asked.alive), "are in the sum")
+    guard.check_members(len({*asked.alive}), "are in the sum")
     shares = tell_shares(context, asked)
     return Message(write_shares(shares), reply_to=message)
 

@@ -10,10 +10,12 @@ from slora_flwr.training.trainer import ClientError
 _RECORD = "participations"
 
 
-def take_part(context: Context, config: RunConfig, client: int) -> None:
-    """Count one more round of a client, if its noise is for no more of them.
+def take_part(
+    context: Context, config: RunConfig, client: int, server_round: int
+) -> None:
+    """Count a round of a client, if its noise is for no more of them.
 
-    A round that is tried again counts twice, since the first try may have been read.
+    A round that is tried again counts once, since at most one of its sums is opened.
 
     Raises
     ------
@@ -22,11 +24,14 @@ def take_part(context: Context, config: RunConfig, client: int) -> None:
     """
     if not config.shares_noise:
         return
-    counts = context.state.config_records.setdefault(_RECORD, ConfigRecord())
-    done, most = cast(int, counts.get(str(client), 0)), config.participations
+    record = context.state.config_records.setdefault(_RECORD, ConfigRecord())
+    done, last = cast(list[int], record.get(str(client), [0, 0]))
+    if server_round == last:
+        return
+    most = config.participations
     if done >= most:
         raise ClientError(
             f"it took part in {done} rounds; allowed: up to {most}, for which the "
             "noise of this run's clients is"
         )
-    counts[str(client)] = done + 1
+    record[str(client)] = [done + 1, server_round]

@@ -29,6 +29,7 @@ from slora_flwr.config.sections import (
 # Robust statistics of single entries. Entries of LoRA's factors are not comparable if
 # clients train both, so the statistic is then that of the products, which are weights.
 _BY_ENTRY = ("median", "trimmed-mean")
+_PADDED = "bf16 rounds a text by what it is padded to, which is another's length"
 # Of the learning rate times what pulls values back, which is the share of its change
 # so far that a step undoes. Were it 1, a client's update would be its last step alone.
 _MOST_UNDONE = 0.1
@@ -114,6 +115,18 @@ def _check_byzantine(config: RunConfig) -> None:
 
 def _check_noise(config: RunConfig) -> None:
     privacy = config.privacy
+    if privacy.unit == "example" and not privacy.of_examples:
+        allowed = "client, since privacy.noise-multiplier and privacy.epsilon are 0"
+        raise refuse("privacy.unit", privacy.unit, allowed)
+    if privacy.trust == "sums" and not (privacy.is_on or privacy.of_examples):
+        allowed = "server, since privacy.noise-multiplier and privacy.epsilon are 0"
+        raise refuse("privacy.trust", privacy.trust, allowed)
+    if privacy.trust == "sums" and not config.secure.aggregation:
+        allowed = "server, since secure.aggregation is off"
+        raise refuse("privacy.trust", privacy.trust, allowed)
+    if privacy.participations and privacy.trust == "server":
+        allowed = "0, since privacy.trust is server"
+        raise refuse("privacy.participations", privacy.participations, allowed)
     if privacy.noise_multiplier and privacy.epsilon:
         allowed = "0, since privacy.noise-multiplier says how much noise"
         raise refuse("privacy.epsilon", privacy.epsilon, allowed)
@@ -329,12 +342,6 @@ def _check_average(config: RunConfig, phases: Sequence[Phase]) -> None:
 
 def _check_privacy(config: RunConfig, phases: Sequence[Phase]) -> None:
     why = "since privacy is on"
-    if config.privacy.trust == "sums" and not config.secure.aggregation:
-        allowed = "server, since secure.aggregation is off"
-        raise refuse("privacy.trust", config.privacy.trust, allowed)
-    if config.privacy.participations and not config.shares_noise:
-        allowed = "0, since privacy.trust is server"
-        raise refuse("privacy.participations", config.privacy.participations, allowed)
     if not config.privacy.clip_norm:
         raise refuse("privacy.clip-norm", 0.0, f"a number above 0, {why}")
     if config.clients.count < 2:
@@ -375,6 +382,8 @@ def _check_examples(config: RunConfig, phases: Sequence[Phase]) -> None:
         ("privacy.trust", privacy.trust, "server", "its noise is in each update"),
         ("privacy.participations", privacy.participations, 0, "it counts trainings"),
         ("lora.ranks", config.lora.ranks, "", "noise would fill what a client lacks"),
+        ("model.dtype", config.model.dtype, "float32", _PADDED),
+        ("train.precision", config.train.precision, "float32", _PADDED),
         (
             "run.resume",
             config.run.resume,
@@ -386,6 +395,9 @@ def _check_examples(config: RunConfig, phases: Sequence[Phase]) -> None:
             raise refuse(
                 key, given, f"{'empty' if off == '' else off}, {why}: {because}"
             )
+    if config.model.quantize == "8bit":
+        allowed = f"empty or 4bit, {why}: the texts of a batch choose columns together"
+        raise refuse("model.quantize", "8bit", allowed)
     if privacy.delta > LARGEST_DELTA:
         raise refuse("privacy.delta", privacy.delta, f"up to {LARGEST_DELTA}")
     kinds = {(p.recipe.epochs, p.recipe.batch_size) for p in phases}

@@ -726,7 +726,9 @@ class SecureConfig:
     colluding: Annotated[float, FROM_0_BELOW_1] = Field(
         default=0.05,
         description="The share of a round's nodes that may help the server against "
-        "others. Beyond 30 nodes it decides with how many others each node masks.",
+        "others. Beyond 30 nodes it decides with how many others each node masks. With "
+        "`privacy.trust` `sums` it is also the share of `clients.per-round` whose "
+        "noise may be known; a node knows that of all its clients.",
     )
 
 

@@ -28,7 +28,7 @@ from slora_flwr.policy.policy import PolicyFileError
 from slora_flwr.runs.lock import turns
 
 LOG, LOCK = "log.jsonl", "log.lock"
-_HEAD = "head.json"
+HEAD = "head.json"
 # More bytes than a line has.
 _LONGEST = 1 << 20
 
@@ -94,7 +94,7 @@ def _append(folder: Path, entry: Mapping[str, Any]) -> None:
         file.truncate()
     sync(path)
     head = _FILE.dump_json(Head(last.number + 1, _digest(line)))
-    write_atomically(folder / _HEAD, head, durably=True)
+    write_atomically(folder / HEAD, head, durably=True)
 
 
 def read_log(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -130,7 +130,7 @@ def _check_end(folder: Path, last: Head, line: bytes) -> None:
 
     A node that is killed may have written one line more than it noted.
     """
-    path = folder / _HEAD
+    path = folder / HEAD
     noted = Head()
     if path.exists():
         try:
@@ -141,7 +141,7 @@ def _check_end(folder: Path, last: Head, line: bytes) -> None:
         raise AuditError(
             f"line {last.number + 1} is missing, and all up to line {noted.number}"
         )
-    before = json.loads(line)["before"] if line else ""
+    before = json.loads(line).get("before") if line else ""
     if noted != last and noted != Head(last.number - 1, before):
         raise AuditError(
             f"line {last.number} is not the last that was written, which was line "

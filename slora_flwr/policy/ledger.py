@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from slora_flwr.common.files import make_folder, read_regular, write_atomically
-from slora_flwr.policy.audit import LOG
+from slora_flwr.policy.audit import HEAD, LOG
 from slora_flwr.policy.policy import Most, PolicyFileError
 from slora_flwr.policy.rules import PolicyError, reason
 from slora_flwr.privacy.accountant import Release, epsilon, unite
@@ -69,8 +69,9 @@ class Ledger:
         with self._turn():
             if (folder / NAME).exists():
                 return
-            if (folder / LOG).exists():
-                raise PolicyFileError(f"{folder} has a {LOG} and no {NAME}")
+            for other in (LOG, HEAD):
+                if (folder / other).exists():
+                    raise PolicyFileError(f"{folder} has a {other} and no {NAME}")
             self._write({})
 
     def runs(self) -> dict[str, Used]:

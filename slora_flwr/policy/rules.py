@@ -139,7 +139,7 @@ def _values(policy: Policy, config: RunConfig) -> Iterator[str]:
         for value in _effective(config, key):
             # True is 1 to Python.
             if (type(value), value) not in [(type(v), v) for v in values]:
-                known = _listed(map(repr, values))
+                known = _listed(repr(v) for v in values if not _is_path(v))
                 yield reason(f"allowed.{key}", f"it is {value!r}", known)
 
 
@@ -153,9 +153,13 @@ def _effective(config: RunConfig, key: str) -> list[Value]:
 
 
 def _models(policy: Policy) -> str:
-    # A path is the node's own affair.
-    known = policy.models or []
-    return _listed(name for name in known if name[:1] not in ("/", "~"))
+    return _listed(name for name in policy.models or [] if not _is_path(name))
+
+
+def _is_path(value: object) -> bool:
+    """Return whether a value may be a path, which is the node's own affair."""
+    text = value if isinstance(value, str) else ""
+    return text[:1] in ("/", "~", ".") or "\\" in text or text[1:2] == ":"
 
 
 def _listed(names: Iterable[Any] | None) -> str:

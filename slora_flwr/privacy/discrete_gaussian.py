@@ -8,8 +8,8 @@ Kamath and Steinke, NeurIPS 2020, theorem 4).
 A sum of independent ones is nearly one of the added variances. For two of variances a²
 and b², with c² = a² b² / (a² + b²), Poisson's summation formula shows each value's
 probability to be within a factor of (1 + 2η)² or its inverse, η = 2 exp(-2 π² c²). From
-`LEAST_STD` on, η is below 10^-38: not even a sum of 10^5 shares over 10^9 values can be
-told from a single draw.
+`LEAST_STD` on, η is below 10^-38: not even a sum of 10^5 shares over 10^9 values could
+be told from a single draw, if draws were exact.
 """
 
 import os
@@ -38,8 +38,9 @@ def draw(std: float, count: int, words: Words = entropy) -> NDArray[np.int64]:
     """Draw independent values of a discrete Gaussian distribution.
 
     By rejection from a discrete Laplace distribution (Canonne, Kamath and Steinke,
-    algorithms 2 and 3). Acceptance is computed in float64: up to 9 std each value has
-    its probability to a relative 2^-48.
+    algorithms 2 and 3). Acceptance is computed in float64, from words of 64 bits: up to
+    5 std each value has its probability to a relative 2^-48, and beyond, where one draw
+    in a million falls, to an absolute 2^-64.
 
     Parameters
     ----------

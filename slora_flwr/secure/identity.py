@@ -38,6 +38,9 @@ _NAME_SIZE = 32
 # The longest signature, of a P-521 key, has 139 bytes.
 _MOST_SIGNATURE = 160
 
+# Types of public keys. Certificates and keys of tokens are others.
+_TYPES = ("ssh-ed25519", *(f"ecdsa-sha2-nistp{bits}" for bits in (256, 384, 521)))
+
 _PrivateKey = EllipticCurvePrivateKey | Ed25519PrivateKey
 _PublicKey = EllipticCurvePublicKey | Ed25519PublicKey
 
@@ -133,12 +136,14 @@ class Peers:
     def __init__(self, lines: Iterable[str]) -> None:
         self._keys: dict[bytes, _PublicKey] = {}
         for number, line in enumerate(lines, start=1):
+            if line.split(" ")[0] not in _TYPES or "\n" in line.strip():
+                known = ", ".join(_TYPES)
+                raise ValueError(f"key {number} is none of {known}, in one line")
             try:
                 key = load_ssh_public_key(line.encode())
             except (ValueError, UnsupportedAlgorithm) as error:
                 raise ValueError(f"key {number} is no public key: {error}") from error
-            if not isinstance(key, _PublicKey):
-                raise ValueError(f"key {number} is neither ECDSA nor Ed25519")
+            assert isinstance(key, _PublicKey)  # by its type
             self._keys[name_of(key)] = key
 
     def check(

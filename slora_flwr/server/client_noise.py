@@ -25,21 +25,28 @@ class ClientNoise:
         self._config = config
         self.delta = config.privacy.delta_of(config.clients.count)
         self.noise_multiplier = noise_multiplier(config)
-        self._rounds: Counter[int] = Counter()
+        # By client, the rounds before the last one, and who was drawn in that.
+        self._done: Counter[int] = Counter()
+        self._last, self._drawn = 0, set[int]()
 
     def draw(self, clients: Iterable[int], server_round: int) -> list[int]:
         """Return a round's cohort among the clients online, ascending.
 
         Those that took part least often come first, so that all take turns. None takes
-        part more often than the noise is for.
+        part in more rounds than the noise is for. A round that is tried again counts
+        once, and one of too few clients, which has no sum, not at all.
         """
         config = self._config
+        if server_round != self._last:
+            self._done.update(self._drawn)
+            self._last, self._drawn = server_round, set[int]()
         stream = np.random.Philox(key=key("cohort", config.seed, server_round))
         order = np.random.Generator(stream).permutation(config.clients.count)
-        able = [c for c in clients if self._rounds[c] < config.participations]
-        able.sort(key=lambda client: (self._rounds[client], order[client]))
+        able = [c for c in clients if self._done[c] < config.participations]
+        able.sort(key=lambda client: (self._done[client], order[client]))
         drawn = sorted(able[: config.clients.per_round])
-        self._rounds.update(drawn)
+        if len(drawn) >= config.clients.min_replies:
+            self._drawn.update(drawn)
         return drawn
 
     def perturb(self, fold: Mean, shapes: Mapping[str, Sequence[int]]) -> None:

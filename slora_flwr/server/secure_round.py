@@ -59,7 +59,10 @@ class SecureRound(Round):
         """Return the sum of what the cohort answers; None if it cannot be read."""
         section = self._phase.phase.adapter_type.section
         fold = RingSum(self._trainer.config, section, self._phase.returned)
+        least = self._trainer.config.clients.min_replies
         try:
+            if len(drawn) < least:
+                raise SecureError(f"{len(drawn)} clients can take part")
             tally = self._introduce(grid, fold)
             for member in sorted(tally.settle()):
                 node = self._nodes[member]
@@ -79,7 +82,7 @@ class SecureRound(Round):
             tally.check()
             # Else the round would be held again once its sum is known, and the two sums
             # would differ by those who answered once only.
-            if len(self.answered) < self._trainer.config.clients.min_replies:
+            if len(self.answered) < least:
                 raise SecureError(f"{len(self.answered)} clients are in the sum")
             self._ask(grid, tally)
             opened = tally.open()
@@ -150,6 +153,9 @@ class SecureRound(Round):
             self._fail(node, self.cohort[node], reason)
 
         self._query(grid, INTRODUCE, questions, take, fail)
+        if len(tally.shared) < len(members):  # some refuse others by their numbers
+            names = (f"{i} {self._fleet.name(n)}" for i, n in enumerate(self._nodes))
+            log(WARNING, "%s: its members are %s", self._label, ", ".join(names))
         return tally
 
     def _take_masked(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from slora_flwr.adapters.base import Adapter
 from slora_flwr.adapters.per_example import Rule
@@ -39,9 +40,20 @@ class ExampleGradients:
     ----------
     together : bool
         Whether one backward pass gives all.
+
+    Raises
+    ------
+    ValueError
+        If the model has a batch normalisation: no example's gradient is its own then.
     """
 
     def __init__(self, backbone: Backbone, adapter: Adapter, precision: str) -> None:
+        for name, module in backbone.model.named_modules():
+            if isinstance(module, _BatchNorm):
+                raise ValueError(
+                    f"layer {name} is {type(module).__name__}; allowed: none that "
+                    "mixes the examples of a batch"
+                )
         self._backbone, self._precision = backbone, precision
         self._parameters = adapter.parameters()
         self._places = {id(p): i for i, p in enumerate(self._parameters)}

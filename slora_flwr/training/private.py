@@ -129,7 +129,9 @@ class GridSum:
         norms = row_norms(gradients)
         over = torch.from_numpy(np.maximum(units, 1)).to(norms)
         factors = torch.minimum(1 / over, self._bound / norms) * (LEVELS / self._bound)
-        factors = torch.where(norms.isfinite(), factors * (1 - _MARGIN), 0.0).float()
+        factors = torch.where(norms.isfinite(), factors * (1 - _MARGIN), 0.0)
+        # Beyond float32 a gradient of zeros would no longer be one.
+        factors = factors.clamp(max=torch.finfo(torch.float32).max).float()
         is_finite = bool(norms.isfinite().all())
         for total, g in zip(self.sums, gradients, strict=True):
             if not is_finite:

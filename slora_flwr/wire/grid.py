@@ -118,6 +118,8 @@ class Grid:
         if self.is_strict:
             # What float32 made of it may be a little longer than the bound.
             length = float(np.linalg.norm(rotated.astype(np.float64)))
+            if not math.isfinite(length):
+                raise ValueError(f"an update of norm {length} has no place on a grid")
             most = self.bound / self.step * _SLACK
             rotated *= np.float32(min(1, most / length) if length else 1)
         codes = self._round(rotated, stream)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message
 from numpy.typing import NDArray
 
 from slora_flwr.aggregation import ring_sum
@@ -28,6 +29,8 @@ from slora_flwr.secure import member, tally
 from slora_flwr.secure.ring import FIGURES
 from slora_flwr.server.client_noise import ClientNoise
 from slora_flwr.server.strategy import TooFewRepliesError
+from slora_flwr.training.trainer import ClientUpdate, Trainer
+from slora_flwr.wire.messages import END
 from slora_flwr.wire.secure_messages import TELL
 from slora_flwr.wire.state_channel import Upload
 from tests.app.test_secure import TRAIN, SecretGrid
@@ -200,6 +203,54 @@ def test_a_node_refuses_a_client_that_has_done_its_rounds(
     assert "it took part in 4 rounds; allowed: up to 4" in caplog.text
     failed = {e["reason"] for e in events(Path(str(config["run.dir"])), "failure")}
     assert all("took part" not in reason for reason in failed)
+
+
+def test_a_round_that_is_tried_again_counts_once(shared: Config) -> None:
+    """All clients are needed in each of three rounds, and the first is held twice."""
+
+    class Once(SecretGrid):
+        """Half of the nodes are lost in the first attempt alone."""
+
+        def _answer(self, message: Message) -> Message:
+            if self.kinds.count(TRAIN) >= 6:
+                self._lost = {}
+            return super()._answer(message)
+
+    config = shared | {"rounds": 3, "clients.min-replies": 6}
+    directory = start(config, Once(config, nodes=6, lost={(1, TRAIN): {1, 2, 3}}))
+    assert [event["replied"] for event in events(directory, "round")] == [6, 6, 6]
+    assert parse(config).participations == 3
+
+
+def test_a_cohort_of_too_few_is_not_asked(
+    shared: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ClientNoise, "draw", lambda *_: [0, 1, 2])
+    grid = SecretGrid(shared, nodes=3)
+    with pytest.raises(TooFewRepliesError, match="3 clients can take part"):
+        start(shared, grid)
+    assert {*grid.kinds} <= {"query", "query.end"} | {END}
+
+
+def test_words_of_an_unexpected_error_stay_on_the_node(
+    shared: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = Trainer.train_client
+
+    def fail(self: Trainer, client: int, *given: Any) -> ClientUpdate:
+        if client == 2:
+            raise ValueError("row 17: 'the patient has gout' is too long")
+        return train(self, client, *given)
+
+    monkeypatch.setattr(Trainer, "train_client", fail)
+    config = shared | {"rounds": 1, "privacy.noise-multiplier": 2.0}
+    directory = start(config, SecretGrid(config, nodes=3))
+    written = (directory / "events.jsonl").read_text()
+    assert "gout" in caplog.text  # the node's own, which is in this process
+    assert "gout" not in written
+    assert "it failed; its node's log says why" in written
+    # Its node's other client is in the sum.
+    assert [event["replied"] for event in events(directory, "round")] == [5]
 
 
 def test_no_checkpoint_is_kept(shared: Config) -> None:

@@ -279,7 +279,8 @@ def test_members_are_counted_in_each_message_of_a_round(
     asked = {
         "query.introduce": Introduction(5, 1, 1, 0, b"own", {1: b"keys"}).content(),
         "train": Instruction(1, 0, [0], "", state, letters=letters).content(),
-        "query.tell": Question(1, 1, [0, 1], [2, 3]).content(),
+        # A member that is named twice is one.
+        "query.tell": Question(1, 1, [0, 1, 1], [2, 3]).content(),
     }
     words = {
         "query.introduce": "are introduced",

@@ -161,3 +161,42 @@ def test_what_has_no_guarantee_is_refused(changes: Config, message: str) -> None
 )
 def test_what_the_server_computes_is_free(changes: Config) -> None:
     parse(EXAMPLES | changes)
+
+
+REFUSED: dict[str, tuple[Config, str]] = {
+    "no noise": (
+        {"privacy.noise-multiplier": 0.0, "privacy.epsilon": 0.0},
+        "privacy.unit is 'example'; allowed: client, since privacy.noise-multiplier",
+    ),
+    "8bit": ({"model.quantize": "8bit"}, "model.quantize is '8bit'; allowed: empty or"),
+    "autocast": ({"train.precision": "bf16"}, "train.precision is 'bf16'; allowed: fl"),
+    "bf16": (
+        {"model.dtype": "bfloat16"},
+        "model.dtype is 'bfloat16'; allowed: float32",
+    ),
+    "trust": (
+        {
+            "privacy.trust": "sums",
+            "secure.aggregation": True,
+            "secure.clip": 1.0,
+            "clients.min-nodes": 2,
+            "clients.min-replies": 2,
+            "clients.max-weight": 10,
+        },
+        "privacy.trust is 'sums'; allowed: server, since privacy.unit is example",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    """What does not keep examples apart, or would be private in name alone."""
+    changes, told = REFUSED[name]
+    keys: Config = {
+        "privacy.unit": "example",
+        "privacy.noise-multiplier": 1.0,
+        "privacy.clip-norm": 1.0,
+    }
+    with pytest.raises(ConfigError) as refused:
+        parse(keys | changes)
+    assert told in str(refused.value)

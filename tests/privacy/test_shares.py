@@ -125,6 +125,10 @@ REFUSED: dict[str, tuple[Config, str]] = {
         {"secure.aggregation": False},
         "privacy.trust is 'sums'; allowed: server, since secure.aggregation is off",
     ),
+    "none": (
+        {"privacy.noise-multiplier": 0.0},
+        "privacy.trust is 'sums'; allowed: server, since privacy.noise-multiplier and",
+    ),
     "clip": ({"secure.clip": 1.0}, "secure.clip is 1.0; allowed: 0, since privacy"),
     "lora": ({"secure.lora-clip": 1.0}, "secure.lora-clip is 1.0; allowed: 0"),
     "few": ({"privacy.participations": 4}, "allowed: 0, or 5 to 100"),

@@ -90,8 +90,11 @@ def test_keys_of_no_use_are_named() -> None:
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     with pytest.raises(ValueError, match="neither ECDSA nor Ed25519"):
         Identity(key.private_bytes(*form, NoEncryption()))
-    with pytest.raises(ValueError, match="key 2 is neither ECDSA nor Ed25519"):
-        Peers([made()[1], public.decode()])
+    line = made()[1]
+    certificate = line.replace("nistp384", "nistp384-cert-v01@openssh.com")
+    for other in (public.decode(), certificate, f"sk-{line}", f"{line}\n{line}"):
+        with pytest.raises(ValueError, match="key 2 is none of ssh-ed25519, ecdsa-"):
+            Peers([line, other])
     with pytest.raises(ValueError, match="key 1 is no public key"):
         Peers(["ecdsa-sha2-nistp384 nonsense"])
 

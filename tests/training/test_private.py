@@ -88,6 +88,12 @@ def test_no_example_exceeds_the_bound(
     assert torch.equal(together, order)
 
 
+@pytest.mark.parametrize("bound", [1e-33, 1e-300])
+def test_a_gradient_of_zeros_counts_as_none_whatever_the_bound(bound: float) -> None:
+    """The factor that brings it to the grid is beyond float32."""
+    assert torch.equal(summed([[0.0, 0.0]], bound), torch.zeros(2, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_counts_as_none(value: float) -> None:
     found = summed([[1.0, value], [0.5, 0.0]], 1.0)
