@@ -11,7 +11,8 @@ for folder in /nodes/*/; do
     flock --nonblock 9 || continue
     config="name=\"${folder##*/}\" data-path=\"$folder/data\" wire-interface=\"eth0\""
     [ ! -f "$folder/config" ] || config+=" $(tr '\n' ' ' < "$folder/config")"
-    [ ! -f "$folder/policy.toml" ] || config+=" policy=\"$folder/policy.toml\""
+    policy=$folder/policy/policy.toml
+    [ ! -f "$policy" ] || config+=" policy=\"$policy\""
     echo "node ${folder##*/}: $config"
     # shellcheck disable=SC2093
     exec python3 -m slora_flwr.client.supernode "$@" \
