@@ -87,7 +87,8 @@ def collect(
         else:
             # With very many nodes a poll takes long, and simulated nodes share this
             # machine, so most of the time is left to them.
-            time.sleep(max(pause, 4 * (time.monotonic() - begun)))
+            now = time.monotonic()
+            time.sleep(min(max(pause, 4 * (now - begun)), max(0.0, until - now)))
             pause = min(2 * pause, LAST_POLL_SECONDS)
 
 
