@@ -185,7 +185,7 @@ class RingSum(Mean):
             As for `slora_flwr.privacy.discrete_gaussian.draw`.
         """
         if self.has_noise and (clients := self.total("clients")):
-            # One draw in place of several: see there.
+            # One draw cannot be told from the sum of several: see where it is drawn.
             std = self._numbers.std * math.sqrt(clients)
             noise = draw(std, self.grid.size, words).astype(self.ring.dtype)
             np.add(self.values, noise, out=self.values)

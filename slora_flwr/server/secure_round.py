@@ -149,13 +149,14 @@ class SecureRound(Round):
             self._fleet.keys[self._nodes[number]] = told.keys
 
         def fail(number: int, reason: object) -> None:
-            node = self._nodes[number]
+            node, name = self._nodes[number], self._fleet.name
             self._fail(node, self.cohort[node], reason)
+            if reason != NO_REPLY:  # it may name others by their numbers
+                others = (f"{i} {name(self._nodes[i])}" for i in sorted(near[number]))
+                told = "%s was introduced to members %s"
+                log(WARNING, told, name(node), ", ".join(others))
 
         self._query(grid, INTRODUCE, questions, take, fail)
-        if len(tally.shared) < len(members):  # some refuse others by their numbers
-            names = (f"{i} {self._fleet.name(n)}" for i, n in enumerate(self._nodes))
-            log(WARNING, "%s: its members are %s", self._label, ", ".join(names))
         return tally
 
     def _take_masked(

@@ -165,6 +165,17 @@ def test_whoever_drops_out_the_sum_is_that_of_the_others(
     assert {e["node"] for e in failed if e["round"] == 1} == lost
 
 
+def test_whom_a_node_that_refuses_was_introduced_to_is_told(
+    secure: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It knows them by their numbers, which follow the nodes' ids."""
+    config = secure | {"rounds": 1}
+    start(config, SecretGrid(config, lost={(1, INTRODUCE): {2}}))
+    told = "node 2 was introduced to members 0 node 1, 2 node 3, 3 node 4"
+    assert caplog.text.count("was introduced to members") == 1
+    assert told in caplog.text
+
+
 def test_a_mean_is_that_of_plain_updates_within_the_grids_steps(config: Config) -> None:
     config |= {"rounds": 1, "server.average": "none", "clients.max-weight": 100}
     plain = start(config, Grid(config))

@@ -154,6 +154,8 @@ def test_a_run_goes_on_among_those_who_trust_each_other(
         run = deployment.run(config)
         run.stream.wait(LONG)
         assert deployment.status(run) == "finished:completed"
+        logged = "".join(path.read_text() for path in deployment.logs())
+        assert "was introduced to members" in logged
     finally:
         deployment.close()
     directory = Path(str(config["run.dir"]))
