@@ -342,8 +342,11 @@ f_secure() {
     now nowhere
     docker/certs.sh node 3
     echo "partition-id=3 data-text=\"text\" data-label=\"label\"" > "$SLORA_NODES/3/config"
-    compose -f docker/stages/compose.yml up --detach --scale supernode=4 > /dev/null 2>&1
     docker/certs.sh register 3
+    # Else nodes that are about to be replaced would count as online.
+    compose stop supernode > /dev/null 2>&1
+    until_true "all nodes offline" online 0
+    compose -f docker/stages/compose.yml up --detach --scale supernode=4 > /dev/null 2>&1
     common=${common//=3/=4}
     local config='method="slora" rounds=3 sparse.rounds=2 upload.dtype="int8" secure.aggregation=true secure.clip=20.0 clients.max-weight=50 clients.min-replies=3 data.test="/data/test.csv"'
     local lost=0 stage when kind node name compared told=()
@@ -358,6 +361,7 @@ f_secure() {
         docker kill "$node" > /dev/null
         now nowhere
         finish "$name"
+        until_true "node $lost offline" online 3
         docker start "$node" > /dev/null
         mkdir --mode 777 "$work/$name/inline"
         docker run --rm --name "$project-inline" --network none --env OMP_NUM_THREADS \
