@@ -1,17 +1,5 @@
 """The Flower ServerApp."""
 
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
-from flwr.superlink.grid import InMemoryGrid
+from slora_flwr.engines.server_app import app
 
-from slora_flwr.server.run import run
-
-# Flower ServerApp
-app = ServerApp()
-
-
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """Run what the run config says."""
-    engine = "flwr" if isinstance(grid, InMemoryGrid) else "deployment"
-    run(grid, context.run_config, context.run_id, engine=engine)
+__all__ = ["app"]

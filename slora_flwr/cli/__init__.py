@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from slora_flwr import __version__
+from slora_flwr.cli.apps import new
 from slora_flwr.cli.node import check, show_log
 from slora_flwr.cli.options import MergingCommand
 from slora_flwr.cli.planning import plan, show_config
@@ -15,6 +16,7 @@ from slora_flwr.cli.running import resume, run
 from slora_flwr.cli.studies import sweep
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "new": new,
     "run": run,
     "resume": resume,
     "plan": plan,

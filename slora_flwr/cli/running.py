@@ -31,15 +31,15 @@ VerboseOption = Annotated[
         "--verbose", help="Print what Flower and Ray say at the run's start too."
     ),
 ]
-FolderOption = Annotated[
-    Path, typer.Option("--app", help="Folder of the app: a checkout of slora-flwr.")
-]
+_FOLDER = (
+    "Folder of the app, from `slora new` or a checkout; default: the current one if it "
+    "holds an app, else the installed slora-flwr."
+)
+FolderOption = Annotated[Path | None, typer.Option("--app", help=_FOLDER)]
 
 
 def run(
-    folder: Annotated[
-        Path, typer.Argument(help="Folder of the app: a checkout of slora-flwr.")
-    ] = Path(),
+    folder: Annotated[Path | None, typer.Argument(help=_FOLDER)] = None,
     run_config: RunConfigOption = None,
     engine: Annotated[
         Engine,
@@ -55,7 +55,7 @@ def run(
 ) -> None:
     """Run a method. The exit status is 0 only if the run completes."""
     with ending_cleanly():
-        if not folder.is_dir():
+        if folder is not None and not folder.is_dir():
             allowed = f"a folder; run config values follow -c: -c {folder}"
             raise refuse("FOLDER", str(folder), allowed)
         _start(merge_values(run_config), engine, folder, nodes, verbose)
@@ -77,7 +77,7 @@ def resume(
         int | None,
         typer.Option(min=1, help="Simulated nodes; default: as many as the run had."),
     ] = None,
-    folder: FolderOption = Path(),
+    folder: FolderOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Resume an interrupted run from its last checkpoint, with its own config."""
@@ -116,7 +116,7 @@ def resume(
 def _start(
     values: Mapping[str, Value],
     engine: Engine,
-    folder: Path,
+    folder: Path | None,
     nodes: int | None,
     verbose: bool,
 ) -> None:
@@ -141,12 +141,13 @@ def _run_inline(values: Mapping[str, Value], nodes: int) -> None:
 
 
 def _run_flower(
-    folder: Path, values: Mapping[str, Value], nodes: int | None, verbose: bool
+    folder: Path | None, values: Mapping[str, Value], nodes: int | None, verbose: bool
 ) -> None:
+    from slora_flwr.engines.app_folder import app_folder
     from slora_flwr.engines.flower import FlowerError, run_flower
 
-    with ending_cleanly(FlowerError):
-        run_flower(folder, values, nodes, _may_go_on, verbose)
+    with ending_cleanly(FlowerError), app_folder(folder) as app:
+        run_flower(app, values, nodes, _may_go_on, verbose)
 
 
 def _may_go_on(run_id: str) -> bool:

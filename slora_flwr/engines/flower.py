@@ -18,6 +18,7 @@ import torch
 import typer
 
 from slora_flwr.config import ConfigError, Value, parse
+from slora_flwr.engines.app_folder import is_app
 from slora_flwr.engines.start_up import is_noise
 from slora_flwr.reports.live_line import LiveLine
 from slora_flwr.reports.progress import is_within_round
@@ -65,10 +66,11 @@ def run_flower(
     KeyboardInterrupt
         After Ctrl-C. Its message says what became of the run.
     """
-    if not (folder / "pyproject.toml").is_file():
+    if not is_app(folder):
         raise ConfigError(
-            f"{folder.absolute()} holds no Flower app; allowed: a checkout of "
-            "slora-flwr, or --engine inline"
+            f"{folder.absolute()} holds no Flower app; allowed: a folder of `slora "
+            "new`, a checkout of slora-flwr, none for what is installed, or "
+            "--engine inline"
         )
     run_id = _start(folder, values, nodes)
     try:

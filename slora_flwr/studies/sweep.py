@@ -3,6 +3,7 @@
 import csv
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from slora_flwr.common.text import csv_cell
-from slora_flwr.config import ConfigError, Value, flatten, parse
+from slora_flwr.config import Value, flatten, parse
+from slora_flwr.engines.app_folder import app_folder, is_app
 from slora_flwr.reports.chance import tell_warned
 from slora_flwr.reports.figures import FORMS, first_of
 from slora_flwr.reports.narrow_tables import print_table
@@ -23,6 +25,7 @@ from slora_flwr.studies.runner import Runner, StudyRun
 from slora_flwr.studies.study import (
     Config,
     Score,
+    Study,
     Trial,
     best_rate,
     digest_of,
@@ -84,7 +87,6 @@ def sweep(
         After Ctrl-C. Its message says what is left.
     """
     study = read_study(path, changes)
-    app = _app_folder(path) if study.engine == "flwr" else None
     folder = (out or path.parent / "results" / path.stem).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     keys = varying(study.runs) or ["method"]
@@ -123,7 +125,11 @@ def sweep(
         f"--out is {folder}, where another sweep is under way; allowed: another "
         "folder, or to wait"
     )
-    with sole_use(folder, refusal), Runner(study, app, keep_states) as runner:
+    with (
+        sole_use(folder, refusal),
+        _app(study, path) as app,
+        Runner(study, app, keep_states) as runner,
+    ):
         configs = {digest_of(config): config for config in tune(study, choose)}
         runs = [_make_run(folder, config, keys) for config in configs.values()]
         finish(runs)
@@ -143,14 +149,11 @@ def sweep(
     return runner.failed
 
 
-def _app_folder(path: Path) -> Path:
-    for folder in path.absolute().parents:
-        if (folder / "pyproject.toml").is_file():
-            return folder
-    raise ConfigError(
-        f"sweep.engine is 'flwr', and {path.absolute()} is in no checkout; allowed: a "
-        "study file in a checkout of slora-flwr, or engine inline"
-    )
+def _app(study: Study, path: Path) -> AbstractContextManager[Path | None]:
+    """Return the app of a study's runs, that around its file; None without Flower."""
+    if study.engine != "flwr":
+        return nullcontext()
+    return app_folder(next(filter(is_app, path.absolute().parents), None))
 
 
 def _make_run(
