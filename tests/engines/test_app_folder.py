@@ -25,6 +25,10 @@ def project_of(folder: Path) -> dict[str, Any]:
     return tomllib.loads((folder / "pyproject.toml").read_text())
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    return flatten_dict(project_of(folder)["tool"]["flwr"]["app"]["config"])
+
+
 def test_a_new_app_passes_flowers_checks(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     write_app(folder, {"method": "lora", "clients.alpha": 0.5})
@@ -51,9 +55,8 @@ def test_its_code_is_that_of_a_checkout(tmp_path: Path) -> None:
 
 def test_its_config_is_that_of_a_checkout_but_for_what_is_given(tmp_path: Path) -> None:
     write_app(tmp_path / "demo", {"rounds": 30, "data.name": 'a "b"'})
-    config = flatten_dict(project_of(tmp_path / "demo")["tool"]["flwr"]["app"]["config"])
-    theirs = flatten_dict(project_of(ROOT)["tool"]["flwr"]["app"]["config"])
-    assert config == theirs | {"rounds": 30, "data.name": 'a "b"'}
+    config = config_of(tmp_path / "demo")
+    assert config == config_of(ROOT) | {"rounds": 30, "data.name": 'a "b"'}
     assert parse(config).sparse.rounds == 10  # a third
 
 
