@@ -39,7 +39,7 @@ LENGTH, POSITIONS = 256, 512
 
 def read_prose() -> list[str]:
     """Return the prose without the sentences of `stdlib-summaries`."""
-    asked = {summary.response for summary in stdlib_summaries.load()}
+    asked = {*stdlib_summaries.load()["response"]}
     passages = (passage for document in read_documents() for passage in document)
     return [left for p in passages if (left := without(p, asked))]
 

@@ -7,8 +7,6 @@ from logging import WARNING
 from pathlib import Path
 from uuid import uuid4
 
-from flwr.common.logger import log
-
 # Suffix of files that are not complete yet.
 PART = ".part"
 
@@ -61,6 +59,8 @@ def make_private(folder: Path) -> None:
             path.chmod(0o700 if path.is_dir() else 0o600)
     except OSError as error:
         # Some file systems have no modes; the files are complete nevertheless.
+        from flwr.common.logger import log  # it takes half a second
+
         log(WARNING, "%s may be open to others (%s)", folder, error)
 
 

@@ -12,6 +12,7 @@ from slora_flwr.common.files import below_assets, expand
 from slora_flwr.common.text import lookalikes, printable, redact, redact_hub_logs
 from slora_flwr.config import ConfigError, DataConfig
 from slora_flwr.data.columns import Columns
+from slora_flwr.data.embedded import read_embedded
 from slora_flwr.data.presets import DIALOGUES, PRESETS, Preset
 from slora_flwr.data.shared_files import FORMATS, Table, read_file
 from slora_flwr.data.texts import Texts, at_most, list_classes, prompts_of, split_off
@@ -122,7 +123,7 @@ def _load(config: DataConfig, by: str, dialogues: bool) -> tuple[Texts, Texts]:
     preset = _preset(config, dialogues)
     columns = columns_read(config, by, dialogues=dialogues)
     if not preset.hub:
-        whole = columns.read(_read_embedded(config.name), config.name)
+        whole = columns.read(read_embedded(config.name), config.name)
         return split_off(whole, TEST_SHARE, "test")
     load = _find(config, preset)
     train_split, test_split = config.train or "train", config.test or preset.test
@@ -134,20 +135,6 @@ def _load(config: DataConfig, by: str, dialogues: bool) -> tuple[Texts, Texts]:
     if test_split:
         return train, read(test_split)
     return split_off(train, TEST_SHARE, "test")
-
-
-def _read_embedded(name: str) -> Table:
-    """Return a data set that comes with the running Python."""
-    if name == "stdlib-docs":
-        from slora_flwr.data import stdlib_docs
-
-        texts, chapters = stdlib_docs.load()
-        return Table(["text", "chapter"], {"text": texts, "chapter": chapters})
-    from slora_flwr.data import stdlib_summaries
-
-    names = [*stdlib_summaries.Summary._fields]
-    rows = zip(*stdlib_summaries.load(), strict=True)
-    return Table(names, dict(zip(names, map(list, rows), strict=True)))
 
 
 def columns_read(config: DataConfig, by: str, *, dialogues: bool) -> Columns:

@@ -97,15 +97,19 @@ _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def load() -> tuple[list[str], list[str]]:
+def root() -> Path:
+    """Return the folder of the running Python's standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def load() -> dict[str, list[str]]:
     """Read the data set from the running Python's standard library.
 
     Returns
     -------
-    texts : list of str
-        Distinct docstrings, sorted by module path, then by position in the file.
-    chapters : list of str
-        The chapter of each, one of the keys of `CHAPTERS`.
+    dict
+        `text`: distinct docstrings, sorted by module path, then by position in the
+        file. `chapter`: that of each, one of the keys of `CHAPTERS`.
     """
     # A docstring repeated in a second module belongs to the first.
     chapter_of_text: dict[str, str] = {}
@@ -114,14 +118,14 @@ def load() -> tuple[list[str], list[str]]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for path, chapter in modules(Path(sysconfig.get_path("stdlib"))):
+        for path, chapter in modules(root()):
             for text in docstrings(path):
                 if len(text.split()) >= MIN_WORDS:
                     chapter_of_text.setdefault(text, chapter)
     finally:
         if collecting:
             gc.enable()
-    return list(chapter_of_text), list(chapter_of_text.values())
+    return {"text": [*chapter_of_text], "chapter": [*chapter_of_text.values()]}
 
 
 def docstrings(path: Path) -> Iterator[str]:
@@ -146,12 +150,12 @@ def docstrings(path: Path) -> Iterator[str]:
         pending += [c for c in children if not isinstance(c, ast.expr)][::-1]
 
 
-def modules(root: Path) -> Iterator[tuple[Path, str]]:
-    """Yield the source files below `root` that have a chapter, sorted by path."""
-    tops = (p for p in root.iterdir() if p.name.removesuffix(".py") in _CHAPTER_OF)
+def modules(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the source files below a folder that have a chapter, sorted by path."""
+    tops = (p for p in folder.iterdir() if p.name.removesuffix(".py") in _CHAPTER_OF)
     for top in sorted(tops, key=lambda p: p.name):
         chapter = _CHAPTER_OF[top.name.removesuffix(".py")]
         files = top.rglob("*.py") if top.is_dir() else [top]
         for path in sorted(files):
-            if _SKIPPED.isdisjoint(path.relative_to(root).parts):
+            if _SKIPPED.isdisjoint(path.relative_to(folder).parts):
                 yield path, chapter

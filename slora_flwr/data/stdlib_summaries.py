@@ -7,12 +7,11 @@ sentence. As with `stdlib_docs`, the texts are those of the running Python.
 
 import ast
 import re
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from slora_flwr.data.stdlib_docs import modules
+from slora_flwr.data.stdlib_docs import modules, root
 
 # Shorter sentences ("Return the name.") do not depend on the signature; longer ones
 # are rare, and often no sentences.
@@ -31,22 +30,23 @@ class Summary(NamedTuple):
     response: str
 
 
-def load() -> list[Summary]:
-    """Return the data set, sorted by module path, then by position in the file.
+def load() -> dict[str, list[str]]:
+    """Return the data set's columns, by module path, then by position in the file.
 
     A sentence that comes again belongs to the first signature.
     """
-    root = Path(sysconfig.get_path("stdlib"))
+    folder = root()
     found: dict[str, Summary] = {}
-    for path, chapter in modules(root):
-        module = _module_name(path.relative_to(root))
+    for path, chapter in modules(folder):
+        module = _module_name(path.relative_to(folder))
         for signature, docstring in signatures(path):
             sentence = first_sentence(docstring)
             if MIN_WORDS <= len(sentence.split()) <= MAX_WORDS:
                 prompt = f"{module}: {signature}"
                 summary = Summary(chapter, module.split(".")[0], prompt, sentence)
                 found.setdefault(sentence, summary)
-    return list(found.values())
+    columns = map(list, zip(*found.values(), strict=True))
+    return dict(zip(Summary._fields, columns, strict=True))
 
 
 def signatures(path: Path) -> Iterator[tuple[str, str]]:

@@ -49,13 +49,13 @@ def tokenise(
     digest.update(encoder.description.encode())
     for text in map(json.dumps, texts.dialogues) if texts.dialogues else texts.texts:
         digest.update(f"\x1e{text}".encode())
-    with _writing_cache():
+    with writing_cache():
         folder = folder or cache_folder()
         make_folder(folder)
         path = folder / f"tokens-{digest.hexdigest()}.safetensors"
     if not path.is_file():
         arrays = encoder.encode(texts)
-        with _writing_cache():
+        with writing_cache():
             write_atomically(path, save(arrays))
     labels = np.zeros(len(texts.texts), dtype=np.int64)
     if not texts.dialogues:
@@ -79,12 +79,12 @@ def number(names: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
 
 
 @contextmanager
-def _writing_cache() -> Iterator[None]:
+def writing_cache() -> Iterator[None]:
     """Name `$SLORA_HOME` in errors about writing to the cache."""
     try:
         yield
     except OSError as error:
         raise ConfigError(
             f"$SLORA_HOME is {str(home())!r}; allowed: a folder that can be made and "
-            f"written, with room for the data's tokens ({error})"
+            f"written, with room for the data and its tokens ({error})"
         ) from error

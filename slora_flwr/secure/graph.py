@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import hypergeom
 
 # Up to so many members each masks with all others.
 COMPLETE = 30
@@ -39,6 +38,8 @@ def degree(members: int, threshold: float, colluding: float) -> int:
     """
     if members <= COMPLETE:
         return members - 1
+    from scipy.stats import hypergeom  # it takes a second
+
     bad = math.ceil(colluding * members)
     for half in range(1, members // 2):
         holders = 2 * half + 1
