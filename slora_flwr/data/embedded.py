@@ -6,10 +6,10 @@ from collections.abc import Callable
 from hashlib import blake2b
 
 from slora_flwr.common.code_digest import code_digest
-from slora_flwr.common.files import cache_folder, read_regular, write_atomically
+from slora_flwr.common.files import read_regular
 from slora_flwr.data import stdlib_docs, stdlib_summaries
+from slora_flwr.data.kept import keep
 from slora_flwr.data.shared_files import Table
-from slora_flwr.data.tokens import writing_cache
 
 Columns = dict[str, list[str]]
 _SETS: dict[str, Callable[[], Columns]] = {
@@ -31,12 +31,8 @@ def read_embedded(name: str) -> Table:
     ConfigError
         If the cache, which all runs on this machine share, cannot be written.
     """
-    with writing_cache():
-        path = cache_folder() / f"{name}-{_digest()}.json"
-    if not path.is_file():
-        columns = _SETS[name]()
-        with writing_cache():
-            write_atomically(path, json.dumps(columns).encode())
+    file = f"{name}-{_digest()}.json"
+    path = keep(file, lambda: json.dumps(_SETS[name]()).encode())
     columns = json.loads(read_regular(path))
     return Table([*columns], columns)
 

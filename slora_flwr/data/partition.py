@@ -20,13 +20,17 @@ versions of NumPy and flwr-datasets.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from slora_flwr.common.code_digest import code_digest
 from slora_flwr.common.random import partition_generator, partition_key
 from slora_flwr.config import PARTITIONERS, ConfigError
+from slora_flwr.data.kept import keep
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -184,6 +188,11 @@ def make_partition(
     ------
     PartitionError
         If no such partition exists; the message names the run config key.
+
+    Notes
+    -----
+    A `Split` is made once and read from the cache by later processes, which do not have
+    to import flwr-datasets.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
@@ -231,6 +240,36 @@ def make_partition(
             f"{count * min_examples} of {len(labels)} training rows; must be at most "
             f"{len(labels) // count}"
         )
+    # Imported here, since a node that fails early does not need it.
+    from safetensors.numpy import load_file, save
+
+    given = partitioner, count, alpha, classes, min_examples, seed
+    path = keep(
+        f"partition-{_digest(labels, given)}.safetensors",
+        lambda: save(_divide(labels, *given)),
+    )
+    found = load_file(path)
+    return Split(found["rows"], found["offsets"], int(found["moved"]))
+
+
+def _digest(labels: Int64Array, given: tuple[object, ...]) -> str:
+    """Return 32 hex digits: BLAKE2b of all that a partition follows from."""
+    made_by = [code_digest(), *map(metadata.version, ("numpy", "flwr-datasets"))]
+    digest = blake2b(repr([made_by, given]).encode(), digest_size=16)
+    digest.update(labels.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _divide(
+    labels: Int64Array,
+    partitioner: str,
+    count: int,
+    alpha: float,
+    classes: int,
+    min_examples: int,
+    seed: int,
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the fields of a `Split`."""
     # The library divides a label's rows in their order, so in a corpus sorted by date
     # or source each client would get one stretch.
     rng = partition_generator(seed, "shuffle")
@@ -244,11 +283,11 @@ def make_partition(
         moved = 0
     else:
         parts, moved = _dirichlet(labels[order], count, alpha, min_examples, seed)
-    return Split(
-        rows=np.concatenate([np.sort(order[part]) for part in parts]),
-        offsets=np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64),
-        moved=moved,
-    )
+    return {
+        "rows": np.concatenate([np.sort(order[part]) for part in parts]),
+        "offsets": np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64),
+        "moved": np.array(moved),
+    }
 
 
 def _iid(labels: Int64Array, count: int) -> list[Int64Array]:

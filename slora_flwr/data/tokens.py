@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,9 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from slora_flwr.common.files import cache_folder, home, make_folder, write_atomically
-from slora_flwr.config import ConfigError
 from slora_flwr.data.examples import Examples
+from slora_flwr.data.kept import keep
 from slora_flwr.data.texts import Texts
 
 
@@ -49,14 +47,8 @@ def tokenise(
     digest.update(encoder.description.encode())
     for text in map(json.dumps, texts.dialogues) if texts.dialogues else texts.texts:
         digest.update(f"\x1e{text}".encode())
-    with writing_cache():
-        folder = folder or cache_folder()
-        make_folder(folder)
-        path = folder / f"tokens-{digest.hexdigest()}.safetensors"
-    if not path.is_file():
-        arrays = encoder.encode(texts)
-        with writing_cache():
-            write_atomically(path, save(arrays))
+    name = f"tokens-{digest.hexdigest()}.safetensors"
+    path = keep(name, lambda: save(encoder.encode(texts)), folder)
     labels = np.zeros(len(texts.texts), dtype=np.int64)
     if not texts.dialogues:
         labels[:] = number(texts.labels, classes)
@@ -76,15 +68,3 @@ def number(names: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
     """Return the place of each name among those that are known."""
     places = {name: i for i, name in enumerate(known)}
     return np.array([places[name] for name in names], dtype=np.int64)
-
-
-@contextmanager
-def writing_cache() -> Iterator[None]:
-    """Name `$SLORA_HOME` in errors about writing to the cache."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"$SLORA_HOME is {str(home())!r}; allowed: a folder that can be made and "
-            f"written, with room for the data and its tokens ({error})"
-        ) from error

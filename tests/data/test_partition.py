@@ -1,8 +1,11 @@
 """Partitions: cover, determinism, skew, limits."""
 
+import itertools
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import digamma
 
+from slora_flwr.data import kept
+from slora_flwr.data import partition as room
 from slora_flwr.data.partition import Partition, PartitionError, make_partition
 
 Labels = np.ndarray
@@ -18,6 +23,18 @@ Labels = np.ndarray
 LABELS = np.arange(11_314) % 20  # the size of 20newsgroups, all classes alike
 UNEVEN = np.repeat(np.arange(20), [7100, *range(1950, 50, -100)])
 DISJOINT = ["iid", "dirichlet", "pathological"]
+
+
+@pytest.fixture(autouse=True)
+def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each partition made anew, not read from the cache."""
+    monkeypatch.setenv("SLORA_HOME", str(tmp_path))
+    numbers = itertools.count()
+
+    def keep(name: str, make: Callable[[], bytes]) -> Path:
+        return kept.keep(name, make, tmp_path / str(next(numbers)))
+
+    monkeypatch.setattr(room, "keep", keep)
 
 
 def make(labels: Labels = LABELS, num_classes: int = 20, **changes: Any) -> Partition:
@@ -237,3 +254,30 @@ def test_impossible_partitions_are_refused(
 ) -> None:
     with pytest.raises(PartitionError, match=message):
         make(**changes)
+
+
+def test_a_partition_is_made_once_and_then_read_without_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(room, "keep", kept.keep)
+    first = make()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(room, "_divide", refuse)
+    for one, other in zip(clients(first), clients(make()), strict=True):
+        assert np.array_equal(one, other)
+    assert make().moved == first.moved
+    changes: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"alpha": 0.2},
+        {"count": 99},
+        {"min_examples": 2},
+        {"partitioner": "iid"},
+        {"labels": LABELS[:-1]},
+        {"partitioner": "pathological", "classes": 3},
+    ]
+    for change in changes:
+        with pytest.raises(AssertionError, match="made again"):
+            make(**change)
