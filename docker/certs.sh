@@ -18,7 +18,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 certs=${SLORA_CERTS:-$here/certs}
 nodes=${SLORA_NODES:-$here/nodes}
 image=${SLORA_IMAGE:-slora-flwr}
-uid=10001 # of the image's user
+uid=${SLORA_UID:-10001} # who may read keys: the image's user
 umask 077
 
 die() {

@@ -5,6 +5,7 @@ a registered node. The one for the command line requires nothing: whoever reache
 run any code on the server and on every node. The third is for the ServerApp.
 """
 
+import os
 import re
 import ssl
 
@@ -18,7 +19,7 @@ from starlette.routing import Route
 # These headers describe a connection, not the message.
 SKIPPED = {"host", "connection", "keep-alive", "transfer-encoding", "accept-encoding"}
 superlink = httpx.AsyncClient(
-    base_url="https://superlink:8000",
+    base_url=f"https://{os.environ.get('SLORA_SUPERLINK', 'superlink:8000')}",
     verify=ssl.create_default_context(cafile="/run/secrets/ca.crt"),
     timeout=60,
     trust_env=False,  # Docker may set a proxy, which cannot resolve this name
