@@ -11,14 +11,15 @@
 # SLORA_CERTS (docker/certs): ca.key stays with the server's operator and goes into no
 # container; ca.crt is for everybody. SLORA_NODES (docker/nodes): NAME/key never leaves
 # the node's host; NAME/key.pub goes to the server. COMPOSE_PROJECT_NAME selects the
-# SuperLink if this host has several.
+# SuperLink if this host has several. SLORA_UID is whose the private keys become: the
+# image's user, 10001, by default.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 certs=${SLORA_CERTS:-$here/certs}
 nodes=${SLORA_NODES:-$here/nodes}
 image=${SLORA_IMAGE:-slora-flwr}
-uid=${SLORA_UID:-10001} # who may read keys: the image's user
+uid=${SLORA_UID:-10001}
 umask 077
 
 die() {
@@ -33,7 +34,7 @@ new() {
     done
 }
 
-# Makes a file readable only by the containers' user. Whoever may run containers can
+# Makes a file readable only by its user, that of the containers by default. Whoever may run containers can
 # change a file's owner without being root.
 give() {
     chmod 400 "$1"

@@ -144,9 +144,7 @@ class Cluster:
 
         def expand(text: str) -> str:
             # As Kubernetes does: what is not set stays as it is.
-            text = re.sub(
-                r"\$\((\w+)\)", lambda m: environment.get(m[1], m[0]), text
-            )
+            text = re.sub(r"\$\((\w+)\)", lambda m: environment.get(m[1], m[0]), text)
             return text.replace("0.0.0.0", self.addresses[name])
 
         user = pod["spec"]["securityContext"]
@@ -222,7 +220,9 @@ class Cluster:
         if not folder.exists():
             folder.mkdir(parents=True)
             if "configMap" in given:
-                for file, text in self._maps[given["configMap"]["name"]]["data"].items():
+                for file, text in self._maps[given["configMap"]["name"]][
+                    "data"
+                ].items():
                     (folder / file).write_text(text)
             for source in given.get("projected", {}).get("sources", []):
                 files = self._contents[source["secret"]["name"]]
