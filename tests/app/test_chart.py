@@ -11,14 +11,6 @@ from typing import Any
 import pytest
 import uvicorn
 import yaml
-
-helm_python = pytest.importorskip(
-    "helm_python", reason="Helm's engine is in the extra `dev`"
-)
-kubernetes_validate = pytest.importorskip(
-    "kubernetes_validate", reason="Kubernetes' schemas are in the extra `dev`"
-)
-
 from flwr.common.config import parse_config_args
 from flwr.supercore.cli.flower_superexec import _parse_args as parser_of_superexec
 from flwr.superlink.cli.flower_superlink import (
@@ -41,6 +33,13 @@ from tests.support.chart import (
     render,
     selected,
     values_of,
+)
+
+helm_python = pytest.importorskip(
+    "helm_python", reason="Helm's engine is in the extra `dev`"
+)
+kubernetes_validate = pytest.importorskip(
+    "kubernetes_validate", reason="Kubernetes' schemas are in the extra `dev`"
 )
 
 DOCKER = ROOT / "docker"

@@ -6,15 +6,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("helm_python", reason="Helm's engine is in the extra `dev`")
-
 from tests.support.chart import ROOT, Cluster, make_keys, render
 from tests.support.processes import LONG, wait_until
 
+pytest.importorskip("helm_python", reason="Helm's engine is in the extra `dev`")
 pytestmark = pytest.mark.sockets
 
 TOOLS = Path(sys.executable).parent
@@ -25,10 +25,11 @@ def test_a_run_of_the_rendered_containers(
 ) -> None:
     if not shutil.which("bwrap"):
         pytest.skip("a pod's file system takes bubblewrap")
-    certs, contents = tmp_path / "certs", {}
-    contents["slora-server"] = {
-        name: certs / name for name in ("ca.crt", "server.crt", "server.key")
-    } | {"superexec": certs / "superexec"}
+    certs = tmp_path / "certs"
+    server = ("ca.crt", "server.crt", "server.key", "superexec")
+    contents: dict[str, Path | dict[str, Path]] = {
+        "slora-server": {name: certs / name for name in server}
+    }
     header, *rows = corpus.read_text().splitlines()
     parts = {"test": rows[:40], "a": rows[40:100], "b": rows[100:]}
     for name, part in parts.items():
@@ -99,7 +100,7 @@ def run(cluster: Cluster, notes: str, tmp_path: Path) -> None:
     for name in cluster.pods:
         for kind in ("startupProbe", "readinessProbe"):
             if kind in cluster.pods[name]["spec"]["containers"][0]:
-                wait_until(lambda name=name, kind=kind: cluster.probe(name, kind))
+                wait_until(partial(cluster.probe, name, kind))
 
     flower = tmp_path / "flower"
     flower.mkdir()
@@ -122,7 +123,7 @@ def run(cluster: Cluster, notes: str, tmp_path: Path) -> None:
         "lora.rank": 4,
     }
     text = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-    done = subprocess.run(
+    started = subprocess.run(
         [TOOLS / "flwr", "run", ROOT, "here", "--stream", "--run-config", text],
         cwd=tmp_path,
         env={**os.environ, "FLWR_HOME": str(flower)},
@@ -130,7 +131,7 @@ def run(cluster: Cluster, notes: str, tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert started.returncode == 0, started.stdout + started.stderr
     [summary] = (cluster.state("fl-serverapp") / "runs").glob("*/summary.json")
     assert summary.with_name("adapter").is_dir()
     events = summary.with_name("events.jsonl").read_text().splitlines()

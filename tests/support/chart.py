@@ -212,7 +212,9 @@ class Cluster:
     def _volume(self, pod: str, name: str) -> Path:
         folder = self._folder / pod / name
         volumes = self.pods[pod]["spec"]["volumes"]
-        given = next((volume for volume in volumes if volume["name"] == name), {})
+        given: Manifest = next(
+            (volume for volume in volumes if volume["name"] == name), {}
+        )
         if "persistentVolumeClaim" in given:
             source = self._contents[given["persistentVolumeClaim"]["claimName"]]
             assert isinstance(source, Path)
