@@ -505,6 +505,29 @@ def test_flower_s_configuration_is_the_image_s() -> None:
     assert maps["fl-superlink"]["data"]["config.toml"] == text
 
 
+# The guide
+
+
+def test_the_guide_s_commands_make_the_secrets_of_its_releases() -> None:
+    text = (ROOT / "docs" / "guides" / "kubernetes.md").read_text()
+    made: dict[str, set[str]] = {}
+    for command in re.findall(r"^kubectl .*(?:\\\n.*)*", text, re.MULTILINE):
+        words = shlex.split(command)
+        if words[3:6] == ["create", "secret", "generic"]:
+            paths = [word.partition("=")[2] for word in words[7:]]
+            assert all(word.startswith("--from-file=") for word in words[7:])
+            made[words[6]] = {Path(path).name for path in paths}
+    mounted: dict[str, set[str]] = {}
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    releases = [yaml.safe_load(block) for block in blocks if block.startswith("image:")]
+    assert len(releases) == 2
+    for values in releases:
+        for pod in pods(render(values)[0]).values():
+            for secret, keys in keys_of(pod).items():
+                mounted.setdefault(secret, set()).update(keys)
+    assert made == mounted
+
+
 # What is refused
 
 
