@@ -511,12 +511,13 @@ def test_flower_s_configuration_is_the_image_s() -> None:
 def test_the_guide_s_commands_make_the_secrets_of_its_releases() -> None:
     text = (ROOT / "docs" / "guides" / "kubernetes.md").read_text()
     made: dict[str, set[str]] = {}
-    for command in re.findall(r"^kubectl .*(?:\\\n.*)*", text, re.MULTILINE):
+    joined = text.replace("\\\n", "")
+    for command in re.findall(r"^kubectl .* secret .*$", joined, re.MULTILINE):
         words = shlex.split(command)
-        if words[3:6] == ["create", "secret", "generic"]:
-            paths = [word.partition("=")[2] for word in words[7:]]
-            assert all(word.startswith("--from-file=") for word in words[7:])
-            made[words[6]] = {Path(path).name for path in paths}
+        assert words[3:6] == ["create", "secret", "generic"]
+        assert all(word.startswith("--from-file=") for word in words[7:])
+        paths = [word.partition("=")[2] for word in words[7:]]
+        made[words[6]] = {Path(path).name for path in paths}
     mounted: dict[str, set[str]] = {}
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     releases = [yaml.safe_load(block) for block in blocks if block.startswith("image:")]
