@@ -181,6 +181,7 @@ class ClientsFailed(Event):
     kind = "failure"
     round: Count
     node: int
+    name: str | None = None  # not in older files
     clients: list[int]
     reason: str
 
@@ -192,6 +193,7 @@ class NodeEvaluated(Event):
     kind = "evaluation"
     round: Count
     node: int
+    name: str | None = None  # not in older files
     examples: Count
     loss: Figure
     accuracy: Figure
@@ -227,7 +229,7 @@ class NodeJoined(Event):
     node, client : int
         The ids of the node and of its client.
     name : str
-        The name that the node's operator chose.
+        The name that the node is registered under, or that its operator chose.
     examples : int
         Number of usable rows.
     skipped : dict[str, int]

@@ -507,6 +507,6 @@ def _failures(events: Iterable[Event]) -> list[Failure]:
         elif isinstance(event, NodeLeftOut):
             found.append(Failure(None, event.name, [], event.reason))
         elif isinstance(event, ClientsFailed):
-            name = names.get(event.node, default_name(event.node))
-            found.append(Failure(event.round, name, event.clients, event.reason))
+            told = event.name or names.get(event.node, default_name(event.node))
+            found.append(Failure(event.round, told, event.clients, event.reason))
     return found

@@ -32,7 +32,7 @@ REGISTRATION_SECONDS = 120.0
 MOST_EXAMPLES = 10**7
 # A node of which so many replies could not be read is left out for the rest of the run.
 MOST_UNREADABLE = 3
-LONGEST_VERSION = 40
+LONGEST_VERSION, LONGEST_NAME = 40, 200
 # From so many rounds in a row without a reply on, a node rests: for 1 round, then 2, 4…
 MOST_SILENT, LONGEST_REST = 2, 32
 # Seconds that a run which has ended waits for nodes to remove what they keep.
@@ -82,6 +82,8 @@ class Fleet:
         self._hosted: dict[int, frozenset[int]] = {}
         self._sets: dict[frozenset[int], frozenset[int]] = {}
         self._present: set[int] = set()
+        # The name that each node's key is registered under, of nodes that are gone too.
+        self._registered: dict[int, str] = {}
         # When each queried node came online, and the queries without an answer yet.
         self._asked: dict[int, str] = {}
         self._pending: dict[str, int] = {}
@@ -124,8 +126,9 @@ class Fleet:
         """Restore what was agreed, before the first query."""
 
     def name(self, node: int) -> str:
-        """Return a node's name for logs."""
-        return default_name(node)
+        """Return a node's name for logs, with its id if it is registered under one."""
+        registered = self._registered.get(node)
+        return f"{registered} (node {node})" if registered else default_name(node)
 
     def gather(
         self,
@@ -314,8 +317,10 @@ class Fleet:
             self._ask(grid, new)
         self._hear(grid)
 
-    def _identify(self, infos: Iterable[NodeInfo]) -> None:
+    def _identify(self, infos: list[NodeInfo]) -> None:
         """Note what Flower says of the nodes online."""
+        for info in infos:
+            self._registered[info.node_id] = printable(info.name, LONGEST_NAME)
 
     def _ask(self, grid: Grid, since: Mapping[int, str]) -> None:
         """Ask nodes to describe themselves."""

@@ -64,12 +64,16 @@ class Journal:
         self, server_round: int, node: int, clients: list[int], reason: object
     ) -> None:
         """Record that a node's clients are left out of a round."""
-        reason = printable(reason)
-        log(
-            WARNING, "%s, clients %s left out: %s", self._name_of(node), clients, reason
-        )
+        reason, name = printable(reason), self._name_of(node)
+        log(WARNING, "%s, clients %s left out: %s", name, clients, reason)
         self.directory.event(
-            ClientsFailed(round=server_round, node=node, clients=clients, reason=reason)
+            ClientsFailed(
+                round=server_round,
+                node=node,
+                name=name,
+                clients=clients,
+                reason=reason,
+            )
         )
 
     def record_evaluation(
@@ -80,6 +84,7 @@ class Journal:
             NodeEvaluated(
                 round=server_round,
                 node=node,
+                name=self._name_of(node),
                 examples=found.examples,
                 loss=found.loss,
                 accuracy=found.accuracy,

@@ -168,9 +168,8 @@ class OwnDataFleet(Fleet):
         self._clients: dict[str, int] = {}
         self._owners: dict[str, Owner] = {}
         self._numbers: dict[int, Owner] = {}
-        # The key of each node online, and the name that it is registered under.
+        # The key of each node online.
         self._keys: dict[int, str] = {}
-        self._registered: dict[int, str] = {}
         # Nodes refused because of others, each with the other, and with the number that
         # the other has; None if it is the name.
         self._refused: dict[int, tuple[int, int | None]] = {}
@@ -197,7 +196,7 @@ class OwnDataFleet(Fleet):
         A node that is named by its client's number, and has that client, needs no id.
         """
         found = self._described.get(node)
-        if found is None or found.name == super().name(node):
+        if found is None or found.name == default_name(node):
             return super().name(node)
         if found.client is None or found.name != default_name(found.client):
             return f"{found.name} (node {node})"
@@ -214,12 +213,12 @@ class OwnDataFleet(Fleet):
         if self._settled:
             self._place(node)
 
-    def _identify(self, infos: Iterable[NodeInfo]) -> None:
+    def _identify(self, infos: list[NodeInfo]) -> None:
+        super()._identify(infos)
         for info in infos:
             digest = blake2b(info.public_key, digest_size=16).hexdigest()
             known = f"{KEY}{digest}" if info.public_key else f"node {info.node_id}"
             self._keys[info.node_id] = known
-            self._registered[info.node_id] = printable(info.name, LONGEST_LABEL)
 
     def _refresh(self, grid: Grid) -> None:
         super()._refresh(grid)
@@ -317,6 +316,8 @@ class OwnDataFleet(Fleet):
         """
         before, mine = self._owners.get(name, NOBODY), self._identity(node)
         self._check_owner(node, before, f"the name {name}")
+        if not mine.is_registered and name in self._registered.values():
+            raise ValueError(f"the name {name} is that of a registered node")
         if before == NOBODY or mine.is_registered:
             self._owners[name] = mine
             # A key that is registered anew has the lost one's number.

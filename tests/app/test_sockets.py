@@ -14,6 +14,7 @@ from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.runs.reader import read_run
 from slora_flwr.training.trainer import ClientError, ClientUpdate, Trainer
 from tests.support.deployment import Deployment, Node, Run
+from tests.support.own_data import make_own_data_config, nodes_of
 from tests.support.processes import LONG, has_ended, wait_until
 from tests.support.resuming import assert_same, resumed, without
 from tests.support.runs import (
@@ -310,3 +311,36 @@ def test_what_a_node_answers_wrongly_or_twice_is_not_counted(
     assert "RuntimeError'>:<'this client fails'>" in reasons[2]
     assert "two resident workers ended in the middle of this message" in reasons[3]
     assert_same_end(run, replay(run, config, monkeypatch))
+
+
+def test_nodes_have_the_names_that_they_are_registered_under(
+    tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    """And by which `certs.sh` registered them, whatever they say themselves."""
+    config = make_own_data_config(tmp_path, tiny_models["bert"])
+    config |= {"method": "lora", "rounds": 1, "clients.deadline": LONG}
+    names = ["st-mary", "st-luke", "st-anne"]
+    said = [names[1], names[1], "c"]
+    deployment = Deployment(
+        [
+            f'name="{name}" data-path="{path}" data-text="text" data-label="label" '
+            f'allowed-folders="/"'
+            for name, path in zip(said, nodes_of(tmp_path).values(), strict=True)
+        ],
+        registered=names,
+    )
+    try:
+        deployment.start()
+        run = deployment.run(config)
+        finish(deployment, run)
+        logged = "".join(path.read_text() for path in deployment.logs())
+    finally:
+        deployment.close()
+    joined = {event["name"]: event for event in run.events("node")}
+    # In the order of names, 40 rows of "st-mary" being of apples and bridges.
+    assert [joined[name]["client"] for name in names] == [2, 1, 0]
+    assert [joined[name]["examples"] for name in names] == [40, 30, 50]
+    for name in names:
+        assert f"{name} (node {joined[name]['node']}) is client" in logged
+    evaluated = {event["name"] for event in run.events("evaluation")}
+    assert evaluated == {f"{n} (node {e['node']})" for n, e in joined.items()}

@@ -78,12 +78,18 @@ def test_a_failure_names_its_node_as_the_log_does(tmp_path: Path) -> None:
         )
         told.append(ClientsFailed(round=2, node=node, clients=[client], reason="bad"))
     told.append(NodeLeftOut(node=5, name="a (node 5)", reason="gone"))
+    told.append(
+        ClientsFailed(
+            round=2, node=9, name="st-mary (node 9)", clients=[5], reason="bad"
+        )
+    )
     with (path / EVENTS).open("a") as file:
         file.writelines(map(to_line, told))
     named = [failure.node for failure in read_run(path).failures]
-    assert named == ["node 4", "a (node 5)", "node 0", "node 8", "a (node 5)"]
+    joined = ["node 4", "a (node 5)", "node 0", "node 8", "a (node 5)"]
+    assert named == [*joined, "st-mary (node 9)"]
     [bad, gone] = rows_of(report(read_run(path)), "reasons")
-    assert (bad["nodes"], gone["nodes"]) == (4, 1)
+    assert (bad["nodes"], gone["nodes"]) == (5, 1)
 
 
 def test_a_round_lasts_as_long_as_transfer_and_the_slowest_client(

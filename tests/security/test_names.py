@@ -166,6 +166,31 @@ def test_a_registered_name_goes_before_what_others_say(first: int) -> None:
     assert [node for node, _ in grid.refused()] == [first]
 
 
+def test_a_registered_name_is_kept_for_its_node_before_that_takes_part() -> None:
+    grid = KeyGrid()
+    grid.add(7, "honest", hospital("n", x=3, y=1), registered="a")
+    grid.add(8, "other", hospital("b", x=1, y=1))
+    grid.silent.add(7)
+    grid.add(9, "hostile", hospital("a", x=9, y=9))
+    found = grid.gathered()
+    assert found.clients == [0]
+    reason = "the name a is that of a registered node"
+    assert (9, reason) in grid.refused()
+    grid.silent.clear()
+    found.refresh(grid)
+    assert found.assign([0, 1]) == {7: [1], 8: [0]}
+    assert found.left_out == {9: reason}
+
+
+def test_the_second_that_is_registered_under_a_name_is_refused() -> None:
+    grid = KeyGrid()
+    grid.add(7, "one", hospital("n", x=3, y=1), registered="a")
+    grid.add(8, "other", hospital("m", x=1, y=1), registered="a")
+    found = grid.gathered()
+    assert found.assign([0]) == {7: [0]}
+    assert grid.refused() == [(8, "the name a is that of a (node 7)")]
+
+
 def test_a_key_that_is_registered_anew_gets_the_name() -> None:
     grid = KeyGrid()
     grid.add(7, "lost", hospital("n", x=3, y=1), registered="a")

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slora_flwr.common.random import sample_cohort
+from slora_flwr.runs.events import Event, NodeLeftOut
 from slora_flwr.server import collect, fleet
-from slora_flwr.server.fleet import FleetError
+from slora_flwr.server.fleet import Fleet, FleetError
 from tests.support.clock import Clock
-from tests.support.fleet import SIZES, FakeGrid, gathered
+from tests.support.fleet import EXPECTED, SIZES, FakeGrid, gathered
 from tests.support.reference import reference_distinct
 
 GOLDEN = [61, 106, 109, 140, 580]  # of seed 0, round 1
@@ -401,3 +402,17 @@ def test_a_reply_is_given_once_and_waiting_ends_at_the_deadline(clock: Clock) ->
     replies = list(collect.collect(grid, queries, deadline=5.0))
     assert sorted(reply.metadata.src_node_id for reply, _ in replies) == [1, 3]
     assert clock.now == pytest.approx(5.0, abs=0.25)
+
+
+def test_a_registered_name_stands_in_log_and_events() -> None:
+    """Also of a node that does not say who it is."""
+    grid = FakeGrid([1, 2, 3])
+    grid.registered = {1: "st-mary", 3: "\x1b[2J\n" + "x" * 300}
+    grid.protocol = {1: 6, 2: 6}
+    told: list[Event] = []
+    found = Fleet(EXPECTED, 3, deadline=5.0)
+    found.gather(grid, told.append)
+    left_out = [event.name for event in told if isinstance(event, NodeLeftOut)]
+    assert left_out == ["st-mary (node 1)", "node 2"]
+    shown = r"\x1b[2J\n" + "x" * (200 - 5)
+    assert found.name(3) == f"{shown}… (305 characters) (node 3)"

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.support.runs import Config
 
 ROOT = Path(__file__).parents[2]
 FAULTS = Path(__file__).parent / "faults"
+STAND_INS = Path(__file__).parent / "stand_ins"
 TOOLS = Path(sys.executable).parent
 PARTITIONS = [
     f'partition-id={index} num-partitions=2 allowed-folders="/"' for index in range(2)
@@ -55,10 +57,28 @@ class Node:
 
     Its processes commit the faults in the file `faults` and record what they do; see
     `faults/sitecustomize.py`.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it keeps what it has.
+    link : int
+        The SuperLink's port.
+    config : str
+        Its node config.
+    security : Sequence[str]
+        The options of its connection.
     """
 
-    def __init__(self, folder: Path, link: int, config: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        link: int,
+        config: str,
+        security: Sequence[str] = ("--insecure",),
+    ) -> None:
         self.folder, self._link, self._config = folder, link, config
+        self._security = security
         folder.mkdir()
         self.faults = folder / "faults.json"
         self._done = folder / "done"
@@ -75,13 +95,8 @@ class Node:
         with (self.folder / "log").open("ab") as log:
             self.process = psutil.Popen(
                 [
-                    *(
-                        sys.executable,
-                        "-m",
-                        "slora_flwr.client.supernode",
-                        "--insecure",
-                    ),
-                    *("--superlink", f"127.0.0.1:{self._link}"),
+                    *(sys.executable, "-m", "slora_flwr.client.supernode"),
+                    *(*self._security, "--superlink", f"127.0.0.1:{self._link}"),
                     *("--port", str(free_port()), "--poll-seconds", "0.2"),
                     *("--node-config", self._config),
                 ],
@@ -132,9 +147,19 @@ class Deployment:
 
     The SuperLink starts the ServerApps' processes. If it is `separate`, a SuperExec
     beside it does, as in the compose files.
+
+    Parameters
+    ----------
+    configs : Sequence[str]
+        The nodes' configs.
+    registered : Sequence[str]
+        If given, it has TLS, and `docker/certs.sh` registers the nodes' keys under
+        these names.
     """
 
-    def __init__(self, configs: Sequence[str] = PARTITIONS) -> None:
+    def __init__(
+        self, configs: Sequence[str] = PARTITIONS, registered: Sequence[str] = ()
+    ) -> None:
         # Not pytest's folder, which is too long for the path of a Unix socket.
         self.folder = Path(tempfile.mkdtemp(prefix="slora-"))
         self._link = free_port()
@@ -146,8 +171,11 @@ class Deployment:
         }
         flower = Path(self._environment["FLWR_HOME"])
         flower.mkdir(parents=True)
+        self._registered, self._certs = registered, self.folder / "certs"
+        security = f'root-certificates = "{self._certs / "ca.crt"}"'
         (flower / "config.toml").write_text(
-            f'[superlink.here]\naddress = "127.0.0.1:{self._link}"\ninsecure = true\n'
+            f'[superlink.local]\naddress = "127.0.0.1:{self._link}"\n'
+            f"{security if registered else 'insecure = true'}\n"
         )
         self._started: list[psutil.Popen] = []
         self._runs = 0
@@ -156,15 +184,36 @@ class Deployment:
         self.nodes: list[Node] = []
 
     def start(self) -> None:
+        if self._registered:
+            self._run_certs("ca")
+            self._run_certs("server", "127.0.0.1")
+            self._run_certs("node", *self._registered)
         self.start_superlink()
-        for index, config in enumerate(self._configs):
-            self.nodes.append(Node(self.folder / f"{index}", self._link, config))
+        if self._registered:
+            self._run_certs("register", *self._registered)
+        ca = ("--root-certificates", str(self._certs / "ca.crt"))
+        keys = [self._certs / name / "key" for name in self._registered]
+        secured = [(*ca, "--auth-supernode-private-key", str(key)) for key in keys]
+        for index, (config, security) in enumerate(
+            zip(self._configs, secured or repeat(("--insecure",)), strict=False)
+        ):
+            folder = self.folder / f"{index}"
+            self.nodes.append(Node(folder, self._link, config, security))
 
     def start_superlink(self, *, separate: bool = False) -> None:
         """Start the SuperLink on its database, which survives a restart."""
         database = self.folder / "server" / "database"
+        security: list[str | Path] = ["--insecure"]
+        if self._registered:
+            security = ["--enable-supernode-auth"]
+            for option, file in (
+                ("--ssl-ca-certfile", "ca.crt"),
+                ("--ssl-certfile", "server.crt"),
+                ("--ssl-keyfile", "server.key"),
+            ):
+                security += [option, self._certs / file]
         self.superlink = self._start(
-            *(TOOLS / "flower-superlink", "--insecure", "--port", self._link),
+            *(TOOLS / "flower-superlink", *security, "--port", self._link),
             *("--database", database),
             *("--isolation", "process" if separate else "subprocess"),
         )
@@ -185,7 +234,7 @@ class Deployment:
         text = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
         self._runs += 1
         log = self.folder / "server" / f"run-{self._runs}"
-        command = (TOOLS / "flwr", "run", ROOT, "here", "--stream", "--run-config")
+        command = (TOOLS / "flwr", "run", ROOT, "local", "--stream", "--run-config")
         stream = self._start(*command, text, log=log)
         said = "Successfully started run "
         wait_until(lambda: said in log.read_text())
@@ -195,12 +244,12 @@ class Deployment:
 
     def status(self, run: Run) -> str:
         """Return a run's status according to Flower."""
-        told = self._ask("list", "here", "--run-id", str(run.run_id))
+        told = self._ask("list", "local", "--run-id", str(run.run_id))
         return str(told["runs"][0]["status"])
 
     def online(self) -> int:
         """Return the number of SuperNodes online according to Flower."""
-        told = self._ask("supernode", "list", "here")
+        told = self._ask("supernode", "list", "local")
         return sum(node["status"] == "online" for node in told["nodes"])
 
     def serverapps(self) -> list[psutil.Process]:
@@ -235,6 +284,17 @@ class Deployment:
                 process.kill()
         psutil.wait_procs(left, timeout=LONG)
         shutil.rmtree(self.folder)
+
+    def _run_certs(self, *arguments: str) -> None:
+        """Run `docker/certs.sh`, for which all is in one container: this machine."""
+        environment = {
+            **self._environment,
+            "PATH": f"{STAND_INS}{os.pathsep}{self._environment['PATH']}",
+            "SLORA_CERTS": str(self._certs),
+            "SLORA_NODES": str(self._certs),
+        }
+        script = ROOT / "docker" / "certs.sh"
+        subprocess.run([script, *arguments], env=environment, check=True)
 
     def _ask(self, *command: str) -> dict[str, Any]:
         done = subprocess.run(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 
 from slora_flwr.engines.inline import InlineGrid
 from slora_flwr.server.fleet import Fleet
@@ -31,6 +32,13 @@ class FakeGrid(InlineGrid):
         self.of_nodes = 1
         self.broken: dict[int, Callable[[Message], Message]] = {}
         self.silent: set[int] = set()
+        self.registered: dict[int, str] = {}
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [
+            NodeInfo(node_id=node, name=self.registered.get(node))
+            for node in self.get_node_ids()
+        ]
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.online)
