@@ -11,7 +11,7 @@ from slora_flwr.cli.node import check, show_log
 from slora_flwr.cli.options import MergingCommand
 from slora_flwr.cli.planning import plan, show_config
 from slora_flwr.cli.reports import compare, report, runs
-from slora_flwr.cli.results import chat, export, predict
+from slora_flwr.cli.results import chat, export, predict, push
 from slora_flwr.cli.running import resume, run
 from slora_flwr.cli.studies import sweep
 
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "chat": chat,
     "export": export,
+    "push": push,
     "report": report,
     "compare": compare,
     "sweep": sweep,

@@ -1,4 +1,4 @@
-"""`slora export`, `predict` and `chat`: what has come of a run, for use."""
+"""`slora export`, `push`, `predict` and `chat`: what has come of a run, for use."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from slora_flwr.cli.options import RunArgument, ending_cleanly
+from slora_flwr.cli.options import RunArgument, ending_cleanly, fail
 from slora_flwr.common.files import expand
 from slora_flwr.common.text import printable
 from slora_flwr.config import ConfigError, refuse
@@ -38,12 +38,15 @@ MaxTokensOption = Annotated[
 ]
 
 
+MergeOption = Annotated[
+    bool, typer.Option("--merge", help="Write a whole model, not an adapter.")
+]
+
+
 def export(
     run: RunArgument = None,
     which: WhichOption = Which.AVERAGED,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Write a whole model, not an adapter.")
-    ] = False,
+    merge: MergeOption = False,
     to: Annotated[
         Path | None,
         typer.Option(help="New or empty folder; default: ./NAME-WHICH."),
@@ -59,6 +62,55 @@ def export(
         from slora_flwr.server.export import export_run
 
         typer.echo(export_run(path, which, merge, to))
+
+
+def push(
+    run: Annotated[str, typer.Argument(help="Run, as for `slora export`.")],
+    repo: Annotated[
+        str, typer.Argument(help="Repository on the Hugging Face Hub: USER/NAME.")
+    ],
+    which: WhichOption = Which.AVERAGED,
+    merge: MergeOption = False,
+    public: Annotated[
+        bool,
+        typer.Option(
+            "--public/--private",
+            help="Whether a new repository is for all to see. One that exists stays as "
+            "it is, and is refused if it is public and --public is not given.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Send nothing; write what would be sent into a new or empty folder.",
+        ),
+    ] = None,
+) -> None:
+    """Push a finished run's model, with its model card, to the Hugging Face Hub.
+
+    The token is that of `hf auth login` or HF_TOKEN.
+    """
+    from slora_flwr.runs.reader import find_run
+
+    with ending_cleanly(OSError):
+        path = find_run(run).resolve()
+        from slora_flwr.server.export import export_run
+        from slora_flwr.server.hub import HubError, check_repo, push_run
+
+        check_repo(repo)
+        if dry_run is not None:
+            to = export_run(path, which, merge, expand(dry_run), repo)
+            for file in sorted(to.iterdir()):
+                typer.echo(f"{file.stat().st_size:>12,}  {file.name}")
+            typer.echo(f"Nothing was sent to {repo}. What would be is in {to}.")
+            return
+        try:
+            done = push_run(path, repo, which, merge, is_public=public)
+        except HubError as error:
+            raise fail(error, 1) from error
+        seen = "private" if done.is_private else "public"
+        typer.echo(f"{done.url} ({seen}), commit {done.commit}")
 
 
 def predict(

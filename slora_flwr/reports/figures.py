@@ -32,6 +32,15 @@ def first_of(metrics: Mapping[str, float]) -> str:
     return next((name for name in FORMS if name in metrics), "accuracy")
 
 
+def accuracy_interval(accuracy: float, examples: int) -> tuple[float, float]:
+    """Return Wilson's 95% interval of an accuracy over independent examples."""
+    from scipy.stats import binomtest  # takes a second to import
+
+    right = binomtest(round(accuracy * examples), examples)
+    found = right.proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
+
+
 @dataclass(frozen=True)
 class Headline:
     """The metric by which a run is told in short, as charts and tables show it.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from slora_flwr.adapters.loading import Loading
@@ -12,20 +13,24 @@ from slora_flwr.common.files import expand
 from slora_flwr.common.text import printable
 from slora_flwr.config import EMBEDDED_MODELS, RunConfig
 from slora_flwr.config.methods import list_methods
+from slora_flwr.reports.chance import tell_chance
 from slora_flwr.reports.closing_table import hides_traffic, tell_figures, tell_guarantee
+from slora_flwr.reports.figures import FORMS, accuracy_interval
 from slora_flwr.tasks.base import Task
 
+# Of metrics, what the Hub calls them.
+_METRICS = {
+    "accuracy": "accuracy",
+    "macro_f1": "f1",
+    "perplexity": "perplexity",
+    "loss": "loss",
+    "exact_match": "exact_match",
+    "rouge_l": "rouge",
+    "choice_accuracy": "accuracy",
+}
 _TEMPLATE = """\
 ---
-{% if card.is_public %}
-base_model: {{ card.base | tojson }}
-{% endif %}
-library_name: {{ card.library }}
-pipeline_tag: {{ card.task.pipeline }}
-tags:
-- federated-learning
-- slora-flwr
-- {{ card.config.method | tojson }}
+{{ card.metadata }}
 ---
 
 # {{ card.shown }}, fine-tuned by {{ card.config.method }}
@@ -36,9 +41,13 @@ It was trained by federated learning with
 
 ## Load it
 
-The code below needs {{ card.packages }}. Run it in the folder of this file.
+The code below needs {{ card.packages }}.
+{% if not card.repo %}
+Run it in the folder of this file.
+{% endif %}
 {% if card.loading.needs_base and not card.is_public %}
-It looks there for the checkpoint, the folder `{{ card.shown }}`: copy or link it.
+It looks where it runs for the checkpoint,
+the folder `{{ card.shown }}`: copy or link it.
 {% if card.is_embedded %}
 The package slora-flwr has it: `slora_embedded.folder("{{ card.config.model.name }}")`.
 {% endif %}
@@ -50,7 +59,13 @@ PEFT and transformers refuse to load these files in their usual way, because
 {% endif %}
 
 ```python
+{% if card.repo %}
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{{ card.repo }}")
+{% else %}
 folder = "."
+{% endif %}
 {% if card.loading.needs_base %}
 base = {
 {% for name, value in card.source.items() %}
@@ -86,10 +101,17 @@ It answers so:
 | clients | {{ card.clients }} |
 | rounds | {{ card.rounds }} |
 | {{ card.config.data.tested_on }} | {{ card.tested }} |
+{% if card.interval %}
+| accuracy, 95% interval | {{ card.interval }} |
+{% endif %}
 {% for name, value in card.traffic.items() %}
 | {{ name }} | {{ value }} |
 {% endfor %}
 | privacy | {{ card.guarantee }} |
+{% if card.warning %}
+
+{{ card.warning }}
+{% endif %}
 """
 
 
@@ -125,6 +147,10 @@ class ModelCard:
         Payload bytes that clients received and sent. With privacy they are not told.
     privacy : Mapping[str, Any]
         The guarantee; empty without one.
+    test_examples : int
+        Number of the server's test texts; 0 if it has none.
+    repo : str
+        The repository of the Hub that it is for; empty if for none.
     """
 
     config: RunConfig
@@ -140,6 +166,37 @@ class ModelCard:
     figures: Mapping[str, Any]
     payload: Sequence[int]
     privacy: Mapping[str, Any]
+    test_examples: int
+    repo: str = ""
+
+    @property
+    def metadata(self) -> str:
+        """What the Hub reads: YAML, without the dashes around it."""
+        data = ModelCardData(
+            base_model=self.base if self.is_public else None,
+            library_name=self.library,
+            pipeline_tag=self.task.pipeline,
+            tags=["federated-learning", "slora-flwr", self.config.method],
+            model_name=self.repo or self.base,
+            eval_results=self._results or None,
+        )
+        return data.to_yaml().rstrip()
+
+    @property
+    def _results(self) -> list[EvalResult]:
+        """The figures, as the Hub has them."""
+        known = {n: v for n in _METRICS if (v := self.figures.get(n)) is not None}
+        return [
+            EvalResult(
+                task_type=self.task.pipeline,
+                dataset_type="other" if self._is_own_data else self.config.data.name,
+                dataset_name=f"{self.config.data.tested_on} of {self._data_name}",
+                metric_type=_METRICS[name],
+                metric_value=round(value, 6),
+                metric_name=FORMS[name][0],
+            )
+            for name, value in known.items()
+        ]
 
     @property
     def is_public(self) -> bool:
@@ -195,19 +252,29 @@ class ModelCard:
     def method(self) -> str:
         """The method, with its line of help and its paper."""
         row = list_methods()[self.config.method]
-        paper = f" ({row.paper})" if row.paper else ""
+        paper = f" ({_link(row.paper)})" if row.paper else ""
         return f"`{self.config.method}`: {row.help}{paper}"
 
     @property
     def data(self) -> str:
         """The training data. A file is told by its name without its folder."""
-        data = self.config.data
-        if data.is_own:
-            return "the clients' own files"
+        if self.config.data.is_own:
+            return self._data_name
+        return f"`{_inline(self._data_name)}`"
+
+    @property
+    def _is_own_data(self) -> bool:
+        """Whether it is files of somebody's, not what has a public name."""
         # Where the run was made, it may have been a file that is not here.
-        path = expand(data.name)
-        is_file = path.is_absolute() or path.exists()
-        return f"`{_inline(path.name if is_file else data.name)}`"
+        path = expand(self.config.data.name)
+        return self.config.data.is_own or path.is_absolute() or path.exists()
+
+    @property
+    def _data_name(self) -> str:
+        if self.config.data.is_own:
+            return "the clients' own files"
+        name = self.config.data.name
+        return printable(expand(name).name if self._is_own_data else name)
 
     @property
     def clients(self) -> str:
@@ -227,6 +294,20 @@ class ModelCard:
     def tested(self) -> str:
         """The figures on the test texts."""
         return tell_figures(self.figures) if self.figures else "not evaluated"
+
+    @property
+    def interval(self) -> str:
+        """The interval of a classifier's accuracy on the server's test texts, or ""."""
+        accuracy = self.figures.get("accuracy")
+        if accuracy is None or not (self.test_examples and self.task.has_classes):
+            return ""
+        low, high = accuracy_interval(accuracy, self.test_examples)
+        return f"{low:.1%} to {high:.1%} (Wilson, {self.test_examples} texts)"
+
+    @property
+    def warning(self) -> str:
+        """That the accuracy is no better than chance; empty if it is."""
+        return tell_chance(self.config, self.figures) if self.figures else ""
 
     @property
     def traffic(self) -> dict[str, str]:
@@ -255,6 +336,17 @@ class ModelCard:
             keep_trailing_newline=True,
         )
         return environment.from_string(_TEMPLATE).render(card=self)
+
+
+def _link(paper: str) -> str:
+    """Return a paper's name for Markdown; arXiv's as links, which make tags on the Hub.
+
+    The name is `arXiv NUMBER`, or whatever it is elsewhere.
+    """
+    archive, _, number = paper.partition(" ")
+    if archive != "arXiv":
+        return paper
+    return f"[{paper}](https://arxiv.org/abs/{number})"
 
 
 def _inline(text: str) -> str:

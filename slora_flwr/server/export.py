@@ -62,12 +62,13 @@ def export(
         loading = adapter.export(folder, state, base, classes, model.detach)
         which = "averaged" if phase.is_averaged else "last"
         sizes = [summary[f"payload_bytes_{direction}"] for direction in ("down", "up")]
-        privacy = summary.get("privacy", {})
-        found = _Exported(which, summary["rounds"], loading, summary, sizes, privacy)
+        privacy, tested = summary.get("privacy", {}), len(trainer.data.tokenised.test)
+        rounds = summary["rounds"]
+        found = _Exported(which, rounds, loading, summary, sizes, privacy, tested)
         _complete(folder, trainer.config, trainer.data, model, classes, found)
 
 
-def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
+def export_run(run: Path, which: str, merge: bool, to: Path, repo: str = "") -> Path:
     """Export a state of a finished run.
 
     Parameters
@@ -81,6 +82,8 @@ def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
         Write a whole model, which stock transformers loads.
     to : Path
         The folder to write, new or empty.
+    repo : str
+        The repository of the Hub that it is for; empty if for none.
 
     Returns
     -------
@@ -97,6 +100,11 @@ def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"to is {str(to)!r}; allowed: a new or empty folder")
     kept = KeptState.read(run, which)
+    if not all(bool(tensor.isfinite().all()) for tensor in kept.state.values()):
+        raise ConfigError(
+            f"the {kept.which} state of {run} has numbers that are not finite; "
+            "allowed: one whose numbers all are"
+        )
     adapter, model = kept.model.adapter, kept.model
     write = adapter.merge if merge else adapter.export
     try:
@@ -107,7 +115,14 @@ def export_run(run: Path, which: str, merge: bool, to: Path) -> Path:
     try:
         loading = write(to, kept.state, kept.base, kept.classes, model.detach)
         found = _Exported(
-            kept.which, kept.number, loading, kept.figures, kept.payload, kept.privacy
+            kept.which,
+            kept.number,
+            loading,
+            kept.figures,
+            kept.payload,
+            kept.privacy,
+            kept.test_examples,
+            repo,
         )
         _complete(to, kept.config, kept.data, model, kept.classes, found)
     except BaseException:  # Nobody is to take half an export for a whole one.
@@ -139,7 +154,7 @@ class KeptState:
         The run's config and label names.
     figures : Mapping
         The state's figures on the test data; empty if its round has none.
-    payload, privacy
+    payload, privacy, test_examples
         As in `ModelCard`.
     """
 
@@ -154,6 +169,7 @@ class KeptState:
     figures: Mapping[str, Any]
     payload: Sequence[int]
     privacy: Mapping[str, Any]
+    test_examples: int
 
     @classmethod
     def read(cls, run: Path, which: str) -> "KeptState":
@@ -200,6 +216,7 @@ class KeptState:
             _figures(recorded, phase, which, number),
             [recorded.total("payload", direction) or 0 for direction in ("down", "up")],
             recorded.facts["resolved"].get("privacy", {}),
+            recorded.facts["resolved"].get("test_examples", 0),
         )
 
 
@@ -213,6 +230,8 @@ class _Exported:
     figures: Mapping[str, Any]
     payload: Sequence[int]
     privacy: Mapping[str, Any]
+    test_examples: int
+    repo: str = ""
 
 
 def _complete(
