@@ -187,6 +187,8 @@ def test_the_card_is_the_hubs_and_tells_the_run(
     assert f"| accuracy, 95% interval | {told} |" in card.text
     assert "[arXiv 2308.06522](https://arxiv.org/abs/2308.06522)" in card.text
     assert f'snapshot_download("{REPO}")' in card.text
+    # So short a run is no better than the majority class, as its summary says too.
+    assert found["warning"] in card.text
     assert str(corpus.parent) not in card.content
 
 
