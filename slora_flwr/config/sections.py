@@ -36,6 +36,8 @@ STRICT = ConfigDict(strict=True)
 LEAST_COHORTS = {"median": 1, "trimmed-mean": 1, "krum": 3, "multi-krum": 3}
 PARTITIONERS = ("iid", "dirichlet", "pathological", "virtual", "natural")
 TASKS = ("classification", "causal-lm")
+# Libraries that can record a run, by the names of their extras.
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
 # `data.name` where each node trains on data of its own.
 # By `upload.dtype`, the least steps from 0 to the largest value of a secure sum's grid:
@@ -57,6 +59,16 @@ _MOST_EXAMPLES, _MOST_TOKENS = 4096, 2**17
 
 _DTYPES = ("float32", "float16", "bfloat16", "int8")
 _SEEDS = "a whole number from 0 to 2^63 - 1"
+
+
+def _names_in(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")] if text else []
+
+
+def _are_trackers(text: str) -> bool:
+    names = _names_in(text)
+    return len({*names}) == len(names) and {*names} <= {*TRACKERS}
+
 
 Natural = Annotated[int, at_least(0)]
 Count = Annotated[int, at_least(1)]
@@ -780,6 +792,13 @@ class OutputConfig:
         description="A test accuracy or, for `causal-lm`, a perplexity whose first "
         "round and bytes the summary names; 0 for none.",
     )
+    metrics_port: Annotated[int, between(0, 65535)] = Field(
+        default=0,
+        description="The port on which the server answers Prometheus while the run "
+        "goes on (`pip install 'slora-flwr[metrics]'`), reached from its own machine "
+        "alone unless the environment variable SLORA_METRICS_HOST names another "
+        "address; 0 for none.",
+    )
 
     @property
     def resumed(self) -> Path:
@@ -813,6 +832,14 @@ class RunConfig:
         description="The seed of masks, cohorts, partitions, batches and the head's "
         "start.",
     )
+    track: Annotated[
+        str,
+        allow(f"{', '.join(TRACKERS)}, each once, with commas, or empty", _are_trackers),
+    ] = Field(
+        default="",
+        description="The trackers that record the run, such as `tensorboard,wandb`; "
+        "each is an extra (`pip install 'slora-flwr[wandb]'`).",
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     clients: ClientsConfig = ClientsConfig()
@@ -836,6 +863,11 @@ class RunConfig:
             first = max(1, self.rounds // 3) if is_split else 4
             sparse = replace(self.sparse, rounds=first)
             object.__setattr__(self, "sparse", sparse)  # it is frozen
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `track`."""
+        return _names_in(self.track)
 
     @property
     def shares_noise(self) -> bool:

@@ -36,6 +36,8 @@ FREE = (
     "run.resume",
     "run.keep",
     "run.target",
+    "run.metrics-port",
+    "track",
     "clients.min-nodes",
     "clients.deadline",
 )

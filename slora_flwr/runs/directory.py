@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from slora_flwr.runs.checkpoint_files import (
     list_checkpoints,
     number_of,
 )
-from slora_flwr.runs.events import EVENTS, Event, to_line
+from slora_flwr.runs.events import EVENTS, Event, read_events, to_line
 from slora_flwr.runs.ledger import LEDGER, Entry, Ledger
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.runs.release import Release
@@ -85,13 +85,25 @@ class RunDirectory:
             with writing(self.path):
                 self._cut_back(checkpoint)
         self.release = Release(self.path)
+        self._followers: list[Callable[[Event], None]] = []
         self._started = time.perf_counter() - self.elapsed
 
     def event(self, event: Event) -> None:
         """Append an event to events.jsonl, with the seconds since the run's start."""
-        line = to_line(replace(event, seconds=round(self._seconds, 3)))
+        event = replace(event, seconds=round(self._seconds, 3))
         with writing(self.path):
-            append(self.path / EVENTS, line)
+            append(self.path / EVENTS, to_line(event))
+        for follower in self._followers:
+            follower(event)
+
+    def follow(self, follower: Callable[[Event], None]) -> None:
+        """Hand a function the events so far, and each further one once it is written.
+
+        Nothing that it raises is caught.
+        """
+        for event in read_events(self.path / EVENTS):
+            follower(event)
+        self._followers.append(follower)
 
     def record(self, entry: Entry) -> None:
         """Append one line to ledger.csv."""

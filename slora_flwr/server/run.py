@@ -36,6 +36,7 @@ from slora_flwr.server.privacy import ExampleLedger
 from slora_flwr.server.strategy import PhasedStrategy
 from slora_flwr.server.summary import resolve, summarise
 from slora_flwr.tasks.choice import find_task
+from slora_flwr.tracking.following import Following
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.trainer import Trainer
 
@@ -85,10 +86,20 @@ def run(
     """
     config = parse(run_config)
     find_task(config).check(config)
+    following = Following.of(config)
     with ExitStack() as held:
         checkpoint = _claim(config, held) if config.run.resume else None
         return _run(
-            grid, config, run_id, generator, share, engine, progress, checkpoint, held
+            grid,
+            config,
+            run_id,
+            generator,
+            share,
+            engine,
+            progress,
+            checkpoint,
+            following,
+            held,
         )
 
 
@@ -116,6 +127,7 @@ def _run(
     engine: str,
     progress: CohortProgress | None,
     checkpoint: Snapshot | None,
+    following: Following,
     held: ExitStack,
 ) -> dict[str, Any]:
     """Run from the start or a checkpoint; `held` keeps the directory's lock."""
@@ -145,10 +157,12 @@ def _run(
             log(WARNING, "%s", warning)
         directory.release.write_resolved(config, {})
         directory.release.write_config(config)
+        number = 0
     else:
         number = checkpoint.facts["round"]
         directory.event(Resumed(round=number, run=str(run_id)))
         log(INFO, "resuming after round %d of %d", number, config.rounds)
+    held.enter_context(following.begin(directory, number))
     try:
         fleet.gather(grid, directory.event, directory.lineage)
         if isinstance(fleet, OwnDataFleet) and fleet.classes:

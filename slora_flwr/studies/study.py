@@ -49,6 +49,8 @@ Config = dict[str, Value]
 
 DEFAULTS = flatten(RunConfig())
 ENGINES = ("inline", "flwr")
+# Keys that change nothing of what a run computes.
+_ASIDE = ("run.dir", "run.metrics-port", "track")
 SECTIONS = ("sweep", "base", "grid", "also", "tune")
 
 
@@ -259,7 +261,8 @@ def digest_of(config: Config) -> str:
     """
     full = flatten(parse(config))
     given = {key: full[key] for key in sorted(full) if full[key] != DEFAULTS[key]}
-    given.pop("run.dir", None)
+    for key in _ASIDE:
+        given.pop(key, None)
     return blake2b(json.dumps(given).encode(), digest_size=4).hexdigest()
 
 

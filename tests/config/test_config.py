@@ -42,6 +42,7 @@ CHANGED: dict[str, Value] = {
     "task": "causal-lm",
     "rounds": 7,
     "seed": 2**63 - 1,
+    "track": "wandb, tensorboard",
     "model.name": "some/model",
     "model.revision": "v2",
     "model.dtype": "bfloat16",
@@ -155,6 +156,7 @@ CHANGED: dict[str, Value] = {
     "run.max-tokens": 9,
     "run.choices": "/srv/questions.jsonl",
     "run.target": 1.0,
+    "run.metrics-port": 9464,
 }
 # What flexlora and lora.ranks leave no choice of, privacy among it, and data.labels,
 # which is for data.name "node".
@@ -305,6 +307,10 @@ BAD: list[tuple[str, Value, str]] = [
     ("run.max-tokens", 0, "a number from 1 up to 4096"),
     ("run.choices", "questions.jsonl", "an absolute path, or empty"),
     ("run.target", -0.1, "a number of at least 0"),
+    ("run.metrics-port", 65536, "a number from 0 up to 65535"),
+    ("track", "comet", "tensorboard, wandb, trackio, mlflow"),
+    ("track", "wandb,wandb", "each once"),
+    ("track", "wandb,", "or empty"),
 ]
 # Any string will do here; what they name is looked up later.
 FREE = {"data.train", "data.test", "data.text", "data.label", "clients.by"}
