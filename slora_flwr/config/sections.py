@@ -834,7 +834,9 @@ class RunConfig:
     )
     track: Annotated[
         str,
-        allow(f"{', '.join(TRACKERS)}, each once, with commas, or empty", _are_trackers),
+        allow(
+            f"{', '.join(TRACKERS)}, each once, with commas, or empty", _are_trackers
+        ),
     ] = Field(
         default="",
         description="The trackers that record the run, such as `tensorboard,wandb`; "

@@ -83,9 +83,7 @@ class Trackers:
             kept = self._kept[name]
             if kept.round >= event.round:
                 continue
-            figures = figures or figures_of(
-                event, self._directory.ledger, self._config
-            )
+            figures = figures or figures_of(event, self._directory.ledger, self._config)
             with self._guarded(name):
                 tracker.log(event.round, figures)
                 kept.round = event.round

@@ -2,9 +2,13 @@
 
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+PATIENCE = 300.0  # seconds
 
 Rounds = dict[int, dict[str, float]]
 
@@ -67,31 +71,30 @@ def read_trackio(run: Path) -> Stored:
     import trackio
     from trackio.sqlite_storage import SQLiteStorage
 
-    runs = [one for one in trackio.Api().runs("slora") if one.name[:-7] == run.name]
-    (one,) = runs
+    name = json.loads((run / "tracking" / "trackers.json").read_text())["trackio"]["id"]
+    assert name.startswith(f"{run.name}-")
+    (one,) = [one for one in trackio.Api().runs("slora") if one.name == name]
     config = {n: str(x) for n, x in (one.config or {}).items() if n[0] != "_"}
     found = Stored(config)
     for row in SQLiteStorage.get_logs("slora", one.name, run_id=one.id):
         for name, value in row.items():
             if name not in ("timestamp", "step"):
                 found.add(row["step"], name, value)
-    for record in SQLiteStorage.get_run_artifacts("slora", one.name, run_id=one.id):
-        manifest = record.get("manifest") or SQLiteStorage.get_artifact_manifest(
-            "slora", record["version_id"]
-        )
-        found.files |= {entry["path"] for entry in manifest}
+    given = SQLiteStorage.get_run_artifacts("slora", one.name, one.id)["output"]
+    for record in given:
+        spec = f"v{record['version']}"
+        kept = SQLiteStorage.get_artifact_manifest("slora", record["name"], spec)
+        assert kept is not None
+        found.files |= {entry["path"] for entry in kept["manifest"]}
     return found
 
 
 def read_wandb(run: Path) -> Stored:
-    from wandb.proto.wandb_internal_pb2 import Record
-
     found, ids = Stored(), set()
     paths = sorted((run / "tracking" / "wandb").rglob("*.wandb"))
     for path in paths:
         assert path.parent.name.startswith("offline-run")
-        for data in _records(path.read_bytes()):
-            record = Record.FromString(data)
+        for record in _finished(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 ids.add(record.run.run_id)
@@ -114,8 +117,21 @@ def read_wandb(run: Path) -> Stored:
                 found.files |= {entry.path for entry in entries}
             if kind == "exit":
                 found.status = str(record.exit.exit_code)
-    assert len(ids) == 1
+    assert len(ids) == 1, (ids, paths, [path.stat().st_size for path in paths])
     return found
+
+
+def _finished(path: Path) -> list[Any]:
+    """Return the records of a run that has ended; W&B's service writes them later."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    until = time.monotonic() + PATIENCE
+    while True:
+        records = [Record.FromString(data) for data in _records(path.read_bytes())]
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < until, f"{path} has no end"
+        time.sleep(0.1)
 
 
 def _records(data: bytes) -> Iterator[bytes]:
