@@ -37,6 +37,7 @@ KEPT = {
     "ledger.csv": "bytes, which count who took part",
     "summary.json": "bytes and seconds, which count who took part",
     "report.html": "the content of these files",
+    "tracking/": "what trackers were handed, and when the run ended",
 }
 PACKAGES = ("slora-flwr", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
 # What a config resolves to that is counted over the data of all clients.

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from wandb import Artifact, Settings, init
 
@@ -18,7 +19,7 @@ class WandbTracker:
     takes_back = False
 
     def __init__(self, run: TrackedRun) -> None:
-        mode = os.environ.get("WANDB_MODE")
+        mode: Any = os.environ.get("WANDB_MODE")
         if not mode:
             mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         if mode == "offline":
@@ -30,7 +31,7 @@ class WandbTracker:
             name=os.environ.get("WANDB_NAME") or run.name,
             id=run.id or None,
             resume="allow" if run.id else None,
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             config=run.config,
             reinit="create_new",
             settings=Settings(
@@ -59,9 +60,9 @@ class WandbTracker:
         if artefacts:
             artefact = Artifact(self._artefact, type="run")
             for path in artefacts:
-                if path.is_dir():
-                    artefact.add_dir(str(path), name=path.name)
-                else:
-                    artefact.add_file(str(path))
+                # One by one, since it prints how it adds a folder.
+                for file in path.rglob("*") if path.is_dir() else [path]:
+                    name = file.relative_to(path.parent).as_posix()
+                    artefact.add_file(str(file), name=name)
             self._run.log_artifact(artefact)
         self._run.finish(exit_code=0 if completed else 1)

@@ -5,6 +5,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,13 @@ def read_wandb(run: Path) -> Stored:
 
 def _finished(path: Path) -> list[Any]:
     """Return the records of a run that has ended; W&B's service writes them later."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    # Its names are made at the import, unseen by mypy.
+    kinds: Any = import_module("wandb.proto.wandb_internal_pb2")
     until = time.monotonic() + PATIENCE
     while True:
-        records = [Record.FromString(data) for data in _records(path.read_bytes())]
+        records = [
+            kinds.Record.FromString(data) for data in _records(path.read_bytes())
+        ]
         if any(record.WhichOneof("record_type") == "exit" for record in records):
             return records
         assert time.monotonic() < until, f"{path} has no end"
