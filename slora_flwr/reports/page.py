@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from io import StringIO
 from pathlib import Path
 
@@ -111,6 +112,11 @@ class Page:
     figures: Sequence[tuple[str, str]] = ()
     notice: str = ""
     data: Sequence[Table] = ()
+
+
+def can_render() -> bool:
+    """Return whether the template is there; a Flower app bundle, of code, has none."""
+    return files("slora_flwr.reports").joinpath("templates", "page.html").is_file()
 
 
 def render(page: Page) -> str:

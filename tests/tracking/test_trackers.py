@@ -1,6 +1,9 @@
 """What trackers hold of whole runs, read back from their stores."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from logging import WARNING
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import slora_flwr
 from slora_flwr.config import ConfigError, flatten, parse
 from slora_flwr.config.sections import TRACKERS as NAMES
 from slora_flwr.tracking.choice import TRACKERS
@@ -197,6 +201,7 @@ def test_a_run_that_fails_is_one_that_failed(config: Config) -> None:
     assert found.files == {"config.toml", "resolved.toml"}
 
 
+@pytest.mark.parametrize("tracker", NAMES)
 def test_a_library_that_is_missing_is_told_before_any_message(
     config: Config, monkeypatch: pytest.MonkeyPatch, tracker: str
 ) -> None:
@@ -223,6 +228,20 @@ class WatchingGrid(Grid):
         self.seen = [*self.seen, (run / "tracking").exists()]
 
     seen: list[bool] = []  # noqa: RUF012
+
+
+def test_an_app_bundle_of_code_alone_has_no_page(tmp_path: Path) -> None:
+    """Else every tracker would be left out at the end of a run over Flower."""
+    package = Path(slora_flwr.__file__).parent
+    for path in package.rglob("*.py"):
+        copy = tmp_path / "slora_flwr" / path.relative_to(package)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    code = "from slora_flwr.reports.page import can_render; print(can_render())"
+    command = [sys.executable, "-c", code]
+    for folder, can in ((tmp_path, "False\n"), (package.parent, "True\n")):
+        env = os.environ | {"PYTHONPATH": str(folder)}
+        assert subprocess.check_output(command, env=env, text=True, cwd=folder) == can
 
 
 PRIVATE: Config = {
