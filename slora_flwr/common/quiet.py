@@ -1,4 +1,4 @@
-"""What libraries say at their import that no user can act on."""
+"""What libraries say that no user can act on."""
 
 import logging
 import sys
@@ -14,4 +14,15 @@ def quiet_bitsandbytes() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:  # of PYTHONWARNINGS
         said = r"`torch\.jit\.script_method` is deprecated"
+        warnings.filterwarnings("ignore", said, DeprecationWarning)
+
+
+def quiet_mlflow() -> None:
+    """Leave out what MLflow says as it makes a SQLite file; call it before.
+
+    It tells of the tables that it makes, and SQLAlchemy that MLflow uses an old option.
+    """
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    if not sys.warnoptions:
+        said = r"The ``noload`` loader strategy is deprecated"
         warnings.filterwarnings("ignore", said, DeprecationWarning)

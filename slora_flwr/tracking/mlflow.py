@@ -1,11 +1,11 @@
 """MLflow: the server that MLFLOW_TRACKING_URI names, or a SQLite file of the run."""
 
-import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from slora_flwr.common.quiet import quiet_mlflow
 from slora_flwr.tracking.base import TrackedRun
 
 # Read at its import: it would report its own use to its makers.
@@ -26,8 +26,7 @@ class MlflowTracker:
     takes_back = False
 
     def __init__(self, run: TrackedRun) -> None:
-        # That it makes the tables of a new file.
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+        quiet_mlflow()
         given = os.environ.get("MLFLOW_TRACKING_URI")
         uri = given or f"sqlite:///{run.folder / 'mlflow.db'}"
         self._client = MlflowClient(uri)
