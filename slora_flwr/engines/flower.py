@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ import typer
 from slora_flwr.config import ConfigError, Value, parse
 from slora_flwr.engines.app_folder import is_app
 from slora_flwr.engines.start_up import is_noise
-from slora_flwr.reports.live_line import LiveLine
-from slora_flwr.reports.progress import is_within_round
+from slora_flwr.reports.live_table import LiveTable
 from slora_flwr.runs.directory import how_to_resume
 from slora_flwr.runs.events import EVENTS
 from slora_flwr.runs.lock import is_locked
@@ -113,37 +112,38 @@ def _follow(run_id: str, verbose: bool) -> int:
     ) as process:
         assert process.stdout is not None
         try:
-            show(process.stdout, LiveLine.of_terminal(), verbose)
+            show(process.stdout, LiveTable.of_terminal(), verbose)
         except KeyboardInterrupt:
             process.kill()
             raise
     return process.returncode
 
 
-def show(lines: Iterable[str], live: LiveLine | None, verbose: bool = False) -> None:
+def show(lines: Iterable[str], live: LiveTable | None, verbose: bool = False) -> None:
     """Print lines of a run's log as they come.
 
     Parameters
     ----------
     lines : Iterable[str]
         The lines.
-    live : LiveLine or None
-        Where to show how far a round is; None to print it as any other line.
+    live : LiveTable or None
+        Where to show how far the run is; None to print that as any other line.
     verbose : bool
         Print what Flower and Ray say at the start too.
     """
-    try:
+    # What is asked after Ctrl-C needs the terminal itself.
+    with nullcontext() if live is None else live:
         for line in lines:
             plain = click.unstyle(line).rstrip()
-            if live is not None and is_within_round(plain):
-                live.show(plain.partition(":")[2].strip())
-            elif verbose or not is_noise(plain):
-                if live is not None:
-                    live.hide()
+            level, _, message = plain.partition(":")
+            if live is not None and live.hear(level.strip(), message.strip()):
+                continue
+            if not verbose and is_noise(plain):
+                continue
+            if live is None:
                 typer.echo(line, nl=False)  # without colours if it is no terminal
-    finally:  # What is asked after Ctrl-C needs the terminal itself.
-        if live is not None:
-            live.hide()
+            else:
+                live.above(line.rstrip("\n"))
 
 
 def _interrupt(

@@ -4,6 +4,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from logging import ERROR
 from typing import Any
 
@@ -17,7 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from slora_flwr.client import handlers as node
 from slora_flwr.client.process import SharedContext, make_process
 from slora_flwr.config import Value, parse
-from slora_flwr.reports.live_line import LiveLine
+from slora_flwr.reports.live_table import LiveTable
 from slora_flwr.reports.progress import CohortProgress
 from slora_flwr.server.run import run as run_on
 from slora_flwr.training.attached_model import AttachedModel
@@ -38,16 +39,18 @@ def run_inline(run_config: Mapping[str, Value], nodes: int = 1) -> dict[str, Any
     update_console_handler(colored=sys.stderr.isatty())
     run_id = time.time_ns()
     grid = InlineGrid(run_config, nodes, run_id)
-    progress = CohortProgress(LiveLine.of_terminal(stderr=True))
+    live = LiveTable.of_terminal(stderr=True)
+    progress = CohortProgress(live)
     grid.tell(progress.hear)
-    return run_on(
-        grid,
-        run_config,
-        run_id,
-        share=grid.share,
-        engine="inline",
-        progress=progress,
-    )
+    with nullcontext() if live is None else live.heed_log():
+        return run_on(
+            grid,
+            run_config,
+            run_id,
+            share=grid.share,
+            engine="inline",
+            progress=progress,
+        )
 
 
 class InlineGrid(Grid):

@@ -89,6 +89,11 @@ def test_a_run_of_one_of_each_and_what_is_made_of_it(
     text = "\n".join(lines)
     assert "1 node hosts 1 client\n" in text
     assert "lora: 1 round of 1 client, 1 epoch of adamw" in text
+    # The live table's closed round stays; its line is not printed beside it.
+    [row] = [line.split() for line in lines if line.split()[:2] == ["1/1", "lora"]][-1:]
+    assert row[2] == "1/1"
+    assert row[-2:] == ["0:00", "0"]
+    assert not any("0:00 left" in line for line in lines)
     assert [row[0] for row in cells(lines)] == [
         "lora phase",
         "lora",

@@ -1,6 +1,7 @@
 """What `slora run` prints of a run's log."""
 
 import io
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from rich.console import Console
 
 from slora_flwr.engines import ray_pool
 from slora_flwr.engines.flower import show
-from slora_flwr.reports.live_line import LiveLine
+from slora_flwr.reports.live_table import LiveTable
+from tests.support.processes import wait_until
 
 # As Flower's simulation prints them, before this app has been loaded.
 NOISE = """\
@@ -62,20 +64,31 @@ def test_only_known_lines_are_left_out(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == plain(mixed)
 
 
-def test_a_terminal_shows_how_far_a_round_is_in_one_line(
+def test_a_terminal_shows_how_far_a_run_is_in_a_table_below_the_log(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stdout", shown)
-    live = LiveLine(Console(force_terminal=True, width=80))
     within = "INFO :      round 1/2 lora: {} of 9 clients answered after 0:{}\n"
-    closed = "INFO :      round 1/2 lora clients 9/9  loss 0.772\n"
-    show([within.format(2, 10), within.format(5, 20), closed], live)
+    closed = "INFO :      round 1/2 lora   clients 9/9  loss 0.772  accuracy  50.0%  "
+    closed += "0.10 MB  0:09 left\n"
+    other = "INFO :      " + "a line that is longer than the terminal is wide " * 3
+
+    def lines() -> Iterator[str]:
+        yield within.format(2, 10)
+        yield f"{other}\n"
+        yield within.format(5, 20)
+        wait_until(lambda: bool(re.search(r"1/2 +lora +5/9", shown.getvalue())))
+        yield closed
+
+    show(lines(), LiveTable(Console(force_terminal=True, width=80)))
     text = shown.getvalue()
-    assert "INFO" not in text.partition("clients 9/9")[0].rpartition("\x1b[2K")[0]
-    # The last one; rich draws ten times a second.
-    assert "round 1/2 lora: 5 of 9 clients answered after 0:20" in text
-    assert text.endswith(f"\x1b[2K{closed}")
+    assert "answered" not in text
+    assert "MB  0:09 left" not in text
+    assert f"{other}\n" in text  # in one line, as it came
+    # Once it ends, the closed round stays, and what was erased is followed by nothing.
+    assert re.search(r"1/2 +lora +9/9 +0\.772 +50\.0% +0\.10 +0:09", text)
+    assert "\x1b[2K" not in text.rpartition("9/9")[2]
     assert sys.stdout is shown
 
 
@@ -107,5 +120,5 @@ def test_ctrl_c_gives_the_terminal_back(monkeypatch: pytest.MonkeyPatch) -> None
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        show(lines(), LiveLine(Console(force_terminal=True, width=80)))
+        show(lines(), LiveTable(Console(force_terminal=True, width=80)))
     assert sys.stdout is shown

@@ -1,19 +1,13 @@
 """Progress within a round, by a clock that passes only by sleeping."""
 
-import io
-import sys
 from collections.abc import Iterable
-from logging import WARNING
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.common.logger import console_handler, log
-from rich.console import Console
 
-from slora_flwr.reports.live_line import LiveLine
-from slora_flwr.reports.progress import CohortProgress, is_within_round
+from slora_flwr.reports.progress import CohortProgress, Within, read_line
 from slora_flwr.server.run import run
 from tests.support.clock import Clock
 from tests.support.grids import RecordingGrid
@@ -48,7 +42,7 @@ def run_slowly(config: Config, nodes: int = 1) -> Path:
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     lines = [record.getMessage() for record in caplog.records]
-    return [line for line in lines if is_within_round(line)]
+    return [line for line in lines if isinstance(read_line("INFO", line), Within)]
 
 
 def without_seconds(path: Path) -> list[dict[str, Any]]:
@@ -122,31 +116,3 @@ def test_a_private_run_does_not_say_how_many_were_drawn(
     }
     run_slowly(config | privacy)
     assert told(caplog) == []
-
-
-def test_a_terminal_has_one_line_below_the_log(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    shown = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", shown)
-    monkeypatch.setattr(console_handler, "stream", shown)
-    live = LiveLine(Console(stderr=True, force_terminal=True, width=80))
-    clock = Clock()
-    progress = CohortProgress(live, now=clock.monotonic)
-    with progress.follow("round 1/2 lora", 3):
-        clock.sleep(9.0)
-        progress.hear([0])
-        assert shown.getvalue() == ""
-        clock.sleep(2.0)
-        progress.hear()
-        log(WARNING, "node 2 is left out")
-        clock.sleep(0.5)
-        progress.hear([1])
-    text = shown.getvalue()
-    # The log in a line of its own, and the other one below it.
-    _, left_out, below = text.partition("node 2 is left out\n")
-    assert left_out
-    assert "round 1/2 lora: 1 of 3 clients answered after 0:11" in below
-    assert console_handler.stream is shown
-    assert sys.stderr is shown
-    assert text.endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # the line is gone
