@@ -14,6 +14,7 @@ from slora_flwr.cli.reports import compare, report, runs
 from slora_flwr.cli.results import chat, export, predict, push
 from slora_flwr.cli.running import resume, run
 from slora_flwr.cli.studies import sweep
+from slora_flwr.cli.watching import watch
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "new": new,
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "export": export,
     "push": push,
+    "watch": watch,
     "report": report,
     "compare": compare,
     "sweep": sweep,

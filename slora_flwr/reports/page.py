@@ -13,6 +13,7 @@ from slora_flwr.common.files import write_atomically
 from slora_flwr.common.text import csv_cell
 from slora_flwr.reports.charts import PALETTE, Chart
 
+_LOADER_ROOT = Path(__file__).parent / "templates"
 LISTED = 500  # most rows of a table that grows with clients, classes or failures
 Cell = str | int | float | None
 NOTHING = "\N{EN DASH}"
@@ -121,6 +122,25 @@ def can_render() -> bool:
 
 def render(page: Page) -> str:
     """Return a page as one HTML document that loads nothing."""
+    return _render("page.html", page=page)
+
+
+def render_body(page: Page) -> str:
+    """Return what is in the body of a page."""
+    return _render("body.html", page=page)
+
+
+def render_watch() -> str:
+    """Return the page that follows a run, for a server that has its script too."""
+    return _render("watch.html")
+
+
+def watch_script() -> str:
+    """Return the script of the page that follows a run."""
+    return (_LOADER_ROOT / "watch.js").read_text()
+
+
+def _render(name: str, **values: object) -> str:
     environment = Environment(
         loader=PackageLoader("slora_flwr.reports"),
         autoescape=True,
@@ -129,7 +149,7 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
     )
     palette = dict(PALETTE.values())
-    return environment.get_template("page.html").render(page=page, palette=palette)
+    return environment.get_template(name).render(palette=palette, **values)
 
 
 def write(page: Page, folder: Path, name: str) -> Path:

@@ -317,17 +317,28 @@ def read_events(path: Path) -> list[Event]:
     events: list[Event] = []
     for number, line in enumerate(lines, start=1):
         try:
-            facts = read_json(line)
-        except ValueError:
-            events.append(Unreadable())
-            continue
-        try:
-            kind = check(_Line, facts).event
-            if kind in _KINDS:
-                events.append(_KINDS[kind].read(facts))
+            event = read_line(line)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
+        if event is not None:
+            events.append(event)
     return events
+
+
+def read_line(line: bytes) -> Event | None:
+    """Return the event in a line; None if it is of an unknown kind.
+
+    Raises
+    ------
+    ValueError
+        If it is JSON and not an event.
+    """
+    try:
+        facts = read_json(line)
+    except ValueError:
+        return Unreadable()
+    kind = check(_Line, facts).event
+    return _KINDS[kind].read(facts) if kind in _KINDS else None
 
 
 @dataclass(frozen=True)
