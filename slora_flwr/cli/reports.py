@@ -127,7 +127,7 @@ def compare(
             typer.echo(line, err=True)
         if not found:
             raise ConfigError(f"RUN is {' '.join(runs)}; allowed: runs of a study")
-        page = lay_out(found, rates, target, labels, told)
+        page = lay_out(found, rates, target, labels, told, out)
     try:
         typer.echo(write(page, out, "compare"))
     except OSError as error:

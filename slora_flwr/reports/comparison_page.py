@@ -1,10 +1,14 @@
 """The page that compares groups of runs."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import fmean, stdev
 from types import MappingProxyType
+from urllib.parse import quote
 
 import numpy as np
 
@@ -40,6 +44,7 @@ from slora_flwr.reports.page import NOTHING, Cell, Column, Page, Section, Table
 from slora_flwr.runs.reader import RecordedRun, by_layer
 
 GROUP = Column("group", "group")
+_UNAVERAGED = (0.0, (1.0, 1.0))  # dashes of what is not averaged
 
 
 def compare(
@@ -48,6 +53,7 @@ def compare(
     target: float | None = None,
     names: Mapping[str, str] = MappingProxyType({}),
     left_out: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> Page:
     """Return the page that compares groups of runs.
 
@@ -64,6 +70,8 @@ def compare(
         Names of groups; see `group_runs`.
     left_out : Sequence[str]
         Sentences on runs that are not among `runs`, and why.
+    folder : Path or None
+        Where the page will be, for links to the reports of runs; None without links.
 
     Raises
     ------
@@ -87,7 +95,7 @@ def compare(
         *_energies(groups),
         *_spread(groups),
         *_failures(groups),
-        _configs(groups),
+        _configs(groups, folder),
     ]
     notices = list(left_out)
     if len(tested) < len(runs):
@@ -148,6 +156,25 @@ def _results(groups: list[Group], head: Headline) -> Section:
         Column("seconds", "seconds", ".0f"),
     ]
 
+    has_wire = any(
+        line.wire_bytes is not None
+        for group in groups
+        for run in group.runs
+        for line in run.ledger
+    )
+    if has_wire:
+        columns[-1:-1] = [
+            Column("wire MB up", "wire_megabytes_up", ".2f"),
+            Column("wire MB down", "wire_megabytes_down", ".2f"),
+        ]
+
+    def wire(group: Group) -> list[Cell]:
+        sizes = [
+            over_runs(group, lambda run: run.total("wire", way))  # noqa: B023
+            for way in ("up", "down")
+        ]
+        return [fmean(known) / 1e6 if known else None for known in sizes]
+
     def row(group: Group) -> list[Cell]:
         value = over_runs(group, lambda run: final(run, head.metric))
         steady = over_runs(group, lambda run: last_mean(run, head))
@@ -165,6 +192,7 @@ def _results(groups: list[Group], head: Headline) -> Section:
             *(_scaled(_mean(steady), head), _scaled(_deviation(steady), head)),
             *(_mean(over_runs(group, partial(final, metric=n))) for n in others),
             *(up, down),
+            *(wire(group) if has_wire else []),
             _mean(over_runs(group, _seconds)),
         ]
 
@@ -251,6 +279,10 @@ def _curves(
     for i, rate in enumerate(rates):
         axes[f"modelled seconds at {rate:g} Mbit/s"] = _seconds_at(i)
 
+    # Of the last state, where runs evaluated it beside the averaged one.
+    unaveraged = replace(head, metric=f"plain_{head.metric}")
+    plain = {group.label: curve(group, rates, unaveraged) for group in drawn}
+
     def charts(panel: list[Group], found: dict[str, Look]) -> list[Chart]:
         made, scale = [], head.scale
         for x, at in axes.items():
@@ -268,6 +300,11 @@ def _curves(
                         [scale * max(p.accuracies) for p in points] if several else (),
                     )
                 )
+                if points := plain[group.label]:
+                    label = _unaveraged(group)
+                    y = [scale * point.accuracy for point in points]
+                    places = [at(point) for point in points]
+                    lines.append(Line(label, found[label], places, y))
             made.append(
                 line_chart(
                     f"{head.name.capitalize()} against {x}.",
@@ -287,6 +324,10 @@ def _curves(
     )
     for name, panel in panels.items():
         found = looks([g.label for g in panel], [g.method for g in panel])
+        for group in panel:
+            if plain[group.label]:
+                look = replace(found[group.label], dash=_UNAVERAGED)
+                found[_unaveraged(group)] = look
         sections.append(
             Section(
                 f"Curves, {name}" if len(panels) > 1 else "Curves",
@@ -296,6 +337,10 @@ def _curves(
             )
         )
     return sections
+
+
+def _unaveraged(group: Group) -> str:
+    return f"{group.label}, last state, not averaged"
 
 
 def _points(
@@ -582,7 +627,7 @@ def _failures(groups: list[Group]) -> list[Section]:
     return [Section("Failures", tables=[table])]
 
 
-def _configs(groups: list[Group]) -> Section:
+def _configs(groups: list[Group], folder: Path | None) -> Section:
     default = flatten(RunConfig())
     first, *rest = (group.config for group in groups)
     common = [
@@ -614,6 +659,11 @@ def _configs(groups: list[Group]) -> Section:
                 for run in group.runs + group.others
             ],
             folded=True,
+            links=[
+                _link(run, folder)
+                for group in groups
+                for run in group.runs + group.others
+            ],
         ),
     ]
     left_out = sum(len(group.others) for group in groups)
@@ -626,6 +676,14 @@ def _configs(groups: list[Group]) -> Section:
     runs = [run for group in groups for run in group.runs + group.others]
     text += [f"{run.path.name}: {run.damage}" for run in runs if run.damage]
     return Section("Runs", text, tables=tables)
+
+
+def _link(run: RecordedRun, folder: Path | None) -> str | None:
+    """Return the address of a run's report, relative to a folder, if there is one."""
+    page = run.path / "report.html"
+    if folder is None or not page.is_file():
+        return None
+    return quote(os.path.relpath(page.resolve(), folder.resolve()))
 
 
 def _state(run: RecordedRun) -> str:

@@ -57,6 +57,8 @@ class Table:
         True if the page shows the table only on request.
     shaded : bool
         True if the page shades numbers by their share of the row's sum.
+    links : sequence of str or None
+        Of each row, the address that its name leads to on the page; empty without any.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     folded: bool = False
     shaded: bool = False
+    links: Sequence[str | None] = ()
 
     @property
     def written(self) -> list[list[str]]:

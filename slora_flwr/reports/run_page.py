@@ -56,6 +56,8 @@ def _notice(run: RecordedRun) -> str:
     if run.summary is not None:
         return f"{run.summary.warning} {run.damage}".strip()
     done = f"{len(run.rounds)} of {run.config['rounds']} rounds are done"
+    if run.state == "running":
+        return f"This run is going on: {done}. {run.damage}".strip()
     reason = f" It was stopped: {run.stopped}" if run.stopped else ""
     return f"This run is not complete: {done}.{reason} {run.damage}".strip()
 
@@ -145,6 +147,13 @@ def _phases(run: RecordedRun) -> Section:
         Column("seconds", "seconds", ".0f"),
     ]
     units.append("message")
+    has_wire = any(line.wire_bytes is not None for line in run.ledger)
+    if has_wire:
+        columns[-1:-1] = [
+            Column("wire MB up", "wire_megabytes_up", ".2f"),
+            Column("wire MB down", "wire_megabytes_down", ".2f"),
+        ]
+        units.append("wire")
 
     def row(
         name: str, rounds: list[RecordedRound], phase: str | None, seconds: float
@@ -175,6 +184,8 @@ def _phases(run: RecordedRun) -> Section:
         "separate node. Message MB: what was sent, one message per node. "
         f"{head.name.capitalize()}: at the phase's last evaluation."
     )
+    if has_wire:
+        caption += " Wire MB: what nodes counted on their network interfaces."
     return Section("Phases", tables=[Table("phases", caption, columns, rows)])
 
 

@@ -126,6 +126,53 @@ def test_runs_that_differ_by_the_seed_alone_are_one_group(tmp_path: Path) -> Non
     assert [run.config["seed"] for run in groups[1].runs] == [0, 0, 3, 3]
 
 
+def test_wire_bytes_are_shown_where_nodes_count_them(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", accuracies=[0.2])
+    other = write_run(tmp_path / "other", {"lora.rank": 2}, accuracies=[0.2])
+    assert "wire_megabytes_up" not in rows_of(report(read_run(path)), "phases")[0]
+    assert "wire_megabytes_up" not in rows_of(page_of(path, other), "results")[0]
+    with (path / "ledger.csv").open("w") as file:
+        file.write("round,phase,direction,clients,payload_bytes,message_bytes,")
+        file.write("planned_payload_bytes,wire_bytes\n")
+        file.write("1,lora,down,2,9,9,,3000000\n1,lora,up,2,9,9,,\n")
+        file.write("2,lora,down,2,9,9,,4500000\n2,lora,up,2,9,9,,1000000\n")
+    [phase, whole] = rows_of(report(read_run(path)), "phases")
+    results = rows_of(page_of(path, other), "results")
+    counted = {row["wire_megabytes_up"]: row for row in results}
+    assert counted.keys() == {1.0, None}
+    for row in (phase, whole, counted[1.0]):
+        assert (row["wire_megabytes_up"], row["wire_megabytes_down"]) == (1.0, 7.5)
+
+
+def test_a_comparison_leads_to_reports_that_there_are(tmp_path: Path) -> None:
+    names = ("a#1 <b>", "b")
+    paths = [write_run(tmp_path / "runs" / name, {}) for name in names]
+    assert slora("report", paths[0]).exit_code == 0
+    out = tmp_path / "comparison"
+    assert slora("compare", *paths, "--out", out).exit_code == 0
+    html = (out / "compare.html").read_text()
+    assert re.findall('<a href="([^"]*)">', html) == [
+        "../runs/a%231%20%3Cb%3E/report.html"
+    ]
+
+
+def test_a_comparison_has_the_curve_of_the_last_state_too(tmp_path: Path) -> None:
+    path, other = (
+        write_run(tmp_path / n, {"lora.rank": r}) for n, r in (("a", 2), ("b", 4))
+    )
+    events = path / EVENTS
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    for line in lines:
+        line["plain_accuracy"] = 0.125
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [curves] = [s for s in page_of(path, other).sections if s.title == "Curves"]
+    labels = [key.caption for key in curves.keys]
+    assert [label for label in labels if "not averaged" in label] == [
+        f"{labels[0]}, last state, not averaged"
+    ]
+    assert "last state, not averaged, from 12.5 to 12.5" in curves.charts[0].told
+
+
 def test_labels_name_what_differs(tmp_path: Path) -> None:
     configs: list[Config] = [
         {"method": method, "clients.alpha": alpha, "sparse.density": density}

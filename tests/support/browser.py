@@ -75,9 +75,9 @@ class Browser:
         return bytes(found)
 
     def show(
-        self, page: Path, width: int, scheme: str = "light", media: str = "screen"
+        self, page: Path | str, width: int, scheme: str = "light", media: str = "screen"
     ) -> None:
-        """Load a page at a width, on a light or dark screen or in print."""
+        """Load a file or address at a width, on a light or dark screen or in print."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -87,8 +87,9 @@ class Browser:
         )
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.call("Emulation.setEmulatedMedia", media=media, features=[feature])
-        self.call("Page.navigate", url=page.as_uri())
-        loaded = f"complete {page.as_uri()}"
+        address = page if isinstance(page, str) else page.as_uri()
+        self.call("Page.navigate", url=address)
+        loaded = f"complete {address}"
         while self.evaluate("document.readyState + ' ' + location.href") != loaded:
             time.sleep(0.01)
 
