@@ -145,7 +145,8 @@ class RecordedRun:
     @property
     def state(self) -> str:
         """`running`, `finished`, `failed` or `interrupted`."""
-        if is_locked(self.path / EVENTS):
+        events = self.path / EVENTS
+        if events.exists() and is_locked(events):
             return "running"
         if self.summary is not None:
             return "finished"
