@@ -36,7 +36,11 @@ _HEADERS = {
 }
 
 
-def make_app(find: Callable[[], Path | None], look: float = LOOK) -> Starlette:
+def make_app(
+    find: Callable[[], Path | None],
+    look: float = LOOK,
+    has_ended: Callable[[], bool] = lambda: False,
+) -> Starlette:
     """Return the application that shows a run.
 
     Parameters
@@ -45,6 +49,8 @@ def make_app(find: Callable[[], Path | None], look: float = LOOK) -> Starlette:
         Returns the run directory to follow now; None while there is none.
     look : float
         Seconds between two looks at the run.
+    has_ended : Callable
+        Whether the server is to end, and streams with it.
     """
     lock = Lock()  # Matplotlib draws one chart at a time
 
@@ -68,7 +74,7 @@ def make_app(find: Callable[[], Path | None], look: float = LOOK) -> Starlette:
 
     def events(request: Request) -> Response:
         place = Place.read(request.headers.get("last-event-id", ""))
-        stream = follow(find, place, look)
+        stream = follow(find, place, look, has_ended)
         kind = "text/event-stream"
         return StreamingResponse(stream, media_type=kind, headers=_HEADERS)
 
@@ -91,7 +97,10 @@ def make_app(find: Callable[[], Path | None], look: float = LOOK) -> Starlette:
 
 
 async def follow(
-    find: Callable[[], Path | None], place: Place, look: float = LOOK
+    find: Callable[[], Path | None],
+    place: Place,
+    look: float = LOOK,
+    has_ended: Callable[[], bool] = lambda: False,
 ) -> AsyncIterator[str]:
     """Yield server-sent events: a run's lines from a place on, and its state.
 
@@ -100,7 +109,7 @@ async def follow(
     """
     before: tuple[Path | None, str] | None = None
     silent = 0.0
-    while True:
+    while not has_ended():
         path = find()
         state = await run_in_threadpool(_state, path)
         sent = ""
@@ -161,12 +170,12 @@ def serve(
     with socket.create_server((HOST, port)) as listener:
         tell_address(f"http://{HOST}:{listener.getsockname()[1]}/")
         config = uvicorn.Config(
-            make_app(find),
+            make_app(find, has_ended=lambda: server.should_exit),
             log_level="critical",
             access_log=False,
             server_header=False,
             lifespan="off",
-            # Streams of events end only with their readers.
-            timeout_graceful_shutdown=1,
+            timeout_graceful_shutdown=5,
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        server = uvicorn.Server(config)
+        server.run(sockets=[listener])

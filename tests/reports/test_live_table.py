@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Iterator
 from logging import INFO, WARNING
+from typing import Any
 
 import pytest
 from flwr.common.logger import console_handler, log
@@ -27,7 +28,7 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def closed(number: int, **changes: object) -> RecordedRound:
-    facts = {
+    facts: dict[str, Any] = {
         "seconds": 10.0 * number,
         "phase": "sparse",
         "cohort": [0, 1, 7],
