@@ -2,7 +2,8 @@
 
 A package separate from `slora_flwr`, since a Flower app bundle cannot hold weights:
 `pip install` puts it on every node. `pretrain.py` made the files in this folder,
-`tools/pretrain_llama.py` those of `llama`. Each says how, and what came of it.
+`tools/pretrain_llama.py` those of `llama`. Each says how, and what came of it. The
+templates of pages, which a bundle cannot hold either, are in `templates`.
 """
 
 from pathlib import Path
@@ -19,3 +20,8 @@ def folder(name: str = "embedded") -> Path:
         `embedded` or `embedded-llama`, as in `model.name`.
     """
     return Path(__file__).resolve().parent / _FOLDERS[name]
+
+
+def templates() -> Path:
+    """Return the folder of the templates of pages."""
+    return Path(__file__).resolve().parent / "templates"

@@ -3,17 +3,16 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from io import StringIO
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+import slora_embedded
 from slora_flwr.common.files import write_atomically
 from slora_flwr.common.text import csv_cell
 from slora_flwr.reports.charts import PALETTE, Chart
 
-_LOADER_ROOT = Path(__file__).parent / "templates"
 LISTED = 500  # most rows of a table that grows with clients, classes or failures
 Cell = str | int | float | None
 NOTHING = "\N{EN DASH}"
@@ -118,11 +117,6 @@ class Page:
     data: Sequence[Table] = ()
 
 
-def can_render() -> bool:
-    """Return whether the template is there; a Flower app bundle, of code, has none."""
-    return files("slora_flwr.reports").joinpath("templates", "page.html").is_file()
-
-
 def render(page: Page) -> str:
     """Return a page as one HTML document that loads nothing."""
     return _render("page.html", page=page)
@@ -140,12 +134,13 @@ def render_watch() -> str:
 
 def watch_script() -> str:
     """Return the script of the page that follows a run."""
-    return (_LOADER_ROOT / "watch.js").read_text()
+    return (slora_embedded.templates() / "watch.js").read_text(encoding="utf-8")
 
 
 def _render(name: str, **values: object) -> str:
     environment = Environment(
-        loader=PackageLoader("slora_flwr.reports"),
+        # Of a package of its own, since an app bundle of Flower holds code alone.
+        loader=FileSystemLoader(slora_embedded.templates()),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

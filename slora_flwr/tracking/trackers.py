@@ -12,7 +12,7 @@ from flwr.common.logger import log
 from slora_flwr.common.files import make_folder, write_atomically
 from slora_flwr.common.text import printable
 from slora_flwr.config import RunConfig, flatten
-from slora_flwr.reports.page import can_render, write_page
+from slora_flwr.reports.page import write_page
 from slora_flwr.reports.run_page import report
 from slora_flwr.runs.directory import RunDirectory
 from slora_flwr.runs.events import Event, RecordedRound
@@ -138,9 +138,8 @@ class Trackers:
         found = [directory / name for name in _RELEASED]
         if not is_private(self._config) and (directory / _SUMMARY).exists():
             found.append(directory / _SUMMARY)
-            if can_render():
-                found.append(self._path / _REPORT)
-                write_page(report(read_run(directory)), found[-1])
+            found.append(self._path / _REPORT)
+            write_page(report(read_run(directory)), found[-1])
         return [path for path in found if path.exists()]
 
     @contextmanager

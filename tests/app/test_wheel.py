@@ -91,9 +91,9 @@ def test_the_wheel_holds_the_package_and_its_models_alone(wheel: Path) -> None:
 
 @pytest.mark.sockets
 def test_a_new_app_runs(scripts: Path, flower: dict[str, str], tmp_path: Path) -> None:
-    new = [scripts / "slora", "new", "demo", "-c", *SHORT.split()]
+    new = [str(scripts / "slora"), "new", "demo", "-c", *SHORT.split()]
     subprocess.run(new, cwd=tmp_path, env=flower, check=True)
-    command = [scripts / "flwr", "run", "demo", "--stream"]
+    command = [str(scripts / "flwr"), "run", "demo", "--stream"]
     run = subprocess.run(
         [*command, "-c", f'run.dir="{tmp_path}/run"'],
         cwd=tmp_path,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import slora_embedded
 import slora_flwr
 from slora_flwr.config import ConfigError, flatten, parse
 from slora_flwr.config.sections import TRACKERS as NAMES
@@ -230,18 +231,24 @@ class WatchingGrid(Grid):
     seen: list[bool] = []  # noqa: RUF012
 
 
-def test_an_app_bundle_of_code_alone_has_no_page(tmp_path: Path) -> None:
+def test_an_app_bundle_of_code_alone_has_the_page(tmp_path: Path) -> None:
     """Else every tracker would be left out at the end of a run over Flower."""
     package = Path(slora_flwr.__file__).parent
     for path in package.rglob("*.py"):
         copy = tmp_path / "slora_flwr" / path.relative_to(package)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-    code = "from slora_flwr.reports.page import can_render; print(can_render())"
-    command = [sys.executable, "-c", code]
-    for folder, can in ((tmp_path, "False\n"), (package.parent, "True\n")):
-        env = os.environ | {"PYTHONPATH": str(folder)}
-        assert subprocess.check_output(command, env=env, text=True, cwd=folder) == can
+    (tmp_path / "slora_embedded").symlink_to(Path(slora_embedded.__file__).parent)
+    code = "import slora_flwr; from slora_flwr.reports.page import Page, render; "
+    code += "print(slora_flwr.__file__, render(Page('A run', '', [])))"
+    told = subprocess.check_output(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        text=True,
+        cwd=tmp_path,
+    )
+    assert told.startswith(f"{tmp_path}/slora_flwr/__init__.py <!DOCTYPE html>")
+    assert "<title>A run</title>" in told
 
 
 PRIVATE: Config = {
