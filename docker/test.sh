@@ -99,7 +99,8 @@ from pathlib import Path
 from slora_flwr.data.stdlib_docs import load
 
 work = Path(sys.argv[1])
-rows = sorted(zip(*load()), key=lambda row: hashlib.sha256(row[0].encode()).digest())[:700]
+rows = zip(*load().values())
+rows = sorted(rows, key=lambda row: hashlib.sha256(row[0].encode()).digest())[:700]
 # Files differ in size, and each node's lacks a different label.
 shares = {"0": rows[:100], "1": rows[100:250], "2": rows[250:500], "3": rows[50:200]}
 labels = sorted({label for _, label in rows})
