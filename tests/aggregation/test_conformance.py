@@ -1,6 +1,9 @@
 """The conformance vectors: right, reproducible, and traps caught by name."""
 
+import importlib
+import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -13,9 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance import generate, run, slora_flwr_binding
+import results
+from bindings import slora_flwr as slora_flwr_binding
+from fedlora_conformance import average, generate, run
 
 ROOT = Path(__file__).parents[2]
+SUITE = ROOT / "conformance"
 CASES = run.load()
 TRAPS = {wrong["trap"] for case in CASES.values() for wrong in case["wrong"]}
 
@@ -147,11 +153,11 @@ def test_the_files_are_what_the_generator_writes(tmp_path: Path) -> None:
 
 
 def test_the_generator_needs_nothing_but_numpy() -> None:
-    code = "import sys; sys.path.insert(0, 'conformance'); import generate, run\n"
+    code = "import sys; from fedlora_conformance import generate, run\n"
     code += "print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=ROOT,
+        cwd=SUITE,
         capture_output=True,
         text=True,
         check=True,
@@ -449,8 +455,9 @@ def test_the_readmes_example_is_right(tmp_path: Path) -> None:
     [code] = re.findall(r"```python\n(.*?)```", readme(), flags=re.S)
     (tmp_path / "mine.py").write_text(code)
     done = subprocess.run(
-        [sys.executable, ROOT / "conformance/run.py", "mine:aggregate"],
+        [sys.executable, "-m", "fedlora_conformance", "mine:aggregate"],
         cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(SUITE)},
         capture_output=True,
         text=True,
     )
@@ -468,5 +475,91 @@ def test_the_app_bundle_leaves_the_suite_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_slora_flwr_passes(name: str) -> None:
-    verdict, said = run.judge(slora_flwr_binding.aggregate, CASES[name])
-    assert verdict == "ok", said
+    result = run.judge(slora_flwr_binding.aggregate, CASES[name])
+    assert result.verdict == "ok", result.note
+
+
+def test_the_wheel_holds_the_suite_alone(tmp_path: Path) -> None:
+    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    subprocess.run([*wheel, "--wheel-dir", tmp_path, SUITE], check=True)
+    [path] = tmp_path.glob("fedlora_conformance-*.whl")
+    with zipfile.ZipFile(path) as archive:
+        names = {n for n in archive.namelist() if ".dist-info/" not in n}
+        archive.extractall(tmp_path / "unpacked")
+    package = SUITE / "fedlora_conformance"
+    files = (f for f in package.rglob("*") if f.is_file() and f.suffix != ".pyc")
+    assert names == {file.relative_to(SUITE).as_posix() for file in files}
+    done = subprocess.run(
+        [sys.executable, "-m", "fedlora_conformance", "json:dumps"],
+        cwd=tmp_path / "unpacked",
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert f"0 ok, {len(CASES)} FAILED, 0 not offered" in done.stdout
+
+
+def test_results_are_written_as_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def implementation(case: run.Case) -> run.Answer:
+        if case["aggregator"] != "exact":
+            raise NotImplementedError
+        if case["name"] == "exact-square":
+            raise RuntimeError("no such layer")
+        return Reference("A and B averaged apart")(case)
+
+    path = tmp_path / "results.json"
+    assert run.main([offer(monkeypatch, implementation), "--json", str(path)]) == 1
+    found = {case.pop("case"): case for case in json.loads(path.read_text())}
+    assert set(found) == set(CASES)
+    assert found["ffa-zero-b"] == {
+        "aggregator": "ffa",
+        "verdict": "not offered",
+        "parts": [],
+        "problem": "",
+    }
+    assert found["exact-square"]["problem"] == "RuntimeError: no such layer"
+    layers, head = found["exact-unequal-weights"]["parts"]
+    assert layers["trap"] == "A and B averaged apart"
+    assert (layers["passes"], head["passes"]) == (False, True)
+
+
+def test_arrays_are_averaged_without_knowledge_of_lora() -> None:
+    def mean(sent: Any, results: list[Any], examples: list[int]) -> Any:
+        return {n: np.average([r[n] for r in results], 0, examples) for n in sent}
+
+    for case in CASES.values():
+        result = run.judge(lambda given: average(given, mean), case)
+        offered = case["aggregator"] in ("fedavg", "ffa", "alternate")
+        assert result.verdict == ("ok" if offered else "not offered"), result.note
+
+
+RESULTS = json.loads((SUITE / "results.json").read_text())
+
+
+def test_the_page_of_results_is_of_these_results() -> None:
+    page = (ROOT / "docs" / "conformance-results.md").read_text()
+    assert page == results.write_page(RESULTS)
+    public = [e for e in RESULTS.values() if e["name"] != "slora-flwr"]
+    assert len([e for e in public if e["version"]]) >= 5
+
+
+def test_every_binding_has_results_of_all_cases() -> None:
+    assert [*RESULTS] == [*results.list_bindings()]
+    for entry in RESULTS.values():
+        assert [case["case"] for case in entry["cases"]] == [*CASES]
+        failed = any(case["verdict"] == "FAILED" for case in entry["cases"])
+        assert failed == bool(entry["differs"]), entry["name"]
+
+
+@pytest.mark.parametrize("name", sorted(RESULTS))
+def test_a_binding_answers_as_in_the_results(name: str) -> None:
+    try:
+        binding = importlib.import_module(f"bindings.{name}")
+    except ImportError as error:
+        pytest.skip(f"not installed: {error}")
+    packages = RESULTS[name]["packages"]
+    for case in RESULTS[name]["cases"]:
+        found = run.judge(binding.aggregate, CASES[case["case"]])
+        assert found.verdict == case["verdict"], (case, packages)

@@ -1,9 +1,11 @@
-"""Check an implementation of aggregators against the vectors; see README.md."""
+"""Check an implementation of aggregators of federated LoRA against the vectors."""
 
 import argparse
 import importlib
 import json
+import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,56 @@ class Part:
     def __str__(self) -> str:
         known = f": {self.trap}" if self.trap else ""
         return f"{self.name} off by {self.error:.1e}{known}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How an implementation did on a case.
+
+    Parameters
+    ----------
+    case, aggregator : str
+        The case's name, and the aggregator that it tests.
+    verdict : str
+        `ok`, `FAILED` or `not offered`.
+    parts : tuple of Part
+        The errors of layers and head; empty without an answer that compares.
+    problem : str
+        Why there is none, if the case failed for that.
+    """
+
+    case: str
+    aggregator: str
+    verdict: str
+    parts: tuple[Part, ...] = ()
+    problem: str = ""
+
+    @property
+    def note(self) -> str:
+        """What the runner prints beside the verdict."""
+        off = [str(part) for part in self.parts if not part.passes]
+        if off or not self.parts:
+            return ", ".join(off) or self.problem
+        return f"{max(part.error for part in self.parts):.1e}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result for a JSON file; an error that is not finite is null."""
+        parts = [
+            {
+                "name": part.name,
+                "error": part.error if math.isfinite(part.error) else None,
+                "passes": part.passes,
+                "trap": part.trap,
+            }
+            for part in self.parts
+        ]
+        return {
+            "case": self.case,
+            "aggregator": self.aggregator,
+            "verdict": self.verdict,
+            "parts": parts,
+            "problem": self.problem,
+        }
 
 
 def load() -> dict[str, Case]:
@@ -147,42 +199,41 @@ def find(text: str) -> Implementation:
 def main(arguments: list[str] | None = None) -> int:
     """Print a line per case, and return 1 if any fails, otherwise 0."""
     cases = load()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("fedlora-conformance", description=__doc__)
     parser.add_argument("implementation", metavar="MODULE:FUNCTION", type=find)
     parser.add_argument("--only", metavar="NAME", choices=cases, help="one case")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write results here")
     options = parser.parse_args(arguments)
     if options.only:
         cases = {options.only: cases[options.only]}
-    counts = {"ok": 0, "FAILED": 0, "not offered": 0}
-    declined = set()
-    for name, case in cases.items():
-        verdict, note = judge(options.implementation, case)
-        counts[verdict] += 1
-        if verdict == "not offered":
-            declined.add(case["aggregator"])
-        print(f"{verdict:<11}  {name:<34}  {note}".rstrip())
-    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    results = []
+    for case in cases.values():
+        result = judge(options.implementation, case)
+        results.append(result)
+        print(f"{result.verdict:<11}  {result.case:<34}  {result.note}".rstrip())
+    counts = Counter(result.verdict for result in results)
+    verdicts = ("ok", "FAILED", "not offered")
+    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in verdicts))
+    declined = {r.aggregator for r in results if r.verdict == "not offered"}
     if declined:
         print("not offered:", ", ".join(sorted(declined)))
+    if options.json:
+        found = [result.to_json() for result in results]
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 1 if counts["FAILED"] else 0
 
 
-def judge(implementation: Implementation, case: Case) -> tuple[str, str]:
-    """Return the verdict on a case (`ok`, `FAILED` or `not offered`) and its error."""
+def judge(implementation: Implementation, case: Case) -> Result:
+    """Run an implementation on a case and compare its answer."""
     answers = ("expected", "wrong", "tests")
     problem = {key: value for key, value in case.items() if key not in answers}
+    about = case["name"], case["aggregator"]
     try:
         parts = check(case, implementation(problem))
     except NotImplementedError:
-        return "not offered", ""
+        return Result(*about, "not offered")
     # One broken case must not hide the results of others.
     except Exception as error:
-        return "FAILED", f"{type(error).__name__}: {error}"
-    off = [part for part in parts if not part.passes]
-    if off:
-        return "FAILED", ", ".join(map(str, off))
-    return "ok", f"{max(part.error for part in parts):.1e}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return Result(*about, "FAILED", problem=f"{type(error).__name__}: {error}")
+    passes = all(part.passes for part in parts)
+    return Result(*about, "ok" if passes else "FAILED", tuple(parts))

@@ -1,13 +1,23 @@
-"""slora-flwr's own aggregators, for `run.py`.
+"""slora-flwr's aggregators, with what they import."""
 
-python conformance/run.py conformance.slora_flwr_binding:aggregate
-"""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "flwr==1.42.0", "pydantic", "pyarrow", "safetensors", "scipy",
+# ]
+#
+# [tool.fedlora-conformance]
+# package = "slora-flwr"
+# source = "https://github.com/slora-flwr/slora-flwr"
+# binds = "Mean, Stack, ServerOptimizer, residual and redistribute"
+# without-dependencies = ["../.."]
+# ///
 
 from typing import Any
 
 import torch
 
-from conformance.run import Answer, Case
+from fedlora_conformance import Answer, Case
 from slora_flwr.adapters.low_rank import cut_ranks
 from slora_flwr.aggregation.lora_products import redistribute, residual
 from slora_flwr.aggregation.mean import Mean

@@ -1,5 +1,7 @@
 """Write the vectors: inputs drawn from each case's name, answers by dense formulas.
 
+python -m fedlora_conformance.generate FOLDER
+
 All operations are elementwise in float64 or exact. BLAS and LAPACK are not used, since
 their last bits depend on the machine: the files are the same everywhere, byte for byte.
 """
@@ -7,6 +9,7 @@ their last bits depend on the machine: the files are the same everywhere, byte f
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -19,7 +22,6 @@ from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
 
-VECTORS = Path(__file__).parent / "vectors"
 TOLERANCE = 1e-6
 # A trap is not listed if its answer is nearer than this to the right one or to another
 # trap's.
@@ -866,11 +868,11 @@ def to_text(case: dict[str, Any]) -> str:
 
 
 def write(folder: Path) -> None:
-    """Write the files of all cases."""
+    """Write the files of all cases into a folder that exists."""
     for plan in PLANS:
         path = folder / f"{plan.name}.json"
         path.write_text(to_text(make_case(plan)), newline="\n")
 
 
 if __name__ == "__main__":
-    write(VECTORS)
+    write(Path(sys.argv[1]))

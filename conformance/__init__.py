@@ -1,1 +1,0 @@
-"""Conformance vectors for aggregators of federated LoRA, and their runner."""
