@@ -80,6 +80,10 @@ def command(arguments: list[str], limit: int | None = None) -> tuple[int, str]:
     if os.getuid() == 0:
         _obey_permissions()
     if limit is not None:
+        # The log may be longer already: what is left unwritten would end the process.
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 1)
+        os.dup2(nothing, 2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     done = CliRunner().invoke(app, arguments)
     return done.exit_code, done.output
