@@ -21,7 +21,7 @@ async function redraw() {
     wanted = false;
     const begun = performance.now();
     try {
-      const answer = await fetch("/report");
+      const answer = await fetch("report");
       if (answer.status === 200) show(await answer.text());
     } catch {
       // The server has ended; the stream says so.
@@ -45,7 +45,7 @@ function show(html) {
   document.title = byId("report").querySelector("h1")?.textContent ?? document.title;
 }
 
-const source = new EventSource("/events");
+const source = new EventSource("events");
 source.onmessage = (message) => {
   const told = JSON.parse(message.data);
   const row = document.createElement("li");

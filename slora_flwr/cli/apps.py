@@ -1,5 +1,6 @@
 """`slora new`: the folder of an app."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -26,4 +27,4 @@ def new(
     with ending_cleanly(OSError):
         write_app(folder, merge_values(run_config), publisher=publisher)
         typer.echo(f"{folder}: pyproject.toml has its settings. Run it:")
-        typer.echo(f"flwr run {folder} --stream")
+        typer.echo(f"flwr run {shlex.quote(str(folder))} --stream")

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from hashlib import blake2b
 
 from slora_flwr.common.code_digest import code_digest
-from slora_flwr.common.files import read_regular
 from slora_flwr.data import stdlib_docs, stdlib_summaries
 from slora_flwr.data.kept import keep
 from slora_flwr.data.shared_files import Table
@@ -32,8 +31,8 @@ def read_embedded(name: str) -> Table:
         If the cache, which all runs on this machine share, cannot be written.
     """
     file = f"{name}-{_digest()}.json"
-    path = keep(file, lambda: json.dumps(_SETS[name]()).encode())
-    columns = json.loads(read_regular(path))
+    kept = keep(file, lambda: json.dumps(_SETS[name]()).encode())
+    columns = json.loads(kept)
     return Table([*columns], columns)
 
 

@@ -2,14 +2,24 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 
-from slora_flwr.common.files import cache_folder, home, make_folder, write_atomically
+from slora_flwr.common.files import (
+    cache_folder,
+    home,
+    make_folder,
+    read_regular,
+    write_atomically,
+)
 from slora_flwr.config import ConfigError
 
+# Bytes of the digest before the content.
+_DIGEST = 32
 
-def keep(name: str, make: Callable[[], bytes], folder: Path | None = None) -> Path:
-    """Return the path of a file, which is made if it is not there.
+
+def keep(name: str, make: Callable[[], bytes], folder: Path | None = None) -> bytes:
+    """Return the content of a file, which is made if it is not there or is damaged.
 
     Parameters
     ----------
@@ -29,11 +39,18 @@ def keep(name: str, make: Callable[[], bytes], folder: Path | None = None) -> Pa
         folder = folder or cache_folder()
         make_folder(folder)
         path = folder / name
-    if not path.is_file():
-        data = make()
-        with _writing():
-            write_atomically(path, data)
-    return path
+    if path.is_file():
+        kept = read_regular(path)
+        if kept[:_DIGEST] == _digest(kept[_DIGEST:]):
+            return kept[_DIGEST:]
+    data = make()
+    with _writing():
+        write_atomically(path, _digest(data) + data)
+    return data
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=_DIGEST).digest()
 
 
 @contextmanager

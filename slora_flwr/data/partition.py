@@ -241,14 +241,14 @@ def make_partition(
             f"{len(labels) // count}"
         )
     # Imported here, since a node that fails early does not need it.
-    from safetensors.numpy import load_file, save
+    from safetensors.numpy import load, save
 
     given = partitioner, count, alpha, classes, min_examples, seed
-    path = keep(
+    kept = keep(
         f"partition-{_digest(labels, given)}.safetensors",
         lambda: save(_divide(labels, *given)),
     )
-    found = load_file(path)
+    found = load(kept)
     return Split(found["rows"], found["offsets"], int(found["moved"]))
 
 

@@ -41,18 +41,18 @@ def tokenise(
     Without a folder, it is the cache, which all runs on this machine share.
     """
     # Imported here, since a node that fails early needs neither.
-    from safetensors.numpy import load_file, save
+    from safetensors.numpy import load, save
 
     digest = hashlib.blake2b(digest_size=16)
     digest.update(encoder.description.encode())
     for text in map(json.dumps, texts.dialogues) if texts.dialogues else texts.texts:
         digest.update(f"\x1e{text}".encode())
     name = f"tokens-{digest.hexdigest()}.safetensors"
-    path = keep(name, lambda: save(encoder.encode(texts)), folder)
+    kept = keep(name, lambda: save(encoder.encode(texts)), folder)
     labels = np.zeros(len(texts.texts), dtype=np.int64)
     if not texts.dialogues:
         labels[:] = number(texts.labels, classes)
-    return Examples(**load_file(path), labels=labels, pad=encoder.pad)
+    return Examples(**load(kept), labels=labels, pad=encoder.pad)
 
 
 def in_one_array(encoded: Iterable[Sequence[int]]) -> dict[str, NDArray[Any]]:

@@ -88,13 +88,14 @@ data, privacy, and what was measured.
 
 
 def is_app(folder: Path) -> bool:
-    """Return whether a folder holds a Flower app."""
+    """Return whether a folder holds a Flower app of slora-flwr."""
     path = folder / "pyproject.toml"
     try:
         project = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # there is none, or Flower could not read it either
         return False
-    return "app" in project.get("tool", {}).get("flwr", {})
+    app = project.get("tool", {}).get("flwr", {}).get("app", {})
+    return "method" in app.get("config", {})
 
 
 def write_app(

@@ -13,6 +13,7 @@ from slora_flwr.common.files import expand
 from slora_flwr.common.text import printable
 from slora_flwr.config import EMBEDDED_MODELS, RunConfig
 from slora_flwr.config.methods import list_methods
+from slora_flwr.data.shared_files import FORMATS as FILES
 from slora_flwr.reports.chance import tell_chance
 from slora_flwr.reports.closing_table import hides_traffic, tell_figures, tell_guarantee
 from slora_flwr.reports.figures import FORMS, accuracy_interval
@@ -267,7 +268,8 @@ class ModelCard:
         """Whether it is files of somebody's, not what has a public name."""
         # Where the run was made, it may have been a file that is not here.
         path = expand(self.config.data.name)
-        return self.config.data.is_own or path.is_absolute() or path.exists()
+        is_path = path.is_absolute() or path.exists() or len(path.parts) > 2
+        return self.config.data.is_own or is_path or path.suffix in FILES
 
     @property
     def _data_name(self) -> str:

@@ -1,5 +1,6 @@
 """The Hugging Face Hub, to which a run's export is pushed."""
 
+import glob
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from slora_flwr.common.text import printable, redact_hub_logs
 from slora_flwr.config import ConfigError, refuse
 from slora_flwr.server.export import export_run
 
-# What an earlier export may have left in the repository.
-_OF_EXPORTS = ["*.safetensors", "*.json"]
+# What an earlier export may have left in the repository, beside its folders.
+_OF_EXPORTS = (".safetensors", ".json")
 
 
 class HubError(RuntimeError):
@@ -102,7 +103,11 @@ def push_run(
                 repo_id=repo,
                 folder_path=folder,
                 commit_message="Upload by slora push",
-                delete_patterns=_OF_EXPORTS,
+                delete_patterns=[
+                    glob.escape(name)
+                    for name in api.list_repo_files(repo)
+                    if "/" not in name and name.endswith(_OF_EXPORTS)
+                ],
             )
     return Pushed(str(url), done.oid, is_private)
 

@@ -18,7 +18,7 @@ class TrackedRun:
     name : str
         The name of the run directory.
     config : dict[str, Value]
-        The run's flat keys, without `run.dir`.
+        The run's flat keys, without `run.dir` and `run.resume`.
     folder : Path
         A folder in the run directory for the tracker's own files.
     id : str

@@ -32,9 +32,15 @@ def figures_of(
     """
     adapters = [phase.adapter for phase in make_schedule(config)]
     figures: dict[str, float] = {"phase": 1 + adapters.index(done.phase)}
-    figures |= {f"eval/{name}": value for name, value in done.metrics.items()}
+    private = is_private(config)
+    figures |= {
+        f"eval/{name}": value
+        for name, value in done.metrics.items()
+        # No private run has clients' own evaluations, nor may hand them out.
+        if not (private and "client_" in name)
+    }
     known = {"kept_energy": done.kept_energy, "epsilon": done.epsilon}
-    if not is_private(config):
+    if not private:
         known |= {
             "train/loss": done.train_loss,
             "clients/asked": len(done.cohort),

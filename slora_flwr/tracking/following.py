@@ -8,7 +8,6 @@ from slora_flwr.config import ConfigError, RunConfig
 from slora_flwr.runs.directory import RunDirectory
 from slora_flwr.tracking.base import Tracker
 from slora_flwr.tracking.choice import find_trackers
-from slora_flwr.tracking.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,9 @@ class Following:
             if not self.kinds:
                 yield
                 return
+            # Imported here, since it draws charts at the end: half a second.
+            from slora_flwr.tracking.trackers import Trackers
+
             trackers = Trackers(self.kinds, self.config, directory, after)
             directory.follow(trackers.follow)
             try:

@@ -103,6 +103,8 @@ class Trackers:
                 tracker.finish(artefacts, completed=completed)
 
     def _begin(self) -> None:
+        if not self._directory.path.is_dir():
+            return  # somebody has removed it meanwhile
         for name, kind in self._kinds.items():
             with self._guarded(name):
                 make_folder(self._path / name)
@@ -114,7 +116,8 @@ class Trackers:
             self._kept = {name: _Kept(**row) for name, row in rows.items()}
         kept = self._kept.setdefault(name, _Kept())
         config = flatten(self._config)
-        del config["run.dir"]
+        for key in ("run.dir", "run.resume"):
+            del config[key]
         after = min(kept.round, self._after)
         run = TrackedRun(
             self._directory.path.name, config, self._path / name, kept.id, after

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from slora_flwr.reports.page import render_body, render_watch, watch_script
 from slora_flwr.reports.run_page import report
 from slora_flwr.runs.events import EVENTS
+from slora_flwr.runs.lock import is_locked
 from slora_flwr.runs.reader import RunError, read_run
 from slora_flwr.runs.tail import Place, lines_after
 from slora_flwr.watch.told import tell
@@ -109,14 +111,25 @@ async def follow(
     """
     before: tuple[Path | None, str] | None = None
     silent = 0.0
+    seen: object = None
     while not has_ended():
         path = find()
+        # What has not changed since is not read again.
+        if before is not None and _marks(path) == seen:
+            silent += look
+            if silent >= SILENCE:
+                yield ": here\n\n"
+                silent = 0.0
+            await asyncio.sleep(look)
+            continue
+        seen = _marks(path)
         state = await run_in_threadpool(_state, path)
         sent = ""
         if path is not None and state != "gone":
             try:
                 found = await run_in_threadpool(lines_after, path / EVENTS, place)
             except OSError:  # deleted since
+                seen = None
                 await asyncio.sleep(look)
                 continue
             if found.anew or (before is not None and before[0] not in (None, path)):
@@ -137,6 +150,22 @@ async def follow(
         if sent:
             yield sent
         await asyncio.sleep(look)
+
+
+def _marks(path: Path | None) -> object:
+    """Return what changes when a run's state or its events do."""
+    if path is None:
+        return None
+    found: list[object] = [path]
+    for name in (EVENTS, "summary.json"):
+        try:
+            told = (path / name).stat()
+            locked = is_locked(path / name)
+        except OSError:  # not there, or no longer
+            found.append(None)
+        else:
+            found.append((told.st_mtime_ns, told.st_size, told.st_ino, locked))
+    return found
 
 
 def _state(path: Path | None) -> str:
@@ -168,9 +197,12 @@ def serve(
         If the port is taken.
     """
     with socket.create_server((HOST, port)) as listener:
-        tell_address(f"http://{HOST}:{listener.getsockname()[1]}/")
+        # Other users of this machine reach the port, but do not know the address.
+        place = f"/{secrets.token_urlsafe(16)}"
+        tell_address(f"http://{HOST}:{listener.getsockname()[1]}{place}/")
+        app = make_app(find, has_ended=lambda: server.should_exit)
         config = uvicorn.Config(
-            make_app(find, has_ended=lambda: server.should_exit),
+            Starlette(routes=[Mount(place, app)]),
             log_level="critical",
             access_log=False,
             server_header=False,

@@ -246,7 +246,9 @@ def test_impatience_leaves_no_run_running(
 ) -> None:
     """Ctrl-C in `flwr log`, and again in `flwr stop`."""
     monkeypatch.setattr(flower, "_FLWR", (sys.executable, "-c", FLWR))
-    (tmp_path / "pyproject.toml").write_text("[tool.flwr.app]\n")
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.flwr.app.config]\nmethod = 'slora'\n"
+    )
     with pytest.raises(KeyboardInterrupt, match="Run 7 is stopped"):
         flower.run_flower(tmp_path, config, 1)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ def test_what_is_kept_is_what_is_read(home: Path, name: str, module: Any) -> Non
 def test_it_is_kept_and_read_from_there(home: Path, library: Path) -> None:
     read_embedded("stdlib-docs")
     (kept,) = (home / "cache").iterdir()
-    kept.write_text(json.dumps({"text": ["other"], "chapter": ["data"]}))
+    other = json.dumps({"text": ["other"], "chapter": ["data"]}).encode()
+    kept.write_bytes(blake2b(other, digest_size=32).digest() + other)
     assert read_embedded("stdlib-docs").columns["text"] == ["other"]
 
 
@@ -75,3 +78,15 @@ def test_a_cache_that_cannot_be_written_is_named(
         ConfigError, match=r"\$SLORA_HOME is .*file.*; allowed: a folder"
     ):
         read_embedded("stdlib-docs")
+
+
+@pytest.mark.parametrize("damage", [lambda d: b"", lambda d: d[:-1], lambda d: d + d])
+def test_a_damaged_file_is_made_again(
+    home: Path, library: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    whole = read_embedded("stdlib-docs")
+    (kept,) = (home / "cache").iterdir()
+    content = kept.read_bytes()
+    kept.write_bytes(damage(content))
+    assert read_embedded("stdlib-docs") == whole
+    assert kept.read_bytes() == content

@@ -31,7 +31,7 @@ def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLORA_HOME", str(tmp_path))
     numbers = itertools.count()
 
-    def keep(name: str, make: Callable[[], bytes]) -> Path:
+    def keep(name: str, make: Callable[[], bytes]) -> bytes:
         return kept.keep(name, make, tmp_path / str(next(numbers)))
 
     monkeypatch.setattr(room, "keep", keep)
@@ -281,3 +281,16 @@ def test_a_partition_is_made_once_and_then_read_without_the_library(
     for change in changes:
         with pytest.raises(AssertionError, match="made again"):
             make(**change)
+
+
+def test_a_bit_that_has_flipped_on_the_disk_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "keep", kept.keep)
+    first = clients(make(partitioner="iid"))
+    (path,) = (tmp_path / "cache").iterdir()
+    content = bytearray(path.read_bytes())
+    content[-16] ^= 1
+    path.write_bytes(content)
+    for one, other in zip(first, clients(make(partitioner="iid")), strict=True):
+        assert np.array_equal(one, other)

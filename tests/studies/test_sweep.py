@@ -724,7 +724,9 @@ def test_with_engine_flwr_each_run_is_one_of_slora_run(
     study = {"sweep": {"engine": "flwr"}, "base": base, "grid": {"seed": [0, 1]}}
     (tmp_path / "app" / "experiments").mkdir(parents=True)
     path = write_study(tmp_path / "app" / "experiments" / "study.toml", study)
-    (tmp_path / "app" / "pyproject.toml").write_text("[tool.flwr.app]\n")
+    (tmp_path / "app" / "pyproject.toml").write_text(
+        "[tool.flwr.app.config]\nmethod = 'slora'\n"
+    )
     out = tmp_path / "app" / "experiments" / "results" / "study"
     name = f"seed1-{digest_of(base | {'seed': 1})}"
     assert sweep(path) == [name]

@@ -92,7 +92,7 @@ def test_a_store_holds_config_figures_and_results(
     directory = start(config, Grid(config, 2))
     found = read(tracker, directory)
     given = {key: str(value) for key, value in flatten(parse(config)).items()}
-    del given["run.dir"]
+    del given["run.dir"], given["run.resume"]
     assert found.config == given
     assert_holds(found.rounds, expected(directory))
     exported = {f"adapter/{path.name}" for path in (directory / "adapter").iterdir()}
