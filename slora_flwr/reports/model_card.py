@@ -308,8 +308,13 @@ class ModelCard:
 
     @property
     def warning(self) -> str:
-        """That the accuracy is no better than chance; empty if it is."""
-        return tell_chance(self.config, self.figures) if self.figures else ""
+        """That the accuracy is no better than chance; empty if it is.
+
+        With privacy it is told in files that stay on the server alone.
+        """
+        if self.privacy or not self.figures:
+            return ""
+        return tell_chance(self.config, self.figures)
 
     @property
     def traffic(self) -> dict[str, str]:
