@@ -187,7 +187,7 @@ class ExampleGradients:
             learned[1] = False
         labels = np.array([0, 1, 0])
         tried = Examples(tokens.astype(np.int32), offsets, labels, pad, learned)
-        return tried.batch(np.arange(3))
+        return tried.batch(np.arange(3)).to(backbone.device)
 
 
 def row_norms(gradients: Sequence[Tensor]) -> Tensor:
