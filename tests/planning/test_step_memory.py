@@ -34,6 +34,17 @@ SMALLER: dict[str, Config] = {
 }
 # Methods, whether embeddings are tied, and in how many chunks the loss is computed.
 CASES = [("fft", True, 8), ("fft", False, 1), ("lora", True, 8), ("sft", False, 8)]
+# All ways to take less with the first, and each of the others once more.
+PLANNED = [(*CASES[0], smaller) for smaller in SMALLER]
+PLANNED += [(*case, "plain") for case in CASES[1:]]
+PLANNED += [
+    (*CASES[1], "checkpointing"),
+    (*CASES[1], "both"),
+    (*CASES[2], "tokens"),
+    (*CASES[2], "both"),
+    (*CASES[3], "parts"),
+    (*CASES[3], "short"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +85,7 @@ def allocated(trainer: Trainer) -> int:
     return most
 
 
-@pytest.mark.parametrize("smaller", SMALLER)
-@pytest.mark.parametrize(("method", "tied", "chunks"), CASES)
+@pytest.mark.parametrize(("method", "tied", "chunks", "smaller"), PLANNED)
 def test_a_step_allocates_what_is_planned(
     method: str,
     tied: bool,
