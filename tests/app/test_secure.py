@@ -55,6 +55,8 @@ ALLOWED: dict[str, Config] = {
     "no-feedback": {"method": "slora", "upload.feedback": False},
     **{m: {"method": m} for m in METHODS if m not in ("fedex-lora", "flexlora")},
 }
+# Masks know no method, only the states' sizes: one for each kind of state.
+MASKED = [name for name in ALLOWED if name not in ("sft", "bitfit", "pfeiffer", "head")]
 
 
 class SecretGrid(Grid):
@@ -121,7 +123,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("name", ALLOWED)
+@pytest.mark.parametrize("name", MASKED)
 def test_masks_change_nothing(secure: Config, plain_run: Any, name: str) -> None:
     config = secure | ALLOWED[name]
     grid = SecretGrid(config)
@@ -144,8 +146,10 @@ DROPOUTS: dict[str, dict[tuple[int, str], set[int]]] = {
 }
 
 
-@pytest.mark.parametrize("stage", DROPOUTS)
-@pytest.mark.parametrize("name", ["slora", "ffa-lora"])
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [*(("slora", stage) for stage in DROPOUTS), ("ffa-lora", "at each stage")],
+)
 def test_whoever_drops_out_the_sum_is_that_of_the_others(
     secure: Config, plain_run: Any, name: str, stage: str
 ) -> None:
@@ -375,8 +379,13 @@ def test_one_node_with_a_state_of_its_own_gives_no_sum(secure: Config) -> None:
         start(secure, LyingGrid(secure))
 
 
-@pytest.mark.parametrize("download", ["float32", "int8", "bfloat16"])
-@pytest.mark.parametrize("name", ["slora", "ffa-lora", "alternate-lora"])
+@pytest.mark.parametrize(
+    ("name", "download"),
+    [
+        *(("slora", "int8"), ("slora", "bfloat16"), ("ffa-lora", "float32")),
+        *(("ffa-lora", "int8"), ("alternate-lora", "int8")),
+    ],
+)
 def test_all_read_the_same_state_however_it_is_coded(
     secure: Config, plain_run: Any, name: str, download: str
 ) -> None:
