@@ -86,8 +86,6 @@ def slora(environment: dict[str, str], *arguments: str) -> subprocess.CompletedP
 @pytest.mark.parametrize(
     "changes",
     [
-        # What the coded one is sent as well, and by Ray too in test_cluster.py.
-        pytest.param({}, id="plain", marks=pytest.mark.sockets),
         pytest.param(CODED, id="coded"),
         pytest.param(SECURE, id="secure", marks=pytest.mark.sockets),
     ],
