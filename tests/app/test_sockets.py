@@ -135,7 +135,7 @@ def test_a_deployment_gives_the_inline_engines_result(
 def test_secure_sums_of_a_deployment_are_the_inline_engines(
     deployment: Deployment, config: Config
 ) -> None:
-    config |= SECURE
+    config |= SECURE | {"rounds": 2, "sparse.rounds": 1}
     run = deployment.run(config)
     finish(deployment, run)
     inline = elsewhere(config)
