@@ -6,10 +6,13 @@ another worker and starts a new one. The reply is the same, since training depen
 on the message.
 """
 
+import os
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterable
+from importlib import import_module
 from logging import WARNING
 from textwrap import shorten
 from typing import Any
@@ -30,6 +33,9 @@ TRIES = 3
 # end before that.
 PATIENCE_SECONDS = 300.0
 POLL_SECONDS = 0.1
+
+# What a message needs; to import it takes seconds.
+NEEDED = ("slora_flwr.client.handlers", "transformers.modeling_utils")
 
 # An actor is also lost if its machine runs out of memory, a result with its machine.
 LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
@@ -61,11 +67,15 @@ class LastingPool(BasicActorPool):
         self._jobs: dict[Any, tuple[Any, Any]] = {}
 
     def add_actors_to_pool(self, num_actors: int) -> None:
-        """Start actors, which become idle when they are ready."""
+        """Start actors, which become idle when they are ready.
+
+        They import what they will need, while the server loads its model.
+        """
         with self._lock:
             self.num_actors += num_actors
             for _ in range(num_actors):
-                self._await(self.create_actor_fn())
+                self._await(actor := self.create_actor_fn())
+                actor.__ray_call__.remote(_import, NEEDED)
 
     def terminate_all_actors(self) -> None:
         """Kill the idle actors, the unfit ones, and those that wait for a machine."""
@@ -189,6 +199,11 @@ def _code(actor: Any) -> str:
     return code_digest()
 
 
+def _import(actor: Any, names: Iterable[str]) -> None:
+    for name in names:
+        import_module(name)
+
+
 def install() -> None:
     """Make Flower's simulation in this process use `LastingPool`.
 
@@ -206,3 +221,6 @@ def install() -> None:
     if not sys.warnoptions:  # of PYTHONWARNINGS
         warnings.filterwarnings("ignore", RAY_TIP, FutureWarning)
     vars(raybackend)["BasicActorPool"] = LastingPool
+    # Workers that Ray starts before it is asked for any. Flower's actors, which have
+    # environment variables of their own, use none of them.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")

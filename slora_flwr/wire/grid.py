@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import scipy  # which imports scipy.fft when it is first used
 import torch
 from flwr.app import Array
 from numpy.typing import NDArray
-from scipy.fft import dct, idct, next_fast_len
 from torch import Tensor
 
 from slora_flwr.common.random import key
@@ -66,7 +66,7 @@ class Grid:
     @cached_property
     def size(self) -> int:
         """Number of rotated values: the count, or a little more to rotate fast."""
-        return int(next_fast_len(self.count, real=True))
+        return int(scipy.fft.next_fast_len(self.count, real=True))
 
     @property
     def step(self) -> float:
@@ -113,7 +113,7 @@ class Grid:
         padded = np.zeros(self.size, np.float32)
         padded[: self.count] = flatten(state)
         padded *= self._signs
-        rotated = dct(padded, norm="ortho", overwrite_x=True)
+        rotated = scipy.fft.dct(padded, norm="ortho", overwrite_x=True)
         rotated /= np.float32(self.step)
         if self.is_strict:
             # What float32 made of it may be a little longer than the bound.
@@ -164,7 +164,7 @@ class Grid:
     ) -> State:
         """Return the mean update, float32, of a sum of weighted whole numbers."""
         rotated = codes.astype(np.float64) * (self.step / weight)
-        values = idct(rotated, norm="ortho", overwrite_x=True)[: self.count]
+        values = scipy.fft.idct(rotated, norm="ortho", overwrite_x=True)[: self.count]
         values *= self._signs[: self.count]
         flat = torch.from_numpy(values.astype(np.float32))
         parts = flat.split([math.prod(shape) for shape in shapes.values()])

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,15 @@ from slora_flwr.engines.ray_pool import TRIES, LastingPool
 from tests.support.processes import LONG, has_ended, wait_until
 
 ROOT = Path(__file__).parents[2]
+# What the workers of these tests import, in place of torch. Nothing else does.
+NEEDED = ("colorsys",)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needed() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_pool, "NEEDED", NEEDED)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +95,11 @@ def backend(cluster: Cluster) -> Iterator[raybackend.RayBackend]:
     assert not pool._future_to_actor
     assert not pool._jobs
     pool.terminate_all_actors()
+
+
+@pytest.mark.parametrize("name", ray_pool.NEEDED)
+def test_what_they_will_need_exists(name: str) -> None:
+    assert find_spec(name) is not None
 
 
 def run(actor: Any, *job: Any) -> Any:
@@ -167,6 +182,16 @@ def test_without_room_a_message_waits_so_long_and_fails(
     # The one that had no room does not take it now.
     other = actor_type.options(num_cpus=1).remote()
     ray.get(other.__ray_ready__.remote(), timeout=LONG)
+
+
+def test_workers_import_what_they_will_need(backend: raybackend.RayBackend) -> None:
+    workers(backend)  # which are ready then
+    assert isinstance(backend.pool, LastingPool)
+    idle: list[Any] = [*backend.pool.pool]
+    assert len(idle) == 2
+    for worker in idle:
+        asked = worker.__ray_call__.remote(lambda _: set(NEEDED) <= sys.modules.keys())
+        assert ray.get(asked)
 
 
 def test_a_message_survives_its_worker(
