@@ -1,5 +1,6 @@
 """The protocol of this version of slora-flwr, and the version that is installed."""
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 PROTOCOL = 1
@@ -18,6 +19,7 @@ not raise it. `tests/golden` notices most of what does.
 """
 
 
+@cache  # It is told in each query and reply, and takes a millisecond.
 def installed_version() -> str:
     """Return the version of slora-flwr that is installed, `unknown` if none is.
 

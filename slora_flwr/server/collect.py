@@ -1,12 +1,16 @@
 """Collection of replies as they arrive."""
 
+import os
+import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from flwr.app import Error, Message, MessageType, Metadata
 from flwr.app.message.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.superlink.grid import InMemoryGrid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from slora_flwr.wire.inflation import bounded
@@ -14,6 +18,11 @@ from slora_flwr.wire.messages import UNREADABLE, find_reply, message_bytes, rele
 
 # Pause between polls; Flower's own `send_and_receive` sleeps three seconds.
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.01, 0.2
+
+# How many replies a simulation owes at a time. Ten times a second Flower looks, for
+# each of its nodes, through all messages whose reply was not pulled: a thousand of both
+# take a core. It handles as many at a time as a pool of Python's has threads.
+SIMULATED = 2 * min(32, (os.cpu_count() or 1) + 4)
 
 # What reading a malformed message raises, in Flower's code and in ours. A failing
 # connection raises other errors, which end the run.
@@ -66,7 +75,8 @@ def collect(
         Called again and again while replies are missing.
     """
     until = time.monotonic() + deadline
-    pending = push(grid, list(messages))
+    waiting, pending = deque(messages), dict[str, int]()
+    push_some(grid, waiting, pending)
     pause = FIRST_POLL_SECONDS
     while pending:
         # Checked before the pull, so that replies present at the deadline count.
@@ -79,10 +89,12 @@ def collect(
                 release(reply)
             else:
                 pending |= push(grid, [instead])
+        has_news = len(pending) < before
+        push_some(grid, waiting, pending)
         tick()
         if late:
             return
-        if len(pending) < before:
+        if has_news:
             pause = FIRST_POLL_SECONDS
         else:
             # With very many nodes a poll takes long, and simulated nodes share this
@@ -90,6 +102,24 @@ def collect(
             now = time.monotonic()
             time.sleep(min(max(pause, 4 * (now - begun)), max(0.0, until - now)))
             pause = min(2 * pause, LAST_POLL_SECONDS)
+
+
+def push_some(grid: Grid, waiting: deque[Message], pending: dict[str, int]) -> None:
+    """Send messages, in a simulation a few at a time.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid.
+    waiting : deque[Message]
+        The messages to send. Those sent are removed.
+    pending : dict[str, int]
+        The nodes of messages sent before, by message id. Those sent now are added.
+    """
+    most = SIMULATED if isinstance(grid, InMemoryGrid) else sys.maxsize
+    while waiting and len(pending) < most:
+        count = min(most - len(pending), len(waiting))
+        pending |= push(grid, [waiting.popleft() for _ in range(count)])
 
 
 def push(grid: Grid, messages: list[Message]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The nodes of a run, the clients they host, and who trains in which round."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from heapq import heapreplace
 from logging import INFO, WARNING
@@ -21,7 +21,7 @@ from slora_flwr.server.collect import (
     is_gone,
     is_unreadable,
     pull,
-    push,
+    push_some,
 )
 from slora_flwr.wire.messages import END, write_lineage
 from slora_flwr.wire.secure_messages import KEYS
@@ -84,8 +84,10 @@ class Fleet:
         self._present: set[int] = set()
         # The name that each node's key is registered under, of nodes that are gone too.
         self._registered: dict[int, str] = {}
-        # When each queried node came online, and the queries without an answer yet.
+        # When each queried node came online, the queries to be sent, and those without
+        # an answer yet.
         self._asked: dict[int, str] = {}
+        self._waiting = deque[Message]()
         self._pending: dict[str, int] = {}
         self._unreadable = Counter[int]()
         # The version of each node, as told last.
@@ -175,7 +177,8 @@ class Fleet:
             self._refresh(grid)
         self._refresh(grid)
         self._hear_until(grid, described)
-        for node in self._pending.values():
+        unsent = [query.metadata.dst_node_id for query in self._waiting]
+        for node in [*self._pending.values(), *unsent]:
             # A later answer still counts.
             self._leave_out(node, "it did not describe itself before the deadline")
         self._settle()
@@ -327,18 +330,16 @@ class Fleet:
         self._asked |= since
         for node in since:
             self.left_out.pop(node, None)
-        self._pending |= push(
-            grid,
-            [
-                Message(
-                    write_lineage(self._lineage),
-                    dst_node_id=node,
-                    message_type=MessageType.QUERY,
-                    ttl=self._deadline,
-                )
-                for node in since
-            ],
+        self._waiting.extend(
+            Message(
+                write_lineage(self._lineage),
+                dst_node_id=node,
+                message_type=MessageType.QUERY,
+                ttl=self._deadline,
+            )
+            for node in since
         )
+        push_some(grid, self._waiting, self._pending)
 
     def _hear_until(
         self, grid: Grid, until: float, enough: Callable[[], bool] = lambda: False
@@ -363,6 +364,7 @@ class Fleet:
             except ValueError as error:
                 self._leave_out(node, str(error))
                 self.count_unreadable(reply)
+        push_some(grid, self._waiting, self._pending)
 
     def _read(self, reply: Message) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Return the records of a description that matches this run.

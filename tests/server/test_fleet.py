@@ -416,3 +416,65 @@ def test_a_registered_name_stands_in_log_and_events() -> None:
     assert left_out == ["st-mary (node 1)", "node 2"]
     shown = r"\x1b[2J\n" + "x" * (200 - 5)
     assert found.name(3) == f"{shown}… (305 characters) (node 3)"
+
+
+class CrowdedGrid(FakeGrid):
+    """What counts the messages that have no reply yet."""
+
+    most = 0
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        taken = super().push_messages(messages)
+        self.most = max(self.most, len(self._sent))
+        return taken
+
+
+@pytest.mark.parametrize(
+    ("simulation", "most"), [(CrowdedGrid, 2), (collect.InMemoryGrid, 7)]
+)
+def test_a_simulation_is_sent_a_few_messages_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, simulation: type, most: int
+) -> None:
+    monkeypatch.setattr(collect, "InMemoryGrid", simulation)
+    monkeypatch.setattr(collect, "SIMULATED", 2)
+    grid = CrowdedGrid(range(1, 8))
+    assert set(gathered(grid)._online) == set(grid.online)
+    assert grid.most == most
+    queries = [
+        Message(RecordDict(), dst_node_id=node, message_type="query")
+        for node in grid.online
+    ]
+    grid.most = 0
+    replies = list(collect.collect(grid, queries, deadline=5.0))
+    assert [reply.metadata.src_node_id for reply, _ in replies] == grid.online
+    assert grid.most == most
+
+
+def test_a_message_that_no_node_takes_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Picky(FakeGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            kept = [m for m in messages if m.metadata.dst_node_id > 3]
+            return super().push_messages(kept)
+
+    monkeypatch.setattr(collect, "InMemoryGrid", Picky)
+    monkeypatch.setattr(collect, "SIMULATED", 2)
+    grid = Picky(range(1, 6))
+    queries = [
+        Message(RecordDict(), dst_node_id=node, message_type="query")
+        for node in grid.online
+    ]
+    replies = list(collect.collect(grid, queries, deadline=5.0))
+    assert [reply.metadata.src_node_id for reply, _ in replies] == [4, 5]
+
+
+def test_nodes_not_asked_before_the_deadline_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(collect, "InMemoryGrid", FakeGrid)
+    monkeypatch.setattr(collect, "SIMULATED", 2)
+    grid = FakeGrid([1, 2, 3, 4])
+    grid.silent = {2, 3}
+    known = gathered(grid)
+    assert known.left_out.keys() == {2, 3, 4}
