@@ -3,9 +3,12 @@
 A set of k out of n positions has log2(n over k) bits of entropy if all sets are equally
 likely. Each gap to the next position is written as one byte, or several if it is wide,
 and the bytes are Huffman-coded (Deflate, RFC 1951, without matches). The result is at
-most 2% above the entropy for 10,000 positions or more and a share from 0.1% to 50%, and
+most 2% above the entropy for 10,000 positions or more and a share from 0.1% to 40%, and
 3% for a thousand, since the code's table takes 30 to 100 bytes. Clustered positions
 take less.
+
+A share of 40% or more is written as a bitmap, one bit for each of the n values, which
+is at most 3% above the entropy up to 60%, and much faster.
 """
 
 import math
@@ -37,6 +40,10 @@ def encode_positions(positions: NDArray[np.int64], size: int) -> bytes:
     """Encode ascending positions below `size`."""
     if not len(positions):
         return b""
+    if _is_bitmap(len(positions), size):
+        is_set = np.zeros(size, np.uint8)
+        is_set[positions] = 1
+        return np.packbits(is_set, bitorder="little").tobytes()
     gaps = np.diff(positions, prepend=-1) - 1
     low = b""
     if size > _SPLIT * len(positions):
@@ -62,6 +69,23 @@ def decode_positions(data: bytes, count: int, size: int) -> NDArray[np.int64]:
         if data:
             raise PayloadError(f"{len(data)} bytes of positions where none are due")
         return np.empty(0, dtype=np.int64)
+    if _is_bitmap(count, size):
+        bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+        positions = np.flatnonzero(bits.view(np.bool_))
+        if len(data) != -(-size // 8) or len(positions) != count:
+            raise PayloadError(f"the positions are not {count} of {size}")
+    else:
+        positions = _decode_gaps(data, count, size)
+    if positions[-1] >= size:
+        raise PayloadError(f"a position is {positions[-1]}; allowed: below {size}")
+    return positions
+
+
+def _is_bitmap(count: int, size: int) -> bool:
+    return 5 * count >= 2 * size
+
+
+def _decode_gaps(data: bytes, count: int, size: int) -> NDArray[np.int64]:
     cut = 4 + int.from_bytes(data[:4], "little")
     written = np.frombuffer(_expand(data[4:cut], most_bytes(count, size)), np.uint8)
     is_end = written < _WIDE
@@ -77,10 +101,7 @@ def decode_positions(data: bytes, count: int, size: int) -> NDArray[np.int64]:
         gaps = (gaps << 8) | low
     elif len(data) > cut:
         raise PayloadError(f"{len(data) - cut} bytes after the positions")
-    positions = np.cumsum(gaps + 1) - 1
-    if positions[-1] >= size:
-        raise PayloadError(f"a position is {positions[-1]}; allowed: below {size}")
-    return positions
+    return np.cumsum(gaps + 1) - 1
 
 
 def _huffman(data: bytes) -> bytes:

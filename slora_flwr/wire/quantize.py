@@ -21,6 +21,8 @@ _LEVELS = {"int8": 127, "int4": 7}
 _CODE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
 # A little less than the largest float32, so that a code times its scale is finite.
 _LARGEST = 3.4028e38
+# float16 has fewer mantissa bits below.
+_SMALL = np.float32(2.0**-14)
 # The inverse of a smaller scale would overflow: such a block is coded as zeros.
 _TINY = 1e-37
 
@@ -173,18 +175,22 @@ def _to_float16(
 ) -> NDArray[np.float16]:
     if noise is None:
         near = np.clip(values, -65504, 65504)
-    else:
-        # float32 has 13 more mantissa bits than float16. Below 2^-14 all steps of
-        # float16 are 2^-24.
-        bits = values.view(np.uint32) + (noise >> 3)
-        near = (bits & np.uint32(0xFFFFE000)).view(np.float32)
-        near = np.clip(near, -65504, 65504)
-        small = np.abs(values) < 2.0**-14
-        steps = values[small] * np.float32(2.0**24)
-        steps += _unit(noise[small])
-        near[small] = np.floor(steps) * np.float32(2.0**-24)
-    # torch converts with the processor's own instruction.
-    return torch.from_numpy(near).half().numpy().astype("<f2", copy=False)
+        # torch converts with the processor's own instruction.
+        return torch.from_numpy(near).half().numpy().astype("<f2", copy=False)
+    # Below 2^-14 all steps of float16 are 2^-24, as those of float32 and float16 are in
+    # the proportion of 2^-13 above: so smaller magnitudes are moved there, and back.
+    sizes = np.abs(values)
+    is_small = sizes < _SMALL
+    sizes += is_small * _SMALL
+    bits = sizes.view(np.uint32)
+    # float32 has 13 more mantissa bits than float16, and its exponent is 112 greater.
+    bits -= np.uint32(112 << 23)
+    bits -= is_small.astype(np.uint32) << 23
+    bits += noise >> 3
+    bits >>= 13
+    halves = np.minimum(bits, 0x7BFF).astype("<u2")
+    halves |= (values.view(np.uint32) >> 16).astype("<u2") & 0x8000
+    return halves.view("<f2")
 
 
 def _to_nibbles(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
