@@ -29,17 +29,22 @@ from hypothesis import strategies as st
 
 from slora_flwr.aggregation.mean import FoldError, Mean
 from slora_flwr.aggregation.stack import Stack
+from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.common.text import printable
+from slora_flwr.config import DownloadConfig
 from slora_flwr.server.collect import pull
 from slora_flwr.server.fleet import Fleet
 from slora_flwr.server.own_data_fleet import Description, OwnDataFleet
 from slora_flwr.server.round import Asked, read_report
 from slora_flwr.tasks.classification import Classification, ClassifierEvaluation
+from slora_flwr.wire.base_codec import BaseCodec
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.frame import unwrap, wrap
+from slora_flwr.wire.integers import decode_integers, encode_integers
 from slora_flwr.wire.messages import Instruction, MessageError, Report, read_evaluation
 from slora_flwr.wire.packing import PayloadError, pack, unpack
 from slora_flwr.wire.positions import decode_positions, encode_positions
+from slora_flwr.wire.state_channel import Upload, read_base, write_base
 from tests.support.drawn import (
     SHAPES,
     Draw,
@@ -128,13 +133,41 @@ def fuzz_positions(draw: Draw) -> None:
     assert not count or (found[0] >= 0 and found[-1] < size)
 
 
+def fuzz_integers(draw: Draw) -> None:
+    numbers = st.integers(-(2**63), 2**63 - 1)
+    values = draw(st.lists(st.one_of(numbers, small), max_size=300))
+    data = some_bytes(draw, encode_integers(np.array(values, dtype=np.int64)))
+    try:
+        found = decode_integers(data, len(values))
+    except PayloadError:
+        return
+    assert (found.shape, found.dtype) == ((len(values),), np.int64)
+
+
+def fuzz_base(draw: Draw) -> None:
+    shapes = {"m.values": (300,), "m.a": (4, 9), "m.b": (6, 4)}
+    dtype, lossless = draw(st.sampled_from(["float32", "int8"])), draw(st.booleans())
+    codec = BaseCodec.of(DownloadConfig(dtype=dtype, lossless=lossless))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    state = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+    known = {"m.values": torch.randn(300, generator=generator)}
+    base = BaseWeights.from_state(state, {"m": np.arange(300)}, 1.0)
+    data = some_bytes(draw, write_base(base, codec, known).data)
+    try:
+        found = read_base(data, shapes, base.positions, 1.0, codec, known)
+    except PayloadError as error:
+        printable(error)
+        return
+    assert {n: tuple(t.shape) for n, t in found.state().items()} == shapes
+
+
 def fuzz_packing(draw: Draw) -> None:
     good = pack(some_state(draw))
     shape = draw(st.one_of(st.just((COUNT,)), st.lists(small, max_size=3).map(tuple)))
     dtype = draw(st.sampled_from(["float32", "int64", "float64", "", "O"]))
     array = Array(dtype, shape, good.stype, some_bytes(draw, good.data))
     try:
-        found = unpack(array, SHAPES, draw(st.sampled_from(["float32", "int64"])))
+        found = unpack(array, SHAPES)
     except PayloadError as error:
         printable(error)
         return
@@ -304,7 +337,9 @@ def fuzz_fold(draw: Draw) -> None:
         for client in clients:
             # A node's sum is refused on the node where it is beyond the range.
             state = {n: t.clamp(-1e3, 1e3) for n, t in some_state(draw).items()}
-            node.add(state, 7, client)
+            picked = chosen(draw, codec) if codec.share else None
+            coded = codec.encode(state, picked)
+            node.add_upload(Upload(coded, codec.decode(coded, SHAPES)), 7, client)
         array = node.packed()
         array.data = some_bytes(draw, array.data)
     before = dict(fold.sums), fold.weight

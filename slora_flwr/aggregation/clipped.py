@@ -1,6 +1,7 @@
 """The mean of clipped updates, to which differential privacy adds noise."""
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class ClippedMean(Mean):
     expected : int
         Expected number of clients in a round.
     codec : Codec
-        Encoding of the update if a node has only one client.
+        Encoding of updates.
     """
 
     def __init__(self, bound: float, expected: int, codec: Codec = PLAIN) -> None:
@@ -84,6 +85,9 @@ class ClippedMean(Mean):
             for name, shape in shapes.items()
         }
         self.merge({n: torch.from_numpy(t).long() for n, t in noise.items()}, 0)
+
+    def _empty(self) -> Self:
+        return type(self)(self._bound, self._clients, self._codec)
 
     def _check_norm(self, update: Mapping[str, Tensor], unit: float) -> None:
         """Check that a node's sum is no longer than its clients' bounds together.

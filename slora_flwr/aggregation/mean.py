@@ -1,7 +1,7 @@
 """The weighted mean of updates, a fold whose order and grouping do not matter."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -11,11 +11,16 @@ from torch import Tensor
 from slora_flwr.adapters.low_rank import fill_slices
 from slora_flwr.wire.clipping import largest_norm, norm
 from slora_flwr.wire.codec import Codec
+from slora_flwr.wire.integers import most_bytes
+from slora_flwr.wire.packing import count_values, joined_size
 from slora_flwr.wire.state_channel import (
+    SUMS,
     Upload,
     read_sums,
     read_update,
+    read_updates,
     write_sums,
+    write_updates,
 )
 
 # Sums are whole multiples of 1 / SCALE. With weights of at least 1, that is finer than
@@ -45,7 +50,7 @@ class Mean:
         Each client's rank by id, if clients have LoRA factors of different ranks. A
         slice of the factors is then averaged over the clients that have it.
     codec : Codec
-        Encoding of the update if a node has only one client.
+        Encoding of updates.
     clip_norm : float
         Bound on the norm of each client's update, 0 for none.
 
@@ -83,6 +88,9 @@ class Mean:
         self._expected = 0
         self._reach: dict[str, int] = {}  # bounds of the sums' magnitudes
         self._weights: dict[int, int] = {}  # by rank, if clients have ranks
+        # Encoded updates, until their sums are sure to be smaller.
+        self._arrays: list[Array] = []
+        self._keeps_arrays = not codec.is_exact
 
     @classmethod
     def of(cls, fold: "Mean") -> Self:
@@ -144,10 +152,21 @@ class Mean:
     ) -> None:
         """Add one client's update as its node sends it; see `add`."""
         self.add(upload.update, weight, client)
+        if self._keeps_arrays:
+            self._arrays.append(upload.array)
+            if not self.needs_each and self._array_bytes() > self._most_bytes():
+                self._arrays, self._keeps_arrays = [], False
 
     def packed(self) -> Array:
-        """Return the reply of a node with several clients: their sums, int64."""
-        return write_sums(self.sums, max(self._weights, default=None))
+        """Return the reply of a node with several clients.
+
+        It is their sums, or their encoded updates if these are smaller: coarse codes of
+        a few clients take fewer bits than exact sums of what they stand for.
+        """
+        sums = write_sums(self.sums, max(self._weights, default=None))
+        if self._arrays and self._array_bytes() < len(sums.data):
+            return write_updates(self._arrays)
+        return sums
 
     def take(
         self,
@@ -172,17 +191,48 @@ class Mean:
         FoldError, PayloadError
             If the reply cannot be added; the fold is then unchanged.
         """
-        rank = max(map(self._rank_of, clients)) if self._rank_of else None
+        ranks = self._ranks(clients)
         if len(clients) == 1:
-            update = read_update(array, shapes, self._codec, rank)
+            update = read_update(array, shapes, self._codec, ranks[0])
             self._check_norm(update, 1)
             self.add(fill_slices(update, shapes), weights[0], clients[0])
-            return
-        sums = read_sums(array, shapes, rank)
-        self._check_norm(sums, sum(weights) * SCALE)
-        self.merge(fill_slices(sums, shapes), sum(weights))
-        for client, weight in zip(clients, weights, strict=True):
-            self._count(client, weight)
+        elif array.stype == SUMS and not self.needs_each:
+            rank = max(map(self._rank_of, clients)) if self._rank_of else None
+            sums = read_sums(array, shapes, rank)
+            self._check_norm(sums, sum(weights) * SCALE)
+            self.merge(fill_slices(sums, shapes), sum(weights))
+            for client, weight in zip(clients, weights, strict=True):
+                self._count(client, weight)
+        else:
+            node = self._empty()
+            node.limit = self.limit
+            updates = read_updates(array, shapes, self._codec, ranks)
+            for client, weight, update in zip(clients, weights, updates, strict=True):
+                self._check_norm(update, 1)
+                node.add(fill_slices(update, shapes), weight, client)
+            self._join(node)
+
+    def _empty(self) -> Self:
+        """Return an empty fold like this one."""
+        return type(self)(self._rank_of, self._codec, self._clip_norm)
+
+    def _join(self, node: Self) -> None:
+        """Add another fold, made of each of its clients' updates."""
+        self.merge(node.sums, node.weight)
+        # Updates that cancel out in the mean do not in products of factors.
+        self.sizes[-1] = max(node.sizes)
+        for rank, weight in node._weights.items():
+            self._weights[rank] = self._weights.get(rank, 0) + weight
+
+    def _ranks(self, clients: Iterable[int]) -> list[int | None]:
+        return [self._rank_of(c) if self._rank_of else None for c in clients]
+
+    def _array_bytes(self) -> int:
+        return joined_size([len(array.data) for array in self._arrays])
+
+    def _most_bytes(self) -> int:
+        """Return the largest number of bytes of the sums."""
+        return most_bytes(count_values({n: t.shape for n, t in self.sums.items()}))
 
     def merge(self, sums: Mapping[str, Tensor], weight: int) -> None:
         """Add another fold's sums, int64, and its weight.

@@ -1,16 +1,16 @@
 """The stack of clients' updates, for aggregators that need more than the mean."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 from flwr.app import Array
 from torch import Tensor
 
-from slora_flwr.adapters.low_rank import fill_slices
 from slora_flwr.aggregation.mean import PLAIN, Mean
 from slora_flwr.common.tensors import State
 from slora_flwr.wire.codec import Codec
-from slora_flwr.wire.state_channel import read_updates, write_updates
+from slora_flwr.wire.state_channel import cut, write_updates
 
 
 class Stack(Mean):
@@ -36,33 +36,18 @@ class Stack(Mean):
         self._updates[client] = (weight, update)
 
     def packed(self) -> Array:
-        """Return a node's reply: its clients' updates, float32, in order of arrival."""
-        updates = [update for _, update in self._updates.values()]
-        return write_updates(updates, self._ranks(self._updates))
+        """Return a node's reply: its clients' encoded updates, in order of arrival."""
+        arrays = self._arrays
+        if self._codec.is_exact:  # and so keeps no arrays
+            updates = [update for _, update in self._updates.values()]
+            ranks = self._ranks(self._updates)
+            both = zip(updates, ranks, strict=True)
+            arrays = [self._codec.encode(cut(update, rank)) for update, rank in both]
+        return write_updates(arrays)
 
-    def take(
-        self,
-        array: Array,
-        shapes: Mapping[str, Sequence[int]],
-        clients: Sequence[int],
-        weights: Sequence[int],
-    ) -> None:
-        """Add a node's reply; see `Mean.take`."""
-        if len(clients) == 1:
-            super().take(array, shapes, clients, weights)
-            return
-        updates = read_updates(array, shapes, self._ranks(clients))
-        node = Stack(self._rank_of)
-        node.limit = self.limit
-        for client, weight, update in zip(clients, weights, updates, strict=True):
-            self._check_norm(update, 1)
-            node.add(fill_slices(update, shapes), weight, client)
-        self.merge(node.sums, node.weight)
-        # Updates that cancel out in the mean do not in products of factors.
-        self.sizes[-1] = max(node.sizes)
+    def _join(self, node: Self) -> None:
+        super()._join(node)
         self._updates |= node._updates
-        for rank, weight in node._weights.items():
-            self._weights[rank] = self._weights.get(rank, 0) + weight
 
     def updates(self) -> list[Mapping[str, Tensor]]:
         """Return the clients' updates in the order of their ids."""
@@ -98,6 +83,3 @@ class Stack(Mean):
                 left.append(b[:, :rank] * (weight / self.weight))
             found[name] = torch.cat(left, dim=1), torch.cat(right)
         return found
-
-    def _ranks(self, clients: Iterable[int]) -> list[int | None]:
-        return [self._rank_of(c) if self._rank_of else None for c in clients]

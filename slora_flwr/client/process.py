@@ -21,6 +21,7 @@ from slora_flwr.data.node_files import OwnData, OwnDataError, TooFewError
 from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.trainer import Trainer
+from slora_flwr.wire.base_codec import BaseCodec
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.messages import Instruction
 from slora_flwr.wire.state_channel import (
@@ -149,9 +150,9 @@ class ClientProcess:
         shapes, positions, scaling = phase.adapter_type.base_layout(
             phase, config, model.backbone, rounds_before
         )
-        codec = Codec.of_download(config.download, head=0)
+        codec = BaseCodec.of(config.download)
         reference: State = {}
-        if not codec.is_exact:
+        if not codec.values.is_plain:
             first = model.first_values(positions)
             reference = {f"{name}.values": values for name, values in first.items()}
         base = read_base(data, shapes, positions, scaling, codec, reference)

@@ -3,7 +3,7 @@
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The number that server, nodes and checkpoints of a run have in common.
 
 Raise it by 1 in every change that alters

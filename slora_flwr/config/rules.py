@@ -21,7 +21,6 @@ from slora_flwr.config.sections import (
     LARGEST_DELTA,
     MOST_SUM,
     OWN_DATA,
-    DownloadConfig,
     LoraConfig,
     RunConfig,
 )
@@ -247,7 +246,8 @@ def _check_aggregator(config: RunConfig, phases: Sequence[Phase]) -> None:
         # A node that is sent a changed base whole does not know what it gave up.
         allowed = f"0, since {given_up} and the aggregator is {used}"
         raise refuse("train.weight-decay", config.train.weight_decay, allowed)
-    if lora.ranks and config.download != DownloadConfig():
+    download = config.download
+    if lora.ranks and (download.dtype != "float32" or download.lossless):
         # Each rank's slices are coded by themselves, so a client's start would depend
         # on the other clients of its node.
         allowed = "empty, or download.dtype float32 without download.lossless"

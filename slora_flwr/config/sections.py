@@ -591,10 +591,16 @@ class DownloadConfig:
     dtype: Annotated[str, one_of(*_DTYPES)] = Field(
         default="float32", description="The type in which states and bases travel."
     )
+    base_dtype: Annotated[str, one_of(*_DTYPES)] = Field(
+        default="int8",
+        description="The type in which the factors travel that a base gives up for the "
+        "start, as with `lora.base` `residual` and `lora.start` `federa`. Training "
+        "starts from the factors as they are read, so the function is not changed.",
+    )
     lossless: bool = Field(
         default=False,
-        description="Whether states are compressed as well, where that makes them "
-        "smaller. A client that has the last state is sent the difference to it.",
+        description="Whether states and bases are compressed as well, where that makes "
+        "them smaller. A client that has the last state is sent the difference to it.",
     )
 
 

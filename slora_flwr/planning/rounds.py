@@ -1,15 +1,15 @@
 """The bytes that a run will send, round by round, predicted from its config."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from slora_flwr.aggregation.ring_sum import masked_bytes
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.random import sample_cohort
 from slora_flwr.config import RunConfig
-from slora_flwr.config.schedule import Phase, make_schedule
+from slora_flwr.config.schedule import make_schedule
 from slora_flwr.planning.version_bytes import VersionBytes
+from slora_flwr.wire.base_codec import BaseCodec
 from slora_flwr.wire.codec import Codec
 
 
@@ -57,9 +57,8 @@ def plan_rounds(
         before, adapter = number, phase.adapter_type
         down_codec = Codec.of_download(config.download, head)
         up_codec = Codec.of_upload(config.upload, adapter.is_selection, head)
-        start = start_size(phase, config, backbone, before)
-        base_codec = replace(down_codec, head=0)
-        start_bytes = base_codec.size(start) if start else 0
+        start, _, _ = adapter.base_layout(phase, config, backbone, before)
+        start_bytes = BaseCodec.of(config.download).size(start)
         versions = VersionBytes(start_bytes, 4 * backbone.target_size)
         for phase_round in range(1, lengths[index] + 1):
             number += 1
@@ -81,16 +80,6 @@ def plan_rounds(
                 change = adapter.change_size(phase, config, backbone, len(cohort))
             versions.changes.append(4 * change)
     return rounds
-
-
-def start_size(
-    phase: Phase, config: RunConfig, backbone: Backbone, rounds_before: int
-) -> int:
-    """Return the number of values in the base that a phase starts from, 0 for W_0."""
-    shapes, _, _ = phase.adapter_type.base_layout(
-        phase, config, backbone, rounds_before
-    )
-    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def population(config: RunConfig) -> list[int]:

@@ -9,7 +9,7 @@ from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.common.tensors import State
 from slora_flwr.planning.version_bytes import VersionBytes
 from slora_flwr.runs.snapshot import Snapshot, to_bytes, to_tensor
-from slora_flwr.wire.codec import Codec
+from slora_flwr.wire.base_codec import BaseCodec
 from slora_flwr.wire.messages import BaseDelta
 from slora_flwr.wire.packing import pack, unpack
 from slora_flwr.wire.state_channel import (
@@ -34,7 +34,7 @@ class BaseVersions:
         Bytes of all target matrices, which are sent if the changes would take more.
     weights : Callable
         Returns the target matrices of the current version.
-    codec : Codec
+    codec : BaseCodec
         Codec of the start. The server too uses the decoded start.
     reference : State
         Values of the start that a node already knows; see `StateVersions`.
@@ -50,7 +50,7 @@ class BaseVersions:
         start: BaseWeights | None,
         size: int,
         weights: Callable[[], State],
-        codec: Codec,
+        codec: BaseCodec,
         reference: State,
     ) -> None:
         state = start.state() if start is not None else {}

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 
 from flwr.app import Array
 
@@ -21,7 +20,10 @@ from slora_flwr.server.base_versions import BaseVersions
 from slora_flwr.server.state_versions import StateVersions
 from slora_flwr.server.update_sizes import UpdateSizes
 from slora_flwr.training.trainer import Trainer
+from slora_flwr.wire import integers
+from slora_flwr.wire.base_codec import BaseCodec
 from slora_flwr.wire.codec import Codec
+from slora_flwr.wire.packing import joined_size
 from slora_flwr.wire.state_channel import write_change, write_slices
 
 
@@ -234,10 +236,11 @@ class ActivePhase:
         ----------
         clients : int
             Number of clients that it trains; it may answer with an update of each, or
-            with their sum in 64 bits.
+            with their sum.
         """
         values = sum(shape.numel() for shape in self.returned.values())
-        return max(self.largest, 8 * values * clients)
+        apart = joined_size([self.largest] * clients)
+        return max(self.largest, apart, integers.most_bytes(values))
 
     def step(self, fold: Mean) -> None:
         """Update state and base with the aggregate of a round.
@@ -337,15 +340,15 @@ def make_base(trainer: Trainer, start: BaseWeights | None) -> BaseVersions:
         The first version; None for W_0.
     """
     model = trainer.model
-    codec = Codec.of_download(trainer.config.download, model.backbone.head_size)
+    codec = BaseCodec.of(trainer.config.download)
     known: State = {}
-    if start is not None and not codec.is_exact:
+    if start is not None and not codec.values.is_plain:
         first = model.first_values(start.positions)
         known = {f"{name}.values": values for name, values in first.items()}
     return BaseVersions(
         start,
         4 * model.backbone.target_size,
         model.base_weights,
-        replace(codec, head=0),
+        codec,
         known,
     )

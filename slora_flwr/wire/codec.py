@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from flwr.app import Array
 from numpy.typing import NDArray
 from torch import Tensor
@@ -25,7 +24,16 @@ from torch import Tensor
 from slora_flwr.common.tensors import State
 from slora_flwr.config import DownloadConfig, UploadConfig
 from slora_flwr.wire.frame import HEADER_SIZE, unwrap, wrap
-from slora_flwr.wire.packing import STYPE, PayloadError, flatten, pack, unpack
+from slora_flwr.wire.packing import (
+    STYPE,
+    PayloadError,
+    check_kind,
+    count_values,
+    flatten,
+    pack,
+    unflatten,
+    unpack,
+)
 from slora_flwr.wire.positions import (
     decode_positions,
     encode_positions,
@@ -119,6 +127,7 @@ class Codec:
         state: Mapping[str, Tensor],
         chosen: NDArray[np.int64] | None = None,
         stream: np.random.Philox | None = None,
+        known: bytes = b"",
     ) -> Array:
         """Encode a state.
 
@@ -131,13 +140,17 @@ class Codec:
             state, as many as `parts` returns; None for all values.
         stream : numpy.random.Philox or None
             Source of stochastic rounding; None to round to nearest.
+        known : bytes
+            As for `seal`.
         """
         if self.is_plain:
             return pack(state)
         count = sum(tensor.numel() for tensor in state.values())
-        return self.seal(self.write(state, chosen, stream), count)
+        return self.seal(self.write(state, chosen, stream), count, known)
 
-    def decode(self, array: Array, shapes: Mapping[str, Sequence[int]]) -> State:
+    def decode(
+        self, array: Array, shapes: Mapping[str, Sequence[int]], known: bytes = b""
+    ) -> State:
         """Decode a state of the given names and shapes; values not sent are 0.
 
         Raises
@@ -147,8 +160,7 @@ class Codec:
         """
         if self.is_plain:
             return unpack(array, shapes)
-        count = sum(math.prod(shape) for shape in shapes.values())
-        return self.read(self.open(array, count), shapes)
+        return self.read(self.open(array, count_values(shapes), known), shapes)
 
     def write(
         self,
@@ -178,8 +190,7 @@ class Codec:
         PayloadError
             If the bytes cannot hold a state of these shapes.
         """
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        count = sum(sizes)
+        count = count_values(shapes)
         scales = self._codes_size(count)
         end = scales + self._scales_size(count)
         if len(data) < end or (len(data) > end and not self.share):
@@ -196,11 +207,7 @@ class Codec:
             positions = decode_positions(data[end:], len(flat), count)
             sent, flat = flat, np.zeros(count, dtype=np.float32)
             flat[positions] = sent
-        parts = torch.from_numpy(flat).split(sizes)
-        return {
-            name: part.view(tuple(shape))
-            for (name, shape), part in zip(shapes.items(), parts, strict=True)
-        }
+        return unflatten(flat, shapes)
 
     def seal(self, data: bytes, count: int, known: bytes = b"") -> Array:
         """Return the array to send, given what `write` returned.
@@ -226,12 +233,7 @@ class Codec:
         PayloadError
             If the array is of another kind, or cannot hold a state of `count` values.
         """
-        given = (array.stype, array.dtype, tuple(array.shape))
-        if given != (self.stype, self.dtype, (count,)):
-            raise PayloadError(
-                f"the array is {given[0]} of {given[1]} with shape {given[2]}, not "
-                f"{self.stype} of {self.dtype} with ({count},)"
-            )
+        check_kind(array, self.stype, self.dtype, count)
         most = self.most(count)
         if len(array.data) > most:
             told = f"the array has {len(array.data)} bytes; allowed: up to {most}"

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import scipy  # which imports scipy.fft when it is first used
-import torch
 from flwr.app import Array
 from numpy.typing import NDArray
 from torch import Tensor
 
 from slora_flwr.common.random import key
 from slora_flwr.common.tensors import State
-from slora_flwr.wire.packing import flatten
+from slora_flwr.wire.packing import flatten, unflatten
 from slora_flwr.wire.quantize import draw_unit
 
 # A rotated value of an update as long as the bound has at most about this many times
@@ -166,9 +164,4 @@ class Grid:
         rotated = codes.astype(np.float64) * (self.step / weight)
         values = scipy.fft.idct(rotated, norm="ortho", overwrite_x=True)[: self.count]
         values *= self._signs[: self.count]
-        flat = torch.from_numpy(values.astype(np.float32))
-        parts = flat.split([math.prod(shape) for shape in shapes.values()])
-        return {
-            name: part.view(tuple(shape))
-            for (name, shape), part in zip(shapes.items(), parts, strict=True)
-        }
+        return unflatten(values.astype(np.float32), shapes)

@@ -12,7 +12,8 @@ and the node writes back, and the server reads,
 
     the update      of a single client, encoded
     the sums        of several clients' updates, exact
-    the updates     of several clients, if the aggregator needs each
+    the updates     of several clients, encoded, if that takes fewer bytes than their
+                    sums, or if the aggregator needs each
 
 Names and shapes are not sent: both sides know them from the phase. Nor are the values
 of a `reference`, which both sides know too: state and base are sent as differences from
@@ -20,8 +21,7 @@ it. The functions here keep nothing; `slora_flwr.server` and `slora_flwr.client`
 who has which version.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -33,13 +33,26 @@ from torch import Size, Tensor
 from slora_flwr.adapters.low_rank import fill_slices, rank_shapes, take_slices
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.common.tensors import State
+from slora_flwr.wire.base_codec import BaseCodec, split_base
 from slora_flwr.wire.clipping import clip, norm
 from slora_flwr.wire.codec import Codec
 from slora_flwr.wire.grid import Grid
-from slora_flwr.wire.packing import pack, unpack
+from slora_flwr.wire.integers import decode_integers, encode_integers
+from slora_flwr.wire.packing import (
+    check_kind,
+    count_values,
+    flatten,
+    join,
+    pack,
+    split,
+    unflatten,
+    unpack,
+)
 from slora_flwr.wire.selection import choose, weigh_by_product
 
 Layout = Mapping[str, Sequence[int]]
+
+BASE, SUMS, UPDATES = "slora.base", "slora.sums", "slora.updates"
 
 
 def name_version(*parts: bytes) -> str:
@@ -85,8 +98,7 @@ def read_state(
     """
     if not codec.lossless:
         return _add(codec.decode(array, shapes), reference), b""
-    count = sum(math.prod(shape) for shape in shapes.values())
-    data = codec.open(array, count, known)
+    data = codec.open(array, count_values(shapes), known)
     return _add(codec.read(data, shapes), reference), data
 
 
@@ -100,9 +112,15 @@ def read_slices(array: Array, shapes: Layout, rank: int) -> State:
     return fill_slices(unpack(array, rank_shapes(shapes, rank)), shapes)
 
 
-def write_base(base: BaseWeights, codec: Codec, reference: State) -> Array:
+def write_base(base: BaseWeights, codec: BaseCodec, reference: State) -> Array:
     """Return the array of the base from which a phase starts."""
-    return codec.encode(_subtract(base.state(), reference))
+    values, factors = split_base(base.state())
+    if not codec.values.is_exact:
+        values = _subtract(values, reference)
+    known = _known_values(values, codec, reference)
+    parts = codec.values.encode(values, known=known), codec.factors.encode(factors)
+    data = join([part.data for part in parts])
+    return Array("uint8", (len(data),), BASE, data)
 
 
 def read_base(
@@ -110,7 +128,7 @@ def read_base(
     shapes: Layout,
     positions: dict[str, NDArray[np.int64]],
     scaling: float,
-    codec: Codec,
+    codec: BaseCodec,
     reference: State,
 ) -> BaseWeights:
     """Return the base in an array's bytes, which a node may have kept.
@@ -121,15 +139,33 @@ def read_base(
         The bytes.
     shapes, positions, scaling
         As `Adapter.base_layout` returns them.
-    codec : Codec
-        The encoding of states, without a head.
+    codec : BaseCodec
+        The encoding of bases.
     reference : State
-        Values that both sides know.
+        Values that both sides know, by their names in the base's state.
+
+    Raises
+    ------
+    PayloadError
+        If the bytes do not hold such a base.
     """
-    count = sum(math.prod(shape) for shape in shapes.values())
-    array = Array(codec.dtype, (count,), codec.stype, data)
-    state = _add(codec.decode(array, shapes), reference)
+    state: State = {}
+    layouts = split_base(shapes)
+    known = _known_values(layouts[0], codec, reference), b""
+    for part, own, layout, earlier in zip(
+        split(data, 2), (codec.values, codec.factors), layouts, known, strict=True
+    ):
+        array = Array(own.dtype, (count_values(layout),), own.stype, part)
+        state |= own.decode(array, layout, earlier)
+    if not codec.values.is_exact:
+        state = _add(state, reference)
     return BaseWeights.from_state(state, positions, scaling)
+
+
+def _known_values(names: Iterable[str], codec: BaseCodec, reference: State) -> bytes:
+    """Return the values that both sides know, if differences from them are exact."""
+    known = {name: reference[name] for name in names if name in reference}
+    return codec.values.write(known) if known and codec.values.is_exact else b""
 
 
 def write_change(change: State) -> Array:
@@ -219,7 +255,7 @@ def write_update(
         not decoded: its fold adds up whole numbers.
     """
     shapes = {name: tensor.shape for name, tensor in update.items()}
-    update, start = _cut(update, rank), _cut(start, rank)
+    update, start = cut(update, rank), cut(start, rank)
     whole = {n: t + residual[n] if n in residual else t for n, t in update.items()}
     length = norm(whole) if clip_norm else 0.0
     whole = clip(whole, clip_norm)
@@ -255,8 +291,12 @@ def read_update(
 
 
 def write_sums(sums: State, rank: int | None = None) -> Array:
-    """Return the array of exact sums, int64, cut to the clients' largest rank."""
-    return pack(_cut(sums, rank), "int64")
+    """Return the array of exact sums, int64, cut to the clients' largest rank.
+
+    They are written in as few bits as their magnitudes need.
+    """
+    values = flatten(cut(sums, rank), "int64")
+    return Array("int64", (len(values),), SUMS, encode_integers(values))
 
 
 def read_sums(array: Array, shapes: Layout, rank: int | None = None) -> State:
@@ -267,44 +307,37 @@ def read_sums(array: Array, shapes: Layout, rank: int | None = None) -> State:
     PayloadError
         If the array does not hold such sums.
     """
-    return unpack(array, _cut_shapes(shapes, rank), "int64")
+    shapes = _cut_shapes(shapes, rank)
+    count = count_values(shapes)
+    check_kind(array, SUMS, "int64", count)
+    return unflatten(decode_integers(array.data, count), shapes)
 
 
-def write_updates(
-    updates: Sequence[Mapping[str, Tensor]], ranks: Sequence[int | None]
-) -> Array:
-    """Return the array of several updates, float32, each cut to its client's rank."""
-    return pack(
-        {
-            f"{i} {name}": tensor
-            for i, (update, rank) in enumerate(zip(updates, ranks, strict=True))
-            for name, tensor in _cut(update, rank).items()
-        }
-    )
+def write_updates(updates: Sequence[Array]) -> Array:
+    """Return the array of several encoded updates."""
+    data = join([update.data for update in updates])
+    return Array(updates[0].dtype, (len(updates),), UPDATES, data)
 
 
 def read_updates(
-    array: Array, shapes: Layout, ranks: Sequence[int | None]
-) -> list[State]:
-    """Return the updates in it, each cut to its client's rank.
+    array: Array, shapes: Layout, codec: Codec, ranks: Sequence[int | None]
+) -> Iterator[State]:
+    """Yield the updates in it, each cut to its client's rank.
 
     Raises
     ------
     PayloadError
         If the array does not hold such updates.
     """
-    values = unpack(
-        array,
-        {
-            f"{i} {name}": shape
-            for i, rank in enumerate(ranks)
-            for name, shape in _cut_shapes(shapes, rank).items()
-        },
-    )
-    return [{name: values[f"{i} {name}"] for name in shapes} for i in range(len(ranks))]
+    check_kind(array, UPDATES, codec.dtype, len(ranks))
+    for data, rank in zip(split(array.data, len(ranks)), ranks, strict=True):
+        count = count_values(_cut_shapes(shapes, rank))
+        update = Array(codec.dtype, (count,), codec.stype, data)
+        yield read_update(update, shapes, codec, rank)
 
 
-def _cut(state: Mapping[str, Tensor], rank: int | None) -> State:
+def cut(state: Mapping[str, Tensor], rank: int | None) -> State:
+    """Return a state with its factors cut to a rank, if there is one."""
     return dict(state) if rank is None else take_slices(state, rank)
 
 

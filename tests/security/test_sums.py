@@ -15,7 +15,7 @@ from slora_flwr.server.strategy import TooFewRepliesError
 from slora_flwr.tasks.classification import ClassifierEvaluation
 from slora_flwr.training.trainer import Trainer
 from slora_flwr.wire.messages import Report
-from tests.support.grids import RecordingGrid, Tamper, values
+from tests.support.grids import RecordingGrid, Tamper, put, values
 from tests.support.runs import Config, differ, elsewhere, events, facts, final
 
 PRIVATE: Config = {
@@ -36,8 +36,7 @@ def filled(value: float) -> Tamper:
     """Return what fills a node's update or sums with a value."""
 
     def tamper(report: Report) -> None:
-        spoilt = values(report).clone().fill_(value)
-        report.update.data = spoilt.numpy().tobytes()
+        put(report, values(report).clone().fill_(value))
 
     return tamper
 
@@ -81,7 +80,7 @@ def cancelling(height: float) -> Tamper:
         one, other = torch.zeros_like(values(report)).view(2, -1)
         one.fill_(height)
         other.fill_(-height * ours / theirs)
-        report.update.data = torch.stack([one, other]).numpy().tobytes()
+        put(report, torch.cat([one, other]))
 
     return tamper
 

@@ -11,7 +11,10 @@ from flwr.common.serde import message_to_proto
 from torch import Tensor
 
 from slora_flwr.engines.inline import InlineGrid
+from slora_flwr.wire.integers import decode_integers
 from slora_flwr.wire.messages import Instruction, Report
+from slora_flwr.wire.packing import pack, split
+from slora_flwr.wire.state_channel import SUMS, UPDATES, write_sums, write_updates
 from tests.support.runs import Config
 
 # Changes a report in place, or returns other content to answer with.
@@ -75,8 +78,24 @@ class RecordingGrid(InlineGrid):
 
 def values(of: Instruction | Report) -> Tensor:
     array = of.state if isinstance(of, Instruction) else of.update
-    dtype = {"float32": torch.float32, "int64": torch.int64}[array.dtype]
-    return torch.frombuffer(bytearray(array.data), dtype=dtype)
+    if array.stype == SUMS:
+        return torch.from_numpy(decode_integers(array.data, array.shape[0]))
+    data = array.data
+    if array.stype == UPDATES:
+        data = b"".join(split(data, array.shape[0]))
+    return torch.frombuffer(bytearray(data), dtype=torch.float32)
+
+
+def put(report: Report, values: Tensor) -> None:
+    """Put values into a report in place of those that `values` returns."""
+    kind, count = report.update.stype, report.update.shape[0]
+    if kind == SUMS:
+        report.update = write_sums({"x": values.long()})
+    elif kind == UPDATES:
+        parts = values.chunk(count)
+        report.update = write_updates([pack({"x": part}) for part in parts])
+    else:
+        report.update = pack({"x": values})
 
 
 def weighted(report: Report) -> Tensor:

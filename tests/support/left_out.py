@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 
 from slora_flwr.wire.messages import Report
-from slora_flwr.wire.packing import pack
-from tests.support.grids import RecordingGrid, Tamper, values
+from tests.support.grids import RecordingGrid, Tamper, put, values
 from tests.support.runs import (
     CLIENTS,
     HEAD_VALUES,
@@ -21,7 +20,7 @@ from tests.support.runs import (
 def huge(report: Report) -> None:
     spoilt = values(report).clone()
     spoilt[7] = 2**62
-    report.update = pack({"x": spoilt}, report.update.dtype)
+    put(report, spoilt)
 
 
 def check_node_left_out(

@@ -85,23 +85,6 @@ def test_known_bytes_are_this_state() -> None:
     assert state["b"].shape == ()
 
 
-@settings(max_examples=30)
-@given(values=st.lists(st.integers(-(2**63), 2**63 - 1)))
-def test_sums_travel_as_little_endian_int64(values: list[int]) -> None:
-    packed = pack({"x": torch.tensor(values, dtype=torch.int64)}, "int64")
-    assert packed.data == struct.pack(f"<{len(values)}q", *values)
-    assert packed.dtype == "int64"
-    back = unpack(packed, {"x": (len(values),)}, "int64")["x"]
-    assert (back.tolist(), back.dtype) == (values, torch.int64)
-
-
-def test_sums_are_not_taken_for_values() -> None:
-    with pytest.raises(PayloadError, match=f"of int64, not {STYPE} of float32"):
-        unpack(pack({"x": torch.zeros(1)}, "int64"), {"x": (1,)})
-    with pytest.raises(PayloadError, match=f"of float32, not {STYPE} of int64"):
-        unpack(pack({"x": torch.zeros(1)}), {"x": (1,)}, "int64")
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
 def test_other_types_travel_as_float32(dtype: torch.dtype) -> None:
     packed = pack({"x": torch.tensor([3, -4]).to(dtype)})
@@ -124,12 +107,12 @@ def test_what_is_unpacked_can_be_written_to() -> None:
     [
         (array(KNOWN_BYTES, stype="numpy.ndarray"), "is numpy.ndarray of float32"),
         (array(KNOWN_BYTES, dtype="float64"), f"is {STYPE} of float64"),
-        (array(KNOWN_BYTES[:-4]), r"has shape \(2,\) and 8 bytes, not \(3,\) and 12"),
-        (array(KNOWN_BYTES + bytes(4)), r"has shape \(4,\) and 16 bytes"),
-        (array(KNOWN_BYTES[:-1], shape=(3,)), r"has shape \(3,\) and 11 bytes"),
-        (array(KNOWN_BYTES, shape=(2,)), r"has shape \(2,\) and 12 bytes"),
-        (array(KNOWN_BYTES, shape=(1, 3)), r"has shape \(1, 3\) and 12 bytes"),
-        (array(b""), r"has shape \(0,\) and 0 bytes, not \(3,\) and 12"),
+        (array(KNOWN_BYTES[:-4]), r"with shape \(2,\), not .* with \(3,\)"),
+        (array(KNOWN_BYTES + bytes(4)), r"with shape \(4,\)"),
+        (array(KNOWN_BYTES[:-1], shape=(3,)), "has 11 bytes, not 12"),
+        (array(KNOWN_BYTES, shape=(2,)), r"with shape \(2,\)"),
+        (array(KNOWN_BYTES, shape=(1, 3)), r"with shape \(1, 3\)"),
+        (array(b""), r"with shape \(0,\)"),
     ],
     ids=["stype", "dtype", "short", "long", "truncated", "shape", "rank", "empty"],
 )

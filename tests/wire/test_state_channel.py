@@ -1,14 +1,20 @@
 """What one end writes of states, the other reads."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from flwr.app import Array
 
 from slora_flwr.backbone.base_weights import BaseWeights
 from slora_flwr.common.tensors import State
+from slora_flwr.config import DownloadConfig
+from slora_flwr.wire.base_codec import BaseCodec
 from slora_flwr.wire.codec import Codec
-from slora_flwr.wire.packing import PayloadError
+from slora_flwr.wire.packing import PayloadError, join
 from slora_flwr.wire.state_channel import (
+    cut,
     name_version,
     read_base,
     read_change,
@@ -84,7 +90,7 @@ def test_slices_reach_as_far_as_the_rank() -> None:
 
 
 def test_a_base_is_sent_by_its_differences_from_what_is_known() -> None:
-    codec = Codec("int8")
+    codec = BaseCodec.of(DownloadConfig(dtype="int8"))
     base = BaseWeights({"m": np.array([0, 7])}, {"m": torch.tensor([1.5, -2.0])})
     reference = {"m.values": torch.tensor([1.5, -2.25])}
     array = write_base(base, codec, reference)
@@ -94,6 +100,73 @@ def test_a_base_is_sent_by_its_differences_from_what_is_known() -> None:
     assert read.values["m"].tolist() == [1.5, -2.0]
     assert read.positions == base.positions
     assert read.scaling == 0.5
+
+
+def some_base(count: int = 3000) -> tuple[BaseWeights, State]:
+    """Return a base that gives up factors, and what its values were at first."""
+    drawn = torch.Generator().manual_seed(0)
+    first = torch.randn(count, generator=drawn)
+    values = first + 1e-4 * torch.randn(count, generator=drawn)
+    a, b = torch.randn(4, 40, generator=drawn), torch.randn(30, 4, generator=drawn)
+    base = BaseWeights({"m": np.arange(count)}, {"m": values}, {"m": a}, {"m": b}, 2.0)
+    return base, {"m.values": first}
+
+
+BASE_SHAPES = {"m.values": (3000,), "m.a": (4, 40), "m.b": (30, 4)}
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_of_a_base_only_the_factors_it_gives_up_are_rounded(
+    dtype: str, lossless: bool
+) -> None:
+    codec = BaseCodec.of(DownloadConfig(base_dtype=dtype, lossless=lossless))
+    base, first = some_base()
+    data = write_base(base, codec, first).data
+    read = read_base(data, BASE_SHAPES, base.positions, 2.0, codec, first)
+    assert read.values["m"].equal(base.values["m"])
+    rounded = Codec(dtype)
+    for name, given, found in (("a", base.a, read.a), ("b", base.b, read.b)):
+        assert given["m"].equal(found["m"]) == (dtype == "float32")
+        if dtype != "int8":  # whose blocks reach over both factors
+            alone = {name: given["m"]}
+            shapes = {name: given["m"].shape}
+            assert found["m"].equal(rounded.decode(rounded.encode(alone), shapes)[name])
+    # A step is at most a 127th of the largest value; rounding is to the nearest.
+    errors = [(base.a["m"] - read.a["m"]).abs(), (base.b["m"] - read.b["m"]).abs()]
+    largest = max(float(base.a["m"].abs().max()), float(base.b["m"].abs().max()))
+    assert max(float(error.max()) for error in errors) <= largest / 127
+
+
+def test_bytes_of_a_base_by_hand() -> None:
+    base, first = some_base()
+    codec = BaseCodec.of(DownloadConfig())
+    # Two lengths; values; a frame's header, 280 codes and 3 scales.
+    size = 2 * 8 + 4 * 3000 + 13 + (160 + 120) + 3 * 4
+    assert len(write_base(base, codec, {}).data) == codec.size(BASE_SHAPES) == size
+    assert codec.size({}) == 0
+    # Differences from what is known have zeros in their high bytes.
+    small = BaseCodec.of(DownloadConfig(lossless=True))
+    apart = len(write_base(base, small, {}).data)
+    assert len(write_base(base, small, first).data) < 0.75 * apart < 0.75 * size
+
+
+def test_a_frozen_factor_that_no_base_gives_up_is_a_value() -> None:
+    codec = BaseCodec.of(DownloadConfig())
+    base = BaseWeights(a={"m": torch.randn(4, 40)})
+    array = write_base(base, codec, {})
+    read = read_base(array.data, {"m.a": (4, 40)}, {}, 1.0, codec, {})
+    assert read.a["m"].equal(base.a["m"])
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_damaged_base_is_refused(lossless: bool) -> None:
+    codec = BaseCodec.of(DownloadConfig(lossless=lossless))
+    base, first = some_base()
+    data = write_base(base, codec, first).data
+    for spoilt in (b"", data[:-1], data + b"\0", data[:7], b"\xff" * 16, data[8:]):
+        with pytest.raises(PayloadError):
+            read_base(spoilt, BASE_SHAPES, base.positions, 2.0, codec, first)
 
 
 def test_changes_and_weights_of_a_base() -> None:
@@ -144,13 +217,50 @@ def test_sums_and_updates_of_several_clients(rank: int | None) -> None:
     assert read["m.lora_A"].shape == (reach, 5)
 
     ranks = [None, None] if rank is None else [rank, 1]
-    updates = read_updates(write_updates([draw(1), draw(2)], ranks), SHAPES, ranks)
+    codec = Codec()
+    arrays = [codec.encode(cut(draw(s), r)) for s, r in zip((1, 2), ranks, strict=True)]
+    updates = [*read_updates(write_updates(arrays), SHAPES, codec, ranks)]
     for seed, own, update in zip((1, 2), ranks, updates, strict=True):
         full = draw(seed)
         assert update["m.lora_B"].shape == (4, own or 3)
         assert all(
             t.equal(full[n][tuple(map(slice, t.shape))]) for n, t in update.items()
         )
+
+
+def test_sums_take_what_their_magnitudes_need() -> None:
+    """By hand: values of 5 bits, with a sign 6, in blocks of 128, and a shift of 3."""
+    sums = {"x": torch.full((100, 10), 8 * 31), "y": -torch.full((24,), 8 * 31)}
+    array = write_sums(sums)
+    assert len(array.data) == 1 + 8 + 1024 * 6 // 8
+    shapes = {"x": (100, 10), "y": (24,)}
+    assert equal(read_sums(array, shapes), sums)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"dtype": "float32"}, {"stype": "slora.packed"}, {"shape": (28,)}],
+    ids=lambda change: next(iter(change)),
+)
+def test_only_sums_are_read_as_sums(changes: dict[str, Any]) -> None:
+    sums = {name: tensor.long() for name, tensor in draw(1).items()}
+    good = write_sums(sums)
+    given = {"dtype": good.dtype, "shape": good.shape, "stype": good.stype}
+    array = Array(**(given | changes), data=good.data)
+    with pytest.raises(PayloadError):
+        read_sums(array, SHAPES)
+
+
+def test_updates_of_another_number_or_size_are_refused() -> None:
+    codec = Codec("int8", head=2)
+    whole = [codec.encode(draw(1)), codec.encode(draw(2))]
+    good = write_updates(whole)
+    assert len([*read_updates(good, SHAPES, codec, [None] * 2)]) == 2
+    one = Array("int8", (2,), good.stype, join([whole[0].data]))
+    longer = Array("int8", (2,), good.stype, join([whole[0].data * 2, b""]))
+    for array, count in ((good, 3), (one, 2), (longer, 2), (whole[0], 2)):
+        with pytest.raises(PayloadError):
+            [*read_updates(array, SHAPES, codec, [None] * count)]
 
 
 def test_a_versions_name_is_that_of_its_parts_joined() -> None:

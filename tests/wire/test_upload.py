@@ -112,7 +112,7 @@ def test_bytes_of_coded_updates(
         return 13 + codes + sum(block * math.ceil(n / 128) for n in parts)
 
     up = {"bits": bits, "block": block}
-    base = size(SPARSE_VALUES + LORA_VALUES)
+    base = 2 * 8 + size(SPARSE_VALUES) + size(LORA_VALUES)
     assert payloads(directory) == [
         (1, "sparse", "down", 4, 4 * size(SPARSE_VALUES, HEAD_VALUES)),
         (1, "sparse", "up", 4, 4 * size(SPARSE_VALUES, HEAD_VALUES, **up)),
