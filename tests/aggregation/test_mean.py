@@ -14,9 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slora_flwr.aggregation.mean import FoldError, Mean
 from slora_flwr.aggregation.server_optimizer import DEFAULT_RATES, ServerOptimizer
+from slora_flwr.aggregation.stack import Stack
 from slora_flwr.config import list_keys
+from slora_flwr.wire import state_channel
+from slora_flwr.wire.codec import Codec
+from slora_flwr.wire.packing import PayloadError
+from slora_flwr.wire.state_channel import SUMS, Upload, write_updates
 
 Updates = list[tuple[list[float], int]]
+
+APART = state_channel.UPDATES
 
 VALUES = st.floats(-1e3, 1e3, width=32)
 WEIGHTS = st.integers(1, 10_000)
@@ -199,6 +206,76 @@ def test_tensors_may_be_empty() -> None:
     mean.add({"x": torch.zeros(0, 3)}, 1)
     mean.merge(mean.sums, 1)
     assert mean.result()["x"].shape == (0, 3)
+
+
+def coded(codec: Codec, number: int) -> Upload:
+    """Return an encoded update of 1000 values, drawn by a number."""
+    drawn = torch.Generator().manual_seed(number)
+    array = codec.encode({"x": 1e-2 * torch.randn(1000, generator=drawn)})
+    return Upload(array, codec.decode(array, {"x": (1000,)}))
+
+
+@pytest.mark.parametrize(
+    ("codec", "clients", "kind"),
+    [
+        # 32 bits a client, against about 35 of a sum.
+        (Codec(), 2, SUMS),
+        # 16 bits a client, against 6 less of a sum: all are multiples of 2^-24.
+        (Codec("float16"), 2, SUMS),
+        # 8.25 and 4.25 bits a client.
+        (Codec("int8"), 4, APART),
+        (Codec("int8"), 5, SUMS),
+        (Codec("int4"), 7, APART),
+        (Codec("int4"), 20, SUMS),
+    ],
+    ids=str,
+)
+def test_a_node_sends_sums_or_coded_updates_whichever_is_less(
+    codec: Codec, clients: int, kind: str
+) -> None:
+    node, alone, server = Mean(codec=codec), Mean(codec=codec), Mean(codec=codec)
+    ids, weights = [*range(clients)], [100 + n for n in range(clients)]
+    for number, weight in zip(ids, weights, strict=True):
+        upload = coded(codec, number)
+        node.add_upload(upload, weight, number)
+        alone.take(upload.array, {"x": (1000,)}, [number], [weight])
+    array = node.packed()
+    assert array.stype == kind
+    apart = sum(8 + len(coded(codec, n).array.data) for n in ids)
+    assert (len(array.data) < apart) if kind == SUMS else (len(array.data) == apart)
+    server.take(array, {"x": (1000,)}, ids, weights)
+    assert server.sums["x"].equal(alone.sums["x"])
+    assert server.weight == alone.weight == sum(weights)
+
+
+def test_a_node_of_many_clients_keeps_no_more_than_their_sum() -> None:
+    codec = Codec("int8")
+    upload = coded(codec, 1)
+    node = Mean(codec=codec)
+    for client in range(3):
+        node.add_upload(upload, 1, client)
+    assert len(node._arrays) == 3
+    for client in range(3, 40):
+        node.add_upload(upload, 1, client)
+    assert not node._arrays
+    assert node.packed().stype == SUMS
+
+
+def test_coded_updates_are_checked_one_by_one_and_all_or_none_is_added() -> None:
+    codec = Codec("int8")
+    server = Mean(codec=codec, clip_norm=1.0)
+    long = codec.encode({"x": torch.ones(1000)})
+    array = write_updates([coded(codec, 1).array, long])
+    with pytest.raises(FoldError, match=r"server\.clip-norm is 1"):
+        server.take(array, {"x": (1000,)}, [3, 4], [5, 5])
+    assert (server.sums, server.weight, server.sizes) == ({}, 0, [])
+
+
+def test_where_each_update_is_needed_sums_are_refused() -> None:
+    node = Mean()
+    node.add({"x": torch.ones(3)}, 1)
+    with pytest.raises(PayloadError):
+        Stack().take(node.packed(), {"x": (3,)}, [3, 4], [1, 1])
 
 
 def run(name: str, lr: float, updates: list[float], start: float = 1.0) -> list[float]:
