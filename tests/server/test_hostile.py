@@ -86,7 +86,7 @@ def of_all_metrics(value: Any) -> Callable[[Report], RecordDict]:
 ALONE: dict[str, tuple[Callable[[Report], RecordDict | None], str]] = {
     "infinite": (infinite, "is not finite or too large"),
     "float64": (other_dtype, "the array is slora.packed of float64"),
-    "negative-shape": (other_shape, "the array has shape (-1,)"),
+    "negative-shape": (other_shape, "with shape (-1,), not "),
     "oversized": (oversized, f"and {8 * MEGABYTE} bytes"),
     "enormous-weight": (set_to(examples=[2**63 - 1]), "its weights are [92233720"),
     "infinite-weight": (set_to(examples=[float("inf")]), "its weights are [inf]"),
