@@ -268,7 +268,7 @@ def test_slices_of_ranks_that_a_client_lacks_are_refused(
     grid = RecordingGrid(config, nodes=CLIENTS, tampers={1: widen})
     directory = start(config, grid)
     [failure] = events(directory, "failure")
-    assert "the array has shape" in failure["reason"]
+    assert "with shape" in failure["reason"]
     assert float(final(directory)["classifier.bias"].abs().max()) < 0.5
 
 
