@@ -87,7 +87,7 @@ ALONE: dict[str, tuple[Callable[[Report], RecordDict | None], str]] = {
     "infinite": (infinite, "is not finite or too large"),
     "float64": (other_dtype, "the array is slora.packed of float64"),
     "negative-shape": (other_shape, "with shape (-1,), not "),
-    "oversized": (oversized, f"and {8 * MEGABYTE} bytes"),
+    "oversized": (oversized, f"has {8 * MEGABYTE} bytes, not "),
     "enormous-weight": (set_to(examples=[2**63 - 1]), "its weights are [92233720"),
     "infinite-weight": (set_to(examples=[float("inf")]), "its weights are [inf]"),
     "infinite-round": (set_config(server_round=float("inf")), "records are off"),
