@@ -25,6 +25,8 @@ from tests.support.runs import (
 from tests.support.tiny import CLASSES, load_tiny
 
 CLIENTS = list(range(6))
+# Two lengths, values, and the factors in int8: a header, and a scale for each 128.
+BASE = 2 * 8 + 4 * SPARSE_VALUES + 13 + LORA_VALUES + 4 * -(-LORA_VALUES // 128)
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def test_slora_by_hand(config: Config, bert: Backbone) -> None:
     config |= {"method": "slora"}
     sparse = 4 * 6 * (SPARSE_VALUES + HEAD_VALUES)
     lora = 4 * 6 * (LORA_VALUES + HEAD_VALUES)
-    base = 4 * 6 * (SPARSE_VALUES + LORA_VALUES)
+    base = 6 * BASE
     assert plan_rounds(parse(config), bert, CLIENTS) == [
         PlannedRound(1, 0, sparse, sparse),
         PlannedRound(2, 1, lora + base, lora),
@@ -52,7 +54,7 @@ def test_a_client_gets_the_base_when_it_is_first_drawn(
     rounds = plan_rounds(parse(config), bert, CLIENTS)
     lora = 4 * 2 * (LORA_VALUES + HEAD_VALUES)
     extra = sum(planned.down - lora for planned in rounds if planned.phase == 1)
-    assert extra == 4 * 6 * (SPARSE_VALUES + LORA_VALUES)
+    assert extra == 6 * BASE
 
 
 def memory(config: Config, bert: Backbone, **changes: Any) -> Memory:
@@ -244,9 +246,8 @@ def test_a_plan_assumes_labels_and_sizes_of_nodes_data(
     assert few.exit_code == 0, few.output
     assert "Assumed: 3 labels.\n" in few.output
     # As many nodes as train in a round: each gets the base once.
-    base = SPARSE_VALUES + LORA_VALUES
     lora = LORA_VALUES + HEAD_VALUES
-    assert f"{4 * (2 * 8 * lora + 2 * base) / 1e6:,.2f}" in few.output
+    assert f"{(4 * 2 * 8 * lora + 2 * BASE) / 1e6:,.2f}" in few.output
     sizes = "--nodes", "5", "--examples", "11"
     many = plan_own(config, tmp_path, "--labels", "3", *sizes)
     # Nine of eleven train, in batches of four.
@@ -254,7 +255,7 @@ def test_a_plan_assumes_labels_and_sizes_of_nodes_data(
     assert f"{told}A client's steps in a round: sparse 3, lora 3.\n" in many.output
     planned = plan_rounds(parse(config | OWN), bert, list(range(5)))
     down = sum(done.down for done in planned if done.phase == 1)
-    assert down > 4 * (2 * 8 * lora + 2 * base)
+    assert down > 4 * 2 * 8 * lora + 2 * BASE
     assert f"{down / 1e6:,.2f}" in many.output
 
 
