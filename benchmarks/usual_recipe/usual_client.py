@@ -29,20 +29,24 @@ def train(message: Message, context: Context) -> Message:
     # The batches of slora-flwr, so that both do the same work.
     server_round = message.content.config_records["config"]["server-round"]
     stream = np.random.Philox(key=key("train", config.seed, server_round, client))
+    stream.random_raw()  # slora-flwr's seed of dropout
     model.train()
-    loss = torch.tensor(0.0)
+    bf16 = phase.recipe.precision == "bf16"
+    losses = []
     for _ in range(phase.recipe.epochs):
         for rows in examples.shuffled(phase.recipe.batch_size, stream):
             ids, mask, labels = examples.batch(rows)
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            losses.append(loss.detach())
     content = RecordDict(
         {
             "arrays": ArrayRecord(get_peft_model_state_dict(model)),
             "metrics": MetricRecord(
-                {"num-examples": len(examples), "loss": float(loss.detach())}
+                {"num-examples": len(examples), "loss": float(sum(losses) / len(losses))}
             ),
         }
     )

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
@@ -34,6 +35,7 @@ def make_model(config: RunConfig) -> Any:
     """Load the checkpoint and wrap it with PEFT's LoRA."""
     labels = len(load_data(config).classes)
     model = load_backbone(config.model, labels, config.seed).model
+    torch.manual_seed(config.seed)  # the factors with which slora-flwr begins
     lora = LoraConfig(
         r=config.lora.rank,
         lora_alpha=int(config.lora.alpha),
