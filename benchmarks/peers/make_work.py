@@ -66,7 +66,7 @@ def make_work(folder: Path, config: dict[str, Any], dropout: float | None) -> No
         target_modules=list(find_targets(model)),
         modules_to_save=["classifier"],
     )
-    get_peft_model(model, lora).save_pretrained(folder / "adapter")
+    get_peft_model(model, lora).save_pretrained(str(folder / "adapter"))
     clients = range(parsed.clients.count)
     parts = [data.examples(client)[0] for client in clients]
     batches = [

@@ -1,54 +1,85 @@
-"""One side of the comparison, in a process of its own: python -m side NAME FOLDER.
+"""One side of the comparison, as a process: python -m side NAME FOLDER [PRECISION].
 
-The last line that it prints is JSON: the CPU and wall seconds of each round, from the
-end of the one before, and each round's mean training loss. CPU seconds are those of the
-process and of the children that have ended.
+It trains a round and waits for a line of standard input before the next. After each it
+prints the CPU and wall seconds that it took, and after the last its losses, as JSON.
+CPU seconds are those of the process and of the children that have ended.
 """
 
 import json
+import os
 import sys
 import time
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import distributions
-from itertools import pairwise
+from importlib.util import find_spec
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
-from typing import Any
+from typing import TextIO
 
-from work import Work
-
-
-def now() -> tuple[float, float]:
-    """Return the CPU seconds that were used, and the wall's."""
-    used = map(getrusage, (RUSAGE_SELF, RUSAGE_CHILDREN))
-    return sum(u.ru_utime + u.ru_stime for u in used), time.perf_counter()
+import torch
 
 
-def run(name: str, work: Work) -> dict[str, Any]:
-    """Train a side's rounds, and return their seconds and losses."""
-    _ = work.batches  # read before the clock starts
-    ends = [now()]
-    losses = import_module(f"sides.{name}").train(work, lambda: ends.append(now()))
-    if not len(ends) - 1 == len(losses) == work.rounds:
-        raise RuntimeError(
-            f"{name} ended {len(ends) - 1} rounds with {len(losses)} losses; the work "
-            f"has {work.rounds}"
-        )
-    seconds = [
-        (b[0] - a[0], b[1] - a[1]) for a, b in pairwise(ends)
-    ]
-    return {
-        "cpu": [cpu for cpu, _ in seconds],
-        "wall": [wall for _, wall in seconds],
-        "losses": losses,
-        "packages": {d.name.lower(): d.version for d in distributions()},
-    }
+class Turns:
+    """Tells of the end of each round, and waits for the next turn.
+
+    Parameters
+    ----------
+    out : TextIO
+        Where to print.
+    """
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._begun = self._now()
+
+    def end(self) -> None:
+        """End a round."""
+        passed = [b - a for a, b in zip(self._begun, self._now(), strict=True)]
+        self.tell(dict(zip(("cpu", "wall"), passed, strict=True)))
+        sys.stdin.readline()
+        self._begun = self._now()
+
+    def tell(self, told: object) -> None:
+        """Print a line of JSON."""
+        print(json.dumps(told), file=self._out, flush=True)
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        used = map(getrusage, (RUSAGE_SELF, RUSAGE_CHILDREN))
+        return sum(u.ru_utime + u.ru_stime for u in used), time.perf_counter()
+
+
+def define_vision_operators() -> None:
+    """Have torchvision import where it cannot load its operators.
+
+    PyPI's build is for CUDA, and cannot beside PyTorch's build for CPUs. transformers
+    imports it wherever it is installed, as what some peers require. Nobody uses it.
+    """
+    if find_spec("torchvision") is not None and torch.version.cuda is None:
+        for name in ("nms", "qnms"):
+            told = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", told)
 
 
 def main() -> None:
-    """Run the side that is named."""
-    name, folder = sys.argv[1:]
-    print("\n" + json.dumps(run(name, Work.read(Path(folder)))))
+    """Train the rounds of the side that is named."""
+    name, folder, *precisions = sys.argv[1:]
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what else is printed
+    define_vision_operators()
+    from work import Work
+
+    work = Work.read(Path(folder))
+    for precision in precisions:
+        config = {**work.config, "train.precision": precision}
+        work = replace(work, precision=precision, config=config)
+    _ = work.batches  # read before the clock starts
+    side = import_module(f"sides.{name}")
+    turns = Turns(out)
+    losses = side.train(work, turns.end)
+    packages = {d.name.lower(): d.version for d in distributions()}
+    turns.tell({"losses": losses, "packages": packages})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ It needs PyTorch, transformers and PEFT alone, which every peer's environment ha
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
 
 State = dict[str, Tensor]
@@ -70,13 +71,18 @@ class Work:
         lr = self.lr if lr is None else lr
         return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
 
-    def loss(self, model: Any, batch: Batch) -> Tensor:
-        """Return the mean loss of a batch."""
+    def logits(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits of a batch that trains, in float32."""
         if not model.training:
             raise RuntimeError("the model is in evaluation mode, without dropout")
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-            loss: Tensor = model(**batch).loss
-        return loss
+            logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
+        return logits.float()
+
+    def loss(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean loss of a batch."""
+        return cross_entropy(self.logits(model, batch), batch["labels"])
 
     def train_client(self, model: Any, batches: Iterable[Batch]) -> float:
         """Train the model on a client's batches, and return their mean loss."""

@@ -46,7 +46,10 @@ def train(message: Message, context: Context) -> Message:
         {
             "arrays": ArrayRecord(get_peft_model_state_dict(model)),
             "metrics": MetricRecord(
-                {"num-examples": len(examples), "loss": float(sum(losses) / len(losses))}
+                {
+                    "num-examples": len(examples),
+                    "loss": float(sum(losses) / len(losses)),
+                }
             ),
         }
     )

@@ -102,9 +102,7 @@ def train(work: Work, ended: Callable[[], None]) -> list[float]:
             val_cohort_size=0,
         ),
         SimulatedBackend(users, users, [WeightByDatapoints()]),
-        PyTorchModel(
-            model, work.make_optimizer, torch.optim.SGD(trained, lr=1.0)
-        ),
+        PyTorchModel(model, work.make_optimizer, torch.optim.SGD(trained, lr=1.0)),
         NNTrainHyperParams(
             local_num_epochs=1, local_learning_rate=work.lr, local_batch_size=None
         ),

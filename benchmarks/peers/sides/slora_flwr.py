@@ -1,4 +1,4 @@
-"""slora-flwr, as `slora run --engine inline` runs it: with messages and run directory."""
+"""slora-flwr as `slora run --engine inline` runs it, run directory included."""
 
 import logging
 import tempfile
@@ -25,4 +25,5 @@ def train(work: Work, ended: Callable[[], None]) -> list[float]:
     logging.getLogger("flwr").addHandler(Rounds())
     with tempfile.TemporaryDirectory(dir=work.folder) as folder:
         run_inline({**work.config, "run.dir": f"{folder}/run"})
-        return [done.train_loss for done in read_run(Path(folder) / "run").rounds]
+        rounds = read_run(Path(folder) / "run").rounds
+    return [done.train_loss for done in rounds if done.train_loss is not None]

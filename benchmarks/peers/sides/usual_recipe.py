@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -34,13 +35,13 @@ def train(work: Work, ended: Callable[[], None]) -> list[float]:
         def send_and_receive(
             self, messages: Iterable[Message], *, timeout: float | None = None
         ) -> Iterable[Message]:
-            """Return the replies to a round's messages, of which evaluations have none."""
+            """Return the replies to a round's messages; evaluations have none."""
             replies = list(self.pull_messages(self.push_messages(messages)))
             if not replies:
                 ended()
                 return []
-            told = [reply.content.metric_records["metrics"] for reply in replies]
-            found.append(fmean(float(each["loss"]) for each in told))
+            told: list[Any] = [reply.content["metrics"] for reply in replies]
+            found.append(fmean(each["loss"] for each in told))
             return replies
 
         def _answer(self, message: Message) -> Message:
@@ -52,7 +53,7 @@ def train(work: Work, ended: Callable[[], None]) -> list[float]:
     with tempfile.TemporaryDirectory(dir=work.folder) as folder:
         recipe = Path(folder) / "recipe.json"
         recipe.write_text(json.dumps(work.config))
-        config = {"recipe": str(recipe)}
+        config: dict[str, Any] = {"recipe": str(recipe)}
         context = Context(1, 0, {}, RecordDict(), config)
         usual_server.app(Nodes(config, work.clients), context)
     return found
