@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every benchmark of RESULTS.md, one after the other: benchmarks/run.sh [FOLDER]
 # Writes a JSON file each. With MiniLM below $SLORA_ASSETS/models also those on it.
-# About an hour on two cores; leave the machine alone meanwhile.
+# About an hour on two cores; leave the machine alone meanwhile. Not among them is
+# peers/compare.py, which installs other frameworks and writes a page of its own.
 set -euo pipefail
 mkdir -p "${1:-results}"
 out=$(realpath "${1:-results}")

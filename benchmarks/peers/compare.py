@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,7 +126,8 @@ class Child:
     def go_on(self) -> None:
         """Give it its turn."""
         assert self._process.stdin is not None
-        print(file=self._process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # `read` says why
+            print(file=self._process.stdin, flush=True)
 
     def read(self) -> dict[str, Any]:
         """Return what it tells next."""
@@ -176,6 +177,17 @@ def make_work(folder: Path, options: argparse.Namespace, dropout: float | None) 
         raise SystemExit(f"make_work.py failed\n{done.stderr}")
 
 
+@contextmanager
+def start(pythons: dict[str, Path], work: Path) -> Iterator[dict[str, Child]]:
+    """Start all sides on the work in a folder, and end them afterwards."""
+    with ExitStack() as running:
+        children = {}
+        for key, python in pythons.items():
+            children[key] = Child(SIDES[key], python, work, work / f"{key}.log")
+            running.callback(children[key].end)
+        yield children
+
+
 def check(
     pythons: dict[str, Path], folder: Path, options: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -184,26 +196,25 @@ def check(
     Raises
     ------
     SystemExit
-        If losses differ, or slora-flwr fails.
+        If losses differ.
+    SideError
+        If slora-flwr fails.
     """
     short = argparse.Namespace(**{**vars(options), "rounds": 2, "clients": 2})
     make_work(folder, short, dropout=0.0)
     found: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
-    for key, python in pythons.items():
-        side = SIDES[key]
-        child = Child(side, python, folder, folder / f"{key}.log")
-        try:
-            for _ in range(short.rounds):
-                child.read()
-                child.go_on()
-            found[key] = child.read()["losses"]
-        except SideError as error:
-            if side.is_own:
-                raise SystemExit(str(error)) from error
-            failed[side.name] = str(error)
-        finally:
-            child.end()
+    with start(pythons, folder) as children:
+        for key, child in children.items():
+            try:
+                for _ in range(short.rounds):
+                    child.read()
+                    child.go_on()
+                found[key] = child.read()["losses"]
+            except SideError as error:
+                if SIDES[key].is_own:
+                    raise
+                failed[SIDES[key].name] = str(error)
     for key, losses in found.items():
         [first, *_] = found.values()
         worst = difference(losses, first)
@@ -224,22 +235,23 @@ def difference(losses: Iterable[float], others: Iterable[float]) -> float:
 def measure(
     pythons: dict[str, Path], folder: Path, options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """Return each side's seconds of every turn, its losses and its packages."""
+    """Return each side's seconds of every turn, its losses and its packages.
+
+    Raises
+    ------
+    SideError
+        If a side fails.
+    """
     make_work(folder, options, dropout=None)
     turns: dict[str, list[dict[str, float]]] = {key: [] for key in pythons}
-    with ExitStack() as running:
-        children = {}
-        for key, python in pythons.items():
-            log = folder / f"{key}.log"
-            children[key] = Child(SIDES[key], python, folder, log)
-            running.callback(children[key].end)
-            # One after the other, so that no start disturbs another's measurement.
-            children[key].read()
+    with start(pythons, folder) as children:
+        for child in children.values():
+            child.read()  # the first round, while others start
         order = list(children)
         for turn in range(options.runs):
             print(f"{options.examples} examples, turn {turn + 1}", flush=True)
-            start = turn % len(order)
-            for key in order[start:] + order[:start]:
+            first = turn % len(order)
+            for key in order[first:] + order[:first]:
                 children[key].go_on()
                 turns[key].append(children[key].read())
         found = {}
@@ -269,11 +281,9 @@ def find_pythons(
 
 def describe_machine() -> dict[str, Any]:
     """Return what the figures depend on beside the code."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": names[0] if names else platform.machine(),
@@ -408,7 +418,10 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for examples in options.examples:
         one = argparse.Namespace(**{**vars(options), "examples": examples})
-        entry = compare(one)
+        try:
+            entry = compare(one)
+        except SideError as error:
+            raise SystemExit(str(error)) from error
         if options.check:
             print(json.dumps(entry))
             continue

@@ -37,7 +37,8 @@ class Turns:
         """End a round."""
         passed = [b - a for a, b in zip(self._begun, self._now(), strict=True)]
         self.tell(dict(zip(("cpu", "wall"), passed, strict=True)))
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            raise SystemExit("the comparison ended before its rounds did")
         self._begun = self._now()
 
     def tell(self, told: object) -> None:
