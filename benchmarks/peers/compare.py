@@ -105,7 +105,9 @@ class Child:
 
     def __init__(self, side: Side, python: Path, work: Path, log: Path) -> None:
         self._name, self._log = side.name, log
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+        # What peers leave behind goes with the work.
+        environment = {**os.environ, "TMPDIR": str(work)}
+        environment["OMP_WAIT_POLICY"] = "passive"
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
             environment[name] = str(side.threads)
         if python != Path(sys.executable):
@@ -348,6 +350,7 @@ INTRODUCTION = (
 def _section(entry: dict[str, Any]) -> Iterator[str]:
     recipe, machine, sides = entry["recipe"], entry["machine"], entry["sides"]
     versions = entry["versions"]
+    agree = f"differed by {entry['agree']:.0e} at most" if entry["agree"] else "agreed"
     yield f"### {entry['model']}, {recipe['examples']} texts, {recipe['precision']}\n"
     yield (
         f"{machine['date']}; {machine['cores']} cores of {machine['processor']}, load "
@@ -355,8 +358,7 @@ def _section(entry: dict[str, Any]) -> Iterator[str]:
         f"{machine['python']}, PyTorch {versions['torch']}, transformers "
         f"{versions['transformers']}, PEFT {versions['peft']}. {recipe['clients']} "
         f"clients of {recipe['examples']} texts of at most {recipe['length']} tokens; "
-        f"{recipe['runs']} runs. Without dropout, the sides' training losses differed "
-        f"by {entry['agree']:.0e} at most.\n"
+        f"{recipe['runs']} runs. Without dropout, the sides' training losses {agree}.\n"
     )
     own = {key: side for key, side in sides.items() if side["own"]}
     ratios = [f"{side['name']} / it: {of}" for side in own.values() for of in UNITS]
