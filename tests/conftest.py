@@ -14,6 +14,8 @@ os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # In processes that tests start too: the last bits of a sum depend on the threads.
 os.environ["OMP_NUM_THREADS"] = "1"
+# No test is of another precision on another processor: `auto` is float32 here.
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_VNNI"
 # Simulations start a Ray of their own, whatever cluster another test has.
 os.environ["RAY_ADDRESS"] = "local"
 os.environ["SLORA_HOME"] = tempfile.mkdtemp(prefix="slora-tests-")

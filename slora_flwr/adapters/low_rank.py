@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from slora_flwr.adapters.base import Adapter
+from slora_flwr.adapters.low_rank_product import join_products
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.common.tensors import State
 
@@ -141,6 +142,7 @@ class LowRankAdapter(Adapter):
         """Insert PEFT's layers, and return the trained factors."""
         from slora_flwr.adapters.peft_layers import wrap_peft
 
+        frozen: tuple[Tensor, ...]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             self._model = wrap_peft(backbone.model, self.peft_config(backbone))
@@ -160,9 +162,12 @@ class LowRankAdapter(Adapter):
                 else:
                     trained[f"{name}.lora_A"] = a
                 trained[f"{name}.lora_B"] = b
+                frozen = ()
                 if first_a is not None and first_b is not None:
-                    _extend(layer.lora_A["default"], first_a, dim=0)
-                    _extend(layer.lora_B["default"], -first_b, dim=1)
+                    frozen = (first_a.to(a), -first_b.to(b))
+                    _extend(layer.lora_A["default"], frozen[0], dim=0)
+                    _extend(layer.lora_B["default"], frozen[1], dim=1)
+                join_products(layer, *frozen)
         return trained
 
     def restore(self, backbone: Backbone) -> None:
@@ -174,7 +179,6 @@ class LowRankAdapter(Adapter):
 
 def _extend(linear: nn.Linear, frozen: Tensor, dim: int) -> None:
     """Have a layer compute with more rows or columns than those that it trains."""
-    frozen = frozen.to(linear.weight)
     linear.forward = partial(_forward, linear.weight, frozen, dim)  # type: ignore[method-assign]
 
 

@@ -32,6 +32,7 @@ from slora_flwr.adapters.masks import (
 from slora_flwr.adapters.per_example import Use
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.backbone.quantised import is_quantised, weight_of
+from slora_flwr.backbone.remade import source_of
 from slora_flwr.backbone.sparse_term import (
     SAMPLED_DENSITY,
     SparseTerm,
@@ -385,8 +386,8 @@ class _Mask:
             grad_y = grad_y.index_select(1, self.lines)
         if self.structure != "unstructured":
             return (grad_y.T @ kept).reshape(-1).float()
-        if self.pattern is not None and kept.dtype == grad_y.dtype == torch.float32:
-            return sampled_gradient(kept, grad_y, self.pattern)
+        if self.pattern is not None:
+            return sampled_gradient(kept.float(), grad_y.float(), self.pattern)
         return gathered_gradient(kept, grad_y, self.lines).float()
 
     def rows(self, x: Tensor, grad_y: Tensor) -> Tensor:
@@ -463,9 +464,16 @@ class _MaskedLinear(torch.autograd.Function):
         mask: _Mask,
     ) -> Tensor:
         device = x.device.type
+        source, made = source_of(x)
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        ctx.save_for_backward(mask.keep(x))
+        kept = mask.keep(x)
+        if kept is not x:  # a slice, smaller than what x is made from
+            made = None
+        if made is not None:
+            made.use()
+        ctx.made, ctx.dtype = made, x.dtype
+        ctx.save_for_backward(kept if made is None else source)
         # `commit` changes the weight in place between steps, never between a forward
         # and its backward, so the weight needs no version check.
         ctx.weight, ctx.mask = weight, mask
@@ -475,6 +483,8 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        if ctx.made is not None:
+            x = ctx.made.take(x).to(ctx.dtype)
         mask: _Mask = ctx.mask
         grad_x = None
         if ctx.needs_input_grad[0]:

@@ -14,7 +14,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from slora_flwr.backbone.attention import replace_attention
+from slora_flwr.backbone.dropout import replace_dropout
 from slora_flwr.backbone.families import to_linear
+from slora_flwr.backbone.first_token import cut_last_block
 from slora_flwr.backbone.gguf import (
     gguf_source,
     is_gguf,
@@ -28,7 +31,9 @@ from slora_flwr.backbone.quantised import (
     scales_of,
     stock_config,
 )
+from slora_flwr.backbone.remade import mark_outputs
 from slora_flwr.common.files import expand
+from slora_flwr.common.memory import pass_over_imports
 from slora_flwr.common.text import printable, redact, redact_hub_logs
 from slora_flwr.config import EMBEDDED_MODELS, ConfigError, ModelConfig
 from slora_flwr.tasks.base import Task
@@ -228,6 +233,7 @@ def load_backbone(
     if is_gguf(config.name):
         load = partial(load_dequantised, family, described)
     torch.manual_seed(seed)
+    pass_over_imports()
     try:
         model, info = load(
             dtype=_DTYPES[config.dtype],
@@ -328,6 +334,11 @@ def _prepare(
     # An output layer in half precision would round away small updates.
     for parameter in head.values():
         parameter.data = parameter.data.float()
+    mark_outputs(model)
+    replace_dropout(model)
+    replace_attention(model)
+    if outputs is not None:
+        cut_last_block(model, tokenizer.pad_token_id, check=device is not None)
     found = find_targets(model, targets)
     return Backbone(
         model,

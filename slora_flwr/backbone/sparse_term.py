@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from slora_flwr.backbone.quantised import weight_of
+from slora_flwr.backbone.remade import source_of
 
 # On a CPU, sparse products are faster than dense ones up to this density: measured on
 # two cores, at every shape from 384 x 384 to 768 x 3072, for the gradient of a mask
@@ -100,10 +101,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, term: SparseTerm) -> Tensor:
         device = x.device.type
+        source, made = source_of(x)
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        ctx.term = term
-        ctx.save_for_backward(*([] if term.mask is None else [term.mask.keep(x)]))
+        kept = None if term.mask is None else term.mask.keep(x)
+        if kept is not x:  # nothing, or a slice, smaller than what x is made from
+            made = None
+        if made is not None:
+            made.use()
+        ctx.term, ctx.made, ctx.dtype = term, made, x.dtype
+        ctx.save_for_backward(kept if made is None else source)
         return _multiply(x, term.matrix(_type(x)))
 
     @staticmethod
@@ -115,6 +122,8 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             assert term.mask is not None
             (kept,) = ctx.saved_tensors
+            if ctx.made is not None:
+                kept = ctx.made.take(kept).to(ctx.dtype)
             rows = grad_y.flatten(0, -2).to(kept.dtype)
             grad_values = term.mask.gradient(kept.flatten(0, -2), rows)
         return grad_x, grad_values, None

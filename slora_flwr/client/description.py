@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 
-from slora_flwr.backbone.load import digest_of
+from slora_flwr.backbone.load import best_device, digest_of
 from slora_flwr.client.membership import new_keys
 from slora_flwr.client.permits import masked
 from slora_flwr.client.process import get_process, read_config, read_source
@@ -15,6 +15,7 @@ from slora_flwr.config import RunConfig
 from slora_flwr.config.identity import code_identity
 from slora_flwr.secure.identity import Identity
 from slora_flwr.tasks.choice import find_task
+from slora_flwr.training.precision import resolve_precision
 from slora_flwr.wire.secure_messages import KEYS
 
 
@@ -40,6 +41,7 @@ def describe(
         metrics = _add_own_data(config, context, described, fewest)
     else:
         metrics = _add_partition(config, context, described)
+    described["precision"] = resolve_precision(config.train.precision, best_device())
     if config.secure.aggregation:
         described[KEYS] = new_keys(context, identity)
     return RecordDict({"config": described, "metrics": metrics})

@@ -34,6 +34,7 @@ from slora_flwr.client.process import (
 )
 from slora_flwr.client.sender import Sender
 from slora_flwr.client.spending import spend
+from slora_flwr.common.memory import return_freed
 from slora_flwr.common.text import printable
 from slora_flwr.data.node_files import OwnDataError
 from slora_flwr.policy.policy import Policy, PolicyFileError
@@ -189,6 +190,7 @@ def train(message: Message, context: Context, guard: Guard) -> Message:
         size = len(upload.array.data)
         report.add(client, turn.weight, turn.loss, seconds, size)
 
+    return_freed()  # what training kept for its next step
     if not report.clients:
         reasons = "; ".join(f"client {c}: {r}" for c, r in report.failures.items())
         return Message(Error(0, reasons), reply_to=message)

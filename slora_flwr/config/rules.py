@@ -383,7 +383,6 @@ def _check_examples(config: RunConfig, phases: Sequence[Phase]) -> None:
         ("privacy.participations", privacy.participations, 0, "it counts trainings"),
         ("lora.ranks", config.lora.ranks, "", "noise would fill what a client lacks"),
         ("model.dtype", config.model.dtype, "float32", _PADDED),
-        ("train.precision", config.train.precision, "float32", _PADDED),
         (
             "run.resume",
             config.run.resume,
@@ -395,6 +394,9 @@ def _check_examples(config: RunConfig, phases: Sequence[Phase]) -> None:
             raise refuse(
                 key, given, f"{'empty' if off == '' else off}, {why}: {because}"
             )
+    if config.train.precision == "bf16":
+        allowed = f"auto or float32, {why}: {_PADDED}"
+        raise refuse("train.precision", "bf16", allowed)
     if config.model.quantize == "8bit":
         allowed = f"empty or 4bit, {why}: the texts of a batch choose columns together"
         raise refuse("model.quantize", "8bit", allowed)

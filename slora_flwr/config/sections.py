@@ -350,8 +350,12 @@ class RecipeConfig:
         description="The bound of the norm of the trained parameters' gradient; 0 for "
         "none.",
     )
-    precision: Annotated[str, one_of("float32", "bf16")] = Field(
-        default="float32", description="The precision of training; `bf16` is autocast."
+    precision: Annotated[str, one_of("auto", "float32", "bf16")] = Field(
+        default="auto",
+        description="The precision of products with the backbone, in training and "
+        "evaluation; `bf16` is autocast. `auto` is bf16 where the processor or card "
+        "multiplies it natively, else float32, as each node finds by itself; with "
+        "privacy of examples, training is in float32.",
     )
 
     def steps_of(self, examples: int) -> int:

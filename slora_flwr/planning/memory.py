@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slora_flwr.backbone.load import Backbone, find_blocks, find_targets
 from slora_flwr.config import RecipeConfig, RunConfig
 from slora_flwr.config.schedule import Phase, make_schedule
-from slora_flwr.training.loop import precision_of
+from slora_flwr.training.precision import precision_of
 
 
 @dataclass(frozen=True)

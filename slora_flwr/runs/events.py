@@ -221,6 +221,17 @@ class NodeVersion(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodePrecision(Event):
+    """A node computes in another precision than the server."""
+
+    kind = "precision"
+    node: int
+    name: str
+    precision: str
+    server: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeJoined(Event):
     """A node that trains on its own data joined the run.
 
@@ -279,6 +290,7 @@ _KINDS: dict[str, type[Event]] = {
         ClientsFailed,
         NodeEvaluated,
         NodeLeftOut,
+        NodePrecision,
         NodeVersion,
         NodeJoined,
         Resumed,

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from slora_flwr.common.protocol import installed_version
 from slora_flwr.common.text import counted, default_name, printable
-from slora_flwr.runs.events import Event, NodeLeftOut, NodeVersion
+from slora_flwr.runs.events import Event, NodeLeftOut, NodePrecision, NodeVersion
 from slora_flwr.server.collect import (
     LAST_POLL_SECONDS,
     collect,
@@ -61,6 +61,8 @@ class Fleet:
 
     Attributes
     ----------
+    precision : str
+        The precision in which the server computes, to tell nodes that differ.
     keys : dict[int, bytes]
         With secure aggregation, the public keys that a node told last, by node.
     """
@@ -72,6 +74,7 @@ class Fleet:
         deadline: float,
         sizes: Mapping[int, int] | None = None,
     ) -> None:
+        self.precision = "float32"
         self.sizes: dict[int, int] = {}
         self._known = sizes
         self.left_out: dict[int, str] = {}
@@ -90,8 +93,9 @@ class Fleet:
         self._waiting = deque[Message]()
         self._pending: dict[str, int] = {}
         self._unreadable = Counter[int]()
-        # The version of each node, as told last.
+        # The version and precision of each node, as told last.
         self._versions: dict[int, str] = {}
+        self._precisions: dict[int, str] = {}
         # By node and kind of message, the rounds in a row without a reply; by node, the
         # first round in which it may take part again. Neither outlives the process: a
         # run that is resumed may meet other nodes.
@@ -361,6 +365,7 @@ class Fleet:
                 self._admit(node, described, metrics)
                 self.keys[node] = described.get(KEYS, b"")
                 self._tell_version(node, described)
+                self._tell_precision(node, described)
             except ValueError as error:
                 self._leave_out(node, str(error))
                 self.count_unreadable(reply)
@@ -417,6 +422,15 @@ class Fleet:
             log(INFO, "%s has slora-flwr %s, the server %s", name, given, own)
             self._tell(NodeVersion(node=node, name=name, version=given, server=own))
         self._versions[node] = given
+
+    def _tell_precision(self, node: int, described: Mapping[str, Any]) -> None:
+        """Tell once that a node computes in another precision than the server."""
+        own, name = self.precision, self.name(node)
+        given = printable(described.get("precision", own), LONGEST_VERSION)
+        if given != self._precisions.get(node, own):
+            log(INFO, "%s computes in %s, the server in %s", name, given, own)
+            self._tell(NodePrecision(node=node, name=name, precision=given, server=own))
+        self._precisions[node] = given
 
     def _admit(
         self, node: int, described: Mapping[str, Any], metrics: Mapping[str, Any]

@@ -12,7 +12,7 @@ from slora_flwr.data.texts import Texts, prompts_of
 from slora_flwr.server.export import KeptState
 from slora_flwr.tasks.base import Answer
 from slora_flwr.tasks.choice import find_task
-from slora_flwr.training.loop import precision_of
+from slora_flwr.training.precision import precision_of
 
 
 def predict_texts(

@@ -12,7 +12,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from rich.console import Console
 
-from slora_flwr.backbone.load import digest_of
+from slora_flwr.backbone.load import best_device, digest_of
 from slora_flwr.common.files import run_folder
 from slora_flwr.common.protocol import installed_version
 from slora_flwr.common.text import counted
@@ -38,6 +38,7 @@ from slora_flwr.server.summary import resolve, summarise
 from slora_flwr.tasks.choice import find_task
 from slora_flwr.tracking.following import Following
 from slora_flwr.training.attached_model import AttachedModel
+from slora_flwr.training.precision import resolve_precision
 from slora_flwr.training.trainer import Trainer
 
 
@@ -164,6 +165,8 @@ def _run(
         log(INFO, "resuming after round %d of %d", number, config.rounds)
     held.enter_context(following.begin(directory, number))
     try:
+        fleet.precision = resolve_precision(config.train.precision, best_device())
+        log(INFO, "computing in %s", fleet.precision)
         fleet.gather(grid, directory.event, directory.lineage)
         if isinstance(fleet, OwnDataFleet) and fleet.classes:
             trainer = Trainer(config, fleet.classes)

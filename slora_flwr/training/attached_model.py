@@ -22,7 +22,7 @@ from slora_flwr.common.tensors import State
 from slora_flwr.config import RunConfig, refuse
 from slora_flwr.config.schedule import Phase, make_schedule
 from slora_flwr.tasks.choice import find_task
-from slora_flwr.training.loop import precision_of
+from slora_flwr.training.precision import precision_of
 from slora_flwr.training.process_data import ProcessData
 
 

@@ -14,7 +14,7 @@ from slora_flwr.adapters.base import Adapter
 from slora_flwr.adapters.per_example import Rule
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.data.examples import Batch, Examples
-from slora_flwr.training.loop import precision_of
+from slora_flwr.training.precision import precision_of
 
 # Of a gradient's norm, by which two ways to compute it may differ; and in bf16.
 _TOLERANCE, _ROUGH = 1e-3, 0.02

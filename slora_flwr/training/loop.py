@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from slora_flwr.adapters.base import Adapter
 from slora_flwr.backbone.load import Backbone
+from slora_flwr.common.memory import keep_freed
 from slora_flwr.common.random import key
 from slora_flwr.config import RecipeConfig
 from slora_flwr.data.examples import Batch, Examples
 from slora_flwr.tasks.base import Evaluation
+from slora_flwr.training.precision import precision_of
 
 
 class DeadlineError(RuntimeError):
@@ -62,6 +64,7 @@ def train(
     DeadlineError
         If batches are left at that time.
     """
+    keep_freed()
     stream = np.random.Philox(key=key("train", *rng_key))
     torch.manual_seed(int(stream.random_raw()) >> 1)
     optimizer = LocalOptimizer(adapter, recipe)
@@ -254,10 +257,3 @@ def _decay(
             parameter.grad.add_(parameter - anchor, alpha=recipe.weight_decay)
         else:
             parameter.lerp_(anchor, recipe.lr * recipe.weight_decay)
-
-
-def precision_of(backbone: Backbone, precision: str) -> AbstractContextManager[object]:
-    """Return the context of a forward pass: bf16 autocast, or none."""
-    if precision == "bf16" or backbone.model.dtype == torch.bfloat16:
-        return torch.autocast(backbone.device.type, torch.bfloat16)
-    return nullcontext()

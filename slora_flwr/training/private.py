@@ -63,7 +63,9 @@ def train_privately(
     # Dropout: were its seed known, one example more would change the others' gradients.
     torch.manual_seed(int(generator.integers(2**63)))
     optimizer = LocalOptimizer(adapter, recipe)
-    gradients = ExampleGradients(backbone, adapter, recipe.precision)
+    # In bf16 an example's gradient would depend on what it is padded to.
+    precision = "float32" if recipe.precision == "auto" else recipe.precision
+    gradients = ExampleGradients(backbone, adapter, precision)
     model = backbone.model.train()
     count = len(examples)
     rate = min(1.0, recipe.batch_size / count)

@@ -17,7 +17,8 @@ from slora_flwr.tasks.base import Evaluation, Probe, Sample
 from slora_flwr.tasks.choice import find_task
 from slora_flwr.training.attached_model import AttachedModel
 from slora_flwr.training.attack import is_flipped, spoil_update
-from slora_flwr.training.loop import DeadlineError, evaluate, precision_of, train
+from slora_flwr.training.loop import DeadlineError, evaluate, train
+from slora_flwr.training.precision import precision_of
 from slora_flwr.training.private import train_privately
 from slora_flwr.training.process_data import ProcessData
 

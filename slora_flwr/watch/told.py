@@ -11,6 +11,7 @@ from slora_flwr.runs.events import (
     NodeEvaluated,
     NodeJoined,
     NodeLeftOut,
+    NodePrecision,
     NodeVersion,
     RecordedRound,
     Resumed,
@@ -52,6 +53,8 @@ def _words(event: Event) -> str:
             return f"{event.name} is left out: {event.reason}"
         case NodeVersion():
             return f"{event.name} has version {event.version}, not {event.server}"
+        case NodePrecision():
+            return f"{event.name} computes in {event.precision}, not {event.server}"
         case NodeJoined():
             examples = counted(event.examples, "example")
             return f"{event.name} joined with {examples}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import scipy  # which imports scipy.fft when it is first used
 from flwr.app import Array
 from numpy.typing import NDArray
 from torch import Tensor

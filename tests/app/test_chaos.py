@@ -65,7 +65,7 @@ HARMFUL = {
     "its message is lost": NO_REPLY,
     "it answers what it answered before": "its round is ",
     "it answers the other phase": "its phase is ",
-    "it answers half the bytes": "bytes, not|cannot be expanded",
+    "it answers half the bytes": "bytes|cannot be expanded",
     "it has another mask": "its fingerprint is f00d, not ",
 }
 DEATH = "the server is interrupted"

@@ -21,7 +21,7 @@ from slora_flwr import __version__
 from slora_flwr.cli import app
 from slora_flwr.config import parse
 from slora_flwr.data.data_sets import load_texts
-from slora_flwr.runs.checkpoint_files import list_checkpoints
+from slora_flwr.runs.checkpoint_files import list_checkpoints, number_of
 from slora_flwr.runs.lock import sole_use
 from slora_flwr.runs.reader import read_run
 from slora_flwr.studies.study import read_study
@@ -213,9 +213,8 @@ def test_resume_takes_the_newest_run_and_its_engine(
     done = slora("resume", "-c", "run.keep=1")
     assert done.exit_code == 0, done.output
     assert [event["round"] for event in events(path, "round")] == [1, 2]
-    assert [p.name for p in (path / "checkpoints").glob("round-*")] == [
-        "round-0002.safetensors"
-    ]
+    best = json.loads((path / "summary.json").read_text())["best"]["round"]
+    assert {number_of(p) for p in list_checkpoints(path)} == {best, 2}
     done = slora("resume", path.name)
     assert done.exit_code == 2
     assert f"RUN is '{path.name}'; allowed: a run that has not finished" in done.stderr

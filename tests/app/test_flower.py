@@ -45,6 +45,7 @@ CODED: dict[str, Any] = {
 OURS = (
     "slora-flwr ",
     "model.name is embedded",
+    "computing in float32",
     "3 labels agreed",
     "node ",
     "2 nodes host 2 clients",

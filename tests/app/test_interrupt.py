@@ -42,6 +42,8 @@ from tests.support.runs import (
 from tests.support.simulation import flower_home
 
 ROOT = Path(__file__).parents[2]
+# As many runs at once as cores: each has one thread, as the runs in this process.
+CORES = os.cpu_count() or 1
 SWEEP = [sys.executable, "-c", "from slora_flwr.cli import app; app()", "sweep"]
 
 
@@ -148,7 +150,7 @@ def run_of(base: Config, folder: Path) -> Config:
 
 def write_study(path: Path, base: Config) -> Path:
     given = {k: v for k, v in base.items() if k != "run.dir"}
-    path.write_text(tomli_w.dumps({"sweep": {"processes": 1}, "base": given}))
+    path.write_text(tomli_w.dumps({"sweep": {"processes": CORES}, "base": given}))
     return path
 
 

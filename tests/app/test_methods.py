@@ -27,8 +27,10 @@ from slora_flwr.planning.version_bytes import VersionBytes
 from slora_flwr.server.run import run
 from slora_flwr.training import attached_model
 from slora_flwr.training.trainer import Trainer
+from slora_flwr.wire.base_codec import BaseCodec
 from slora_flwr.wire.messages import Instruction, Report
 from slora_flwr.wire.packing import pack, unpack
+from slora_flwr.wire.state_channel import read_base
 from tests.support.grids import RecordingGrid
 from tests.support.runs import (
     HEAD_VALUES,
@@ -228,10 +230,11 @@ def test_bytes_of_frozen_factors(config: Config) -> None:
 
 
 def test_bytes_of_frozen_factors_that_were_primed(config: Config) -> None:
-    config |= RUNS["slora-ffa-w0"]
+    config |= RUNS["slora-ffa-w0"] | {"download.base-dtype": "float32"}
     sent = B_VALUES + HEAD_VALUES
     _, second, third = round_bytes(start(config, RecordingGrid(config)))
-    assert second == (4 * CLIENTS * (sent + A_VALUES), 4 * CLIENTS * sent)
+    # A frame of 8 bytes around each of the base's two parts.
+    assert second == (CLIENTS * (4 * (sent + A_VALUES) + 16), 4 * CLIENTS * sent)
     assert third == (4 * CLIENTS * sent, 4 * CLIENTS * sent)
 
 
@@ -419,6 +422,7 @@ def test_a_redrawn_phase_is_handed_over_whole(config: Config) -> None:
         **RUNS["per-round-slora"],
         "rounds": 4,
         "sparse.rounds": 3,
+        "download.base-dtype": "float32",
     }
     sparse = elsewhere(config, method="sft", rounds=3)
     learned = final(start(sparse, RecordingGrid(sparse)), "averaged-base")
@@ -431,9 +435,9 @@ def test_a_redrawn_phase_is_handed_over_whole(config: Config) -> None:
     positions = adapter.masks(backbone, 3)
     assert first.base_delta.start is not None
     layout = BaseWeights.shapes(backbone, positions, RANK)
-    patch = BaseWeights.from_state(
-        unpack(first.base_delta.start, layout), positions, 16 / RANK
-    )
+    codec = BaseCodec.of(settings.download)
+    sent = bytes(first.base_delta.start.data)
+    patch = read_base(sent, layout, positions, 16 / RANK, codec, {})
     patch.apply(backbone)
     lora = find_adapter("lora").from_config(settings)
     lora.attach(backbone)

@@ -42,6 +42,8 @@ os.environ |= {
     "FLWR_TELEMETRY_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    # Whatever the processor has: `auto` is float32 here.
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

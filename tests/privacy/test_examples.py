@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[Config, str]] = {
         "privacy.unit is 'example'; allowed: client, since privacy.noise-multiplier",
     ),
     "8bit": ({"model.quantize": "8bit"}, "model.quantize is '8bit'; allowed: empty or"),
-    "autocast": ({"train.precision": "bf16"}, "train.precision is 'bf16'; allowed: fl"),
+    "autocast": ({"train.precision": "bf16"}, "train.precision is 'bf16'; allowed: au"),
     "bf16": (
         {"model.dtype": "bfloat16"},
         "model.dtype is 'bfloat16'; allowed: float32",

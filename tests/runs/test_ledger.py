@@ -56,7 +56,7 @@ def test_the_base_is_counted_once_per_client(
     config: Config, base: str, base_values: int, nodes: int
 ) -> None:
     config |= {"method": "slora", "rounds": 4, "clients.per-round": 4}
-    config |= {"lora.base": base}
+    config |= {"lora.base": base, "download.base-dtype": "float32"}
     directory = start(config, RecordingGrid(config, nodes=nodes))
     cohorts = [set(event["cohort"]) for event in events(directory, "round")]
     seen: set[int] = set()
@@ -68,7 +68,8 @@ def test_the_base_is_counted_once_per_client(
     for number in (2, 3, 4):
         new = cohorts[number - 1] - seen
         seen |= new
-        down = 4 * lora + len(new) * 4 * base_values
+        # A frame of 8 bytes around each of the base's two parts.
+        down = 4 * lora + len(new) * (4 * base_values + 16 * bool(base_values))
         expected += [(number, "lora", "down", 4, down)]
         expected += [(number, "lora", "up", 4, 4 * lora)]
     assert payloads(directory) == expected
