@@ -69,6 +69,7 @@ WEIGHTS = (
     ("bfloat16", "4bit"),
 )
 RUN: dict[str, Any] = {
+    "train.precision": "float32",  # wherever the page is written
     "task": "causal-lm",
     "rounds": 200,
     "data.name": "vicgalle/alpaca-gpt4",
