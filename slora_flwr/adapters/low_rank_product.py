@@ -98,7 +98,9 @@ class _LowRankProduct(torch.autograd.Function):
         ctx.save_for_backward(given, inner, a, b)
         ctx.made, ctx.dtype = made, dtype
         ctx.weight, ctx.scaling = weight, scaling
-        return y.view(*x.shape[:-1], -1)
+        # No view, since some models change a layer's output in place.
+        shaped: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        return shaped
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:

@@ -51,7 +51,7 @@ def cut_last_block(model: Any, pad: int, *, check: bool = True) -> bool:
     hooks = [place.register_forward_pre_hook(_keep_first) for place in places]
     if check:
         # Products of one row and of many are rounded differently.
-        rough = max(1e-5, 4 * torch.finfo(model.dtype).eps)
+        rough = max(1e-5, 4 * torch.finfo(model.base_model.dtype).eps)
         cut = _logits(model, ids, mask)
         if not torch.allclose(
             cut, whole, rtol=rough, atol=rough * float(whole.abs().max())
@@ -75,7 +75,7 @@ def _find_places(body: nn.Module) -> list[nn.Module]:
 @torch.inference_mode()
 def _logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     # The head is float32, whatever the body is.
-    is_half = model.dtype == torch.bfloat16
+    is_half = model.base_model.dtype == torch.bfloat16
     with torch.autocast(model.device.type, torch.bfloat16, enabled=is_half):
         logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
     return logits.float()

@@ -33,7 +33,6 @@ from slora_flwr.backbone.quantised import (
 )
 from slora_flwr.backbone.remade import mark_outputs
 from slora_flwr.common.files import expand
-from slora_flwr.common.memory import pass_over_imports
 from slora_flwr.common.text import printable, redact, redact_hub_logs
 from slora_flwr.config import EMBEDDED_MODELS, ConfigError, ModelConfig
 from slora_flwr.tasks.base import Task
@@ -89,6 +88,12 @@ class Backbone:
         self.size = sum(parameter.numel() for parameter in self.model.parameters())
         self.size += sum(_entries(m) - m.weight.numel() for m in packed)
         self.head_size = sum(parameter.numel() for parameter in self.head.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the body's weights are held; the head is float32."""
+        found: torch.dtype = self.model.base_model.dtype
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -233,7 +238,6 @@ def load_backbone(
     if is_gguf(config.name):
         load = partial(load_dequantised, family, described)
     torch.manual_seed(seed)
-    pass_over_imports()
     try:
         model, info = load(
             dtype=_DTYPES[config.dtype],

@@ -42,7 +42,7 @@ def mark_outputs(model: nn.Module) -> None:
     """Have outputs of normalisations and activation functions tell their inputs."""
     for module in model.modules():
         if _is_normalisation(module) or _is_activation(module):
-            module.register_forward_hook(_mark)
+            module.register_forward_hook(_mark, with_kwargs=True)
 
 
 def source_of(x: Tensor) -> tuple[Tensor, Made | None]:
@@ -55,7 +55,9 @@ def source_of(x: Tensor) -> tuple[Tensor, Made | None]:
     made : Made or None
         Makes x from the source; None if it is x.
     """
-    source, made = vars(x).get("remade_from", (x, None))
+    source, made, versions = vars(x).get("remade_from", (x, None, ()))
+    if made is not None and versions != (x._version, source._version):
+        return x, None  # changed in place meanwhile
     return source, made
 
 
@@ -68,11 +70,17 @@ def _is_normalisation(module: nn.Module) -> bool:
 def _is_activation(module: nn.Module) -> bool:
     # transformers' own, such as GELUActivation, and PyTorch's.
     place = type(module).__module__
-    return place in ("transformers.activations", "torch.nn.modules.activation")
+    # These keep their outputs, not their inputs.
+    is_inverse = isinstance(module, nn.ReLU | nn.Tanh | nn.Sigmoid | nn.Softmax)
+    known = ("transformers.activations", "torch.nn.modules.activation")
+    return place in known and not is_inverse
 
 
-def _mark(module: nn.Module, given: tuple[Any, ...], y: Tensor) -> None:
-    if not torch.is_grad_enabled() or len(given) != 1 or not y.requires_grad:
+def _mark(
+    module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], y: Tensor
+) -> None:
+    is_plain = len(given) == 1 and not named
+    if not torch.is_grad_enabled() or not is_plain or not y.requires_grad:
         return
     device = y.device.type
     with_autocast = torch.is_autocast_enabled(device)
@@ -83,4 +91,5 @@ def _mark(module: nn.Module, given: tuple[Any, ...], y: Tensor) -> None:
             again: Tensor = type(module).forward(module, x)
             return again
 
-    y.remade_from = (given[0], Made(make))  # type: ignore[attr-defined]
+    versions = (y._version, given[0]._version)
+    y.remade_from = (given[0], Made(make), versions)  # type: ignore[attr-defined]

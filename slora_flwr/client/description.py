@@ -15,7 +15,7 @@ from slora_flwr.config import RunConfig
 from slora_flwr.config.identity import code_identity
 from slora_flwr.secure.identity import Identity
 from slora_flwr.tasks.choice import find_task
-from slora_flwr.training.precision import resolve_precision
+from slora_flwr.training.precision import precision_on
 from slora_flwr.wire.secure_messages import KEYS
 
 
@@ -41,7 +41,7 @@ def describe(
         metrics = _add_own_data(config, context, described, fewest)
     else:
         metrics = _add_partition(config, context, described)
-    described["precision"] = resolve_precision(config.train.precision, best_device())
+    described["precision"] = precision_on(config, best_device())
     if config.secure.aggregation:
         described[KEYS] = new_keys(context, identity)
     return RecordDict({"config": described, "metrics": metrics})

@@ -1,23 +1,14 @@
 """The memory that a process has freed, and how it gets back to the system."""
 
 import ctypes
-import gc
 import sys
 from functools import cache
 
 # Of glibc's mallopt.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MOST_KEPT = 2**30
-
-
-@cache
-def pass_over_imports() -> None:
-    """Have the garbage collector look no more at what the process holds so far.
-
-    Half a million objects of imported modules take a quarter of a second each time.
-    Called before a model is loaded, so that models are still collected.
-    """
-    gc.freeze()
+# Older versions than 2.35 take no threshold of blocks above this.
+_MOST_OF_OLDER = 2**25
 
 
 @cache
@@ -29,9 +20,12 @@ def keep_freed() -> None:
     """
     if sys.platform == "linux":
         change = getattr(ctypes.CDLL(None), "mallopt", None)
-        if change is not None:
-            change(_TRIM_THRESHOLD, _MOST_KEPT)
+        # Setting either ends glibc's own adjustment of both.
+        if change is not None and (
             change(_MMAP_THRESHOLD, _MOST_KEPT)
+            or change(_MMAP_THRESHOLD, _MOST_OF_OLDER)
+        ):
+            change(_TRIM_THRESHOLD, _MOST_KEPT)
 
 
 def return_freed() -> None:

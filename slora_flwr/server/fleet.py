@@ -427,7 +427,7 @@ class Fleet:
         """Tell once that a node computes in another precision than the server."""
         own, name = self.precision, self.name(node)
         given = printable(described.get("precision", own), LONGEST_VERSION)
-        if given != self._precisions.get(node, own):
+        if given not in (own, self._precisions.get(node)):
             log(INFO, "%s computes in %s, the server in %s", name, given, own)
             self._tell(NodePrecision(node=node, name=name, precision=given, server=own))
         self._precisions[node] = given

@@ -38,7 +38,7 @@ from slora_flwr.server.summary import resolve, summarise
 from slora_flwr.tasks.choice import find_task
 from slora_flwr.tracking.following import Following
 from slora_flwr.training.attached_model import AttachedModel
-from slora_flwr.training.precision import resolve_precision
+from slora_flwr.training.precision import precision_on
 from slora_flwr.training.trainer import Trainer
 
 
@@ -165,7 +165,7 @@ def _run(
         log(INFO, "resuming after round %d of %d", number, config.rounds)
     held.enter_context(following.begin(directory, number))
     try:
-        fleet.precision = resolve_precision(config.train.precision, best_device())
+        fleet.precision = precision_on(config, best_device())
         log(INFO, "computing in %s", fleet.precision)
         fleet.gather(grid, directory.event, directory.lineage)
         if isinstance(fleet, OwnDataFleet) and fleet.classes:

@@ -10,7 +10,7 @@ from slora_flwr.reports.chance import tell_chance
 from slora_flwr.runs.directory import RunDirectory
 from slora_flwr.runs.ledger import Ledger
 from slora_flwr.server.strategy import PhasedStrategy
-from slora_flwr.training.precision import resolve_precision
+from slora_flwr.training.precision import precision_on
 from slora_flwr.training.trainer import Trainer
 
 
@@ -27,7 +27,7 @@ def resolve(trainer: Trainer, moved: int) -> dict[str, Any]:
     backbone, data = trainer.model.backbone, trainer.data
     return {
         "backbone_digest": backbone.digest,
-        "precision": resolve_precision(trainer.config.train.precision, backbone.device),
+        "precision": precision_on(trainer.config, backbone.device),
         "weights": backbone.size,
         "target_matrices": len(backbone.targets),
         "classes": data.classes,

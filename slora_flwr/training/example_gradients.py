@@ -166,7 +166,7 @@ class ExampleGradients:
             self.together = True
             model.train(was_training)
         apart = row_norms([a - b for a, b in zip(found, expected, strict=True)])
-        is_rough = self._precision == "bf16" or model.dtype == torch.bfloat16
+        is_rough = self._precision == "bf16" or self._backbone.dtype == torch.bfloat16
         within = _ROUGH if is_rough else _TOLERANCE
         return bool((apart <= within * row_norms(expected)).all())
 

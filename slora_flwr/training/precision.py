@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 from slora_flwr.backbone.load import Backbone
+from slora_flwr.config import RunConfig
 
 # Values of oneDNN's own limit on instructions that leave bf16 products out.
 _WITHOUT_BF16 = {
@@ -31,10 +32,17 @@ def precision_of(backbone: Backbone, precision: str) -> AbstractContextManager[o
         `train.precision`.
     """
     device = backbone.device
-    is_bf16 = backbone.model.dtype == torch.bfloat16
+    is_bf16 = backbone.dtype == torch.bfloat16
     if is_bf16 or resolve_precision(precision, device) == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+def precision_on(config: RunConfig, device: torch.device) -> str:
+    """Return the precision in which a run computes on a device, for its records."""
+    if config.model.dtype == "bfloat16":  # which only multiplies with bf16
+        return "bf16"
+    return resolve_precision(config.train.precision, device)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -74,3 +74,15 @@ def test_a_factor_with_a_hook_is_called() -> None:
     layer.lora_A["default"].register_forward_hook(lambda m, x, y: seen.append(y))
     run(layer, torch.randn(2, 24, dtype=torch.float64, requires_grad=True))
     assert len(seen) == 1
+
+
+def test_the_output_can_be_changed_in_place() -> None:
+    """As DeBERTa changes its queries, through a view."""
+    x = torch.randn(3, 5, 24, dtype=torch.float64, requires_grad=True)
+    layer = make_layer(True, torch.float64)
+    (expected,) = torch.autograd.grad((layer(x).transpose(0, 1) / 3).sum(), x)
+    join_products(layer)
+    y = layer(x).transpose(0, 1)
+    y /= 3
+    (found,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)

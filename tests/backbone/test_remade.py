@@ -68,3 +68,16 @@ def test_gradients_are_the_same_bits(
     for one, other in zip(gradients, others, strict=True):
         assert torch.equal(one, other)
     assert size < whole or kind == "columns"
+
+
+def test_an_activation_that_was_changed_in_place_is_kept() -> None:
+    norm, layer = torch.nn.LayerNorm(4), torch.nn.Linear(4, 3)
+    remade.mark_outputs(norm)
+    x = torch.randn(2, 4, requires_grad=True)
+    y = norm(x)
+    source, made = remade.source_of(y)
+    assert source is x
+    assert made is not None
+    y *= 2
+    assert remade.source_of(y) == (y, None)
+    assert torch.equal(layer(y), layer(2 * norm(x)))
