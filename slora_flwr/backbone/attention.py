@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from slora_flwr.backbone.dropout import draw_kept
 
 NAME = "slora"
+# Of transformers' interface: what changes the scores, and is left to its own function.
+_OTHERS = ("position_bias", "s_aux", "softcap")
 # What transformers' families call the dropout of probabilities in their configs.
 _RATES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 
@@ -78,7 +80,7 @@ def attend(
         or query.device.type != "cpu"
         or query.shape[1:3] != key.shape[1:3]
         or (attention_mask is not None and attention_mask.dtype != torch.bool)
-        or named.get("position_bias") is not None
+        or any(named.get(name) is not None for name in _OTHERS)
     ):
         attended: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **named

@@ -147,7 +147,7 @@ def _aside_bytes(phase: Phase, config: RunConfig, backbone: Backbone) -> int:
         phase, config, backbone, rounds_before
     )
     # A sparse term compares in float32, and holds the positions by row too.
-    width = 4 + 12 if backbone.quantize else backbone.model.dtype.itemsize
+    width = 4 + 12 if backbone.quantize else backbone.dtype.itemsize
     replaced = sum(len(at) * (at.itemsize + width) for at in positions.values())
     base = 4 * sum(math.prod(shape) for shape in shapes.values()) + replaced
     if phase.changes_base:
@@ -160,7 +160,7 @@ def _unpacked_bytes(config: RunConfig, backbone: Backbone) -> int:
     """Return the bytes of the largest packed weight, unpacked."""
     if not config.model.quantize:
         return 0
-    width = backbone.model.dtype.itemsize
+    width = backbone.dtype.itemsize
     linear = find_targets(backbone.model).values()
     return max((width * m.out_features * m.in_features for m in linear), default=0)
 

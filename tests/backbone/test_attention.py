@@ -86,3 +86,9 @@ def test_models_with_dropout_attend_so(bert: Backbone, tmp_path: Any) -> None:
     assert bert.model.config._attn_implementation == NAME
     bert.model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
+
+
+def test_capped_scores_are_not_attended_without_the_cap() -> None:
+    heads = make_heads()
+    with pytest.raises(ValueError, match="softcap"):
+        attend(nn.Identity(), *heads, None, dropout=0.3, is_causal=False, softcap=5.0)
