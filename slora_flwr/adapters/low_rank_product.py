@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from slora_flwr.backbone.remade import source_of
+from slora_flwr.backbone.remade import keep_input
 
 
 def join_products(layer: nn.Module, *frozen: Tensor) -> None:
@@ -75,7 +75,7 @@ class _LowRankProduct(torch.autograd.Function):
         dtype = a.dtype if weight is None else weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        source, made = source_of(x)
+        given = x
         with torch.autocast(device, enabled=False):
             x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
             rows = x.flatten(0, -2)
@@ -90,13 +90,10 @@ class _LowRankProduct(torch.autograd.Function):
                 ones = inner.new_ones(len(inner), 1)
                 wide = torch.cat([b, bias[:, None].to(dtype)], dim=1)
                 y.addmm_(torch.cat([inner * scaling, ones], dim=1), wide.T)
-        given: Tensor | None = x if made is None else source
-        if not ctx.needs_input_grad[3]:  # as if A is frozen
-            given = made = None
-        if made is not None:
-            made.use()
-        ctx.save_for_backward(given, inner, a, b)
-        ctx.made, ctx.dtype = made, dtype
+        saved: Tensor | None = None
+        if ctx.needs_input_grad[3]:  # unless A is frozen
+            saved, ctx.make = keep_input(given, x)
+        ctx.save_for_backward(saved, inner, a, b)
         ctx.weight, ctx.scaling = weight, scaling
         # No view, since some models change a layer's output in place.
         shaped: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
@@ -104,9 +101,7 @@ class _LowRankProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, a, b = ctx.saved_tensors
-        if ctx.made is not None:
-            x = ctx.made.take(x).to(ctx.dtype)
+        saved, inner, a, b = ctx.saved_tensors
         rows = grad_y.flatten(0, -2)
         # g B, (rows, rank), by its transposed factor.
         grad_inner = F.linear(rows, b.T.contiguous())
@@ -119,7 +114,8 @@ class _LowRankProduct(torch.autograd.Function):
                 grad_x.addmm_(grad_inner, a, alpha=ctx.scaling)
             grad_x = grad_x.view(*grad_y.shape[:-1], -1)
         if ctx.needs_input_grad[3]:
-            grad_a = (grad_inner.T @ x.flatten(0, -2)).mul_(ctx.scaling)
+            x = ctx.make(saved).flatten(0, -2)
+            grad_a = (grad_inner.T @ x).mul_(ctx.scaling)
         if ctx.needs_input_grad[4]:
             grad_b = (inner.T @ rows).mul_(ctx.scaling).T
         return grad_x, None, None, grad_a, grad_b, None

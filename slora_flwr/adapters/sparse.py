@@ -32,7 +32,7 @@ from slora_flwr.adapters.masks import (
 from slora_flwr.adapters.per_example import Use
 from slora_flwr.backbone.load import Backbone
 from slora_flwr.backbone.quantised import is_quantised, weight_of
-from slora_flwr.backbone.remade import source_of
+from slora_flwr.backbone.remade import keep_as_it_is, keep_input
 from slora_flwr.backbone.sparse_term import (
     SAMPLED_DENSITY,
     SparseTerm,
@@ -464,16 +464,13 @@ class _MaskedLinear(torch.autograd.Function):
         mask: _Mask,
     ) -> Tensor:
         device = x.device.type
-        source, made = source_of(x)
+        given = x
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        kept = mask.keep(x)
-        if kept is not x:  # a slice, smaller than what x is made from
-            made = None
-        if made is not None:
-            made.use()
-        ctx.made, ctx.dtype = made, x.dtype
-        ctx.save_for_backward(kept if made is None else source)
+        kept, ctx.make = mask.keep(x), keep_as_it_is
+        if kept is x:  # and no slice, smaller than what x is made from
+            kept, ctx.make = keep_input(given, x)
+        ctx.save_for_backward(kept)
         # `commit` changes the weight in place between steps, never between a forward
         # and its backward, so the weight needs no version check.
         ctx.weight, ctx.mask = weight, mask
@@ -482,9 +479,8 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        if ctx.made is not None:
-            x = ctx.made.take(x).to(ctx.dtype)
+        (kept,) = ctx.saved_tensors
+        x = ctx.make(kept)
         mask: _Mask = ctx.mask
         grad_x = None
         if ctx.needs_input_grad[0]:

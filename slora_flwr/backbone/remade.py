@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Make = Callable[[Tensor], Tensor]
+
 
 class Made:
     """Makes an activation again, once for all layers that take it.
@@ -22,7 +24,7 @@ class Made:
         Makes it from its source.
     """
 
-    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, make: Make) -> None:
         self._make, self._uses = make, 0
         self._held: Tensor | None = None
 
@@ -45,20 +47,34 @@ def mark_outputs(model: nn.Module) -> None:
             module.register_forward_hook(_mark, with_kwargs=True)
 
 
-def source_of(x: Tensor) -> tuple[Tensor, Made | None]:
-    """Return what to keep in place of a layer's input, and how the input is made of it.
+def keep_input(x: Tensor, kept: Tensor) -> tuple[Tensor, Make]:
+    """Return what a layer saves in place of its input, and what makes the input of it.
+
+    Parameters
+    ----------
+    x : Tensor
+        The layer's input, as it was given.
+    kept : Tensor
+        The input as the backward pass needs it: x in the type of the product.
 
     Returns
     -------
-    source : Tensor
-        The input of what made x, or x itself.
-    made : Made or None
-        Makes x from the source; None if it is x.
+    saved : Tensor
+        The source of x if x is marked, and was not changed in place since; else `kept`.
+    make : callable
+        Makes `kept` from `saved`, once.
     """
     source, made, versions = vars(x).get("remade_from", (x, None, ()))
-    if made is not None and versions != (x._version, source._version):
-        return x, None  # changed in place meanwhile
-    return source, made
+    if made is None or versions != (x._version, source._version):
+        return kept, keep_as_it_is
+    made.use()
+    dtype = kept.dtype  # and not the tensor, which would be kept
+    return source, lambda saved: made.take(saved).to(dtype)
+
+
+def keep_as_it_is(saved: Tensor) -> Tensor:
+    """Make a layer's input of itself."""
+    return saved
 
 
 def _is_normalisation(module: nn.Module) -> bool:

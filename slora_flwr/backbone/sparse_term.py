@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from slora_flwr.backbone.quantised import weight_of
-from slora_flwr.backbone.remade import source_of
+from slora_flwr.backbone.remade import keep_as_it_is, keep_input
 
 # On a CPU, sparse products are faster than dense ones up to this density: measured on
 # two cores, at every shape from 384 x 384 to 768 x 3072, for the gradient of a mask
@@ -101,16 +101,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, term: SparseTerm) -> Tensor:
         device = x.device.type
-        source, made = source_of(x)
+        given = x
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
+        ctx.term, ctx.make = term, keep_as_it_is
         kept = None if term.mask is None else term.mask.keep(x)
-        if kept is not x:  # nothing, or a slice, smaller than what x is made from
-            made = None
-        if made is not None:
-            made.use()
-        ctx.term, ctx.made, ctx.dtype = term, made, x.dtype
-        ctx.save_for_backward(kept if made is None else source)
+        if kept is x:  # and no slice, smaller than what x is made from
+            kept, ctx.make = keep_input(given, x)
+        ctx.save_for_backward(kept)
         return _multiply(x, term.matrix(_type(x)))
 
     @staticmethod
@@ -121,9 +119,7 @@ class _Product(torch.autograd.Function):
             grad_x = _multiply(grad_y, term.matrix(_type(grad_y)).t())
         if ctx.needs_input_grad[1]:
             assert term.mask is not None
-            (kept,) = ctx.saved_tensors
-            if ctx.made is not None:
-                kept = ctx.made.take(kept).to(ctx.dtype)
+            kept = ctx.make(*ctx.saved_tensors)
             rows = grad_y.flatten(0, -2).to(kept.dtype)
             grad_values = term.mask.gradient(kept.flatten(0, -2), rows)
         return grad_x, grad_values, None

@@ -72,9 +72,11 @@ def test_an_activation_that_was_changed_in_place_is_kept() -> None:
     remade.mark_outputs(norm)
     x = torch.randn(2, 4, requires_grad=True)
     y = norm(x)
-    source, made = remade.source_of(y)
-    assert source is x
-    assert made is not None
+    saved, make = remade.keep_input(y, y)
+    assert saved is x
+    assert torch.equal(make(saved), y)
     y *= 2
-    assert remade.source_of(y) == (y, None)
+    saved, make = remade.keep_input(y, y)
+    assert saved is y
+    assert make(saved) is y
     assert torch.equal(layer(y), layer(2 * norm(x)))
