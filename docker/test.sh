@@ -130,7 +130,9 @@ END
     for i in 0 1 2; do echo "partition-id=$i data-text=\"text\" data-label=\"label\"" > "$SLORA_NODES/$i/config"; done
 }
 
-common='model.name="embedded" data.name="node" data.max-length=32 clients.count=0 clients.per-round=3 clients.min-nodes=3'
+# One precision for containers and for the engines that they are compared with: the one
+# that is chosen by itself may differ, where the environment limits the instructions.
+common='model.name="embedded" train.precision="float32" data.name="node" data.max-length=32 clients.count=0 clients.per-round=3 clients.min-nodes=3'
 
 # start LOG CONFIG: sets $run, the run's id, and $stream, the process that shows its log.
 start() {
