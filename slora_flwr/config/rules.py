@@ -208,10 +208,11 @@ def _check_undone(config: RunConfig, phases: Sequence[Phase]) -> None:
             ("train.prox", recipe.prox),
             ("train.weight-decay", recipe.weight_decay),
         ):
-            if given * recipe.lr > _MOST_UNDONE:
+            rate = max(recipe.lr, recipe.head_lr)
+            if given * rate > _MOST_UNDONE:
                 allowed = (
-                    f"up to {_MOST_UNDONE} / {recipe.lr}, since the learning rate of "
-                    f"the {phase.adapter} phase is {recipe.lr}"
+                    f"up to {_MOST_UNDONE} / {rate}, since the learning rate of "
+                    f"the {phase.adapter} phase is {rate}"
                 )
                 raise refuse(key, given, allowed)
 

@@ -54,9 +54,11 @@ class Phase:
     renews: bool = False
 
     def at(self, phase_round: int) -> "Phase":
-        """Return the phase with a round's learning rate, counted from 1."""
-        share = rate_share(self.recipe, phase_round, self.rounds)
-        return replace(self, recipe=replace(self.recipe, lr=share * self.recipe.lr))
+        """Return the phase with a round's learning rates, counted from 1."""
+        recipe = self.recipe
+        share = rate_share(recipe, phase_round, self.rounds)
+        lr, head_lr = share * recipe.lr, share * recipe.head_lr
+        return replace(self, recipe=replace(recipe, lr=lr, head_lr=head_lr))
 
     @property
     def adapter_type(self) -> Any:
@@ -181,10 +183,12 @@ def _average(config: RunConfig, changes_base: bool) -> str:
 
 def _recipe(config: RunConfig, adapter: Any) -> RecipeConfig:
     own = getattr(config, adapter.section) if adapter.section else PhaseRecipeConfig()
+    lr = own.lr or config.train.lr or adapter.default_lr
     return replace(
         config.train,
         epochs=own.epochs or config.train.epochs,
         batch_size=own.batch_size or config.train.batch_size,
         optimizer=own.optimizer or config.train.optimizer,
-        lr=own.lr or config.train.lr or adapter.default_lr,
+        lr=lr,
+        head_lr=own.head_lr or config.train.head_lr or lr,
     )

@@ -321,6 +321,12 @@ class RecipeConfig:
     lr: NotNegative = Field(
         default=0.0, description="The learning rate; 0 for the adapter's default."
     )
+    head_lr: NotNegative = Field(
+        default=0.0,
+        description="The learning rate of the classifier's head, which begins at "
+        "random and often learns best at a higher rate than what is pretrained; 0 for "
+        "that of the rest.",
+    )
     schedule: Annotated[str, one_of("constant", "cosine", "linear")] = Field(
         default="constant",
         description="The learning rate's course over the rounds of each phase.",
@@ -394,6 +400,9 @@ class PhaseRecipeConfig:
     )
     lr: NotNegative = Field(
         default=0.0, description="Overrides `train.lr` in this phase; 0 keeps it."
+    )
+    head_lr: NotNegative = Field(
+        default=0.0, description="Overrides `train.head-lr` in this phase; 0 keeps it."
     )
 
 

@@ -404,7 +404,15 @@ def _effective(config: dict[str, Value]) -> dict[str, Value]:
 def _is_own(key: str) -> bool:
     """Return whether a key is specific to a method, such as its learning rate."""
     section = key.split(".")[0]
-    return key in ("method", "train.lr") or section in (*_PHASES, *_CODING)
+    if section == "train":
+        return _is_rate(key)
+    return key == "method" or section in (*_PHASES, *_CODING)
+
+
+def _is_rate(key: str) -> bool:
+    """Return whether a key is a learning rate of clients."""
+    section, _, name = key.partition(".")
+    return section in ("train", *_PHASES) and name in ("lr", "head-lr")
 
 
 def _differences(
@@ -477,7 +485,7 @@ def rows_of_methods(family: Sequence[Group]) -> dict[str, list[Group]]:
             {
                 key: value
                 for key, value in group.config.items()
-                if _is_own(key) and not (leave_out_rates and key.endswith(".lr"))
+                if _is_own(key) and not (leave_out_rates and _is_rate(key))
             }
             for group in family
         ]

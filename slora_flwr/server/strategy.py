@@ -262,15 +262,17 @@ class PhasedStrategy:
         """Log the schedule, and the cost of privacy."""
         for phase in self._trainer.schedule:
             recipe = phase.recipe
+            differs = recipe.head_lr != recipe.lr
             log(
                 INFO,
-                "%s: %s of %s, %s of %s at lr %g, batch %d",
+                "%s: %s of %s, %s of %s at lr %g%s, batch %d",
                 phase.adapter,
                 counted(phase.rounds, "round"),
                 counted(self._config.clients.per_round, "client"),
                 counted(recipe.epochs, "epoch"),
                 recipe.optimizer,
                 recipe.lr,
+                f" (head {recipe.head_lr:g})" if differs else "",
                 recipe.batch_size,
             )
         for phase in self._trainer.schedule:

@@ -35,7 +35,12 @@ def resolve(trainer: Trainer, moved: int) -> dict[str, Any]:
         "test_examples": len(data.tokenised.test),
         "moved_examples": moved,
         "phases": [
-            {"adapter": p.adapter, "rounds": p.rounds, "lr": p.recipe.lr}
+            {
+                "adapter": p.adapter,
+                "rounds": p.rounds,
+                "lr": p.recipe.lr,
+                "head_lr": p.recipe.head_lr,
+            }
             for p in trainer.schedule
         ],
     }

@@ -292,6 +292,10 @@ def check_fit(config: RunConfig, backbone: Backbone) -> None:
         allowed = f"false, since model {config.model.name!r} does without"
         raise refuse("train.checkpointing", True, allowed)
     for phase in make_schedule(config):
+        rate = phase.recipe.head_lr
+        if rate != phase.recipe.lr and not backbone.head:
+            allowed = f"0, since model {config.model.name!r} has no head of its own"
+            raise refuse("train.head-lr", rate, allowed)
         phase.adapter_type.check_fit(config, backbone)
         if not phase.adapter_type.state_size(config, backbone):
             allowed = (

@@ -186,7 +186,8 @@ class LocalOptimizer:
         self._adapter, self._recipe = adapter, recipe
         self._anchored = _anchored(adapter) if recipe.weight_decay else []
         anchored = [parameter for parameter, _ in self._anchored]
-        self._optimizer = make_optimizer(self.parameters, recipe, anchored)
+        head = [*adapter.backbone.head.values()]
+        self._optimizer = make_optimizer(self.parameters, recipe, anchored, head)
         kept = self.parameters if recipe.prox else []
         self._sent = [parameter.detach().clone() for parameter in kept]
 
@@ -208,6 +209,7 @@ def make_optimizer(
     parameters: list[nn.Parameter],
     recipe: RecipeConfig,
     anchored: Sequence[nn.Parameter] = (),
+    head: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """Return the local optimiser of the parameters that an adapter trains.
 
@@ -219,11 +221,14 @@ def make_optimizer(
         Local training.
     anchored : Sequence[nn.Parameter]
         Those that do not decay towards 0.
+    head : Sequence[nn.Parameter]
+        Those of the head, which has a rate of its own.
     """
-    apart = {id(parameter) for parameter in anchored}
+    apart = {id(parameter) for parameter in (*anchored, *head)}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if id(p) not in apart]},
         {"params": list(anchored), "weight_decay": 0.0},
+        {"params": list(head), "lr": recipe.head_lr or recipe.lr},
     ]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(

@@ -553,6 +553,7 @@ def test_what_is_asked_besides_is_in_events_summary_and_card(
         ({"clients.by": "region"}, "clients.by names 'region'; the columns are"),
         ({"data.messages": "chat"}, "data.messages names 'chat'; the columns are"),
         ({"data.template": "chat"}, "no chat template; allowed: alpaca, plain"),
+        ({"train.head-lr": 0.5}, "train.head-lr is 0.5; allowed: 0, since model"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_client_is_asked(

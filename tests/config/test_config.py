@@ -81,6 +81,7 @@ CHANGED: dict[str, Value] = {
     "train.checkpointing": True,
     "train.optimizer": "sgd",
     "train.lr": 0.1,
+    "train.head-lr": 0.5,
     "train.schedule": "cosine",
     "train.warmup-rounds": 2,
     "train.weight-decay": 0.01,
@@ -92,6 +93,7 @@ CHANGED: dict[str, Value] = {
     "sparse.batch-size": 4,
     "sparse.optimizer": "adamw",
     "sparse.lr": 0.2,
+    "sparse.head-lr": 0.6,
     "sparse.density": 1.0,
     "sparse.rounds": 2,
     "sparse.mask": "rows",
@@ -105,6 +107,8 @@ CHANGED: dict[str, Value] = {
     "bottleneck.optimizer": "sgd",
     "lora.lr": 0.3,
     "bottleneck.lr": 0.3,
+    "lora.head-lr": 0.7,
+    "bottleneck.head-lr": 0.7,
     "lora.rank": 4,
     "lora.ranks": "1, 4",
     "lora.scaling": "root-rank",
@@ -225,6 +229,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("train.accumulate", 0, "a number from 1 up to 4096"),
     ("train.tokens", -1, "a number of at least 0"),
     ("train.lr", -0.1, "a number of at least 0"),
+    ("train.head-lr", -0.1, "a number of at least 0"),
     ("train.schedule", "step", "constant, cosine, linear"),
     ("train.warmup-rounds", -1, "a number of at least 0"),
     ("train.weight-decay", -0.1, "a number of at least 0"),
@@ -236,6 +241,7 @@ BAD: list[tuple[str, Value, str]] = [
     ("sparse.batch-size", -1, "a number from 0 up to 4096"),
     ("sparse.optimizer", "adam", OPTIMIZERS),
     ("sparse.lr", -0.1, "a number of at least 0"),
+    ("sparse.head-lr", -0.1, "a number of at least 0"),
     ("sparse.density", 0.0, "a number above 0 up to 1"),
     ("sparse.density", 1.5, "a number above 0 up to 1"),
     ("sparse.rounds", -2, "a number of at least 0, or -1"),
@@ -250,7 +256,9 @@ BAD: list[tuple[str, Value, str]] = [
     ("lora.optimizer", "adam", OPTIMIZERS),
     ("bottleneck.optimizer", "adam", OPTIMIZERS),
     ("lora.lr", -0.1, "a number of at least 0"),
+    ("lora.head-lr", -0.1, "a number of at least 0"),
     ("bottleneck.lr", -0.1, "a number of at least 0"),
+    ("bottleneck.head-lr", -0.1, "a number of at least 0"),
     ("lora.rank", 0, "a number of at least 1"),
     ("bottleneck.reduction", 0, "a number of at least 1"),
     ("lora.alpha", 0.0, "a number above 0"),
@@ -529,6 +537,25 @@ def test_one_phase_methods_have_all_rounds_and_their_own_rate(
     [phase] = make_schedule(parse({"method": method, "rounds": 6}))
     assert (phase.adapter, phase.rounds, phase.primed) == (adapter, 6, False)
     assert phase.recipe.lr == rate
+
+
+@pytest.mark.parametrize(
+    ("given", "rates"),
+    [
+        ({}, [(0.5, 0.5), (0.25, 0.25)]),
+        ({"train.head-lr": 0.125}, [(0.5, 0.125), (0.25, 0.125)]),
+        (
+            {"train.head-lr": 0.125, "lora.head-lr": 0.75},
+            [(0.5, 0.125), (0.25, 0.75)],
+        ),
+    ],
+)
+def test_the_head_may_learn_at_a_rate_of_its_own(
+    given: dict[str, Value], rates: list[tuple[float, float]]
+) -> None:
+    values: dict[str, Value] = {"method": "slora", "sparse.lr": 0.5, "lora.lr": 0.25}
+    schedule = make_schedule(parse(values | given))
+    assert [(p.recipe.lr, p.recipe.head_lr) for p in schedule] == rates
 
 
 def test_a_phase_changes_only_what_it_names() -> None:

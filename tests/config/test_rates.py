@@ -32,6 +32,13 @@ def test_a_rounds_rate(changes: dict[str, Value], shares: dict[int, float]) -> N
     assert found == pytest.approx({n: 0.5 * share for n, share in shares.items()})
 
 
+def test_the_heads_rate_takes_the_same_course() -> None:
+    values = TEN | {"train.schedule": "linear", "train.head-lr": 0.25}
+    [phase] = make_schedule(parse(values))
+    assert phase.at(1).recipe.head_lr == 0.25
+    assert phase.at(6).recipe.head_lr == pytest.approx(0.125)
+
+
 def test_each_phase_has_its_own_course() -> None:
     values: dict[str, Value] = {"method": "slora", "rounds": 10, "sparse.rounds": 4}
     sparse, lora = make_schedule(parse({**values, "train.schedule": "linear"}))

@@ -50,8 +50,8 @@ def test_a_run_writes_what_it_was_and_what_came_of_it(two_phases: Config) -> Non
     assert resolved["classes"] == CLASSES
     assert resolved["train_examples"] + resolved["test_examples"] == 160
     assert resolved["phases"] == [
-        {"adapter": "sparse", "rounds": 1, "lr": 0.01},
-        {"adapter": "lora", "rounds": 3, "lr": 0.002},
+        {"adapter": "sparse", "rounds": 1, "lr": 0.01, "head_lr": 0.01},
+        {"adapter": "lora", "rounds": 3, "lr": 0.002, "head_lr": 0.002},
     ]
 
     told = summary(directory)

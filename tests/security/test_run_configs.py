@@ -284,14 +284,15 @@ def test_a_rank_of_thousands_of_digits_is_refused() -> None:
         ("slora", "sparse", {"sparse.lr": 0.5, "lora.lr": 0.001}),
         ("slora", "lora", {"sparse.lr": 0.001, "lora.lr": 0.5}),
         ("houlsby", "houlsby", {"train.lr": 1e-6, "bottleneck.lr": 0.5}),
+        ("fft", "full", {"train.lr": 0.001, "train.head-lr": 0.5}),
     ],
 )
 def test_a_recipe_that_forgets_all_examples_but_the_last_is_refused(
     key: str, method: str, phase: str, rates: dict[str, Value]
 ) -> None:
     values: dict[str, Value] = {"method": method, **rates}
-    named = {p.adapter: p.recipe.lr for p in make_schedule(parse(values))}
-    lr = named[phase]
+    named = {p.adapter: p.recipe for p in make_schedule(parse(values))}
+    lr = max(named[phase].lr, named[phase].head_lr)
     parse({**values, key: 0.0999 / lr})
     for given in (0.1001 / lr, 1 / lr):
         allowed = re.escape(

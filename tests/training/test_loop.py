@@ -96,6 +96,29 @@ def test_fedprox_by_hand(bert: Backbone, examples: Examples) -> None:
     assert np.abs(w - plain_w).max() > 1e-3  # mu matters here
 
 
+@pytest.mark.parametrize("head_lr", [0.0, 0.75])
+def test_the_head_steps_at_its_own_rate(
+    bert: Backbone, examples: Examples, head_lr: float
+) -> None:
+    adapter = FullAdapter()
+    adapter.attach(bert)
+    start, lr = adapter.state(), 0.125
+    loss_of(bert, examples).backward()
+    named = zip(adapter.returned(), adapter.parameters(), strict=True)
+    gradients = {name: p.grad.cpu() for name, p in named if p.grad is not None}
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    adapter.load(start)
+    recipe = RecipeConfig(batch_size=24, optimizer="sgd", lr=lr, head_lr=head_lr)
+    train(bert, adapter, examples, recipe, KEY)
+    assert {name for name in gradients if name.startswith("classifier")}
+    for name, after in adapter.state().items():
+        if name in gradients:
+            rate = (head_lr or lr) if name.startswith("classifier") else lr
+            expected = start[name] - rate * gradients[name]
+            torch.testing.assert_close(after, expected, rtol=0, atol=1e-6)
+
+
 def test_loss_of_training_is_the_mean_over_batches(
     bert: Backbone, examples: Examples
 ) -> None:
