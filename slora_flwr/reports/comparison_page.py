@@ -41,6 +41,7 @@ from slora_flwr.reports.groups import (
     rows_of_methods,
 )
 from slora_flwr.reports.page import NOTHING, Cell, Column, Page, Section, Table
+from slora_flwr.reports.paired_table import paired
 from slora_flwr.runs.reader import RecordedRun, by_layer
 
 GROUP = Column("group", "group")
@@ -92,6 +93,7 @@ def compare(
         *_curves(groups, curves, rates, head),
         *_targets(groups, curves, rates, target, head),
         *_heterogeneity(groups, head),
+        *paired(groups, head),
         *_energies(groups),
         *_spread(groups),
         *_failures(groups),

@@ -331,6 +331,13 @@ def fft_beside(
     group: Group, groups: Iterable[Group], head: Headline = ACCURACY
 ) -> Group | None:
     """Return full fine-tuning's best group in a group's setting, if there is one."""
+    return best_beside(group, groups, REFERENCES[0], head)
+
+
+def best_beside(
+    group: Group, groups: Iterable[Group], method: str, head: Headline = ACCURACY
+) -> Group | None:
+    """Return a method's best group in a group's setting, if there is one."""
 
     def level(group: Group) -> list[float]:
         return over_runs(group, partial(last_mean, head=head))
@@ -338,7 +345,7 @@ def fft_beside(
     found = [
         other
         for other in groups
-        if other.is_reference
+        if other.method == method
         and other.ended
         and other.setting == group.setting
         and level(other)
