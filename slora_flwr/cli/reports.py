@@ -88,6 +88,14 @@ def compare(
             "bytes and time; default: a point below fft's, or 1% above.",
         ),
     ] = None,
+    last: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="How many of a run's last evaluations make its steadier figure, their "
+            "mean.",
+        ),
+    ] = 5,
     uplink: Annotated[
         str,
         typer.Option(help="Rates of the modelled times in Mbit/s, comma-separated."),
@@ -127,7 +135,7 @@ def compare(
             typer.echo(line, err=True)
         if not found:
             raise ConfigError(f"RUN is {' '.join(runs)}; allowed: runs of a study")
-        page = lay_out(found, rates, target, labels, told, out)
+        page = lay_out(found, rates, target, labels, told, out, last)
     try:
         typer.echo(write(page, out, "compare"))
     except OSError as error:

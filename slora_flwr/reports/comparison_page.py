@@ -26,7 +26,6 @@ from slora_flwr.reports.charts import (
 )
 from slora_flwr.reports.figures import ACCURACY, FORMS, Headline, headline_of
 from slora_flwr.reports.groups import (
-    LAST,
     Group,
     Point,
     curve,
@@ -55,6 +54,7 @@ def compare(
     names: Mapping[str, str] = MappingProxyType({}),
     left_out: Sequence[str] = (),
     folder: Path | None = None,
+    last: int = ACCURACY.last,
 ) -> Page:
     """Return the page that compares groups of runs.
 
@@ -73,6 +73,8 @@ def compare(
         Sentences on runs that are not among `runs`, and why.
     folder : Path or None
         Where the page will be, for links to the reports of runs; None without links.
+    last : int
+        How many of a run's last evaluations make its steadier figure, their mean.
 
     Raises
     ------
@@ -83,7 +85,7 @@ def compare(
     tested = [run for run in runs if not run.config["data.validation"]] or list(runs)
     groups = group_runs(tested, names)
     heads = [headline_of(r.evaluated) for g in groups for r in g.runs if r.evaluated]
-    head = heads[0] if len({*heads}) == 1 else ACCURACY
+    head = replace(heads[0] if len({*heads}) == 1 else ACCURACY, last=last)
     if target is not None and target > 1 and not head.is_lower_better:
         raise refuse("--target", target, "a number from 0 up to 1")
     curves = {group.label: curve(group, rates, head) for group in groups}
@@ -139,7 +141,7 @@ def _results(groups: list[Group], head: Headline) -> Section:
         name
         for name in FORMS
         if name not in (head.metric, "loss", "macro_f1")
-        and (name != ACCURACY.metric or head is not ACCURACY)
+        and (name != ACCURACY.metric or head.metric != ACCURACY.metric)
         and any(final(run, name) is not None for group in groups for run in group.runs)
     ]
     columns = [
@@ -149,8 +151,10 @@ def _results(groups: list[Group], head: Headline) -> Section:
         Column("rounds", "rounds", "d"),
         Column(head.axis, f"{head.metric}{head.percent}", head.spec),
         Column("± sd", f"{head.metric}_sd", head.spec),
-        Column(f"last {LAST}{head.unit}", f"last_{LAST}{head.percent}", head.spec),
-        Column("± sd", f"last_{LAST}_sd", head.spec),
+        Column(
+            f"last {head.last}{head.unit}", f"last_{head.last}{head.percent}", head.spec
+        ),
+        Column("± sd", f"last_{head.last}_sd", head.spec),
         *([] if head.is_lower_better else [Column("macro-F1", "macro_f1", ".3f")]),
         *(Column(FORMS[name][0], name, ".3f") for name in also),
         Column("MB up", "megabytes_up", ".2f"),
@@ -199,15 +203,15 @@ def _results(groups: list[Group], head: Headline) -> Section:
         ]
 
     told = "Accuracy and macro-F1 are"
-    if head is not ACCURACY:
+    if head.metric != ACCURACY.metric:
         told = f"{head.name.capitalize()} and what follows it are"
     caption = (
         f"Means over runs with standard deviations (n - 1). {told} those of the last "
-        f"evaluation; last {LAST} is the mean {head.name} of a run's last {LAST} "
-        f"evaluations, which is steadier if clients differ so much that one cohort can "
-        f"change {head.name} by {'points' if head.scale > 1 else 'much'}. MB of "
-        "tensors count each client as if it were a separate node. Seconds are as "
-        "measured."
+        f"evaluation; last {head.last} is the mean {head.name} of a run's last "
+        f"{head.last} evaluations, which is steadier if clients differ so much that "
+        f"one cohort can change {head.name} by "
+        f"{'points' if head.scale > 1 else 'much'}. MB of tensors count each client as "
+        "if it were a separate node. Seconds are as measured."
     )
     rows = [row(group) for group in groups]
     return Section("Results", tables=[Table("results", caption, columns, rows)])
@@ -418,7 +422,7 @@ def _targets(
     origin = "the one given"
     if given is None:
         origin = (
-            f"{head.margin} the mean of fft's last {LAST} evaluations "
+            f"{head.margin} the mean of fft's last {head.last} evaluations "
             "in the same setting"
         )
     caption = (
@@ -475,9 +479,9 @@ def _heterogeneity(groups: list[Group], head: Headline) -> list[Section]:
     if not tables:
         return []
     text = [
-        f"Mean {head.name} over the last {LAST} evaluations and over seeds, from even "
-        "to uneven partitions. Groups in one table differ in method, in keys specific "
-        "to the method, such as its learning rate, and in heterogeneity."
+        f"Mean {head.name} over the last {head.last} evaluations and over seeds, from "
+        "even to uneven partitions. Groups in one table differ in method, in keys "
+        "specific to the method, such as its learning rate, and in heterogeneity."
     ]
     return [Section("Methods by heterogeneity", text, keys(found), charts, tables)]
 

@@ -57,6 +57,8 @@ class Headline:
         What follows its name there.
     is_lower_better : bool
         Whether less of it is better.
+    last : int
+        How many of a run's last evaluations make its steadier figure, their mean.
     """
 
     metric: str
@@ -64,6 +66,7 @@ class Headline:
     scale: int = 1
     unit: str = ""
     is_lower_better: bool = False
+    last: int = 5
 
     @property
     def name(self) -> str:

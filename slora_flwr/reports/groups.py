@@ -36,7 +36,6 @@ from slora_flwr.config.methods import (
 from slora_flwr.reports.figures import ACCURACY, Headline
 from slora_flwr.runs.reader import RecordedRun
 
-LAST = 5  # number of evaluations in the steadier accuracy
 LONGEST = 48  # characters of a group's label; a letter replaces longer ones
 
 # Sections that do not matter to methods without a phase that reads them.
@@ -316,7 +315,9 @@ def final(run: RecordedRun, metric: str) -> float | None:
 def last_mean(run: RecordedRun, head: Headline = ACCURACY) -> float | None:
     """Return the mean of a metric in a run's last evaluations."""
     metric = head.metric
-    last = [r.metrics[metric] for r in run.evaluated if metric in r.metrics][-LAST:]
+    last = [r.metrics[metric] for r in run.evaluated if metric in r.metrics][
+        -head.last :
+    ]
     return fmean(last) if last else None
 
 

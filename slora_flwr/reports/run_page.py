@@ -12,7 +12,7 @@ from slora_flwr.config import RunConfig, flatten
 from slora_flwr.reports.charts import Chart, Line, bar_chart, keys, line_chart, looks
 from slora_flwr.reports.class_tables import class_sections
 from slora_flwr.reports.figures import FORMS, Headline, headline_of
-from slora_flwr.reports.groups import LAST, heterogeneity, last_mean
+from slora_flwr.reports.groups import heterogeneity, last_mean
 from slora_flwr.reports.page import LISTED, Cell, Column, Page, Section, Table
 from slora_flwr.runs.events import ClientRecord, RecordedRound
 from slora_flwr.runs.reader import Failure, RecordedRun, by_layer
@@ -70,7 +70,7 @@ def _figures(run: RecordedRun) -> list[tuple[str, str]]:
         last = _last(run, head)
         figures += [
             (f"{head.name}, round {last.round}", f"{_value(last, head):{head.form}}"),
-            (f"mean of the last {LAST} evaluations", f"{steady:{head.form}}"),
+            (f"mean of the last {head.last} evaluations", f"{steady:{head.form}}"),
             (
                 f"best {head.name}, round {best.round}",
                 f"{_value(best, head):{head.form}}",

@@ -1,6 +1,7 @@
 """Differences between methods, seed by seed, by figures worked out by hand."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,9 @@ def test_runs_are_paired_by_seed_in_each_partition(tmp_path: Path) -> None:
     page = compare([read_run(path) for path in tmp_path.iterdir()], (1.0,))
     [table] = [t for s in page.sections for t in s.tables if t.name == "paired"]
     names = [column.name for column in table.columns]
-    rows = [dict(zip(names, row, strict=True)) for row in table.rows]
+    rows: list[dict[str, Any]] = [
+        dict(zip(names, row, strict=True)) for row in table.rows
+    ]
     told = {row["group"]: row for row in rows if row["against"] == "fft"}
     assert len(told) == 3
     uneven, level, both = (
@@ -72,3 +75,18 @@ def test_one_seed_makes_no_table(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / m, {"method": m}) for m in ("fft", "lora")]
     page = compare([read_run(path) for path in paths], (1.0,))
     assert "paired" not in {t.name for s in page.sections for t in s.tables}
+
+
+def test_the_last_evaluations_are_as_many_as_one_likes(tmp_path: Path) -> None:
+    curves = {"fft": (0.1, 0.5, 0.6), "lora": (0.1, 0.4, 0.3)}
+    for method, curve in curves.items():
+        for seed in (0, 1):
+            path = tmp_path / f"{method}-{seed}"
+            write_run(path, {"method": method, "seed": seed}, curve)
+    runs = [read_run(path) for path in tmp_path.iterdir()]
+    for last, gap in ((1, 30.0), (2, 20.0)):
+        page = compare(runs, (1.0,), last=last)
+        tables = {table.name: table for s in page.sections for table in s.tables}
+        assert f"last_{last}_percent" in [c.name for c in tables["results"].columns]
+        [row] = [row for row in tables["paired"].rows if row[1] == "lora"]
+        assert row[3] == pytest.approx(gap)
