@@ -49,6 +49,8 @@ class Adapter:
         `primed_rank`.
     is_low_rank : bool
         True if the state holds LoRA's factors, on which some aggregators act.
+    is_head : bool
+        True if it trains nothing but the head, so that there is but one learning rate.
     copies_weights : bool
         True if attaching keeps a copy of all backbone weights.
     folder : str
@@ -63,6 +65,7 @@ class Adapter:
     learns_delta: ClassVar[bool] = False
     takes_delta: ClassVar[bool] = False
     is_low_rank: ClassVar[bool] = False
+    is_head: ClassVar[bool] = False
     copies_weights: ClassVar[bool] = False
     folder: ClassVar[str] = "model"
     scaling: float = 1.0

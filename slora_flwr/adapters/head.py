@@ -9,6 +9,7 @@ class HeadAdapter(Adapter):
     """Train only the head."""
 
     default_lr = 5e-3
+    is_head = True
 
     @classmethod
     def state_size(cls, config: RunConfig, backbone: Backbone) -> int:

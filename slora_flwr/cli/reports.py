@@ -92,8 +92,8 @@ def compare(
         int,
         typer.Option(
             min=1,
-            help="How many of a run's last evaluations make its steadier figure, their "
-            "mean.",
+            help="How many of a run's last evaluations are averaged, for the table of "
+            "results, the default target, and differences between methods.",
         ),
     ] = 5,
     uplink: Annotated[

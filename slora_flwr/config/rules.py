@@ -211,8 +211,8 @@ def _check_undone(config: RunConfig, phases: Sequence[Phase]) -> None:
             rate = max(recipe.lr, recipe.head_lr)
             if given * rate > _MOST_UNDONE:
                 allowed = (
-                    f"up to {_MOST_UNDONE} / {rate}, since the learning rate of "
-                    f"the {phase.adapter} phase is {rate}"
+                    f"up to {_MOST_UNDONE} / {rate}, since the highest learning "
+                    f"rate of the {phase.adapter} phase is {rate}"
                 )
                 raise refuse(key, given, allowed)
 

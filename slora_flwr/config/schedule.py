@@ -184,11 +184,12 @@ def _average(config: RunConfig, changes_base: bool) -> str:
 def _recipe(config: RunConfig, adapter: Any) -> RecipeConfig:
     own = getattr(config, adapter.section) if adapter.section else PhaseRecipeConfig()
     lr = own.lr or config.train.lr or adapter.default_lr
+    head_lr = own.head_lr or config.train.head_lr or lr
     return replace(
         config.train,
         epochs=own.epochs or config.train.epochs,
         batch_size=own.batch_size or config.train.batch_size,
         optimizer=own.optimizer or config.train.optimizer,
-        lr=lr,
-        head_lr=own.head_lr or config.train.head_lr or lr,
+        lr=head_lr if adapter.is_head else lr,
+        head_lr=head_lr,
     )

@@ -323,9 +323,9 @@ class RecipeConfig:
     )
     head_lr: NotNegative = Field(
         default=0.0,
-        description="The learning rate of the classifier's head, which begins at "
-        "random and often learns best at a higher rate than what is pretrained; 0 for "
-        "that of the rest.",
+        description="The learning rate of a classifier's head, which usually begins at "
+        "random and may need a higher rate than pretrained weights; 0 for that of the "
+        "rest. Language models have no such head.",
     )
     schedule: Annotated[str, one_of("constant", "cosine", "linear")] = Field(
         default="constant",

@@ -144,12 +144,16 @@ def _values(policy: Policy, config: RunConfig) -> Iterator[str]:
 
 
 def _effective(config: RunConfig, key: str) -> list[Value]:
-    """Return the values that a key has in a run: of local training, each phase's."""
+    """Return the values that a key has in a run: of local training, each phase's.
+
+    The learning rate is that of the head, too.
+    """
     if not key.startswith(_RECIPE):
         return [flatten(config)[key]]
     name = key.removeprefix(_RECIPE).replace("-", "_")
-    values = (getattr(phase.recipe, name) for phase in make_schedule(config))
-    return [*dict.fromkeys(values)]
+    names = ("lr", "head_lr") if name == "lr" else (name,)
+    recipes = [phase.recipe for phase in make_schedule(config)]
+    return [*dict.fromkeys(getattr(recipe, n) for recipe in recipes for n in names)]
 
 
 def _models(policy: Policy) -> str:

@@ -30,6 +30,7 @@ from slora_flwr.reports.groups import (
     Point,
     curve,
     evenness,
+    families,
     fft_beside,
     final,
     group_runs,
@@ -440,20 +441,17 @@ def _level(group: Group, head: Headline) -> float:
 
 
 def _heterogeneity(groups: list[Group], head: Headline) -> list[Section]:
-    families: dict[object, list[Group]] = {}
-    for group in groups:
-        if group.ended and over_runs(group, partial(last_mean, head=head)):
-            families.setdefault(group.elsewhere, []).append(group)
     charts, tables = [], []
     found: dict[str, Look] = {}
-    for number, family in enumerate(families.values(), start=1):
+    several = list(families(groups, head))
+    for number, family in enumerate(several, start=1):
         levels = sorted(family, key=lambda group: evenness(group.config))
         columns = list(dict.fromkeys(group.heterogeneity for group in levels))
         rows = rows_of_methods(family)
         has_fft = any(group.is_reference for group in family)
         if len(rows) < 2 or not (has_fft or len(columns) > 1):
             continue
-        name = f"heterogeneity-{number}" if len(families) > 1 else "heterogeneity"
+        name = f"heterogeneity-{number}" if len(several) > 1 else "heterogeneity"
         levels_of = {
             row: {g.heterogeneity: head.scale * _level(g, head) for g in members}
             for row, members in rows.items()

@@ -328,17 +328,19 @@ def over_runs(
     return [value for run in group.runs if (value := figure(run)) is not None]
 
 
+def families(groups: Iterable[Group], head: Headline) -> Iterator[list[Group]]:
+    """Yield the groups that ended and differ in method and heterogeneity alone."""
+    found: dict[Hashable, list[Group]] = {}
+    for group in groups:
+        if group.ended and over_runs(group, partial(last_mean, head=head)):
+            found.setdefault(group.elsewhere, []).append(group)
+    yield from found.values()
+
+
 def fft_beside(
     group: Group, groups: Iterable[Group], head: Headline = ACCURACY
 ) -> Group | None:
     """Return full fine-tuning's best group in a group's setting, if there is one."""
-    return best_beside(group, groups, REFERENCES[0], head)
-
-
-def best_beside(
-    group: Group, groups: Iterable[Group], method: str, head: Headline = ACCURACY
-) -> Group | None:
-    """Return a method's best group in a group's setting, if there is one."""
 
     def level(group: Group) -> list[float]:
         return over_runs(group, partial(last_mean, head=head))
@@ -346,7 +348,7 @@ def best_beside(
     found = [
         other
         for other in groups
-        if other.method == method
+        if other.is_reference
         and other.ended
         and other.setting == group.setting
         and level(other)

@@ -1,41 +1,51 @@
-"""Differences between groups of runs, seed by seed."""
+"""Differences between methods, seed by seed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from statistics import fmean, stdev
 
 from slora_flwr.config.methods import REFERENCES
 from slora_flwr.reports.figures import Headline
-from slora_flwr.reports.groups import Group, best_beside, last_mean, rows_of_methods
+from slora_flwr.reports.groups import (
+    Group,
+    evenness,
+    families,
+    last_mean,
+    over_runs,
+    rows_of_methods,
+)
 from slora_flwr.reports.page import Cell, Column, Section, Table
+from slora_flwr.runs.reader import RecordedRun
 
 CONFIDENCE = 0.95
+# Differences that differ by less are equal but for rounding.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class PairedMean:
-    """The mean of paired differences, and what chance makes of it.
+    """The mean of paired differences, and how certain it is.
 
     Attributes
     ----------
     pairs : int
         Number of differences, at least 2.
     mean, deviation : float
-        Their mean and standard deviation.
-    low, high : float
-        Bounds of the mean at `CONFIDENCE`, by Student's t.
+        Their mean and standard deviation (n - 1).
+    low, high : float or None
+        Bounds of the mean at `CONFIDENCE`, by Student's t; None if all differences are
+        equal, which tells nothing of their spread.
     probability : float or None
-        That a mean this far from 0 would come about by chance (two-sided paired
+        That of a mean at least as far from 0 if the true mean were 0 (two-sided paired
         t-test); None if all differences are equal.
     """
 
     pairs: int
     mean: float
     deviation: float
-    low: float
-    high: float
-    probability: float | None
+    low: float | None = None
+    high: float | None = None
+    probability: float | None = None
 
 
 def paired_mean(differences: Sequence[float]) -> PairedMean:
@@ -46,97 +56,133 @@ def paired_mean(differences: Sequence[float]) -> PairedMean:
     differences : Sequence[float]
         At least two.
     """
-    mean, deviation = fmean(differences), stdev(differences)
-    if not deviation:
-        return PairedMean(len(differences), mean, 0.0, mean, mean, None)
+    pairs, mean, deviation = len(differences), fmean(differences), stdev(differences)
+    if deviation <= _ROUNDING * max(1.0, abs(mean)):
+        return PairedMean(pairs, mean, 0.0)
     from scipy.stats import ttest_1samp  # takes a second to import
 
     found = ttest_1samp(differences, 0.0)
-    low, high = found.confidence_interval(CONFIDENCE)
-    p = float(found.pvalue)
-    return PairedMean(len(differences), mean, deviation, float(low), float(high), p)
+    low, high = map(float, found.confidence_interval(CONFIDENCE))
+    return PairedMean(pairs, mean, deviation, low, high, float(found.pvalue))
 
 
 def paired(groups: Sequence[Group], head: Headline) -> list[Section]:
     """Return the section on differences to the references, seed by seed.
 
-    Runs of one seed and setting have the same partition and the same cohorts. A method
-    that was run in several partitions has a further row, with the pairs of all.
+    Runs make a pair if they have the same seed, the same cohort in each round, and
+    evaluations after the same rounds. For a method that was run in several partitions
+    there is a further row, of the mean over partitions of each seed.
     """
-    rows: list[list[Cell]] = []
-    for reference in REFERENCES:
-        found: dict[str, dict[str, list[float]]] = {}
-        for name, members in _families(groups):
-            for group in members:
-                beside = best_beside(group, groups, reference, head)
-                if beside is None or group.method == reference:
-                    continue
-                by_seed, others = _levels(group, head), _levels(beside, head)
-                differences = [
-                    head.scale * (by_seed[seed] - others[seed])
-                    for seed in sorted(by_seed.keys() & others.keys())
-                ]
-                found.setdefault(name, {})[group.label] = differences
-        for name, by_group in found.items():
-            pooled = [*chain.from_iterable(by_group.values())]
-            several = {f"{name}, all": pooled} if len(by_group) > 1 else {}
-            for label, differences in (by_group | several).items():
-                if len(differences) > 1:
-                    rows.append([label, reference, *_cells(paired_mean(differences))])
-    if not rows:
+    tables = []
+    every = list(families(groups, head))
+    for number, family in enumerate(every, start=1):
+        rows = [row for name in REFERENCES for row in _rows(family, name, head)]
+        if rows:
+            name = f"paired-{number}" if len(every) > 1 else "paired"
+            tables.append(_table(name, rows, head))
+    if not tables:
         return []
+    better = "below" if head.is_lower_better else "above"
     text = [
-        "Runs with the same seed have the same clients, and the same ones in each "
-        "round. So differences between them owe less to chance than the figures do. "
-        f"Mean {head.name} of the last evaluations less that of the reference, with "
-        f"its {CONFIDENCE:.0%} interval by Student's t, and the probability of so "
-        "large a difference by chance. Many rows at once make small probabilities "
-        "less rare."
+        "Runs with the same seed have the same clients and, in each round, the same "
+        "cohort. So their difference depends less on chance than each figure does. "
+        f"The difference is the mean {head.name} of a run's last {head.last} "
+        "evaluations, minus that of the reference's run with the same seed"
+        f"{', in points' if head.percent else ''}; {better} 0 is better. The reference "
+        "is the best of its groups in the same setting, of those with the most seeds "
+        f"in common. Bounds are those of the {CONFIDENCE:.0%} interval by Student's t. "
+        "p is the probability of so large a mean if the methods did not differ; among "
+        "many rows some are small by chance."
     ]
+    return [Section("Seed by seed", text, tables=tables)]
+
+
+def _rows(
+    family: Sequence[Group], reference: str, head: Headline
+) -> Iterator[list[Cell]]:
+    """Yield the rows of all methods against one."""
+    for name, members in rows_of_methods(family).items():
+        found: dict[str, dict[int, float]] = {}
+        for group in sorted(members, key=lambda group: evenness(group.config)):
+            differences = _differences(group, family, reference, head)
+            if len(differences) > 1:
+                found[group.heterogeneity] = differences
+        common = set[int].intersection(*map(set, found.values())) if found else set()
+        if len(found) > 1 and len(common) > 1:
+            found[f"all {len(found)}"] = {
+                seed: fmean(by_seed[seed] for by_seed in found.values())
+                for seed in sorted(common)
+            }
+        for partition, by_seed in found.items():
+            told = paired_mean([*by_seed.values()])
+            yield [
+                name,
+                partition,
+                reference,
+                told.pairs,
+                told.mean,
+                told.deviation,
+                told.low,
+                told.high,
+                told.probability,
+            ]
+
+
+def _differences(
+    group: Group, family: Sequence[Group], reference: str, head: Headline
+) -> dict[int, float]:
+    """Return the difference of each seed to a method's group, empty if it has none."""
+    if group.method == reference:
+        return {}
+    candidates = []
+    for other in family:
+        if other.method == reference and other.setting == group.setting:
+            pairs = _pairs(group, other)
+            sign = -1 if head.is_lower_better else 1
+            level = sign * fmean(over_runs(other, lambda run: last_mean(run, head)))
+            candidates.append((len(pairs), level, pairs))
+    _, _, pairs = max(candidates, key=lambda found: found[:2], default=(0, 0.0, {}))
+    return {
+        seed: head.scale * (_level(run, head) - _level(other, head))
+        for seed, (run, other) in sorted(pairs.items())
+    }
+
+
+def _pairs(group: Group, other: Group) -> dict[int, tuple[RecordedRun, RecordedRun]]:
+    """Return by seed the runs of two groups that can be compared one to one."""
+    theirs = {_course(run): run for run in other.runs if run.evaluated}
+    return {
+        int(run.config["seed"]): (run, theirs[_course(run)])
+        for run in group.runs
+        if run.evaluated and _course(run) in theirs
+    }
+
+
+def _course(run: RecordedRun) -> tuple[object, ...]:
+    """Return what two runs of a pair have in common."""
+    cohorts = tuple(tuple(done.cohort) for done in run.rounds)
+    return run.config["seed"], cohorts, tuple(done.round for done in run.evaluated)
+
+
+def _level(run: RecordedRun, head: Headline) -> float:
+    level = last_mean(run, head)
+    assert level is not None  # of a family, whose runs have been evaluated
+    return level
+
+
+def _table(name: str, rows: list[list[Cell]], head: Headline) -> Table:
     columns = [
-        Column("group", "group"),
+        Column("method", "method"),
+        Column("partition", "partition"),
         Column("against", "against"),
         Column("pairs", "pairs", "d"),
         Column("difference", "difference", f"+{head.spec}"),
-        Column("deviation", "sd", head.spec),
+        Column("± sd", "sd", head.spec),
         Column("from", "low", f"+{head.spec}"),
         Column("to", "high", f"+{head.spec}"),
-        Column("p", "p", ".3f"),
+        Column("p", "p", ".2g"),
     ]
-    caption = "Differences to the references, seed by seed."
-    return [
-        Section("Seed by seed", text, tables=[Table("paired", caption, columns, rows)])
-    ]
-
-
-def _families(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
-    """Return the groups that differ in heterogeneity alone, with the methods' names."""
-    settings: dict[object, list[Group]] = {}
-    for group in groups:
-        if group.ended:
-            settings.setdefault(group.elsewhere, []).append(group)
-    return [
-        (name, members)
-        for family in settings.values()
-        for name, members in rows_of_methods(family).items()
-    ]
-
-
-def _levels(group: Group, head: Headline) -> dict[int, float]:
-    """Return the figure of each seed, the mean over runs that repeat it."""
-    found: dict[int, list[float]] = {}
-    for run in group.runs:
-        if (level := last_mean(run, head)) is not None:
-            found.setdefault(int(run.config["seed"]), []).append(level)
-    return {seed: fmean(levels) for seed, levels in found.items()}
-
-
-def _cells(found: PairedMean) -> list[Cell]:
-    return [
-        found.pairs,
-        found.mean,
-        found.deviation,
-        found.low,
-        found.high,
-        found.probability,
-    ]
+    caption = (
+        "Differences to the references; in rows of all partitions, a seed counts once."
+    )
+    return Table(name, caption, columns, rows)

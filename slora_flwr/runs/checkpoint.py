@@ -115,7 +115,9 @@ def find_checkpoint(config: RunConfig) -> Snapshot:
             log(WARNING, "%s is skipped for the one before it: %s", path, error)
             told = told or f". {path.name}: {printable(error)}"
             continue
-        _compare(given, checkpoint.facts["config"], flatten(config))
+        # Runs of older versions lack keys that are newer.
+        kept = flatten(RunConfig()) | checkpoint.facts["config"]
+        _compare(given, kept, flatten(config))
         return checkpoint
     raise ConfigError(
         f"{given}, which holds no whole checkpoint; allowed: the directory of a run "

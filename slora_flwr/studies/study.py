@@ -314,18 +314,21 @@ def _trial(
     adapters = adapters_of(run)
     if i >= len(adapters):
         return None
-    section = find_adapter(adapters[i]).section or "train"
-    key = f"{section}.lr"
-    if key in run or key in tuned:
+    adapter = find_adapter(adapters[i])
+    key = f"{adapter.section or 'train'}.lr"
+    if key in run or key in tuned or (adapter.is_head and run.get("train.head-lr")):
         return None
+    # The best rate depends on the head's, where a grid sets that.
+    heads = [k for k in run if k.endswith(".head-lr") and k not in base]
+    per = tuple(dict.fromkeys([*tuning.per, *heads]))
     full = flatten(parse(run))
-    values = {name: full[name] for name in tuning.per}
+    values = {name: full[name] for name in per}
     config = base | tuning.config | {"method": full["method"]} | values | tuned
     if i < len(adapters) - 1 and (alone := _method_of(adapters[i])):
         # A run of this phase alone does not need the next phase's rate, not tuned yet.
         config["method"] = alone
     shared = tuple(sorted(config.items()))
-    return Trial(key, tuning.rates, tuning.per, tuple(values.values()), shared)
+    return Trial(key, tuning.rates, per, tuple(values.values()), shared)
 
 
 def _method_of(adapter: str) -> str | None:

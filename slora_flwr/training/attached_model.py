@@ -294,8 +294,11 @@ def check_fit(config: RunConfig, backbone: Backbone) -> None:
     for phase in make_schedule(config):
         rate = phase.recipe.head_lr
         if rate != phase.recipe.lr and not backbone.head:
-            allowed = f"0, since model {config.model.name!r} has no head of its own"
-            raise refuse("train.head-lr", rate, allowed)
+            section = phase.adapter_type.section
+            own = section and getattr(config, section).head_lr
+            key = f"{section if own else 'train'}.head-lr"
+            allowed = f"0, since model {config.model.name!r} has no classifier's head"
+            raise refuse(key, rate, allowed)
         phase.adapter_type.check_fit(config, backbone)
         if not phase.adapter_type.state_size(config, backbone):
             allowed = (

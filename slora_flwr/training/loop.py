@@ -184,9 +184,13 @@ class LocalOptimizer:
     def __init__(self, adapter: Adapter, recipe: RecipeConfig) -> None:
         self.parameters = adapter.parameters()
         self._adapter, self._recipe = adapter, recipe
-        self._anchored = _anchored(adapter) if recipe.weight_decay else []
-        anchored = [parameter for parameter, _ in self._anchored]
         head = [*adapter.backbone.head.values()]
+        rates = dict.fromkeys(map(id, head), head_rate(recipe))
+        self._anchored = [
+            (parameter, anchor, rates.get(id(parameter), recipe.lr))
+            for parameter, anchor in (_anchored(adapter) if recipe.weight_decay else [])
+        ]
+        anchored = [parameter for parameter, _, _ in self._anchored]
         self._optimizer = make_optimizer(self.parameters, recipe, anchored, head)
         kept = self.parameters if recipe.prox else []
         self._sent = [parameter.detach().clone() for parameter in kept]
@@ -222,25 +226,29 @@ def make_optimizer(
     anchored : Sequence[nn.Parameter]
         Those that do not decay towards 0.
     head : Sequence[nn.Parameter]
-        Those of the head, which has a rate of its own.
+        Those of the head, which may have a rate of its own.
     """
-    apart = {id(parameter) for parameter in (*anchored, *head)}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if id(p) not in apart]},
-        {"params": list(anchored), "weight_decay": 0.0},
-        {"params": list(head), "lr": recipe.head_lr or recipe.lr},
+    kept, heads = {id(p) for p in anchored}, {id(p) for p in head}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, False): []}
+    for p in parameters:
+        groups.setdefault((id(p) in kept, id(p) in heads), []).append(p)
+    grouped = [
+        {
+            "params": members,
+            "lr": head_rate(recipe) if is_head else recipe.lr,
+            "weight_decay": 0.0 if is_anchored else recipe.weight_decay,
+        }
+        for (is_anchored, is_head), members in groups.items()
     ]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-        )
+        return torch.optim.SGD(grouped, lr=recipe.lr, momentum=recipe.momentum)
     # Fused: one pass over each parameter, where the default makes several.
-    return torch.optim.AdamW(
-        groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(grouped, lr=recipe.lr, fused=True)
+
+
+def head_rate(recipe: RecipeConfig) -> float:
+    """Return the learning rate of the head."""
+    return recipe.head_lr or recipe.lr
 
 
 def _anchored(adapter: Adapter) -> list[tuple[nn.Parameter, Tensor]]:
@@ -252,13 +260,16 @@ def _anchored(adapter: Adapter) -> list[tuple[nn.Parameter, Tensor]]:
 
 @torch.no_grad()
 def _decay(
-    anchored: Sequence[tuple[nn.Parameter, Tensor]], recipe: RecipeConfig
+    anchored: Sequence[tuple[nn.Parameter, Tensor, float]], recipe: RecipeConfig
 ) -> None:
-    """Pull parameters towards their anchors, as torch's optimisers do towards 0."""
-    for parameter, anchor in anchored:
+    """Pull parameters towards their anchors, as torch's optimisers do towards 0.
+
+    Each comes with its anchor and its learning rate.
+    """
+    for parameter, anchor, rate in anchored:
         if parameter.grad is None:  # the loss does not use it
             continue
         if recipe.optimizer == "sgd":
             parameter.grad.add_(parameter - anchor, alpha=recipe.weight_decay)
         else:
-            parameter.lerp_(anchor, recipe.lr * recipe.weight_decay)
+            parameter.lerp_(anchor, rate * recipe.weight_decay)

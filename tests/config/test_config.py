@@ -558,6 +558,13 @@ def test_the_head_may_learn_at_a_rate_of_its_own(
     assert [(p.recipe.lr, p.recipe.head_lr) for p in schedule] == rates
 
 
+def test_where_only_the_head_is_trained_its_rate_is_the_rate() -> None:
+    values: dict[str, Value] = {"method": "head-lora", "train.head-lr": 0.125}
+    head, lora = (phase.recipe for phase in make_schedule(parse(values)))
+    assert (head.lr, head.head_lr) == (0.125, 0.125)
+    assert (lora.lr, lora.head_lr) == (2e-3, 0.125)
+
+
 def test_a_phase_changes_only_what_it_names() -> None:
     train: dict[str, Value] = {
         "train.epochs": 2,

@@ -212,6 +212,16 @@ def test_a_range_holds_for_each_phases_training(config: Config, tmp_path: Path) 
     assert ask("query", policed(tmp_path, policy, config)).error.reason == MASKED
 
 
+def test_the_heads_rate_is_no_way_around_a_range_of_rates(
+    config: Config, tmp_path: Path
+) -> None:
+    policy = 'ranges."train.lr" = {most = 0.02}'
+    config |= {"method": "lora", "lora.lr": 0.01, "train.head-lr": 0.03}
+    reply = ask("query", policed(tmp_path, policy, config))
+    told = "ranges.train.lr of its policy: it is 0.03; allowed: up to 0.02"
+    assert reply.error.reason == f"it refuses: {told}"
+
+
 def test_no_boolean_is_a_number(config: Config, tmp_path: Path) -> None:
     node = policed(tmp_path, 'allowed."upload.feedback" = [1]', config)
     told = "allowed.upload.feedback of its policy: it is True; allowed: 1"

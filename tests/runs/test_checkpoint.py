@@ -10,9 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slora_flwr.config import ConfigError
+from slora_flwr.config import ConfigError, parse
 from slora_flwr.runs import checkpoint
-from slora_flwr.runs.checkpoint import DamagedError, read_checkpoint, write_checkpoint
+from slora_flwr.runs.checkpoint import (
+    DamagedError,
+    find_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from slora_flwr.runs.checkpoint_files import (
     checkpoint_path,
     list_checkpoints,
@@ -105,6 +110,21 @@ def test_another_config_is_refused_by_key_with_both_values(config: Config) -> No
     assert "train.lr is 0.0 there and 0.5 here" in text
     assert "run.keep is" not in text
     assert content(directory) == before
+
+
+def test_a_run_without_a_newer_key_had_its_default(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop(config, 2)
+    again = resumed(config)
+    found = find_checkpoint(parse(again))
+    lacking = dict(found.facts["config"])
+    del lacking["train.head-lr"]
+    older = Snapshot(found.facts | {"config": lacking}, found.tensors)
+    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda path: older)
+    assert find_checkpoint(parse(again)) is older
+    with pytest.raises(ConfigError, match=r"train\.head-lr is 0\.0 there and 0\.5"):
+        find_checkpoint(parse(again | {"train.head-lr": 0.5}))
 
 
 @pytest.mark.parametrize("key", ["outside-code", "backbone", "classes", "partition"])

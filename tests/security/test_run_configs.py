@@ -296,8 +296,8 @@ def test_a_recipe_that_forgets_all_examples_but_the_last_is_refused(
     parse({**values, key: 0.0999 / lr})
     for given in (0.1001 / lr, 1 / lr):
         allowed = re.escape(
-            f"{key} is {given}; allowed: up to 0.1 / {lr}, since the learning rate of "
-            f"the {phase} phase is {lr}"
+            f"{key} is {given}; allowed: up to 0.1 / {lr}, since the highest learning "
+            f"rate of the {phase} phase is {lr}"
         )
         with pytest.raises(ConfigError, match=allowed):
             parse({**values, key: given})

@@ -273,6 +273,31 @@ def test_a_first_phase_of_the_head_is_tuned_by_the_head_alone(tmp_path: Path) ->
     assert final == {"method": "head-lora", "train.lr": 0.1, "lora.lr": 0.1}
 
 
+def test_a_rate_is_tuned_for_each_of_the_heads(tmp_path: Path) -> None:
+    text = """
+        [grid]
+        method = ["lora", "head"]
+        train.head-lr = [0.3, 0.4]
+        [tune]
+        lr = [0.1, 0.2]
+    """
+    choose = Chooser()
+    final = tune(study_of(tmp_path, text), choose)
+    [trials] = choose.rounds
+    # There is nothing to tune where only the head is trained.
+    assert [(trial.per, trial.values) for trial in trials] == [
+        (("method", "train.head-lr"), ("lora", rate)) for rate in (0.3, 0.4)
+    ]
+    assert trials[1].config(0.2)["train.head-lr"] == 0.4
+    given = [(c["method"], c["train.head-lr"], c.get("lora.lr")) for c in final]
+    assert given == [
+        ("lora", 0.3, 0.1),
+        ("lora", 0.4, 0.2),
+        ("head", 0.3, None),
+        ("head", 0.4, None),
+    ]
+
+
 def test_rates_that_are_given_are_not_tuned(tmp_path: Path) -> None:
     text = """
         [base]

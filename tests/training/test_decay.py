@@ -41,6 +41,7 @@ def one_step(
     state: State,
     optimizer: str = "adamw",
     clip_norm: float = 0.0,
+    head_lr: float = 0.0,
 ) -> tuple[State, State]:
     """Train one step from a state; return the state after it, and the gradients."""
     adapter.load(state)
@@ -55,6 +56,7 @@ def one_step(
         batch_size=len(examples),
         optimizer=optimizer,
         lr=LR,
+        head_lr=head_lr,
         weight_decay=DECAY,
         clip_norm=clip_norm,
     )
@@ -126,19 +128,27 @@ def test_a_clipped_step_by_hand(
 
 
 @OPTIMIZERS
+@pytest.mark.parametrize("head_lr", [0.0, 0.25])
 @pytest.mark.parametrize("kind", [HeadAdapter, FullAdapter])
 def test_head_and_weights_decay_towards_0(
-    bert: Backbone, examples: Examples, optimizer: str, kind: type[Adapter]
+    bert: Backbone,
+    examples: Examples,
+    optimizer: str,
+    kind: type[Adapter],
+    head_lr: float,
 ) -> None:
     adapter = kind()
     adapter.attach(bert)
     start = adapter.state()
     start["classifier.bias"] = torch.ones_like(start["classifier.bias"])
-    after, gradients = one_step(bert, adapter, examples, start, optimizer)
+    after, gradients = one_step(
+        bert, adapter, examples, start, optimizer, head_lr=head_lr
+    )
     for name, p in start.items():
         g = gradients[name]
         step = g / (g.abs() + 1e-8) if optimizer == "adamw" else g
-        expected = p * (1 - LR * DECAY) - LR * step
+        rate = (head_lr or LR) if name.startswith("classifier") else LR
+        expected = p * (1 - rate * DECAY) - rate * step
         clear = g.abs() > 1e-6
         torch.testing.assert_close(
             after[name][clear], expected[clear], atol=1e-5, rtol=0
