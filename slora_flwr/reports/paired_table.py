@@ -137,37 +137,29 @@ def _differences(
     candidates = []
     for other in family:
         if other.method == reference and other.setting == group.setting:
-            pairs = _pairs(group, other)
+            pairs = _pairs(group, other, head)
             sign = -1 if head.is_lower_better else 1
             level = sign * fmean(over_runs(other, lambda run: last_mean(run, head)))
             candidates.append((len(pairs), level, pairs))
     _, _, pairs = max(candidates, key=lambda found: found[:2], default=(0, 0.0, {}))
-    return {
-        seed: head.scale * (_level(run, head) - _level(other, head))
-        for seed, (run, other) in sorted(pairs.items())
-    }
+    return dict(sorted(pairs.items()))
 
 
-def _pairs(group: Group, other: Group) -> dict[int, tuple[RecordedRun, RecordedRun]]:
-    """Return by seed the runs of two groups that can be compared one to one."""
-    theirs = {_course(run): run for run in other.runs if run.evaluated}
-    return {
-        int(run.config["seed"]): (run, theirs[_course(run)])
-        for run in group.runs
-        if run.evaluated and _course(run) in theirs
-    }
+def _pairs(group: Group, other: Group, head: Headline) -> dict[int, float]:
+    """Return by seed how far runs are above those of another group."""
+    theirs = {_course(run): last_mean(run, head) for run in other.runs}
+    found = {}
+    for run in group.runs:
+        level, beside = last_mean(run, head), theirs.get(_course(run))
+        if level is not None and beside is not None:
+            found[int(run.config["seed"])] = head.scale * (level - beside)
+    return found
 
 
 def _course(run: RecordedRun) -> tuple[object, ...]:
     """Return what two runs of a pair have in common."""
     cohorts = tuple(tuple(done.cohort) for done in run.rounds)
     return run.config["seed"], cohorts, tuple(done.round for done in run.evaluated)
-
-
-def _level(run: RecordedRun, head: Headline) -> float:
-    level = last_mean(run, head)
-    assert level is not None  # of a family, whose runs have been evaluated
-    return level
 
 
 def _table(name: str, rows: list[list[Cell]], head: Headline) -> Table:
