@@ -539,13 +539,19 @@ class ServerConfig:
     average: Annotated[str, one_of("auto", "none", "ema", "growing")] = Field(
         default="auto",
         description="The average of the global states, which is evaluated and "
-        "exported, and from which the next phase starts; within a phase, training goes "
-        "on from the last state. `ema` is an exponential moving average; of `growing` "
-        "the n-th state weighs n·(n + 1); `none` uses the last state. `auto` is `ema`, "
-        "but `none` in phases whose rounds change the base if clients evaluate.",
+        "exported; within a phase, training goes on from the last state. `ema` is an "
+        "exponential moving average; of `growing` the n-th state weighs n·(n + 1); "
+        "`none` uses the last state. `auto` is `ema`, but `none` in phases whose "
+        "rounds change the base if clients evaluate.",
     )
     average_decay: Annotated[float, FROM_0_BELOW_1] = Field(
         default=0.8, description="The decay of `server.average` `ema`."
+    )
+    handoff: Annotated[str, one_of("average", "last")] = Field(
+        default="average",
+        description="What the next phase starts from: the `average` of "
+        "`server.average`, or the `last` state, which is noisier, but ahead of the "
+        "average while a phase still gains fast. The average then goes on from it.",
     )
     clip_norm: NotNegative = Field(
         default=0.0,

@@ -118,13 +118,13 @@ class ActivePhase:
         config, phase = trainer.config, trainer.schedule[index]
         model = trainer.model
         told, continues = None, False
-        on_average: AbstractContextManager[State] = nullcontext({})
+        on_trained: AbstractContextManager[State] = nullcontext({})
         if before is not None:
-            on_average = before.on_average()
-        with on_average as average:
+            on_trained = before.on_handed_over()
+        with on_trained as trained:
             if before is not None and phase.primed:
                 begun = time.perf_counter()
-                handoff = model.hand_over(average, before.phase_round, phase)
+                handoff = model.hand_over(trained, before.phase_round, phase)
                 start, weights = handoff.state, handoff.base
                 continues = handoff.continues
                 took = round(time.perf_counter() - begun, 3)
@@ -141,7 +141,7 @@ class ActivePhase:
         active = cls(trainer, index, base, base.start)
         active.handoff = told
         if before is not None:
-            active.state |= {name: average[name] for name in model.backbone.head}
+            active.state |= {name: trained[name] for name in model.backbone.head}
         active.state |= start
         if base.start is not None:
             # Factors start from the decoded values that the base gave up.
@@ -194,6 +194,15 @@ class ActivePhase:
         """Put the adapter on the average of the bases; yield the averaged state."""
         with self._model.exchanged(self.averaged.weights):
             yield self.adapter.complete(self.averaged.state)
+
+    @contextmanager
+    def on_handed_over(self) -> Iterator[State]:
+        """Put the adapter on the base of the handoff; yield the state handed over."""
+        if self._config.server.handoff == "last":
+            yield self.adapter.complete(self.sent())
+            return
+        with self.on_average() as average:
+            yield average
 
     def _moving_weights(self) -> State:
         """Return the base's target matrices, resident, if their average is kept."""
@@ -272,7 +281,7 @@ class ActivePhase:
         """
         if not self.phase.is_open:
             return None
-        with self.on_average() as state:
+        with self.on_handed_over() as state:
             return self._model.kept_energy(state, self.phase_round, self._primed_rank)
 
     def has_ended(self, history: Sequence[RecordedRound]) -> bool:

@@ -167,6 +167,31 @@ def test_the_last_state_is_evaluated_where_asked(config: Config) -> None:
     assert found.loss == pytest.approx(averaged[-1]["loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("given", "is_same"),
+    [
+        ({"server.handoff": "last"}, True),
+        ({"server.handoff": "last", "sparse.schedule": "per-round"}, True),
+        ({"server.handoff": "last", "method": "head-lora"}, True),
+        ({"server.handoff": "average"}, False),
+    ],
+    ids=["last", "per-round", "head-lora", "average"],
+)
+def test_the_last_state_is_handed_over_where_asked(
+    config: Config, given: Config, is_same: bool
+) -> None:
+    """Training is then as if no average were kept."""
+    config |= {"method": "slora", "sparse.rounds": 3, "rounds": 5, "lora.rank": 4}
+    config |= {"train.lr": 0.02, **given}
+    directory = start(config, RecordingGrid(config))
+    plain = elsewhere(config, **{"server.average": "none"})
+    other = start(plain, RecordingGrid(plain))
+    assert bool(differ(final(directory), final(other))) != is_same
+    # What is evaluated is an average nevertheless.
+    averaged, last = events(directory, "round"), events(other, "round")
+    assert averaged[-1]["loss"] != last[-1]["loss"]
+
+
 @pytest.mark.parametrize("name", ["fedex-lora", "per-round", "slora-exact"])
 def test_an_evaluation_leaves_the_base_alone(config: Config, name: str) -> None:
     config |= {**RUNS[name], "rounds": 4}
