@@ -43,6 +43,8 @@ _PHASES = {n for n, s in vars(RunConfig()).items() if isinstance(s, PhaseRecipeC
 # How tensors are encoded, which any method can choose.
 _CODING = ("upload", "download")
 _DEFAULTS = flatten(RunConfig())
+# What happens between phases, where a method has several.
+_BETWEEN_PHASES = ("sparse.rounds", "server.handoff")
 # Keys that matter only to these partitioners.
 _PARTITIONERS = {
     "clients.alpha": ("dirichlet", "virtual"),
@@ -402,7 +404,7 @@ def _effective(config: dict[str, Value]) -> dict[str, Value]:
             return False
         if key == "lora.targets":
             return any(acts_on_targets(row.adapter) for row in rows)
-        if key == "sparse.rounds":
+        if key in _BETWEEN_PHASES:
             return len(rows) != 1
         if section in _PHASES and rows and section not in sections:
             return False
@@ -416,7 +418,7 @@ def _is_own(key: str) -> bool:
     section = key.split(".")[0]
     if section == "train":
         return _is_rate(key)
-    return key == "method" or section in (*_PHASES, *_CODING)
+    return key in ("method", *_BETWEEN_PHASES) or section in (*_PHASES, *_CODING)
 
 
 def _is_rate(key: str) -> bool:

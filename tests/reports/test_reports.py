@@ -407,6 +407,21 @@ def test_coded_runs_are_held_against_plain_full_fine_tuning(tmp_path: Path) -> N
     assert len(rows_of(page_of(*paths), "target")) == 3
 
 
+def test_handoffs_are_told_apart_where_there_is_one(tmp_path: Path) -> None:
+    last: Config = {"method": "slora", "server.handoff": "last"}
+    configs: list[Config] = [
+        last,
+        {"method": "slora"},
+        {"method": "lora", "server.handoff": "last"},
+        {"method": "fft"},
+    ]
+    paths = [write_run(tmp_path / str(i), config) for i, config in enumerate(configs)]
+    labels = ["slora handoff=average", "slora handoff=last", "lora", "fft"]
+    assert sorted(group.label for group in groups_of(*paths)) == sorted(labels)
+    # Each is measured by full fine-tuning, which hands nothing over.
+    assert len(rows_of(page_of(*paths), "target")) == 4
+
+
 def test_results_are_means_over_seeds(tmp_path: Path) -> None:
     paths = [
         write_run(tmp_path / "a", {"seed": 0}, (0.1, 0.2, 0.2, 0.2, 0.2, 0.7)),
