@@ -551,7 +551,8 @@ class ServerConfig:
         default="average",
         description="What the next phase starts from: the `average` of "
         "`server.average`, or the `last` state, which is noisier, but ahead of the "
-        "average while a phase still gains fast. The average then goes on from it.",
+        "average while a phase still gains fast. Where the average goes on over a "
+        "handoff, it then goes on from that state.",
     )
     clip_norm: NotNegative = Field(
         default=0.0,

@@ -52,7 +52,8 @@ class ActivePhase:
     state : State
         The global state after the last round; before the first, the phase's start.
     averaged : AveragedState
-        The average of the states. The next phase starts from it.
+        The average of the states. The next phase starts from it, or from `state`;
+        see `server.handoff`.
     keeps_residuals : bool
         True if clients keep what the coding of their updates leaves out.
     fingerprint : str
