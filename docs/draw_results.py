@@ -1,4 +1,4 @@
-"""Draw images/accuracy-by-megabytes.svg, from the results of the study `minilm`."""
+"""Draw images/accuracy-by-megabytes.svg, from the results of the study `converged`."""
 
 import csv
 from pathlib import Path
@@ -9,8 +9,13 @@ from matplotlib.figure import Figure
 from slora_flwr.reports.charts import looks
 
 HERE = Path(__file__).parent
-STUDY = HERE.parent / "experiments" / "results" / "minilm"
-NAMES = {"slora": "SLoRA", "lora": "LoRA", "fft": "full fine-tuning"}
+STUDY = HERE.parent / "experiments" / "results" / "converged"
+NAMES = {
+    "slora": "SLoRA",
+    "lora": "LoRA",
+    "fft": "full fine-tuning",
+    "sft": "its sparse phase alone",
+}
 STYLE: dict[str, object] = {
     "font.size": 11,
     "svg.hashsalt": "slora",
