@@ -14,7 +14,7 @@ NAMES = {
     "slora": "SLoRA",
     "lora": "LoRA",
     "fft": "full fine-tuning",
-    "sft": "its sparse phase alone",
+    "sft": "sparse phase alone",
 }
 STYLE: dict[str, object] = {
     "font.size": 11,
@@ -42,26 +42,24 @@ def draw() -> Figure:
                 "maximum_percent",
             )
         )
-        axes.plot(megabytes, mean, color=look.colour, marker=look.marker, markersize=4)
+        axes.plot(
+            megabytes,
+            mean,
+            color=look.colour,
+            marker=look.marker,
+            markersize=4,
+            label=NAMES[method],
+        )
         axes.fill_between(
             megabytes, low, high, color=look.colour, alpha=0.15, linewidth=0
         )
-        axes.annotate(
-            NAMES[method],
-            (megabytes[-1], mean[-1]),
-            (8, 0),
-            textcoords="offset points",
-            color=look.colour,
-            va="center",
-            annotation_clip=False,
-        )
     axes.set_xscale("log")
     axes.set_xticks([10, 100, 1_000, 10_000], ["10", "100", "1,000", "10,000"])
-    axes.set_xlim(right=120_000)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("megabytes of tensors sent, both directions")
     axes.set_ylabel("test accuracy, %")
     axes.grid(color="#dddddd", linewidth=0.6)
+    axes.legend(loc="lower right", frameon=False, labelspacing=0.3)
     return figure
 
 
