@@ -552,7 +552,7 @@ class ServerConfig:
         description="What the next phase starts from: the `average` of "
         "`server.average`, or the `last` state, which is noisier, but ahead of the "
         "average while a phase still gains fast. Where the average goes on over a "
-        "handoff, it then goes on from that state.",
+        "handoff, it goes on from that state too.",
     )
     clip_norm: NotNegative = Field(
         default=0.0,
